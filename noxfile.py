@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -354,6 +355,19 @@ def soak(session: nox.Session) -> None:
     _install(session, "test", ".")
     environment = {"PYTHONSAFEPATH": "1", "PROMPTLAYER_EXEC_SOAK_ITEMS": "50000"}
     session.run("pytest", "-s", "tests/soak", *session.posargs, env=environment)
+
+
+@nox.session
+def machines(session: nox.Session) -> None:
+    """Run forty times as many random programs as the suite; `-- --hypothesis-seed=N` repeats a run.
+
+    Without a seed it takes a new one, and shows it.
+    """
+    _install(session, "test", ".[dbos]")
+    environment = {"PYTHONSAFEPATH": "1", "PROMPTLAYER_EXEC_MACHINES": "40"}
+    arguments = session.posargs or [f"--hypothesis-seed={random.randrange(2**32)}"]
+    pytest = ("pytest", "-n", "3", "--timeout=3600", "tests/machines")
+    session.run(*pytest, *arguments, env=environment)
 
 
 @nox.session

@@ -14,6 +14,7 @@ from promptlayer_exec._policies import (
     Deadline,
     PollPolicy,
     RetryPolicy,
+    check_timeout,
 )
 
 arithmetic = settings(max_examples=60, deadline=None, derandomize=True)
@@ -93,6 +94,7 @@ def test_poll_fixed(every, view, chance):
         (24.0, 9, 10, 15.0, 0.8),  # the last node, for 15 s
         (27.0, 3, 4, 3.0, 0.4 * 9**0.25),  # the last node, and the others took 8 s each
         (10.0, 2, 2, 10.0, 0.8 * 11**0.25),  # all nodes are final, but it is not complete
+        (27.0, 3, 3, 3.0, 0.4 * 9**0.25),  # the same, after a change
         (1e6, 0, 10, 0.0, 5.0),
     ],
 )
@@ -143,7 +145,7 @@ def test_poll_policy_refuses(field, value):
 
 def test_poll_policy_refuses_a_tight_loop():
     """A floor of 0 is refused, also by `fixed`: it would poll without a pause."""
-    with pytest.raises(ConfigurationError, match=r"PollPolicy\.floor"):
+    with pytest.raises(ConfigurationError, match=r"PollPolicy\.floor .* greater than 0, got 0\.0"):
         PollPolicy(floor=0.0)
     with pytest.raises(ConfigurationError, match=r"PollPolicy\.floor"):
         PollPolicy.fixed(0)
@@ -243,3 +245,8 @@ def test_a_single_status_is_refused():
     """The message says that it must be a set."""
     with pytest.raises(ConfigurationError, match="must be a set of HTTP statuses, got 503"):
         RetryPolicy(statuses=503)
+
+
+def test_an_infinite_timeout_is_no_limit():
+    """Not every event loop has a timer for it."""
+    assert check_timeout(math.inf) is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import logging
 import pickle
 import socket
 from collections.abc import Callable
@@ -149,7 +148,6 @@ async def test_unusable_arguments_are_named_before_any_io(
 LOST = {
     "408": Fault.status(408),
     "500": Fault.status(500),
-    "502": Fault.status(502),
     "503 with Retry-After": Fault.status(503, retry_after=0.01),
     "201 without an id": Fault.status(201, body=b'{"success": true, "message": "created"}'),
     "201 with null for an id": Fault.status(201, body=b'{"workflow_version_execution_id": null}'),
@@ -157,7 +155,6 @@ LOST = {
     "201 with true for an id": Fault.status(201, body=b'{"workflow_version_execution_id": true}'),
     "201 that is no object": Fault.status(201, body=b"[787]"),
     "204": Fault.status(204, body=b""),
-    "200 that is HTML": Fault.status(200, body=b"<html>hello</html>"),
     "too large": Fault.oversize(200_000),
 }
 
@@ -193,6 +190,7 @@ async def test_a_lost_answer_is_start_unknown_and_never_repeated(
         (404, NotFound),
         (422, UnprocessableEntity),
         (425, StatusError),
+        (499, StatusError),
     ],
 )
 async def test_a_refused_start_is_its_status_error(
@@ -272,6 +270,16 @@ async def test_a_start_that_cannot_be_sent_in_time_is_a_timeout(
     assert isinstance(caught.value.__cause__, RateLimited) == (wait == "429")
     assert ("429" if wait == "429" else "no connection was made, or none was free, or") in text
     assert "goes on at the server" not in text
+
+
+async def test_a_start_without_any_time_is_a_timeout(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """Its deadline has passed before it can be sent."""
+    with pytest.raises(ExecutionTimeout, match="within 0 s") as caught:
+        await open_session(wait_timeout=0).start(NAME)
+    assert caught.value.timeout == 0.0
+    assert posts(sim) == 0
 
 
 async def test_a_connection_that_is_never_made_is_not_an_unknown_start(
@@ -361,26 +369,6 @@ async def test_a_start_that_cannot_be_prepared_is_an_event(session: Session, rec
 # Cancelled callers and closed sessions
 
 
-async def test_a_start_cancelled_on_the_wire_is_read_to_its_end_and_reported(
-    sim: Simulator, session: Session, recorder: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The caller is released at once; the id is in an event and in the log."""
-    sim.inject(Fault.delay(0.05))
-    starting = await on_the_wire(sim, session)
-    starting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await starting
-    assert recorder.of(ExecutionStarted) == []
-    event = await recorder.next(ExecutionStarted)
-    (run,) = sim.runs
-    assert (event.execution_id, event.abandoned) == (run.execution_id, True)
-    assert event.request.workflow == NAME
-    (record,) = caplog.records
-    assert (record.name, record.levelno) == ("promptlayer_exec", logging.WARNING)
-    assert str(run.execution_id) in record.getMessage()
-    assert (await session.execution(run.execution_id).wait()).complete
-
-
 async def test_a_start_cancelled_before_it_was_sent_starts_nothing(
     sim: Simulator, open_session: Callable[..., Session], recorder: Any
 ) -> None:
@@ -402,40 +390,6 @@ async def test_a_start_cancelled_before_it_was_sent_starts_nothing(
     assert (failed.execution_id, failed.request.workflow) == (None, NAME)
     assert recorder.of(ExecutionStarted) == []
     assert posts(sim) == 0
-
-
-async def test_closing_reads_a_start_on_the_wire_to_its_end(
-    sim: Simulator, session: Session, recorder: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its caller gets `SessionClosed` with the id, which is also in an event and in the log."""
-    sim.inject(Fault.delay(0.05))
-    starting = await on_the_wire(sim, session)
-    await session.aclose()
-    (run,) = sim.runs
-    with pytest.raises(SessionClosed) as caught:
-        await starting
-    assert caught.value.execution_id == run.execution_id
-    (event,) = recorder.of(ExecutionStarted)
-    assert (event.execution_id, event.abandoned) == (run.execution_id, True)
-    assert str(run.execution_id) in caplog.text
-
-
-async def test_closing_awaits_an_abandoned_start_for_request_timeout_at_most(
-    sim: Simulator, open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture
-) -> None:
-    """The log says that its run may exist, because no caller remains to raise it to."""
-    session = open_session(request_timeout=0.2)
-    sim.inject(Fault.stall())
-    starting = await on_the_wire(sim, session)
-    starting.cancel()
-    async with asyncio.timeout(10):
-        await session.aclose()
-    with pytest.raises(asyncio.CancelledError):
-        await starting
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert "may have started" in record.getMessage()
-    assert repr(NAME) in record.getMessage()
 
 
 async def test_closing_ends_everything_else_at_once_while_a_start_is_on_the_wire(
@@ -711,28 +665,6 @@ async def test_a_cancellation_beside_the_answer_loses_nothing(
         server.asked.clear()
         server.may_answer.clear()
     assert steps > 3
-
-
-async def test_an_abandoned_start_that_is_refused_with_429_is_not_sent_again(
-    open_session: Callable[..., Session],
-    recorder: Any,
-    caplog: pytest.LogCaptureFixture,
-    server: Server,
-) -> None:
-    """Nothing started, and nobody waits for it."""
-    server.status = 429
-    session = open_session(base_url=server.base_url)
-    starting = asyncio.create_task(session.start(NAME))
-    await server.asked.wait()
-    starting.cancel()
-    await asyncio.wait([starting])
-    server.may_answer.set()
-    await recorder.next(StartFailed)
-    await session.aclose()
-    (failed,) = recorder.of(StartFailed)
-    assert isinstance(failed.error, asyncio.CancelledError)
-    assert server.posts == 1
-    assert caplog.records == []
 
 
 @pytest.mark.parametrize("status", [201, 429])

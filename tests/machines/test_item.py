@@ -1,0 +1,229 @@
+"""Items of a batch in any weather, and with deaths of the process: none is paid for twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from promptlayer_exec import PollPolicy, RequestError, RetryPolicy, StartRequest
+from promptlayer_exec.dbos import Batch, StoredOutcome
+from promptlayer_exec.dbos import _breaker as breakers
+from promptlayer_exec.dbos import _items as items
+from promptlayer_exec.dbos import _liveness as liveness
+from promptlayer_exec.dbos import _store as stores
+from promptlayer_exec.dbos import _worker as workers
+from promptlayer_exec.simulator import Scenario, SimNode
+
+REFUSED = ["429", "400"]  # these prove that nothing was started
+POSTS = [
+    *["fair", "fair", "fair", *REFUSED, "503", "cut", "cut before the answer", "lost"],
+    *["cut in the answer", "a page", "die before", "die after"],
+]
+GETS = [
+    *["fair", "429", "503", "cut", "cut before the answer", "cut in the answer", "a page"],
+    *["404", "die before", "die after"],
+]
+KEYS = [str(number) for number in range(12)]
+BAD = {"4", "7"}  # the runs of these fail
+
+
+class Working(RuleBasedStateMachine):
+    """Works on a batch, in worker after worker: a death leaves what the database has then."""
+
+    def __init__(self, world: Any, prepared: Path, folder: Path) -> None:
+        super().__init__()
+        self.world, self.sim, self.folder = world, world.sim, folder
+        self.files = 0
+        self.url = self.next_file()
+        shutil.copy(prepared, self.path)
+        self.added: set[str] = set()
+        self.retried: Counter[str] = Counter()
+        self.is_done = True
+        self.died = asyncio.Event()
+        self.deaths: list[tuple[float, float]] = []  # when workers began that died, and ended
+        world.weather |= {"die before": self.die_before, "die after": self.die_after}
+        self.sim.add_workflow("echo", scenario)
+        self.session = world.open_session(
+            poll=PollPolicy.fixed(0.01),
+            retry=RetryPolicy(outage=0.2, watch_outage=0.2, base=0.001),
+            rate=None,
+        )
+
+    def next_file(self) -> str:
+        """Return the URL of a new database."""
+        self.files += 1
+        self.path = self.folder / f"{id(self)}-{self.files}.sqlite"
+        return f"sqlite:///{self.path}"
+
+    @property
+    def batch(self) -> Batch:
+        """The batch, as a new process finds it."""
+        return Batch("nightly", database_url=self.url, session=self.session, max_in_flight=3)
+
+    async def die_before(self, request: web.BaseRequest, answer: Any) -> web.StreamResponse:
+        """Let the worker die, and the server not do what was asked."""
+        with closing(sqlite3.connect(self.path)) as now:
+            self.url = self.next_file()
+            with closing(sqlite3.connect(self.path)) as left:
+                now.backup(left)
+        self.world.is_cut_off = True
+        self.died.set()
+        return await self.world.weather["cut"](request, answer)  # type: ignore[no-any-return]
+
+    async def die_after(self, request: web.BaseRequest, answer: Any) -> web.StreamResponse:
+        """Let the worker die once the server has done what was asked."""
+        answer()
+        return await self.die_before(request, answer)
+
+    @precondition(lambda self: not self.is_done or len(self.added) < len(KEYS))
+    @rule(
+        keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=8),
+        posts=st.lists(st.sampled_from(POSTS), max_size=5),
+        gets=st.lists(st.sampled_from(GETS), max_size=5),
+        requests=st.sampled_from([None, None, 1, 2, 5]),
+    )
+    def work(
+        self, keys: list[str], posts: list[str], gets: list[str], requests: int | None
+    ) -> None:
+        """Add items, perhaps again; work until all is done, or a death or a cancellation."""
+        added = self.batch.add(StartRequest("echo", {"n": key}, key=key) for key in keys)
+        assert self.world.run(added) == len({*keys} - self.added)
+        self.added |= {*keys}
+        self.world.coming["POST"].extend(posts)
+        self.world.coming["GET"].extend(gets)
+        self.world.run(self.work_on(requests))
+        self.world.calm()
+
+    async def work_on(self, requests: int | None) -> None:
+        """Work in one worker."""
+        self.died = asyncio.Event()
+        waits = [asyncio.create_task(self.died.wait())]
+        if requests is not None:
+            count = self.sim.request_count + requests
+            waits.append(asyncio.create_task(self.sim.wait_for_requests(count)))
+        self.is_done = False
+        began = self.world.now()
+        working = asyncio.create_task(self.batch.work())
+        async with asyncio.timeout(30):
+            await asyncio.wait([working, *waits], return_when=asyncio.FIRST_COMPLETED)
+            for task in (working, *waits):
+                task.cancel()
+            await asyncio.wait([working, *waits])
+        self.world.is_cut_off = False
+        if self.died.is_set():
+            self.deaths.append((began, self.world.now()))
+        with suppress(RequestError, asyncio.CancelledError):  # an outage concerns all items
+            status = await working
+            self.is_done = status.finished == status.total
+
+    @precondition(lambda self: self.added and self.is_done)
+    @rule()
+    def retry(self) -> None:
+        """Start the unknown items again, knowingly."""
+        unknown = [key for key, it in self.outcomes().items() if it.kind == "unknown"]
+        assert self.world.run(self.batch.retry(unknown=True)) == len(unknown)
+        self.retried.update(unknown)
+        self.is_done = not unknown
+
+    def outcomes(self) -> dict[str, StoredOutcome]:
+        """Return the last outcome of each item."""
+
+        async def read() -> dict[str, StoredOutcome]:
+            return {it.key: it async for it in self.batch.outcomes(until_done=False)}
+
+        found: dict[str, StoredOutcome] = self.world.run(read())
+        return found
+
+    @invariant()
+    def check(self) -> None:
+        """Check that no item was started twice, unless its answer was lost and it was retried."""
+        for key in KEYS:
+            asked = [weather for _, weather in self.asked(key) if weather not in REFUSED]
+            most = (key in self.added) + self.retried[key]
+            assert len(self.runs_of(key)) <= len(asked) <= most
+
+    def asked(self, key: str) -> list[tuple[float, str]]:
+        """Return when the server read the starts of an item, and with which weather."""
+        return [
+            (at, weather)
+            for at, request, weather in self.world.served
+            if request.method == "POST" and json.loads(request.body)["input_variables"]["n"] == key
+        ]
+
+    def runs_of(self, key: str) -> list[int]:
+        """Return the ids of the runs that the server has started for an item."""
+        return [run.execution_id for run in self.sim.runs if run.inputs["n"] == key]
+
+    def teardown(self) -> None:
+        """End the session."""
+        self.world.end(self.check_at_the_end, self.session)
+
+    def check_at_the_end(self) -> None:
+        """Check that the batch is done by a last worker, and that each outcome is true."""
+        status = self.world.run(asyncio.wait_for(self.batch.work(), 30))
+        self.check()
+        outcomes = self.outcomes()
+        assert outcomes.keys() == self.added
+        kinds = Counter(outcome.kind for outcome in outcomes.values())
+        assert (status.total, status.finished) == (len(self.added), len(self.added))
+        assert kinds == +Counter(
+            succeeded=status.succeeded, failed=status.failed, unknown=status.unknown
+        )
+        for key, outcome in outcomes.items():
+            ids = self.runs_of(key)
+            if outcome.kind == "unknown":
+                assert outcome.execution_id is None
+                sent = self.asked(key)
+                died = any(not sent or began < sent[-1][0] < end for began, end in self.deaths)
+                assert died or sent[-1][1] != "fair"
+            elif outcome.execution_id is None:
+                assert outcome.error is not None
+                assert outcome.error.type == "BadRequest"
+                assert len(ids) <= self.retried[key]
+            else:
+                assert outcome.execution_id == ids[-1]
+                assert outcome.succeeded == (key not in BAD)
+                assert outcome.output == (f"output of {key}" if outcome.succeeded else None)
+
+
+def scenario(inputs: Any) -> Scenario:
+    """Return a run that ends at once."""
+    status = "FAILED" if inputs["n"] in BAD else "SUCCESS"
+    value = f"output of {inputs['n']}"
+    return Scenario([SimNode("Answer", value, status=status, is_output_node=True)])
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # DBOS is ended at once here
+def test_items_in_any_weather(
+    make_world: Any,
+    run_machine: Callable[..., None],
+    batches_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each runs once, and its output is its own, whichever worker dies and at which step."""
+    for module, name, value in (
+        (stores, "_QUEUE_INTERVAL", 0.01),
+        (workers, "_CHECK_INTERVAL", 0.01),
+        (workers, "_ENDING", 0.1),
+        (time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.05))),
+        (items, "_FIRST_DELAY", 0.02),
+        (breakers, "_FIRST_PAUSE", 0.02),
+        (liveness, "HEARTBEAT_INTERVAL", 0.05),
+        (liveness, "_is_gone", lambda process: True),  # each worker but the one that looks
+    ):
+        monkeypatch.setattr(module, name, value)
+    run_machine(lambda: Working(make_world(is_virtual=False), batches_file, tmp_path), 6, 5)
