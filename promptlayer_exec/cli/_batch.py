@@ -124,7 +124,7 @@ async def _run(
         async with session() as opened:
             await items.check_inputs(opened, batch, base_url)
         new, count = await _add(batch, items), len(items.lines)
-        known = f", {count - new} already known" if new < count else ""
+        known = f", {count - new} added before" if new < count else ""
         err(f"batch {printable(batch_name)}: {batches.item_count(count)}{known}")
         options = await batches.command_options(name, batch_name, database)
         write = partial(write_results, batch, result_file)

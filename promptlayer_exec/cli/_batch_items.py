@@ -15,7 +15,7 @@ from promptlayer_exec import NotFound, RequestError, Session, StartRequest
 from promptlayer_exec._integration import DEFINITION_TIMEOUT, MAX_ID, printable
 from promptlayer_exec.cli._arguments import needs
 from promptlayer_exec.cli._exit import Misuse, describe, suggest
-from promptlayer_exec.cli._text import err, quoted
+from promptlayer_exec.cli._text import err, quoted, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch
@@ -119,11 +119,17 @@ class ItemFile:
                 err(f"inputs are not checked: {describe(error) or late}")
                 break
             else:
+                others = set[str]()
                 for names, numbers in given.items():
                     try:
                         found.check_inputs(dict.fromkeys(names))
                     except ValueError as error:
                         problems |= dict.fromkeys(numbers, needs(error, workflow, base_url))
+                    else:
+                        others |= {*names} - {*(found.required_inputs or names)}
+                if others:
+                    listed = shorten(", ".join(map(quoted, sorted(others))), 200)
+                    err(f"note: {_named(workflow)} does not require {listed}: sent all the same")
         return problems
 
     def __iter__(self) -> Iterator[StartRequest]:

@@ -150,7 +150,7 @@ def _summary(snapshot: Snapshot) -> list[Text]:
         lines.append(line.append(printable(failure_reason(node), keep="\n\t")))
     result = Text(result_line(snapshot))
     style = "bold green" if snapshot.succeeded else "bold red"
-    result.stylize(style, end=result.plain.index(" after "))
+    result.stylize(style, end=result.plain.index(": "))
     return [*lines, result]
 
 

@@ -77,10 +77,14 @@ def failure_reason(node: Node) -> str:
 
 
 def result_line(snapshot: Snapshot, *, timed: bool = True) -> str:
-    """Return how a complete execution ended, after which time, and how its nodes did."""
+    """Return how a complete execution ended, after which time, and how its nodes did.
+
+    There is no time if no node was seen running: the execution may have ended long before.
+    """
     verdict = "succeeded" if snapshot.succeeded else "failed"
     if not (snapshot.succeeded or snapshot.failed_nodes):
         verdict = "failed (no output node succeeded)"
+    timed = timed and any(times.running is not None for times in snapshot.times.values())
     time = f" after {duration(snapshot.elapsed)}" if timed else ""
     counts = [f"{count} {printable(status)}" for status, count in snapshot.counts.items()]
     nodes = ", ".join(counts) or "no nodes"

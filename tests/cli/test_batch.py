@@ -112,7 +112,7 @@ def test_a_batch_is_run_and_its_results_are_written(
     (tmp_path / "out.jsonl").write_text(text.removesuffix("\n"))  # as after a kill
     code, _, err = run(*command)
     assert code == 1
-    assert err.startswith("batch night: 3 items, 3 already known\n")
+    assert err.startswith("batch night: 3 items, 3 added before\n")
     assert sorted((tmp_path / "out.jsonl").read_text()) == sorted(text)
     code, out, _ = run("run", file, "--workflow", "echo")
     assert (tmp_path / "state/promptlayer-exec/batches.sqlite").exists()
@@ -288,11 +288,13 @@ def test_lines_that_cannot_run_are_reported_before_anything_is_added(
     ]
     assert sim.request_count == 4
     assert (run("status")[1], sim.runs) == ("", [])
-    write(file, {"key": "a", "inputs": {"first": "x", "last": "y"}})
-    assert run("run", file, "--workflow", "pair", "--out", "out.jsonl")[0] == 0
+    write(file, {"key": "a", "inputs": {"first": "x", "last": "y", "more": "z"}})
+    code, _, err = run("run", file, "--workflow", "pair", "--out", "out.jsonl")
+    note = "note: workflow 'pair' does not require 'more': sent all the same"
+    assert (code, err.splitlines()[0]) == (0, note)
     sim.add_version("pair", scenario, inputs={"name": "string"})
     code, _, err = run("run", file, "--workflow", "pair", "--out", "out.jsonl")
-    assert (code, err.splitlines()[0]) == (0, "batch night: 1 item, 1 already known")
+    assert (code, err.splitlines()[0]) == (0, "batch night: 1 item, 1 added before")
 
 
 def test_a_file_that_is_refused_leaves_the_results_alone(run: Run, tmp_path: Path) -> None:

@@ -94,12 +94,12 @@ class TestWatch:
         assert command.end() == (0, "", "")
 
     def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, call: Call) -> None:
-        """The line of a failed node has its whole message, escaped."""
+        """A failed node has its whole message, escaped; what was over before has no time."""
         execution_id = sim.add_execution(FAILED)
         code, out, err = call("watch", execution_id)
         assert code == 1
         assert r"think  FAILED   no idea\nat \x1b[31mall" in out
-        assert f"execution {execution_id} failed after" in out.splitlines()[-1]
+        assert f"execution {execution_id} failed: " in out.splitlines()[-1]
         assert err == ""
 
     def test_json_lines(self, sim: Simulator, start: Start) -> None:
