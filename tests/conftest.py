@@ -33,6 +33,11 @@ def _our_tasks() -> list[str]:
     return sorted(name for name in names if name.startswith("promptlayer_exec"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests, so that no process has one left when the others are done."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible() -> Iterator[None]:
     """Let the commands receive SIGINT even if the tests run in the background of a script."""

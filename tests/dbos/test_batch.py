@@ -879,5 +879,5 @@ async def test_the_example_in_docs_batches_works(
         return Scenario([SimNode("Grade", 1, status=status, is_output_node=True)])
 
     sim.add_workflow("grade", scenario)
-    endings = await names["grade"](names["nightly"](url), {"a": "otters", "b": "newts"})
+    endings = await names["grade"](names["batch_of"]("monday", url), {"a": "otters", "b": "newts"})
     assert endings == {"a": "ok", "b": "ExecutionFailed"}

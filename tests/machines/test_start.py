@@ -29,19 +29,9 @@ from promptlayer_exec.webhooks import Callbacks
 REFUSED = ["429", "429 for 3 s"]
 ANSWERED = ["fair", "slow", "late"]  # within the session's `request_timeout`
 WEATHER = [
-    *[
-        "fair",
-        "fair",
-        "fair",
-        *REFUSED,
-        "503",
-        "503 for 3 s",
-        "400",
-        "a page",
-        "cut",
-        "cut before the answer",
-    ],
-    *["cut in the answer", "lost", "stall", "slow", "late", "too late"],
+    *["fair", "fair", "fair", *REFUSED, "503", "503 for 3 s", "400", "a page"],
+    *["cut", "cut before the answer", "cut in the answer"],
+    *["lost", "stall", "slow", "late", "too late"],
 ]
 DONE = Scenario([SimNode("Answer", "42", is_output_node=True)])
 CALLBACKS = Callbacks("http://127.0.0.1:9/callbacks", secret="s3cret")
