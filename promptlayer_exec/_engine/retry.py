@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from random import random
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import attrs
 
-from promptlayer_exec._api.attempt import Attempt, Send
+from promptlayer_exec._api.attempt import Attempt, Send, SendOnce
 from promptlayer_exec._api.messages import Reply, Request, Response
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import NotFound, RateLimited, RequestError, StatusError, printable
 from promptlayer_exec._events import Emit, RequestRetried, logger
 from promptlayer_exec._policies import RetryPolicy, is_transient, or_infinity
 from promptlayer_exec._recent import Recent
-
-if TYPE_CHECKING:
-    from promptlayer_exec._engine.start import Start
 
 T = TypeVar("T")
 
@@ -140,7 +137,7 @@ class Retrying:
         *,
         due: float,
         first: bool = False,
-        once: Start | None = None,
+        once: SendOnce | None = None,
     ) -> Reply[T]:
         """Return the first good answer to a request that is due at `due`, or raise the last error.
 
@@ -169,7 +166,7 @@ class Retrying:
                 self._outages.end(state, answered=answered)
 
     def _delay(
-        self, error: RequestError, request: Request, state: RetryState, once: Start | None
+        self, error: RequestError, request: Request, state: RetryState, once: SendOnce | None
     ) -> float | None:
         """Record a failed attempt; return the seconds before the next, or None."""
         error.execution_id = request.execution_id
@@ -190,7 +187,7 @@ class Retrying:
             self._emit(RequestRetried(request.execution_id, error, delay))
         return delay
 
-    def _is_transient(self, error: RequestError, once: Start | None) -> bool:
+    def _is_transient(self, error: RequestError, once: SendOnce | None) -> bool:
         """Return True if a failure is worth another attempt."""
         if once is not None:
             may_have_arrived = once.sent or isinstance(error, StatusError)
