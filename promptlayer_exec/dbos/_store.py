@@ -353,7 +353,8 @@ class Store(Database):
         """Reserve the next slots of a rate per second; return the seconds until the first one."""
         now = self._now
         latest: Any = sa.func.max if self.is_sqlite else sa.func.greatest
-        length = slots / rate
+        # The rate may have been replaced since it was read.
+        length = float(slots) / sa.func.coalesce(_batches.c.rate, rate)
         # By how much the clock was put back since the last reservation: the next slot moves along.
         put_back = latest(sa.func.coalesce(_batches.c.reserved_at, now) - now, 0.0)
         update = (

@@ -52,6 +52,13 @@ def test_many_runs_are_adopted_at_once(store: Store) -> None:
     assert reports.kinds(store, "b", keys) == dict.fromkeys(keys)
 
 
+def test_slots_are_as_long_as_the_stored_rate_says(store: Store) -> None:
+    """A worker that does not know yet that the rate was raised reserves no minutes."""
+    store.store_settings("b", {"rate": 1000.0})
+    for _ in range(2):
+        assert store.reserve("b", 1, rate=0.01) < 1.0
+
+
 def test_an_item_that_ends_twice_in_one_call_is_counted_once(store: Store) -> None:
     """As the ending that is stored."""
     store.add("b", [Row("1", "{}", "")])
