@@ -123,12 +123,13 @@ def _read_switch(variable: str) -> bool | None:
 
 
 def _find_trust_env(trust_env: Any) -> Any:
-    return False if _read_switch(_TRUST_VARIABLE) is False else trust_env
+    is_off = _read_switch(_TRUST_VARIABLE) is False
+    return False if is_off and trust_env is True else trust_env
 
 
 def _find_push(push: Any) -> Any:
     variable = _read_switch(_PUSH_VARIABLE)
-    return variable if push is None or variable is False else push
+    return variable if push is None or (push is True and variable is False) else push
 
 
 def find_proxy(settings: Settings, base_url: str) -> str | None:

@@ -47,8 +47,8 @@ class Lifetime:
         self._stop()
 
     def is_closing(self) -> bool:
-        """Return True if closing has begun."""
-        return self._closing.is_set()
+        """Return True if closing has begun, or the event loop is closed."""
+        return self._closing.is_set() or self._loop.is_closed()
 
     def check_open(self) -> None:
         """Raise `SessionClosed` if closing has begun, `RuntimeError` in another event loop."""
@@ -87,15 +87,18 @@ class Lifetime:
 
     def close(self) -> None:
         """Begin closing: end everything that runs."""
-        if not self._supervisor.done():
+        if not self._has_ended():
             self.check_loop()
             self._closing.set()
 
     async def wait_closed(self) -> None:
         """Wait until everything has ended; any number of tasks may wait at once."""
-        if not self._supervisor.done():
+        if not self._has_ended():
             self.check_loop()
             await asyncio.wait([self._supervisor])
+
+    def _has_ended(self) -> bool:
+        return self._supervisor.done() or self._loop.is_closed()
 
     async def _supervise(self) -> None:
         try:

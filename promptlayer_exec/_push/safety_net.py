@@ -22,8 +22,6 @@ _TIMES_WAITED = 10.0
 _LAST_CALL = 1.0
 # A first poll waits this long for the first subscription, which then makes it unnecessary.
 _SUBSCRIBING = 0.5
-# The shortest time from a poll to the one for what was missed, if the policy's floor is longer.
-_MISSED_GAP = 0.5
 
 
 @attrs.define(eq=False)
@@ -57,7 +55,7 @@ class SafetyNet:
                 return max(scheduled, self._known_at + min(floor, _SUBSCRIBING))
             return scheduled
         if since > self._known_at:
-            return min(scheduled, self._known_at + min(floor, _MISSED_GAP))
+            return min(scheduled, self._known_at + min(floor, _FIRST))
         doublings = min(self._polls, 64) if self.channel.has_announced else 0
         gap = max(_FIRST * 2.0**doublings, _TIMES_WAITED * self._waited)
         due = max(scheduled, self._known_at + min(gap, _LONGEST))

@@ -38,7 +38,7 @@ async def status(
     as_json: JsonLines = False,
 ) -> None:
     """Print the progress of the batches in a database."""
-    found = await batches.names(database)
+    found = await batches.names(database, needed=name is not None)
     for each in found if name is None else [batches.choose(name, found)]:
         _, batch = await batches.chosen_batch(each, database)
         counts = await batch.status()
@@ -58,8 +58,8 @@ async def list_batches(database: batches.Database = None, *, as_json: JsonLines 
     After the counts of its items, a line has the time when the first was added (UTC), and the
     settings: how many items run at most, and how many requests are sent per second at most.
     """
-    found = await batches.names(database)
-    if database is None and not as_json:
+    found = await batches.names(database, needed=False)
+    if found and database is None and not as_json:
         err(f"in {batches.shown_database(database)}")
     for each in found:
         _, batch = await batches.chosen_batch(each, database)

@@ -138,11 +138,14 @@ def choose(name: str | None, found: list[str]) -> str:
     raise Misuse(f"{what}; batches in the database: {known}")
 
 
-async def names(database: str | None) -> list[str]:
-    """Return the names of the batches in a database, of which there must be one."""
+async def names(database: str | None, *, needed: bool = True) -> list[str]:
+    """Return the names of the batches in a database; say if there are none."""
     found = await _find(database)
     if not found:
-        raise Misuse(f"there is no batch in {shown_database(database)}")
+        what = f"there is no batch in {shown_database(database)}"
+        if needed:
+            raise Misuse(what)
+        err(what)
     return found
 
 

@@ -254,7 +254,11 @@ def _report(error: Exception, subject: Subject) -> ExitCode:
     err(message)
     # A server that refused the id or the key would do so again.
     statuses = promptlayer_exec.RetryPolicy().statuses
-    is_refused = isinstance(error, promptlayer_exec.StatusError) and error.status not in statuses
+    is_refused = (
+        isinstance(error, promptlayer_exec.StatusError)
+        and error.status not in statuses
+        and error.last_snapshot is None
+    )
     can_go_on = code is not ExitCode.USAGE and not is_refused
     if execution_id is not None and subject.resumable and can_go_on:
         again = suggest(f"watch {execution_id}", subject.base_url)

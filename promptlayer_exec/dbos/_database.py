@@ -51,10 +51,12 @@ _LOCKED = 5_000
 # Writing transactions lock the file when they begin, and wait so many seconds for each other.
 _SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 10.0}
 _CREATE_TABLES_LOCK = 0x70726F6D707479
-# A worker has one more to PostgreSQL, on which DBOS listens. Calls wait for a connection as long as
-# they would retry. To SQLite there are as many as are needed (0): those that wait for a locked file
-# would keep all others waiting.
-_CONNECTIONS = 5
+# Connections to PostgreSQL, of ours and of DBOS. A worker has one more, on which DBOS listens. Each
+# has its own, because while the database is away, the threads of DBOS wait in all of theirs. To
+# SQLite there are as many as are needed (0): those that wait for a locked file would keep all
+# others waiting.
+_CONNECTIONS = 2
+_CONNECTIONS_OF_DBOS = 3
 _ENDED = "the work was ended"
 _stop: ContextVar[threading.Event] = ContextVar("stop")
 
@@ -94,17 +96,22 @@ class Database:
             if self.is_sqlite
             else url.update_query_pairs((name, str(value)) for name, value in options.items())
         )
-        self.engine = sa.create_engine(
-            url,
-            pool_size=0 if self.is_sqlite else _CONNECTIONS,
-            max_overflow=0,
-            pool_timeout=RETRY_FOR,
-            connect_args=_SQLITE_OPTIONS if self.is_sqlite else options,
+        self.engine, self.engine_of_dbos = (
+            sa.create_engine(
+                url,
+                pool_size=0 if self.is_sqlite else size,
+                max_overflow=0,
+                pool_timeout=RETRY_FOR,
+                connect_args=_SQLITE_OPTIONS if self.is_sqlite else options,
+            )
+            for size in (_CONNECTIONS, _CONNECTIONS_OF_DBOS)
         )
         sa.event.listen(self.engine, "do_connect", self._connect)
-        sa.event.listen(self.engine, "handle_error", self._translate)
-        if not self.is_sqlite:
-            mark_lost_connections(self.engine)
+        sa.event.listen(self.engine_of_dbos, "do_connect", self._wait_to_connect)
+        for engine in (self.engine, self.engine_of_dbos):
+            sa.event.listen(engine, "handle_error", self._translate)
+            if not self.is_sqlite:
+                mark_lost_connections(engine)
         self._ended = threading.Event()  # ends the waiting of all threads, now and later
         self._lock = threading.Lock()
         self._away_since: float | None = None
@@ -178,6 +185,7 @@ class Database:
     def close(self) -> None:
         """Close the connections that are not in use."""
         self.engine.dispose()
+        self.engine_of_dbos.dispose()
 
     def rows(self, query: sa.Select[Any]) -> Sequence[Any]:
         """Return the rows of a query."""
@@ -227,20 +235,23 @@ class Database:
                 return done
 
     def _connect(self, dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
-        """Make a connection for SQLAlchemy's event `do_connect`; wait until one can be made."""
+        """Make a connection, for SQLAlchemy's event `do_connect`."""
+        connection = dialect.connect(*arguments, **options)
+        if not self.is_sqlite:
+            _limit_transactions(connection)
+        return connection
+
+    def _wait_to_connect(self, dialect: Any, *arguments: Any) -> Any:
+        """Make a connection for DBOS, which would give up too soon: wait until one can be made."""
         began = time.monotonic()
         while not self._ended.is_set():
             try:
-                connection = dialect.connect(*arguments, **options)
-                if not self.is_sqlite:
-                    _limit_transactions(connection)
+                return self._connect(dialect, *arguments)
             except dialect.loaded_dbapi.OperationalError as error:
                 self._failed(error)
                 is_late = time.monotonic() - began > self.patience
                 if is_late or _stop.get(self._ended).wait(_RETRY_INTERVAL):
                     raise DatabaseLost(reason_of(error)) from error
-            else:
-                return connection
         raise DatabaseLost(_ENDED)
 
     def _translate(self, context: sa.ExceptionContext) -> None:

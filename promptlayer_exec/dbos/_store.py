@@ -46,7 +46,8 @@ VERSION = "3"
 _QUEUE_INTERVAL = 0.2
 _DELETED_AT_ONCE = 500
 _KEYS_AT_ONCE = 500
-_OUTCOMES_AT_ONCE = 50  # each may have megabytes
+_OUTCOMES_AT_ONCE = 1000
+_OUTCOME_LENGTH = 4 * 2**20  # one may have megabytes
 _item = _items.c
 # PostgreSQL: DBOS's documented function for other languages; from Python, each takes four round
 # trips. Its arguments are the JSON of `DBOSPortableJSONSerializer`.
@@ -83,7 +84,7 @@ class Store(Database):
         # JSON, because DBOS's default is pickle: with it, write access to the database would be
         # enough to run code in every worker.
         self._client = DBOSClient(
-            system_database_engine=self.engine,
+            system_database_engine=self.engine_of_dbos,
             serializer=DBOSPortableJSONSerializer(),
             application_name=APPLICATION,
             lazy=True,
@@ -192,9 +193,20 @@ class Store(Database):
         return self.transact(finish)
 
     def outcomes(self, batch: str, after: int) -> Sequence[Any]:
-        """Return the numbers and the JSON of the next outcomes, in the order they were stored."""
-        query = sa.select(_item.seq, _item.outcome).where(_item.batch == batch, _item.seq > after)
-        return self.rows(query.order_by(_item.seq).limit(_OUTCOMES_AT_ONCE))
+        """Return the numbers and the JSON of the next outcomes, in the order they were stored.
+
+        There are no more when one has brought their length to `_OUTCOME_LENGTH` characters.
+        """
+        later = _item.batch == batch, _item.seq > after
+        length = sa.func.length(_item.outcome)
+        sizes = sa.select(_item.seq, length).where(*later).order_by(_item.seq)
+        total, last = 0, after
+        for row in self.rows(sizes.limit(_OUTCOMES_AT_ONCE)):
+            total, last = total + row[1], row.seq
+            if total >= _OUTCOME_LENGTH:
+                break
+        query = sa.select(_item.seq, _item.outcome).where(*later, _item.seq <= last)
+        return self.rows(query.order_by(_item.seq)) if last > after else []
 
     def is_finished(self, batch: str) -> bool:
         """Return True if every item has an outcome."""

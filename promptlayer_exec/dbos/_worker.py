@@ -96,7 +96,7 @@ class Worker:
             config={
                 "name": APPLICATION,
                 "system_database_url": self._store.url,
-                "system_database_engine": self._store.engine,
+                "system_database_engine": self._store.engine_of_dbos,
                 "application_version": VERSION,
                 "executor_id": self._executor,
                 "log_level": "WARNING",

@@ -1,9 +1,11 @@
-"""Answers to `GET /executions/{id}`."""
+"""Answers to `GET /executions/{id}`: one request to PromptLayer for all callers of a moment."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import attrs
@@ -24,12 +26,28 @@ class Answers:
 
     _hidden: Collection[str]
     _kept: dict[_Key, _Answer] = attrs.field(init=False, factory=dict)  # oldest first
+    _readings: dict[_Key, asyncio.Task[_Answer]] = attrs.field(init=False, factory=dict)
 
     async def get(self, session: Session, execution_id: int) -> _Answer:
         """Return the nodes of an execution as they are now, and a tag if it is complete."""
         key = (session, execution_id)
         if (kept := self._kept.get(key)) is not None:
             return kept
+        reading = self._readings.get(key)
+        if reading is None:
+            reading = asyncio.create_task(self._read(key), name="promptlayer_exec.Answer")
+            self._readings[key] = reading
+            reading.add_done_callback(partial(self._forget, key))
+        await asyncio.wait([reading])  # unlike `await`, it does not pass on a cancellation
+        return reading.result()
+
+    def _forget(self, key: _Key, reading: asyncio.Task[_Answer]) -> None:
+        del self._readings[key]
+        if not reading.cancelled():
+            reading.exception()  # not to be logged, even if all callers have left
+
+    async def _read(self, key: _Key) -> _Answer:
+        session, execution_id = key
         snapshot = await session.execution(execution_id).snapshot()
         shown = shown_snapshot(snapshot, self._hidden)
         body = dump_json(shown).encode()

@@ -38,6 +38,7 @@ Report = Callable[[float, float | None, str | None], Awaitable[None]]
 _logger = logging.getLogger("promptlayer_exec")
 _OUTPUT_TIMEOUT = 10.0
 _MOST_WORKFLOWS = 100
+_MOST_KNOWN = 1_000
 
 
 def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
@@ -250,7 +251,7 @@ class Calls:
             raise Refused(
                 f"{error} Do not call this tool again for the same purpose: ask the user."
             ) from error
-        self.running[execution.id] = name
+        self._remember(execution.id, name)
         warning = {"warning": clip(execution.warning, 1_000)} if execution.warning else {}
         return execution, warning
 
@@ -336,8 +337,14 @@ class Calls:
         if snapshot.complete:
             self.running.pop(snapshot.execution_id, None)
         else:
-            self.running.setdefault(snapshot.execution_id, None)
+            self._remember(snapshot.execution_id, self.running.get(snapshot.execution_id))
         return snapshot
+
+    def _remember(self, execution_id: int, workflow: str | None) -> None:
+        self.running.pop(execution_id, None)
+        self.running[execution_id] = workflow
+        if len(self.running) > _MOST_KNOWN:
+            del self.running[next(iter(self.running))]
 
 
 CALLS: Mapping[str, Callable[[Calls, Mapping[str, Any], Report], Awaitable[CallToolResult]]] = {

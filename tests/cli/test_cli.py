@@ -819,6 +819,12 @@ class TestExit:
         again = f"again with:\n  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n"
         assert err.endswith(again) is (command[0] == "watch")
 
+    def test_without_standard_output(self, sim: Simulator, start: Start) -> None:
+        """If it is closed from the start, the output is discarded."""
+        execution_id = sim.add_execution(DONE)
+        command = start("watch", execution_id, program=redirected("RUN <&- >&-"))
+        assert command.end() == (0, "", "")
+
     def test_a_full_disk_is_exit_code_74(self, sim: Simulator, start: Start) -> None:
         """Every command reports in one line that standard output cannot be written."""
         execution_id = sim.add_execution(DONE)

@@ -15,6 +15,7 @@ from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _groups as groups
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _reports as reports
+from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent, Started
 from promptlayer_exec.dbos._location import check_url
@@ -50,6 +51,19 @@ def test_many_runs_are_adopted_at_once(store: Store) -> None:
         assert all(threads.map(adopt, keys))
     assert time.monotonic() - began < 20.0
     assert reports.kinds(store, "b", keys) == dict.fromkeys(keys)
+
+
+def test_outcomes_are_read_a_few_at_a_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call ends with the outcome that reaches the limit, however long that one is."""
+    monkeypatch.setattr(stores, "_OUTCOME_LENGTH", 100)
+    sizes = [10, 50, 50, 200, 1]
+    store.add("b", [Row(str(n), "{}", "") for n in range(len(sizes))])
+    store.finish("b", [Ending(str(n), 1, "succeeded", "x" * size) for n, size in enumerate(sizes)])
+    read, last = [], 0
+    while rows := store.outcomes("b", last):
+        read.append([len(row.outcome) for row in rows])
+        last = rows[-1].seq
+    assert read == [[10, 50, 50], [200], [1]]
 
 
 def test_slots_are_as_long_as_the_stored_rate_says(store: Store) -> None:

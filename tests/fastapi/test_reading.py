@@ -180,6 +180,36 @@ def test_unknown_fields_are_refused() -> None:
         create_router(allow, authorize=allow, max_streams=0)
 
 
+async def test_callers_of_one_moment_share_a_request(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """A caller that leaves does not take it from the others; the next caller asks again."""
+    path = f"/executions/{held}"
+    sim.inject(Fault.delay(0.2))
+    async with connect(session) as client:
+        callers = [asyncio.create_task(client.get(path)) for _ in range(20)]
+        await sim.wait_for_requests(1)
+        callers.pop(0).cancel()
+        answers = await asyncio.gather(*callers)
+        assert {answer.text for answer in answers} == {answers[0].text}
+        assert (answers[0].status_code, sim.request_count) == (200, 1)
+        assert answers[0].headers["cache-control"] == "no-store"
+        assert "etag" not in answers[0].headers
+        assert (await client.get(path)).json()["complete"] is False
+    assert sim.request_count == 2
+
+
+async def test_an_error_is_shared_and_not_kept(sim: Simulator, session: Session, held: int) -> None:
+    """Callers that come after it ask again."""
+    sim.inject(Fault.delay(0.1))
+    async with connect(session) as client:
+        missing = [asyncio.create_task(client.get("/executions/77")) for _ in range(3)]
+        assert [answer.status_code for answer in await asyncio.gather(*missing)] == [404] * 3
+        assert sim.request_count == 1
+        assert (await client.get("/executions/77")).status_code == 404
+    assert sim.request_count == 2
+
+
 async def test_a_complete_answer_is_kept_and_has_a_tag(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
