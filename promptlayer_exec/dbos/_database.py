@@ -55,7 +55,7 @@ _CREATE_TABLES_LOCK = 0x70726F6D707479
 # has its own, because while the database is away, the threads of DBOS wait in all of theirs. To
 # SQLite there are as many as are needed (0): those that wait for a locked file would keep all
 # others waiting.
-_CONNECTIONS = 2
+_CONNECTIONS = 5
 _CONNECTIONS_OF_DBOS = 3
 _ENDED = "the work was ended"
 _stop: ContextVar[threading.Event] = ContextVar("stop")
