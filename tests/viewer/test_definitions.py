@@ -40,6 +40,7 @@ async def test_the_workflow_of_an_id_is_asked_and_never_guessed(
     status, chosen = await viewer.send("PUT", path, {"workflow": "1"})
     assert (status, chosen["definition"]["name"]) == (200, "report")
     assert (await _graph(viewer, execution_id))["definition"]["name"] == "report"
+    await viewer.board.history.find(execution_id)  # once what was recorded before it is in the file
     again = History(tmp_path / "history.sqlite", server="of a test")
     async with session, Board(session, history=again) as board:
         board.follow(execution_id)
