@@ -30,6 +30,7 @@ from promptlayer_exec._fanout import each
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._models import StartRequest, node_dict
 from promptlayer_exec._policies import Limiter, check_seconds
+from promptlayer_exec._recent import Recent
 from promptlayer_exec._session import Session
 from promptlayer_exec._settings import Settings, find_api_key, find_base_url
 from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
@@ -44,6 +45,7 @@ __all__ = [
     "Fetch",
     "Followers",
     "NodeMap",
+    "Recent",
     "Reply",
     "Response",
     "SendHooks",

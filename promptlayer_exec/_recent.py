@@ -12,21 +12,20 @@ import attrs
 K = TypeVar("K")
 V = TypeVar("V")
 
-_MOST = 10_000
-
 
 @attrs.define(eq=False)
 class Recent(Generic[K, V]):
-    """The latest entries, by key: 10,000 at most, each for a number of seconds."""
+    """The latest entries, by key: so many at most, each for a number of seconds."""
 
     _seconds: float = math.inf
+    _most: int = 10_000
     # Oldest first, with the times at which they were added.
     _entries: dict[K, tuple[V, float]] = attrs.field(init=False, factory=dict)
 
     def add(self, key: K, value: V) -> None:
         self._entries.pop(key, None)
         self._entries[key] = value, time.monotonic()
-        if len(self._entries) > _MOST:
+        if len(self._entries) > self._most:
             del self._entries[next(iter(self._entries))]
 
     def get(self, key: K) -> V | None:
@@ -39,6 +38,10 @@ class Recent(Generic[K, V]):
         value = self.get(key)
         self._entries.pop(key, None)
         return value
+
+    def items(self) -> list[tuple[K, V]]:
+        """Return all entries, the oldest first, those that are too old among them."""
+        return [(key, value) for key, (value, _) in self._entries.items()]
 
     def __iter__(self) -> Iterator[K]:
         return iter(self._entries)

@@ -20,6 +20,7 @@ from promptlayer_exec._workflows import Workflow
 # Seconds for which a start waits for the definition, and for which what came of it is kept.
 DEFINITION_TIMEOUT = 5.0
 _KEPT = 300.0
+_MOST = 1_000
 
 # A workflow's name or id, a label and a version.
 _Key: TypeAlias = tuple[str | int, str | None, int | None]
@@ -33,7 +34,7 @@ class Definitions:
     _spawn: Callable[[Coroutine[Any, Any, Workflow | None]], asyncio.Task[Workflow | None]]
     # Each definition; None if there is none.
     _kept: Recent[_Key, tuple[Workflow | None]] = attrs.field(
-        init=False, factory=lambda: Recent(_KEPT)
+        init=False, factory=lambda: Recent(_KEPT, _MOST)
     )
     _reading: dict[_Key, asyncio.Task[Workflow | None]] = attrs.field(init=False, factory=dict)
     _warned: set[tuple[int, str]] = attrs.field(init=False, factory=set)

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 
 from promptlayer_exec import Session
+from promptlayer_exec._integration import Recent
 from promptlayer_exec.fastapi._responses import dump_json
 from promptlayer_exec.fastapi._shown import shown_snapshot
 
@@ -25,7 +26,7 @@ class Answers:
     """Reads executions, and keeps the latest complete answers, because those do not change."""
 
     _hidden: Collection[str]
-    _kept: dict[_Key, _Answer] = attrs.field(init=False, factory=dict)  # oldest first
+    _kept: Recent[_Key, _Answer] = attrs.field(init=False, factory=lambda: Recent(most=_MOST_KEPT))
     _readings: dict[_Key, asyncio.Task[_Answer]] = attrs.field(init=False, factory=dict)
 
     async def get(self, session: Session, execution_id: int) -> _Answer:
@@ -55,9 +56,7 @@ class Answers:
             return body, None
         answer = body, _tag(shown)
         if len(body) <= _LARGEST_KEPT:
-            self._kept[key] = answer
-            if len(self._kept) > _MOST_KEPT:
-                del self._kept[next(iter(self._kept))]
+            self._kept.add(key, answer)
         return answer
 
 

@@ -26,7 +26,7 @@ from promptlayer_exec import (
     Workflow,
     WorkflowSummary,
 )
-from promptlayer_exec._integration import DEFINITION_TIMEOUT
+from promptlayer_exec._integration import DEFINITION_TIMEOUT, Recent
 from promptlayer_exec.mcp import _arguments as read
 from promptlayer_exec.mcp import _results as results
 from promptlayer_exec.mcp._arguments import Refused
@@ -70,7 +70,9 @@ class Calls:
     session: Session
     allowed: tuple[str, ...] = attrs.field(converter=_names)
     # Executions that were not complete when last seen, the latest last, with what started them.
-    running: dict[int, str | None] = attrs.field(init=False, factory=dict)
+    running: Recent[int, str | None] = attrs.field(
+        init=False, factory=lambda: Recent(most=_MOST_KNOWN)
+    )
     _common_tools: list[Tool] = attrs.field(init=False)
     run_tools: Mapping[str, str] = attrs.field(init=False)  # the workflow of each tool `run_...`
     _inputs: dict[str, Mapping[str, str]] = attrs.field(init=False, factory=dict)
@@ -251,7 +253,7 @@ class Calls:
             raise Refused(
                 f"{error} Do not call this tool again for the same purpose: ask the user."
             ) from error
-        self._remember(execution.id, name)
+        self.running.add(execution.id, name)
         warning = {"warning": clip(execution.warning, 1_000)} if execution.warning else {}
         return execution, warning
 
@@ -335,16 +337,10 @@ class Calls:
 
     def _seen(self, snapshot: Snapshot) -> Snapshot:
         if snapshot.complete:
-            self.running.pop(snapshot.execution_id, None)
+            self.running.pop(snapshot.execution_id)
         else:
-            self._remember(snapshot.execution_id, self.running.get(snapshot.execution_id))
+            self.running.add(snapshot.execution_id, self.running.get(snapshot.execution_id))
         return snapshot
-
-    def _remember(self, execution_id: int, workflow: str | None) -> None:
-        self.running.pop(execution_id, None)
-        self.running[execution_id] = workflow
-        if len(self.running) > _MOST_KNOWN:
-            del self.running[next(iter(self.running))]
 
 
 CALLS: Mapping[str, Callable[[Calls, Mapping[str, Any], Report], Awaitable[CallToolResult]]] = {

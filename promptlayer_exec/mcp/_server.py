@@ -123,7 +123,7 @@ class _Handlers:
                     description=None if workflow is None else f"A run of {workflow!r:.100}",
                     mime_type=_JSON,
                 )
-                for execution_id, workflow in reversed([*self._calls.running.items()][-100:])
+                for execution_id, workflow in reversed(self._calls.running.items()[-100:])
             ]
         )
 

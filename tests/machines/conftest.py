@@ -215,9 +215,9 @@ class World:
             self._back.clear()
             self.outages.append(self.now())
             self.run(self.sim.__aexit__())
-            self.runner.get_loop().call_later(seconds, asyncio.ensure_future, self._come_back())
+            self.runner.get_loop().call_later(seconds, asyncio.ensure_future, self._end_outage())
 
-    async def _come_back(self) -> None:
+    async def _end_outage(self) -> None:
         await self.sim.__aenter__()
         self._back.set()
 
