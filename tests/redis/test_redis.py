@@ -94,13 +94,10 @@ async def all_listen(place: Any, count: int) -> None:
     """Wait until so many sessions receive hints."""
     url, prefix = place
     async with Redis.from_url(url) as client, asyncio.timeout(10):
-        while (
-            dict(
-                await client.pubsub_numsub(*await client.pubsub_channels(f"{prefix}:*"))
-            ).popitem()[1]
-            < count
-        ):
-            pass
+        listening = 0
+        while listening < count:
+            channels = await client.pubsub_channels(f"{prefix}:*")
+            listening = sum(number for _, number in await client.pubsub_numsub(*channels))
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> int:
