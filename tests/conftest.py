@@ -512,5 +512,5 @@ async def viewer(open_session: Callable[..., Session], tmp_path: Path) -> AsyncI
         serving = asyncio.create_task(serve(board, listener, address, "secret"))
         yield Viewer(board, port)
         serving.cancel()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await asyncio.wait([serving])

@@ -93,8 +93,9 @@ async def _run(
     digest of its line. Invalid lines, also those whose inputs the workflow cannot use, are reported
     before anything is added.
 
-    In CSV, the first line names the columns. The columns key, workflow, label, version and
-    metadata.NAME have the same meaning; every other column is an input, a text.
+    In CSV, with commas, semicolons or tabs, the first line names the columns. The columns key,
+    workflow, label, version and metadata.NAME have the same meaning; every other column is an
+    input, a text.
 
     Each line of the results is one finished item, in the order in which the items finish. Its
     fields are key, execution_id, succeeded, output, error ({"type": ..., "message": ...} or null),

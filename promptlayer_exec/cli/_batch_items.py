@@ -156,7 +156,10 @@ class ItemFile:
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         with self._path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
+            # Excel writes semicolons where a comma is the decimal mark.
+            separator = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            reader = csv.DictReader(file, strict=True, delimiter=separator)
             columns = reader.fieldnames or []
             meanings = Counter(map(_meaning, columns))
             if same := {printable(name): 1 for name in columns if meanings[_meaning(name)] > 1}:

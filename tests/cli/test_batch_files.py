@@ -38,16 +38,16 @@ def list_parts(directory: Path) -> list[Path]:
     return list(directory.glob("*.part"))
 
 
-def test_a_row_of_a_csv_file_is_an_item(tmp_path: Path) -> None:
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_row_of_a_csv_file_is_an_item(tmp_path: Path, separator: str) -> None:
     """Columns without a meaning of their own are inputs; a cell can have several lines."""
     path = tmp_path / "night.csv"
-    path.write_text(
-        "key,topic,inputs.version,workflow,version,metadata.job\r\n"
-        'a,"otters,\r\nand seals",x,,,7\r\n'
-        "b,,y,other,3,\r\n",
-        encoding="utf-8-sig",
-        newline="",
+    text = (
+        "key|topic|inputs.version|workflow|version|metadata.job\r\n"
+        'a|"otters,\r\nand seals"|x|||7\r\n'
+        "b||y|other|3|\r\n"
     )
+    path.write_text(text.replace("|", separator), encoding="utf-8-sig", newline="")
     items = ItemFile(path, "grade")
     assert len(items.lines) == 2
     assert list(items) == [

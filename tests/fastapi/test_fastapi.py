@@ -469,7 +469,7 @@ async def test_authorize_is_resumed_after_its_yield_before_the_stream(
 
     async with connect(make_app(session, authorize=authorize)) as client:
         reading = asyncio.create_task(client.get(f"/executions/{held}/events"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await released.wait()
         sim.finish(held, "Answer")
         await reading

@@ -55,8 +55,8 @@ class Watched:
                 self._ended.notify_all()
 
     async def until_active(self, count: int) -> None:
-        """Wait until at most `count` requests are active, for at most one second."""
-        async with asyncio.timeout(1), self._ended:
+        """Wait until at most `count` requests are active, for at most ten seconds."""
+        async with asyncio.timeout(10), self._ended:
             await self._ended.wait_for(lambda: self.active <= count)
 
 

@@ -1078,7 +1078,7 @@ class TestClosing:
         session = open_pushed(poll=OFTEN, request_timeout=0.2 if stage == RUN else 30.0)
         waiting = asyncio.create_task(session.run("w"))
         await server.until(lambda: stage in [name for _, name in server.log])
-        async with asyncio.timeout(2.0):
+        async with asyncio.timeout(8.0):
             await session.aclose()
         # The answer to a start on the wire is waited for, at most until the request times out.
         with pytest.raises(StartUnknown if stage == RUN else SessionClosed):
@@ -1091,7 +1091,7 @@ class TestClosing:
         server.hold = {"pong"}
         await server.frame("{}")
         await server.until(lambda: ("command", "pong") in server.log)
-        async with asyncio.timeout(2.0):
+        async with asyncio.timeout(8.0):
             await pushed.aclose()
 
     @pytest.mark.parametrize("stage", STAGES)

@@ -75,7 +75,7 @@ async def test_only_one_write_waits_for_a_locked_file(
     for execution_id in range(1, 21):
         _record(history, execution_id)
     assert await history.find(1) is None
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 3.5  # 4 s, if each waited
     other.execute("ROLLBACK")
     other.close()
     _record(history, 21)
