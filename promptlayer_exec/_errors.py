@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import copy
 import copyreg
-from typing import TYPE_CHECKING, Any, ClassVar, Required, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar
 from unicodedata import category
 
 import attrs
 
 if TYPE_CHECKING:
     from promptlayer_exec._models import Node, Snapshot
-
-
-class _Context(TypedDict, total=False):
-    execution_id: int | None
-    last_snapshot: Snapshot | None
-
-
-class _RequestContext(_Context, total=False):
-    attempts: int
-    reason: str
-
-
-class _StatusContext(_RequestContext, total=False):
-    status: Required[int]
-    server_message: Required[str]
-    body: Any
-    retry_after: float | None
 
 
 class PromptLayerExecError(Exception):
@@ -106,7 +89,7 @@ class SessionClosed(PromptLayerExecError):
     advice = "The execution goes on at the server: follow its id in an open session."
     _advice_without_id = "Call it while the session is open."
 
-    def __init__(self, message: str = "the session is closed", **context: Unpack[_Context]) -> None:
+    def __init__(self, message: str = "the session is closed", **context: Any) -> None:
         super().__init__(message, **context)
 
 
@@ -122,7 +105,7 @@ class RequestError(PromptLayerExecError):
     is_permanent = False
 
     def __init__(
-        self, message: str, *, attempts: int = 1, reason: str = "", **context: Unpack[_Context]
+        self, message: str, *, attempts: int = 1, reason: str = "", **context: Any
     ) -> None:
         super().__init__(message, **context)
         self.attempts = attempts
@@ -164,7 +147,7 @@ class InvalidResponse(RequestError):
         status: int,
         excerpt: str = "",
         path: str | None = None,
-        **context: Unpack[_RequestContext],
+        **context: Any,
     ) -> None:
         super().__init__(message, **context)
         self.status = status
@@ -181,16 +164,8 @@ class ResponseTooLarge(InvalidResponse):
 
     advice = "Raise max_response_bytes if you expect outputs this large."
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        limit: int,
-        status: int,
-        excerpt: str = "",
-        **context: Unpack[_RequestContext],
-    ) -> None:
-        super().__init__(message, status=status, excerpt=excerpt, **context)
+    def __init__(self, message: str, *, limit: int, **context: Any) -> None:
+        super().__init__(message, **context)
         self.limit = limit
 
 
@@ -230,7 +205,7 @@ class StatusError(RequestError):
         server_message: str,
         body: Any = None,
         retry_after: float | None = None,
-        **context: Unpack[_RequestContext],
+        **context: Any,
     ) -> None:
         super().__init__(message, **context)
         self.status = status
@@ -269,11 +244,7 @@ class UnprocessableEntity(StatusError):
     advice = "Correct the parameters that the server names."
 
     def __init__(
-        self,
-        message: str,
-        *,
-        details: tuple[FieldError, ...] = (),
-        **context: Unpack[_StatusContext],
+        self, message: str, *, details: tuple[FieldError, ...] = (), **context: Any
     ) -> None:
         super().__init__(message, **context)
         self.details = details
@@ -313,7 +284,7 @@ class StartUnknown(PromptLayerExecError):
         workflow: str | int,
         reason: str,
         callback_token: str | None = None,
-        **context: Unpack[_Context],
+        **context: Any,
     ) -> None:
         super().__init__(message, **context)
         self.workflow = workflow
@@ -336,7 +307,7 @@ class ExecutionTimeout(PromptLayerExecError, TimeoutError):
     advice = "It goes on at the server: follow its id again, with a longer timeout."
     _advice_without_id = ""
 
-    def __init__(self, message: str, *, timeout: float, **context: Unpack[_Context]) -> None:
+    def __init__(self, message: str, *, timeout: float, **context: Any) -> None:
         super().__init__(message, **context)
         self.timeout = timeout
 
@@ -346,9 +317,7 @@ class ExecutionFailed(PromptLayerExecError):
 
     advice = "last_snapshot has every node."
 
-    def __init__(
-        self, message: str, *, failed: tuple[Node, ...], **context: Unpack[_Context]
-    ) -> None:
+    def __init__(self, message: str, *, failed: tuple[Node, ...], **context: Any) -> None:
         super().__init__(message, **context)
         self.failed = failed
 
@@ -364,9 +333,7 @@ class InvalidOutput(PromptLayerExecError):
 
     advice = "Change the type or the workflow's output node."
 
-    def __init__(
-        self, message: str, *, path: str, value: Any, reason: str, **context: Unpack[_Context]
-    ) -> None:
+    def __init__(self, message: str, *, path: str, value: Any, reason: str, **context: Any) -> None:
         super().__init__(message, **context)
         self.path = path
         self.value = value

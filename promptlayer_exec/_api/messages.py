@@ -29,7 +29,7 @@ class Request:
 
     `target` is the path and query below the base URL, percent-encoded. `secret` is a part of the
     body that no error may show. `url` is set when the request is first sent, so that a poll does
-    not build it again. `last` is the body of the last answer to a poll.
+    not build it again.
     """
 
     method: str
@@ -38,7 +38,6 @@ class Request:
     body: bytes | None = None
     secret: str | None = None
     url: Any = None
-    last: bytes = b""
 
 
 @attrs.define

@@ -68,7 +68,6 @@ class _Fetch:
     def read(self, response: Response) -> NodeMap:
         execution_id = cast(int, self._request.execution_id)
         self._latest = self._node_maps.read(response, execution_id, self._latest)
-        self._request.last = response.body
         return self._latest
 
 

@@ -45,46 +45,33 @@ def take_snapshot(
 ) -> Snapshot:
     """Return the snapshot of a reply; it keeps the node times of the previous snapshot."""
     nodes = reply.value.nodes
-    if previous is None:
-        poll, times = 1, _first_seen(nodes, {}, elapsed)
-    elif nodes is previous.nodes:
-        poll, times = previous.poll + 1, previous.times
-    else:
-        poll, times = previous.poll + 1, _first_seen(nodes, previous.times, elapsed)
+    times: Mapping[str, NodeTimes] = {} if previous is None else previous.times
+    if previous is None or nodes is not previous.nodes:
+        times = _first_seen(nodes, times, elapsed)
     return Snapshot(
         execution_id,
         reply.value.complete,
         nodes,
         raw=reply.value.raw,
-        poll=poll,
+        poll=1 if previous is None else previous.poll + 1,
         elapsed=elapsed,
         times=times,
     )
 
 
 _UNSEEN = NodeTimes()
-_RUNNING = NodeStatus.RUNNING
 
 
 def _first_seen(
     nodes: Mapping[str, Node], before: Mapping[str, NodeTimes], elapsed: float
 ) -> Mapping[str, NodeTimes]:
-    running = final = None  # made when needed, and shared
-    times = {}
+    times = {**dict.fromkeys(nodes, _UNSEEN), **before}
     for name, node in nodes.items():
-        status = node.status
-        if status in FINAL:
-            times[name] = final = final or NodeTimes(None, elapsed)
-        elif status is _RUNNING:
-            times[name] = running = running or NodeTimes(elapsed)
-        else:
-            times[name] = _UNSEEN
-    for name, earlier in before.items():
-        now = times.get(name, _UNSEEN)
-        first_running = now.running if earlier.running is None else earlier.running
-        first_final = now.final if earlier.final is None else earlier.final
-        is_news = first_running is not earlier.running or first_final is not earlier.final
-        times[name] = NodeTimes(first_running, first_final) if is_news else earlier
+        seen = times[name]
+        if seen.running is None and node.status is NodeStatus.RUNNING:
+            times[name] = NodeTimes(elapsed, seen.final)
+        elif seen.final is None and node.status in FINAL:
+            times[name] = NodeTimes(seen.running, elapsed)
     return FrozenMap(times)
 
 

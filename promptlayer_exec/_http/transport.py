@@ -94,7 +94,7 @@ class Transport:
             answer = await self._exchange(pool, request, attempt.once, until)
         duration = self._clock() - sent_at
         redactor = self.redactor.also(request.secret)
-        response = self._response(answer, attempt.once, redactor, request.last)
+        response = self._response(answer, attempt.once, redactor)
         self._adapt_rate(response, sent_at, request.execution_id)
         value = _read(read, response, redactor)
         return Reply(
@@ -179,11 +179,9 @@ class Transport:
             check_status(response)
         raise self._failure(failure, None, b"", self.redactor)
 
-    def _response(
-        self, answer: _Answer, once: SendOnce | None, redactor: Redactor, last: bytes
-    ) -> Response:
-        """Return the response of one attempt, or raise its failure; `last` as for a `Request`."""
-        body = _join(answer.pieces, last)
+    def _response(self, answer: _Answer, once: SendOnce | None, redactor: Redactor) -> Response:
+        """Return the response of one attempt, or raise its failure."""
+        body = b"".join(answer.pieces)
         response, failure = answer.response, answer.failure
         is_cut = failure is not None and response is not None and response.status < 300
         if is_cut and once is not None and is_object(body):
@@ -258,18 +256,6 @@ async def _read_body(response: aiohttp.ClientResponse, pieces: list[bytes], limi
     finally:
         if response.connection is not None:  # the body was not read to its end
             response.close()
-
-
-def _join(pieces: list[bytes], last: bytes) -> bytes:
-    """Return a body; the last one itself if it is the same, so that megabytes are not copied."""
-    if len(pieces) == 1:
-        return pieces[0]
-    size = 0
-    for piece in pieces:
-        if not last.startswith(piece, size):
-            return b"".join(pieces)
-        size += len(piece)
-    return last if size == len(last) else b"".join(pieces)
 
 
 def _read(read: Callable[[Response], T], response: Response, redactor: Redactor) -> T:
