@@ -25,28 +25,13 @@ LONGEST = 80
 _MOST_STATUSES = 8
 
 
-class _Short(reprlib.Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel = 3
-        self.maxstring = self.maxother = self.maxlong = LONGEST
-
-    def repr_dict(self, x: Mapping[Any, Any], level: int) -> str:
-        # That of the standard library sorts all keys first.
-        if level <= 0 and x:
-            return "{...}"
-        shown = [
-            f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}"
-            for key, value in islice(x.items(), self.maxdict)
-        ]
-        return "{" + ", ".join([*shown, "..."] if len(x) > self.maxdict else shown) + "}"
-
-
-_SHORT = _Short()
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = LONGEST
 
 
 def short_repr(value: Any) -> str:
-    """Return the repr of a value in at most 80 characters, reading only a small part of it."""
+    """Return the repr of a value in at most 80 characters, with the keys of dicts sorted."""
     text = _SHORT.repr(value)
     half = (LONGEST - 3) // 2
     return text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}"

@@ -148,12 +148,12 @@ def test_small_values_are_shown_whole(value: Any) -> None:
 
 
 def test_the_start_and_the_end_of_a_value_are_shown() -> None:
-    """An ellipsis stands for what is left out, and dicts keep their order."""
+    """An ellipsis stands for what is left out; the keys of a dict are sorted."""
     assert repr_of("a" * 50 + "b" * 50) == "'" + "a" * 37 + "..." + "b" * 38 + "'"
     assert repr_of({"b": 1, "a": {}, "c": [{"d": {"e": {"f": 1}}}]}) == (
-        "{'b': 1, 'a': {}, 'c': [{'d': {...}}]}"
+        "{'a': {}, 'b': 1, 'c': [{'d': {...}}]}"
     )
-    assert repr_of(dict.fromkeys("edcba", 0)) == "{'e': 0, 'd': 0, 'c': 0, 'b': 0, ...}"
+    assert repr_of(dict.fromkeys("edcba", 0)) == "{'a': 0, 'b': 0, 'c': 0, 'd': 0, ...}"
 
 
 def test_a_snapshot_shows_its_counts_and_no_values() -> None:
