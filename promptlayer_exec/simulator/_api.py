@@ -63,7 +63,6 @@ class Api:
     )
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer a request."""
         body = await request.content.read()
         path, at = request.rel_url.raw_path, self._clock() - self._created_at
         seen = SimRequest(request.method, path, request.query, request.headers, body, at)

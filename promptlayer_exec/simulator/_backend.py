@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -40,7 +39,8 @@ class Backend:
     _workflows: dict[str, Workflow] = attrs.field(factory=dict, init=False)
     executions: dict[int, Execution] = attrs.field(factory=dict, init=False)
     runs: list[SimRun] = attrs.field(factory=list, init=False)
-    _wakers: dict[int, Callable[[], object]] = attrs.field(factory=dict, init=False)
+    # Each is called, in any thread, when a node is finished or its execution is read complete.
+    wakers: dict[int, Callable[[], object]] = attrs.field(factory=dict, init=False)
     # Reentrant, because a scenario's functions may call the simulator that calls them.
     _lock: threading.RLock = attrs.field(factory=threading.RLock, init=False)
     # Far from the workflow ids, so that confusing the two is a 404.
@@ -108,23 +108,9 @@ class Backend:
             self._find_execution(execution_id).finish(node, self._clock(), **ending)
             self._wake(execution_id)
 
-    @contextmanager
-    def waking(self, execution_id: int, wake: Callable[[], object]) -> Iterator[None]:
-        """Call `wake` whenever a node is finished or the execution is read complete.
-
-        It is called in whichever thread does so.
-        """
-        with self._lock:
-            self._wakers[execution_id] = wake
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._wakers[execution_id]
-
     def _wake(self, execution_id: int) -> None:
-        if execution_id in self._wakers:
-            self._wakers[execution_id]()
+        if wake := self.wakers.get(execution_id):
+            wake()
 
     def _find_execution(self, execution_id: int) -> Execution:
         if execution_id not in self.executions:

@@ -34,7 +34,6 @@ class Centrifugo:
     _connections: set[_Connection] = attrs.field(factory=set, init=False)
 
     def issue_token(self, channels: Iterable[str]) -> str:
-        """Return a new token for some channels."""
         token = secrets.token_urlsafe()
         self.tokens[token] = frozenset(channels)
         return token

@@ -33,12 +33,10 @@ class Version:
 
     @property
     def nodes(self) -> tuple[SimNode, ...]:
-        """The nodes in its description."""
         described = self.definition or self.source
         return described.nodes if isinstance(described, Scenario) else ()
 
     def warning_for(self, given: Mapping[str, Any]) -> str | None:
-        """Return the warning of a start with these inputs."""
         missing = [name for name in self.inputs or () if name not in given]
         if self.warning is None and missing:
             return f"Missing input variables: {', '.join(missing)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -16,8 +15,6 @@ SUCCESS = "SUCCESS"
 SKIPPED = "SKIPPED"
 FAILED = frozenset({"FAILED", "FAILURE"})
 FINAL = FAILED | {SUCCESS, SKIPPED}
-
-_encode_word = lru_cache(maxsize=4096)(encode)
 
 
 @attrs.frozen
@@ -62,16 +59,15 @@ class Results:
         return self.node_map() if main is None else main
 
     def node_map(self) -> str:
-        """Return the node map as JSON text."""
         nodes = []
         for name, state in self.states.items():
             node, failed = state.node, state.status in FAILED
             nodes.append(
-                f'{_encode_word(name)}:{{"status":{_encode_word(state.status)}'
+                f'{encode(name)}:{{"status":{encode(state.status)}'
                 f',"value":{state.value_json}'
                 f',"error_message":{encode(node.error_message if failed else None)}'
                 f',"raw_error_message":{encode(node.raw_error_message if failed else None)}'
-                f',"is_output_node":{_encode_word(node.is_output_node)}}}'
+                f',"is_output_node":{encode(node.is_output_node)}}}'
             )
         return "{" + ",".join(nodes) + "}"
 

@@ -191,11 +191,8 @@ def _post_fault(
 ) -> Fault:
     if kind not in get_args(PostKind):
         raise ValueError(f'kind must be "webhook" or "callback", got {kind!r}')
-    return Fault(_answer_normally, times, execution_id, kind, delays)
-
-
-async def _answer_normally(_request: web.BaseRequest, _answer: Answer) -> None:
-    """Have no effect on a request."""
+    fault = Fault.delay(0.0, times, execution_id=execution_id)
+    return attrs.evolve(fault, post=kind, delays=delays)
 
 
 @attrs.define

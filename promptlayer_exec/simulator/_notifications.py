@@ -70,14 +70,12 @@ class Notifications:
     _tasks: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
 
     def follow(self, execution_id: int, workflow: Workflow, body: Mapping[str, Any]) -> None:
-        """Notify of a run's completion."""
         work = self._notify(execution_id, workflow, body)
         task = asyncio.create_task(work, name=f"simulator run {execution_id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def stop(self) -> None:
-        """Cancel all pending notifications."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -108,13 +106,16 @@ class Notifications:
     async def _wait_until_complete(self, execution_id: int) -> Results:
         changed = asyncio.Event()
         wake = partial(asyncio.get_running_loop().call_soon_threadsafe, changed.set)
-        with self._backend.waking(execution_id, wake):
+        self._backend.wakers[execution_id] = wake
+        try:
             while not (results := self._backend.results(execution_id)).complete:
                 sleep = results.seconds_to_change
                 with anyio.move_on_after(None if sleep is None else max(sleep, _MIN_SLEEP)):
                     await changed.wait()
                 changed.clear()
             return results
+        finally:
+            del self._backend.wakers[execution_id]
 
     async def _publish(self, execution_id: int, channel: str, output: str) -> None:
         message = _MESSAGE.format(execution_id, output, "OK")
@@ -128,7 +129,6 @@ class Notifications:
         await self._centrifugo.publish(channel, publication)
 
     def _webhook(self, execution_id: int, workflow: Workflow) -> tuple[dict[str, str], str]:
-        """Return the headers and the body of a webhook."""
         payload = {
             "event_type": "agent_run_finished",
             "details": {

@@ -75,12 +75,7 @@ class Simulator:
         self._backend = Backend(clock)
         centrifugo = Centrifugo()
         self._notifications = Notifications(
-            self._backend,
-            centrifugo,
-            self._faults,
-            push_limit_bytes,
-            webhook_url,
-            webhook_secret,
+            self._backend, centrifugo, self._faults, push_limit_bytes, webhook_url, webhook_secret
         )
         self._api = Api(
             api_key, clock, self._backend, self._log, centrifugo, self._notifications, self._faults
