@@ -65,7 +65,6 @@ class LiveDisplay:
                 self._console.print("", *_summary(self._snapshot), sep="\n", soft_wrap=True)
 
     def show(self, snapshot: Snapshot) -> None:
-        """Replace the snapshot shown before."""
         self._snapshot, self._shown_at = snapshot, time.monotonic()
         self._warning = ""
         self._live.refresh()
@@ -187,11 +186,9 @@ class BatchProgress:
             self._bar.console.print(text, style="yellow", markup=False, highlight=False)
 
     def show_added(self, added: int, total: int) -> None:
-        """Show how many of the items are in the database already."""
         self._show(f"{added}/{total} items added", added, total)
 
     def show(self, status: BatchStatus) -> None:
-        """Show the current status."""
         self._bar.update(self._bar.task_ids[0], total=status.total, completed=status.finished)
         parts = [f"{status.finished}/{status.total} done", f"{status.running} running"]
         parts += [f"{status.failed} failed"] * (status.failed > 0)

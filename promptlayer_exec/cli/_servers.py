@@ -25,12 +25,7 @@ from promptlayer_exec.cli._exit import Misuse, Subject, command, listening, run_
 from promptlayer_exec.cli._text import err, out, show_warnings
 
 TOKEN = "PROMPTLAYER_EXEC_VIEW_TOKEN"  # noqa: S105 - the name of a variable
-_PAGE = """\
-<!doctype html>
-<meta charset="utf-8">
-<meta http-equiv="refresh" content="0;url={url}">
-<a href="{url}">Open the page</a>
-"""
+_PAGE = '<meta http-equiv="refresh" content="0;url={url}"><a href="{url}">Open the page</a>'
 # A start, and any other single request, ends before the client gives up, often after 60 s.
 _REQUEST_TIME = 45.0
 # A client waits about two seconds for the process to end, and then kills it.

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
@@ -35,15 +36,11 @@ def quoted(text: str, limit: int = 100) -> str:
 
 
 def preview(value: Any) -> str:
-    """Return the start of a value as one line of JSON, at the same cost for values of any size."""
+    """Return the start of a value as one line of JSON, at a low cost for values of any size."""
     if isinstance(value, str):
         value = value[: _PREVIEW + 1]
-    text = ""
-    for part in _encoder.iterencode(value):
-        text += part
-        if len(text) > _PREVIEW:
-            break
-    return shorten(printable(text))
+    text = "".join(islice(_encoder.iterencode(value), _PREVIEW + 1))
+    return shorten(printable(text[: _PREVIEW + 1]))
 
 
 def duration(seconds: float) -> str:

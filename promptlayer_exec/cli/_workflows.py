@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing, suppress
 from graphlib import CycleError, TopologicalSorter
-from typing import Annotated, Any, Literal
+from itertools import count
+from typing import Annotated, Literal
 
 import attrs
 import typer
@@ -105,31 +106,24 @@ async def workflow(
         except (TypeError, ValueError) as error:
             raise Misuse(str(error)) from error
     if as_json:
-        out(json.dumps(_fields(found)))
+        inputs = found.required_inputs
+        fields = {
+            "id": found.id,
+            "name": found.name,
+            "version": found.version,
+            "labels": found.labels,
+            "required_inputs": None if inputs is None else dict(inputs),
+            "nodes": [attrs.asdict(node) for node in found.nodes.values()],
+            "edges": [attrs.asdict(edge) for edge in found.edges],
+            "layers": found.layers(),
+        }
+        out(json.dumps(fields))
         return
     for line in _description(found):
-        _print(line)
-
-
-def _fields(found: Workflow) -> dict[str, Any]:
-    inputs = found.required_inputs
-    return {
-        "id": found.id,
-        "name": found.name,
-        "version": found.version,
-        "labels": found.labels,
-        "required_inputs": None if inputs is None else dict(inputs),
-        "nodes": [attrs.asdict(node) for node in found.nodes.values()],
-        "edges": [attrs.asdict(edge) for edge in found.edges],
-        "layers": found.layers(),
-    }
-
-
-def _print(line: Text) -> None:
-    if sys.stdout.isatty():
-        Console(highlight=False).print(line, no_wrap=True, overflow="ellipsis")
-    else:
-        out(line.plain)
+        if sys.stdout.isatty():
+            Console(highlight=False).print(line, no_wrap=True, overflow="ellipsis")
+        else:
+            out(line.plain)
 
 
 def _description(found: Workflow) -> Iterator[Text]:
@@ -218,7 +212,7 @@ class _Drawing:
             for name in _in_depth_order(workflow)
         }
         self.lines: list[tuple[str, str | None]] = []
-        self._columns: list[_Lane | None] = []
+        self._columns: dict[_Lane, int] = {}
         self._targets_left = Counter(self.lanes_into.values())
         self._lanes_from: dict[str, list[_Lane]] = {name: [] for name in self.lanes_into}
         for lane in self._targets_left:
@@ -236,7 +230,7 @@ class _Drawing:
                 at = self._free_column(at + 1)
             self._draw({at: mark}, name)
         else:
-            column = self._columns.index(lane)
+            column = self._columns[lane]
             self._targets_left[lane] -= 1
             if self._targets_left[lane]:
                 at = self._free_column(column + 1)
@@ -244,38 +238,35 @@ class _Drawing:
             else:
                 at = column
                 self._draw({at: mark}, name)
-        self._columns[at] = _TAKEN
+                del self._columns[lane]
+        self._columns[_TAKEN] = at
         leaving = self._lanes_from[name]
         new = [it for it in leaving if it not in self._columns]
-        joined = [self._columns.index(it) for it in leaving if it in self._columns]
+        joined = [self._columns[it] for it in leaving if it in self._columns]
         for lane in new[1:]:
             column = self._free_column(at + 1)
             self._draw({at: "├", column: "╮"})
-            self._columns[column] = lane
+            self._columns[lane] = column
         for index, column in enumerate(joined, 1):
             goes_on = bool(new) or index < len(joined)
             if column < at:
                 self._draw({column: "├", at: "┤" if goes_on else "╯"})
             else:
                 self._draw({at: "├" if goes_on else "╰", column: "┤"})
-        self._columns[at] = new[0] if new else None
-        while self._columns and self._columns[-1] is None:
-            self._columns.pop()
+        del self._columns[_TAKEN]
+        if new:
+            self._columns[new[0]] = at
 
     def _free_column(self, start: int = 0) -> int:
-        for column in range(start, len(self._columns)):
-            if self._columns[column] is None:
-                return column
-        self._columns += [None] * (max(start, len(self._columns)) + 1 - len(self._columns))
-        return len(self._columns) - 1
+        return next(it for it in count(start) if it not in self._columns.values())
 
     def _draw(self, marks: Mapping[int, str], name: str | None = None) -> None:
         """Add a line; marks in two columns are connected, behind the lanes between them."""
         first, last = min(marks), max(marks)
+        lanes = set(self._columns.values())
         text = ""
-        for column, lane in enumerate(self._columns):
-            is_between = first < column < last
-            passing = "─" if is_between else " "
-            text += marks.get(column) or (passing if lane is None else "│")
+        for column in range(max({last, *lanes}) + 1):
+            passing = "─" if first < column < last else " "
+            text += marks.get(column) or ("│" if column in lanes else passing)
             text += "─" if first <= column < last else " "
         self.lines.append((text.rstrip(), name))

@@ -73,12 +73,10 @@ class Calls:
     running: Recent[int, str | None] = attrs.field(
         init=False, factory=lambda: Recent(most=_MOST_KNOWN)
     )
-    _common_tools: list[Tool] = attrs.field(init=False)
     run_tools: Mapping[str, str] = attrs.field(init=False)  # the workflow of each tool `run_...`
     _inputs: dict[str, Mapping[str, str]] = attrs.field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
-        self._common_tools = common_tools(self.allowed)
         self.run_tools = run_tool_names(self.allowed)
 
     async def tools(self) -> list[Tool]:
@@ -88,7 +86,7 @@ class Calls:
             return run_tool(tool, workflow, await self._definition(StartRequest(workflow)))
 
         run_tools = await asyncio.gather(*(define(*it) for it in self.run_tools.items()))
-        return [*self._common_tools, *run_tools]
+        return [*common_tools(self.allowed), *run_tools]
 
     async def _definition(self, request: StartRequest) -> Workflow | None:
         name = request.workflow
@@ -109,7 +107,7 @@ class Calls:
         try:
             if tool in self.run_tools:
                 return await self._run(tool, arguments, report)
-            (schema,) = (it.input_schema for it in self._common_tools if it.name == tool)
+            (schema,) = (it.input_schema for it in common_tools(self.allowed) if it.name == tool)
             return await CALLS[tool](self, read.check(arguments, schema), report)
         except (Refused, PromptLayerExecError) as error:
             return results.error_result(error)
@@ -136,7 +134,6 @@ class Calls:
             )
 
     async def list_workflows(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
-        """List the workflows that can be run."""
         search = arguments.get("search", "").casefold()
         listed: list[dict[str, Any]] = []
         known: list[str] = []
@@ -167,7 +164,6 @@ class Calls:
         return results.tool_result({"message": message, "workflows": workflows})
 
     async def describe_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
-        """Show what a workflow needs and does."""
         request = read.start_request(**arguments)
         try:
             workflow = await self.session.workflow(
@@ -178,7 +174,6 @@ class Calls:
         return results.tool_result(results.workflow_fields(workflow))
 
     async def start_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
-        """Start a run, and return its id."""
         execution, warning = await self._start(read.start_request(**arguments))
         name = clean(arguments["workflow"])
         message = f"Execution {execution.id} of workflow {name!r:.200} has started. Call"
@@ -188,13 +183,11 @@ class Calls:
         )
 
     async def wait_execution(self, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
-        """Wait for an execution."""
         execution = self.session.execution(read.execution_id(arguments))
         seconds = arguments.get("timeout", WAIT)
         return results.tool_result(await self._wait(execution, seconds, report))
 
     async def get_execution(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
-        """Read an execution, a node of it, or a part of a long value."""
         execution_id, node = read.execution_id(arguments), arguments.get("node")
         start, length = arguments.get("start", 0), arguments.get("length")
         execution, snapshot = await self.read(execution_id)
