@@ -139,21 +139,18 @@ def _row(snapshot: Snapshot, node: Node, *, is_watched: bool) -> str:
     name = _text(node.name, _LONGEST_NAME)
     times = snapshot.times.get(node.name)
     ended_at = "" if times is None or times.final is None else f"{times.final:.1f}"
+    result = ""
+    if (error := error_text(node)) is not None:
+        result = _text(error, _LONGEST_ERROR)
+    elif node.value is not None or node.succeeded:
+        result = f"<code>{_text(short_repr(node.value), _LONGEST_ERROR)}</code>"
     cells = [
         f"<b>{name}</b> (output)" if node.is_output_node else name,
         f'<span style="white-space:nowrap">{mark} {_text(node.status, _LONGEST_LABEL)}</span>',
         *([ended_at] if is_watched else []),
-        _result(node),
+        result,
     ]
     return "<tr>" + "".join(f'<td style="{_CELL}">{cell}</td>' for cell in cells) + "</tr>"
-
-
-def _result(node: Node) -> str:
-    if (error := error_text(node)) is not None:
-        return _text(error, _LONGEST_ERROR)
-    if node.value is None and not node.succeeded:
-        return ""
-    return f"<code>{_text(short_repr(node.value), _LONGEST_ERROR)}</code>"
 
 
 def workflow_html(workflow: Workflow) -> str:

@@ -84,7 +84,11 @@ Port = Annotated[
 def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
     """Return the input variables given with `--input`; the last value of a key wins."""
     inputs: dict[str, Any] = {}
-    for key, separator, rest in map(_split, arguments):
+    for argument in arguments:
+        match = re.fullmatch(r"(?!=)([^=@]*)([=@])(.*)", argument, re.DOTALL)
+        if match is None:
+            _refuse(f"{quoted(argument)} is not KEY=VALUE, KEY@FILE or @FILE")
+        key, separator, rest = match.groups()
         if separator == "=":
             inputs[key] = _parse_value(key, rest)
         elif key:
@@ -103,14 +107,6 @@ def read_metadata(arguments: Iterable[str]) -> dict[str, str]:
             _refuse(f"{quoted(argument)} is not KEY=TEXT", "--metadata")
         metadata[key] = text
     return metadata
-
-
-def _split(argument: str) -> tuple[str, str, str]:
-    """Return the key, the separator and the rest of an input; the key of `@FILE` is empty."""
-    match = re.fullmatch(r"(?!=)([^=@]*)([=@])(.*)", argument, re.DOTALL)
-    if match is None:
-        _refuse(f"{quoted(argument)} is not KEY=VALUE, KEY@FILE or @FILE")
-    return match[1], match[2], match[3]
 
 
 def _parse_value(key: str, text: str) -> Any:

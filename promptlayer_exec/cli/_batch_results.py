@@ -32,7 +32,6 @@ _COLUMNS = (
     *("key", "execution_id", "succeeded", "output"),
     *("error_type", "error_message", "started", "finished"),
 )
-_RESULT_COLUMNS = ["key", "finished", "succeeded"]
 _CSV, _PARQUET = ".csv", ".parquet"
 _ROW_GROUP = 1000
 
@@ -209,7 +208,7 @@ async def _write_parquet(path: Path, outcomes: AsyncIterable[StoredOutcome]) -> 
 
 def _read_parquet(path: Path) -> Iterator[Result]:
     with _pyarrow().parquet.ParquetFile(path) as file:
-        for part in file.iter_batches(columns=_RESULT_COLUMNS):
+        for part in file.iter_batches(columns=list(Result._fields)):
             for row in part.to_pylist():
                 yield Result(row["key"], row["finished"].isoformat(), row["succeeded"])
 

@@ -24,13 +24,11 @@ from promptlayer_exec.cli._text import err
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch, BatchStatus
 
-_SQLITE = "sqlite:///"
 _DEFAULT_RATE = 100.0
 _WAIT_INTERVAL = 1.0
 
 
 def name_option(default: str) -> Any:
-    """Return the option for the name of a batch."""
     return typer.Option(metavar="NAME", help="Name of the batch.", show_default=default)
 
 
@@ -152,7 +150,7 @@ async def names(database: str | None, *, needed: bool = True) -> list[str]:
 async def _find(database: str | None) -> list[str]:
     """Return the names of the batches; a file that does not exist has none, and is not created."""
     url: str = dbos().shown_database_url(database)
-    path = url.removeprefix(_SQLITE)
+    path = url.removeprefix("sqlite:///")
     with suppress(OSError):  # opening it says why
         if path != url and not await anyio.Path(path).exists():
             return []
@@ -189,7 +187,6 @@ async def command_options(name: str | None, chosen: str, database: str | None) -
 
 
 def status_line(name: str, status: BatchStatus) -> str:
-    """Return the status of a batch as one line."""
     open_parts = [f"{status.waiting} waiting", f"{status.running} running"]
     parts = [f"{status.succeeded} succeeded", f"{status.failed} failed"]
     parts.append(f"{status.unknown} unknown")

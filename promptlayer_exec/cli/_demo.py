@@ -235,7 +235,6 @@ _EXECUTIONS = {
 
 
 async def serve(host: str, port: int, webhook_url: str | None) -> None:
-    """Do what the command `simulate` does."""
     requests: asyncio.Queue[SimRequest] = asyncio.Queue()
     simulator = Simulator(
         host=host,

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _PREVIEW = 200
 _MAX_NAME_WIDTH = 24
-_encoder = json.JSONEncoder(ensure_ascii=False)
 
 
 def shorten(text: str, limit: int = _PREVIEW) -> str:
@@ -39,8 +38,8 @@ def preview(value: Any) -> str:
     """Return the start of a value as one line of JSON, at a low cost for values of any size."""
     if isinstance(value, str):
         value = value[: _PREVIEW + 1]
-    text = "".join(islice(_encoder.iterencode(value), _PREVIEW + 1))
-    return shorten(printable(text[: _PREVIEW + 1]))
+    parts = json.JSONEncoder(ensure_ascii=False).iterencode(value)
+    return shorten(printable("".join(islice(parts, _PREVIEW + 1))[: _PREVIEW + 1]))
 
 
 def duration(seconds: float) -> str:
@@ -70,7 +69,6 @@ def node_detail(node: Node) -> str:
 
 
 def failure_reason(node: Node) -> str:
-    """Return why a node failed, according to the server."""
     return error_text(node) or "the server gave no reason"
 
 
@@ -106,12 +104,10 @@ def prepare_streams() -> None:
 
 
 def out(text: str) -> None:
-    """Write a line to standard output and flush it."""
     print(text, flush=True)  # noqa: T201
 
 
 def err(text: str) -> None:
-    """Write lines to standard error and flush it."""
     print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
@@ -144,11 +140,9 @@ class LineDisplay:
     _previous: Snapshot | None = attrs.field(init=False, default=None)
 
     def waiting(self, _text: str) -> AbstractContextManager[None]:
-        """Return a context for the display."""
         return nullcontext()
 
     def warn(self, text: str) -> None:
-        """Write a problem."""
         err(text)
 
     def show(self, snapshot: Snapshot) -> None:
@@ -172,7 +166,6 @@ Display: TypeAlias = "LineDisplay | LiveDisplay"
 
 
 def choose_display(*, as_json: bool) -> Display:
-    """Return the display that suits standard output."""
     if not as_json and sys.stdout.isatty():
         from rich.console import Console  # noqa: PLC0415 - slow to import
 

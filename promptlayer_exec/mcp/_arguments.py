@@ -38,14 +38,12 @@ def _usual(name: str, value: Any) -> Any:
 
 
 def start_request(workflow: str, **options: Any) -> StartRequest:
-    """Return the start that a call asks for."""
     if "label" in options and "version" in options:
         raise Refused("label and version exclude each other: give one of them, or neither")
     return StartRequest(workflow, **options)
 
 
 def execution_id(arguments: Mapping[str, Any]) -> int:
-    """Return the id of the execution that a call is about."""
     value = arguments["execution_id"]
     parsed = parse_id(value)
     if parsed is None:
@@ -65,7 +63,6 @@ def parse_id(value: str) -> int | None:
 
 
 def shown(value: Any) -> str:
-    """Return the repr of a value, shortened."""
     return clip(repr(value), 80)
 
 

@@ -113,7 +113,6 @@ class Calls:
             return results.error_result(error)
 
     async def start_run(self, tool: str, arguments: Mapping[str, Any]) -> Execution:
-        """Start the run of a tool `run_...`."""
         execution, _ = await self._start(self._run_request(tool, arguments)[0])
         return execution
 

@@ -40,14 +40,12 @@ def error_text(error: Exception) -> str:
 
 
 def names_of(nodes: Iterable[Node]) -> str:
-    """Return the names of a few nodes."""
     names = [f"{clean(node.name)!r:.80}" for node in nodes]
     more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def final_count(snapshot: Snapshot) -> int:
-    """Return how many nodes are final."""
     return sum(node.final for node in snapshot.nodes.values())
 
 
@@ -143,7 +141,6 @@ def _nodes(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def workflow_fields(workflow: Workflow) -> dict[str, Any]:
-    """Return what a workflow needs and does."""
     inputs = workflow.required_inputs
     if inputs is None:
         needs = "The server does not say which inputs it needs."

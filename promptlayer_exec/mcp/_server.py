@@ -72,7 +72,6 @@ async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> Non
 
 
 def _make_server(calls: Calls) -> Server[Any]:
-    """Return a server with these tools."""
     tasks = Tasks(calls)
     handlers = _Handlers(calls, tasks)
     server: Server[Any] = Server(

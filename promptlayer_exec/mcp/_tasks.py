@@ -27,8 +27,6 @@ _GOES_ON = "PromptLayer cannot cancel a run: it goes on, and is paid for."
 
 
 class TaskParams(types.RequestParams):
-    """The parameters of the methods on tasks."""
-
     task_id: str
 
 

@@ -45,7 +45,6 @@ def fitting(entries: Iterable[T]) -> list[T]:
 
 
 def encode(value: Any) -> str:
-    """Return a value as JSON."""
     return clean(json.dumps(value, ensure_ascii=False))
 
 

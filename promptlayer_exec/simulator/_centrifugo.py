@@ -18,8 +18,6 @@ from aiohttp import web
 
 from promptlayer_exec.simulator._wire import encode
 
-_PERMISSION_DENIED = {"code": 103, "message": "permission denied"}
-
 
 class _Disconnect(Exception):
     """Ends a connection with a code and a reason; clients reconnect after codes below 3500."""
@@ -102,4 +100,4 @@ class _Connection:
             case {"unsubscribe": {"channel": str(channel)}}:
                 self.subscriptions.discard(channel)
                 return {"unsubscribe": {}}
-        return {"error": _PERMISSION_DENIED}
+        return {"error": {"code": 103, "message": "permission denied"}}

@@ -12,7 +12,6 @@ from aiohttp import web
 
 JSON_TYPE = {"Content-Type": "application/json"}
 
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _TRUE = frozenset({"1", "on", "t", "true", "y", "yes"})
 _FALSE = frozenset({"0", "off", "f", "false", "n", "no"})
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
@@ -31,7 +30,7 @@ _RUN_FIELDS: dict[str, tuple[str, set[type]]] = {
 
 def encode(value: object) -> str:
     """Return a value as the server writes it: compact ASCII JSON, which may contain `NaN`."""
-    return _ENCODER.encode(value)
+    return json.dumps(value, separators=(",", ":"))
 
 
 def json_response(status: int, text: str, **headers: str) -> web.Response:
