@@ -66,11 +66,10 @@ class ItemFile:
                 names = tuple(request.inputs)
                 self._starts.setdefault(target, {}).setdefault(names, []).append(number)
             elif request.key == _digest(line):
-                what = "a key is missing: without one, this line is the same item as line"
-                problems[number] = f"{what} {first}"
+                what = "a key is missing: without one, this line is the same item as"
+                problems[number] = f"{what} line {first}"
             else:
-                what = f"the key {quoted(request.key)} is already used in line"
-                problems[number] = f"{what} {first}"
+                problems[number] = f"the key {quoted(request.key)} is already used in line {first}"
         self._refuse(problems)
         if not self.lines:
             raise Misuse(f"{self._name} has no items")

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from anyio import create_task_group, to_thread
+from anyio import create_task_group, move_on_after, to_thread
 
 from promptlayer_exec._integration import base_url as session_base_url
 from promptlayer_exec._integration import install_hint
@@ -206,9 +206,8 @@ def mcp(
         try:
             await serve_stdio(session, workflows=workflows)
         finally:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_CLOSE_TIME):
-                    await session.aclose()
+            with move_on_after(_CLOSE_TIME):
+                await session.aclose()
 
     code = run_command(work(), Subject())
     if code > 128:  # a signal ended it: a thread still waits for the next line of standard input

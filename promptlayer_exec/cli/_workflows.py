@@ -30,8 +30,6 @@ NODE, OUTPUT = "●", "◎"
 ASCII = str.maketrans(f"{NODE}{OUTPUT}│├┤─╮╯╰", "*@|||-.'`")
 # Edges of the same origin share a lane: all nodes that depend on the same nodes hang off one.
 _Lane = frozenset[str]
-# Takes up the column of a node until its last edge has left it.
-_TAKEN: _Lane = frozenset()
 
 
 @command
@@ -214,10 +212,6 @@ class _Drawing:
         self.lines: list[tuple[str, str | None]] = []
         self._columns: dict[_Lane, int] = {}
         self._targets_left = Counter(self.lanes_into.values())
-        self._lanes_from: dict[str, list[_Lane]] = {name: [] for name in self.lanes_into}
-        for lane in self._targets_left:
-            for name in lane:
-                self._lanes_from[name].append(lane)
 
     def add(self, name: str, mark: str) -> None:
         """Draw a node, and the edges that leave it."""
@@ -239,8 +233,7 @@ class _Drawing:
                 at = column
                 self._draw({at: mark}, name)
                 del self._columns[lane]
-        self._columns[_TAKEN] = at
-        leaving = self._lanes_from[name]
+        leaving = [it for it in self._targets_left if name in it]
         new = [it for it in leaving if it not in self._columns]
         joined = [self._columns[it] for it in leaving if it in self._columns]
         for lane in new[1:]:
@@ -253,7 +246,6 @@ class _Drawing:
                 self._draw({column: "├", at: "┤" if goes_on else "╯"})
             else:
                 self._draw({at: "├" if goes_on else "╰", column: "┤"})
-        del self._columns[_TAKEN]
         if new:
             self._columns[new[0]] = at
 

@@ -81,11 +81,8 @@ class Calls:
 
     async def tools(self) -> list[Tool]:
         """Return the tools, with the inputs of the named workflows as far as they are available."""
-
-        async def define(tool: str, workflow: str) -> Tool:
-            return run_tool(tool, workflow, await self._definition(StartRequest(workflow)))
-
-        run_tools = await asyncio.gather(*(define(*it) for it in self.run_tools.items()))
+        reads = (self._definition(StartRequest(workflow)) for workflow in self.allowed)
+        run_tools = map(run_tool, self.run_tools, self.allowed, await asyncio.gather(*reads))
         return [*common_tools(self.allowed), *run_tools]
 
     async def _definition(self, request: StartRequest) -> Workflow | None:
@@ -287,7 +284,6 @@ class Calls:
 
     async def _wait(self, execution: Execution, seconds: float, report: Report) -> dict[str, Any]:
         reported = -1
-        snapshot: Snapshot | None = None
         try:
             async with aclosing(execution.stream(timeout=seconds)) as snapshots:
                 async for snapshot in snapshots:
@@ -302,7 +298,6 @@ class Calls:
             message += f" {results.state_text(snapshot)}. It goes on. Call wait_execution with"
             message += f" execution_id '{execution.id}' to go on waiting; do not start it again."
             return results.execution_fields(snapshot, message, timed_out=True)
-        assert snapshot is not None  # noqa: S101 - a stream ends with a snapshot or an error
         return await self.fields(execution, snapshot)
 
     async def fields(
@@ -316,8 +311,8 @@ class Calls:
             return results.execution_fields(snapshot, message)
         try:
             value = await execution.output(timeout=_OUTPUT_TIMEOUT)
-        except ExecutionFailed:
-            return results.execution_fields(snapshot, results.failure_text(snapshot))
+        except ExecutionFailed as error:
+            return results.execution_fields(snapshot, results.failure_text(execution_id, error))
         except (ExecutionTimeout, RequestError) as error:
             message = f"Execution {execution_id} succeeded, but its output could not be read:"
             message += f" {clip(str(error), 1_000)} Call get_execution for it."
@@ -325,7 +320,7 @@ class Calls:
         output = show("output", value, start, length)
         message = f"Execution {execution_id} succeeded: {results.state_text(snapshot)}."
         message += results.rest_text(output.get("output_range"), execution_id)
-        return results.execution_fields(snapshot, message, output=output)
+        return results.execution_fields(snapshot, message) | output
 
     def _seen(self, snapshot: Snapshot) -> Snapshot:
         if snapshot.complete:

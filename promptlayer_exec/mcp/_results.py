@@ -56,30 +56,18 @@ def state_text(snapshot: Snapshot) -> str:
     return f"{state}, running: {names_of(running)}" if running and not snapshot.complete else state
 
 
-def failure_text(snapshot: Snapshot) -> str:
+def failure_text(execution_id: int, error: ExecutionFailed) -> str:
     """Say why an execution has no output, and how to read more."""
-    execution_id = snapshot.execution_id
-    try:
-        snapshot.raise_for_failure()
-    except ExecutionFailed as error:
-        reason = clip(str(error.args[0]).removeprefix("it failed: "), 1_500)
-    else:
-        reason = "it is complete, but has no main output"
+    reason = clip(str(error.args[0]).removeprefix("it failed: "), 1_500)
     text = f"Execution {execution_id} failed: {reason}."
-    if failed := snapshot.failed_nodes:
+    if error.failed:
         text += f" Call get_execution with execution_id '{execution_id}' and node"
-        text += f" {names_of(failed[:1])} for the whole error."
+        text += f" {names_of(error.failed[:1])} for the whole error."
     return text
 
 
-def execution_fields(
-    snapshot: Snapshot,
-    message: str,
-    *,
-    output: dict[str, Any] | None = None,
-    timed_out: bool = False,
-) -> dict[str, Any]:
-    """Return the state of an execution, with the field of its output if there is one."""
+def execution_fields(snapshot: Snapshot, message: str, timed_out: bool = False) -> dict[str, Any]:
+    """Return the state of an execution, without its output."""
     nodes = _nodes(snapshot)
     fields: dict[str, Any] = {
         "message": message,
@@ -92,7 +80,7 @@ def execution_fields(
     }
     if left_out := len(snapshot.nodes) - len(nodes):
         fields["nodes_left_out"] = left_out
-    return fields | (output or {})
+    return fields
 
 
 def node_fields(snapshot: Snapshot, node: Node, start: int, length: int | None) -> dict[str, Any]:
