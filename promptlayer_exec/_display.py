@@ -212,6 +212,7 @@ def _graph(workflow: Workflow, title: str) -> str:
         '<div style="overflow-x:auto;margin-top:6px">'
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
         f' viewBox="0 0 {width} {height}" role="img" aria-label="The graph of {title}"'
+        ' fill="currentColor" text-anchor="middle"'
         ' style="color:inherit;font-family:sans-serif;max-width:none">'
         f"{''.join((*arrows, *boxes))}</svg></div>"
     )
@@ -228,7 +229,7 @@ def _arrow(x: float, y: float, left: float, top: float, *, lane: float | None, d
     dash = ' stroke-dasharray="4 3"' if dashed else ""
     return (
         f'<path d="{path}" fill="none" stroke="currentColor" stroke-opacity="0.55"{dash}/>'
-        f'<path d="M{left:g} {end:g}l-7 -4v8z" fill="currentColor" fill-opacity="0.7"/>'
+        f'<path d="M{left:g} {end:g}l-7 -4v8z" fill-opacity="0.7"/>'
     )
 
 
@@ -244,13 +245,9 @@ def _box(workflow: Workflow, name: str, x: float, y: float) -> str:
     return (
         f"<g><title>{_text(name, _LONGEST_ERROR)}</title>"
         f'<rect x="{x:g}" y="{y:g}" width="{_WIDTH}" height="{_HEIGHT}" rx="6"'
-        ' fill="currentColor" fill-opacity="0.06" stroke="currentColor"'
-        f' stroke-width="{thickness}"/>{label}{below}</g>'
+        f' fill-opacity="0.06" stroke="currentColor" stroke-width="{thickness}"/>{label}{below}</g>'
     )
 
 
 def _line(x: float, y: float, size: int, text: str, opacity: float) -> str:
-    return (
-        f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="middle" fill="currentColor"'
-        f' fill-opacity="{opacity:g}">{text}</text>'
-    )
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill-opacity="{opacity:g}">{text}</text>'

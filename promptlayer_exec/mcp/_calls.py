@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
-import attrs
 from mcp.types import CallToolResult, Tool
 
 from promptlayer_exec import (
@@ -63,21 +62,16 @@ def _absence(name: str, known: Iterable[str]) -> str:
     return f"no workflow {which} {read.shown(name)}{read.near(name, known)}"
 
 
-@attrs.define
 class Calls:
     """The tools of one server, and the executions that it knows."""
 
-    session: Session
-    allowed: tuple[str, ...] = attrs.field(converter=_names)
-    # Executions that were not complete when last seen, the latest last, with what started them.
-    running: Recent[int, str | None] = attrs.field(
-        init=False, factory=lambda: Recent(most=_MOST_KNOWN)
-    )
-    run_tools: Mapping[str, str] = attrs.field(init=False)  # the workflow of each tool `run_...`
-    _inputs: dict[str, Mapping[str, str]] = attrs.field(init=False, factory=dict)
-
-    def __attrs_post_init__(self) -> None:
-        self.run_tools = run_tool_names(self.allowed)
+    def __init__(self, session: Session, workflows: Iterable[str]) -> None:
+        self.session = session
+        self.allowed = _names(workflows)
+        self.run_tools = run_tool_names(self.allowed)  # the workflow of each tool `run_...`
+        # Executions that were not complete when last seen, the latest last, with what started them.
+        self.running: Recent[int, str | None] = Recent(most=_MOST_KNOWN)
+        self._inputs: dict[str, Mapping[str, str]] = {}
 
     async def tools(self) -> list[Tool]:
         """Return the tools, with the inputs of the named workflows as far as they are available."""
@@ -263,15 +257,12 @@ class Calls:
     async def _not_found(self, request: StartRequest) -> str:
         """Return whether there is no such workflow, or no such version of it."""
         name, known = str(request.workflow), list[str]()
-        try:
+        with suppress(PromptLayerExecError, TimeoutError):
             async with (
                 asyncio.timeout(DEFINITION_TIMEOUT),
                 aclosing(self.session.workflows()) as found,
             ):
-                async for summary in found:
-                    known.extend(_names_of(summary))
-        except (PromptLayerExecError, TimeoutError):
-            known = []
+                known = [it async for summary in found for it in _names_of(summary)]
         if name in known:
             return (
                 f"workflow {read.shown(name)} has no such version or label (404 Not Found)."

@@ -44,7 +44,6 @@ class Tasks:
         server.add_request_handler("tasks/cancel", TaskParams, self._cancel)
 
     def created(self, execution: Execution) -> dict[str, Any]:
-        """Return the task of a run that has just started."""
         message = f"execution {execution.id} has started"
         if execution.warning:
             message += f"; the server warns: {clip(execution.warning, 1_000)}"

@@ -37,7 +37,6 @@ class Centrifugo:
         return token
 
     async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Serve a client until its connection ends."""
         # Some clients offer an empty subprotocol: named here, it causes no warning, and no header.
         socket = web.WebSocketResponse(compress=False, protocols=("",))
         with suppress(ConnectionError):

@@ -154,10 +154,8 @@ class Execution:
     def _ended(self, node: SimNode, end: float) -> NodeState:
         if node.status != SUCCESS:
             return NodeState(node, node.status, end)
-        if node.value_json is not None:
-            return NodeState(node, SUCCESS, end, node.value, node.value_json)
-        value = node.value(self._values(node))
-        return NodeState(node, SUCCESS, end, value, encode(value))
+        value = node.value(self._values(node)) if callable(node.value) else node.value
+        return NodeState(node, SUCCESS, end, value, node.value_json or encode(value))
 
     def _values(self, node: SimNode) -> dict[str, Any]:
         return {name: self._final[name].value for name in self.scenario.upstream[node.name]}
