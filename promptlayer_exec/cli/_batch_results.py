@@ -208,7 +208,7 @@ async def _write_parquet(path: Path, outcomes: AsyncIterable[StoredOutcome]) -> 
 
 def _read_parquet(path: Path) -> Iterator[Result]:
     with _pyarrow().parquet.ParquetFile(path) as file:
-        for part in file.iter_batches(columns=list(Result._fields)):
+        for part in file.iter_batches(columns=["key", "finished", "succeeded"]):
             for row in part.to_pylist():
                 yield Result(row["key"], row["finished"].isoformat(), row["succeeded"])
 

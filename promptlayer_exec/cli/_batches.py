@@ -95,7 +95,6 @@ BatchOutage = Annotated[
 
 
 def dbos() -> ModuleType:
-    """Return the package of batches, which is an extra."""
     try:
         from promptlayer_exec import dbos  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:

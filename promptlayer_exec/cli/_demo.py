@@ -164,7 +164,6 @@ _WORKFLOWS: Mapping[str, tuple[Callable[[Mapping[str, Any]], Scenario], Mapping[
 
 
 def add_demo_workflows(simulator: Simulator) -> None:
-    """Add the workflows of `view --demo` and `simulate`, with their definitions."""
     for workflow, (scenario, inputs) in _WORKFLOWS.items():
         declared = dict.fromkeys(inputs, "string")
         simulator.add_workflow(workflow, scenario, inputs=declared, definition=scenario({}))

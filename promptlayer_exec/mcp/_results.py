@@ -24,7 +24,6 @@ def tool_result(fields: dict[str, Any]) -> CallToolResult:
 
 
 def error_result(error: Exception) -> CallToolResult:
-    """Return a text that says what is wrong and what to do."""
     text = TextContent(type="text", text=clip(error_text(error), 5_000))
     return CallToolResult(content=[text], is_error=True)
 

@@ -12,6 +12,7 @@ from aiohttp import web
 
 JSON_TYPE = {"Content-Type": "application/json"}
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _TRUE = frozenset({"1", "on", "t", "true", "y", "yes"})
 _FALSE = frozenset({"0", "off", "f", "false", "n", "no"})
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
@@ -30,7 +31,7 @@ _RUN_FIELDS: dict[str, tuple[str, set[type]]] = {
 
 def encode(value: object) -> str:
     """Return a value as the server writes it: compact ASCII JSON, which may contain `NaN`."""
-    return json.dumps(value, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def json_response(status: int, text: str, **headers: str) -> web.Response:
@@ -40,7 +41,6 @@ def json_response(status: int, text: str, **headers: str) -> web.Response:
 
 
 def error_response(status: int, message: str, **headers: str) -> web.Response:
-    """Return a response with the server's error object."""
     return json_response(status, encode({"success": False, "message": message}), **headers)
 
 
