@@ -110,7 +110,6 @@ def _text(text: object, longest: int) -> str:
 
 
 def snapshot_html(snapshot: Snapshot) -> str:
-    """Return a table of the nodes of a snapshot."""
     nodes = list(snapshot.nodes.values())
     final = sum(node.final for node in nodes)
     state = "running" if not snapshot.complete else ("failed", "succeeded")[snapshot.succeeded]

@@ -34,7 +34,6 @@ class Recent(Generic[K, V]):
         return value if time.monotonic() - at < self._seconds else None
 
     def pop(self, key: K) -> V | None:
-        """Forget an entry, and return it."""
         value = self.get(key)
         self._entries.pop(key, None)
         return value

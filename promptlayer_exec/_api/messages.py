@@ -81,7 +81,6 @@ def decode(response: Response) -> Any:
 
 
 def is_object(body: bytes) -> bool:
-    """Return True if a body is a whole JSON object."""
     try:
         return isinstance(loads(body), dict)
     except (ValueError, RecursionError):
@@ -115,7 +114,6 @@ def _invalid(response: Response, what: str, **fields: Any) -> InvalidResponse:
 
 
 def excerpt(body: bytes) -> str:
-    """Return the start of a body as text, for an error message."""
     return body[:_EXCERPT].decode("utf-8", "replace")
 
 

@@ -20,11 +20,9 @@ class Redactor:
     _secrets: tuple[str, ...] = attrs.field(repr=False)
 
     def also(self, secret: str | None) -> Redactor:
-        """Return a redactor that also replaces `secret`."""
         return self if secret is None else Redactor((*self._secrets, secret))
 
     def redact(self, text: str) -> str:
-        """Return `text` without the secrets."""
         for secret in self._secrets:
             if len(secret) >= _LEAST_LENGTH:
                 text = text.replace(secret, "***")

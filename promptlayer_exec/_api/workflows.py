@@ -53,7 +53,6 @@ def workflows_filter(
 
 
 def workflows_request(page: int, parameters: Mapping[str, str | None]) -> Request:
-    """Return the request for one page of the list of workflows."""
     query = _query(page=page, per_page=_PAGE_SIZE, **parameters)
     return Request("GET", f"/workflows{query}")
 

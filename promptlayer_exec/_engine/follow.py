@@ -84,7 +84,6 @@ class Followers:
         return None
 
     async def _wait(self, waiters: _Waiters, deadline: Deadline) -> None:
-        """Wait for a notification or the deadline."""
         self._check_loop()
         loop = asyncio.get_running_loop()
         future = loop.create_future()

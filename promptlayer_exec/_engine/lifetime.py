@@ -57,7 +57,6 @@ class Lifetime:
             raise SessionClosed
 
     def check_loop(self) -> None:
-        """Raise a `RuntimeError` if another event loop is running."""
         if self._loop is not asyncio.get_running_loop():
             raise RuntimeError(
                 "this session is open in another event loop: close it there, enter it again once"
@@ -116,7 +115,6 @@ class Lifetime:
                 await self._resources.aclose()
 
     def _stop(self) -> None:
-        """End everything that runs."""
         for timeout in self._calls:
             if not timeout.expired():
                 timeout.reschedule(self._loop.time())

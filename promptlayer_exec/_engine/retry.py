@@ -188,7 +188,6 @@ class Retrying:
         return delay
 
     def _is_transient(self, error: RequestError, once: SendOnce | None) -> bool:
-        """Return True if a failure is worth another attempt."""
         if once is not None:
             may_have_arrived = once.sent or isinstance(error, StatusError)
             # A 429 starts nothing.

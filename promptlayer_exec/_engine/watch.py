@@ -173,7 +173,6 @@ class Watch:
         return snapshot.complete
 
     def _fail(self, error: Exception) -> None:
-        """Raise an error to all followers."""
         if isinstance(error, PromptLayerExecError):
             error.execution_id = self.execution_id
             error.last_snapshot = self.followers.latest

@@ -81,7 +81,6 @@ class Subscription:
             reply = await self._ask("refresh", token=await self.get_token())
 
     async def _ask(self, command: str, **fields: str) -> dict[str, Any]:
-        """Send a command, and return the reply."""
         number = next(self._numbers)
         replied = self._replies[number] = asyncio.get_running_loop().create_future()
         await self._send({"id": number, command: fields})

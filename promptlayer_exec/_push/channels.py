@@ -54,12 +54,10 @@ def _now() -> float:
 
 
 def token_request(channel: str) -> Request:
-    """Return the request for a token that allows to subscribe to one channel."""
     return Request("POST", f"/ws-token-request-library?capability={quote(channel, safe='')}")
 
 
 def read_token(response: Response) -> str:
-    """Read the token in a response."""
     if response.status != 201:
         check_status(response)
     body = decode(response)

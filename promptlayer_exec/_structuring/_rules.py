@@ -54,7 +54,6 @@ def _refuse(kind: Any) -> Any:
 
 
 def _option(value: Any, kind: Any) -> Any:
-    """Structure into an enum or a literal."""
     options = list(kind) if _is_enum(kind) else get_args(kind)
     plain = [it.value if isinstance(it, Enum) else it for it in options]
     for option, expected in zip(options, plain, strict=True):
