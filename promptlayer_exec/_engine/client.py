@@ -226,8 +226,8 @@ class Client:
         except DeadlinePassed:
             timeout = deadline.timeout or 0.0
             raise ExecutionTimeout(
-                f"could not send the start within {timeout:g} s; no run was started: the server has"
-                f" not answered which inputs workflow {request.workflow!r:.100} requires",
+                f"could not send the start within {timeout:g} s; no run was started: the server did"
+                f" not say in time which inputs workflow {request.workflow!r:.100} requires",
                 timeout=timeout,
             ) from None
 
