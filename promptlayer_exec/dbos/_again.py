@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from promptlayer_exec.dbos._intents import Started
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import batches, callbacks, called_back, items, lock_batch
 from promptlayer_exec.dbos._values import Ending, StoredOutcome, start_result
 
 _AT_ONCE = 500
 _item = items.c
+_callback_id = callbacks.c.execution_id
 
 
 class _Again(NamedTuple):
@@ -33,13 +33,13 @@ class _Again(NamedTuple):
 
     key: str
     attempt: int  # the one that ended
-    kind: str | None
+    kind: str
     started: str | None
 
 
 def recheck(store: Store, batch: str) -> int:
     """Follow again every failed item whose id is known, if only by a callback; return how many."""
-    return _reopen(store, batch, ["failed"], starts=False)
+    return _reopen(store, batch, _item.kind == "failed", starts=False)
 
 
 def retry(store: Store, batch: str, kinds: Sequence[str]) -> int:
@@ -47,69 +47,39 @@ def retry(store: Store, batch: str, kinds: Sequence[str]) -> int:
 
     One that has a run which is not known to have failed is followed instead: it may be paid for.
     """
-    return _reopen(store, batch, kinds, starts=True)
+    return _reopen(store, batch, _item.kind.in_(kinds), starts=True)
 
 
-def record_callback(store: Store, batch: str, token: str, execution_id: int) -> None:
-    """Store the callback of a start; the first one counts."""
+def resolve(store: Store, batch: str, *which: sa.ColumnElement[bool]) -> int:
+    """Follow each unknown item whose callback is stored; return how many there were."""
+    return _reopen(
+        store, batch, _item.kind == "unknown", _callback_id.is_not(None), *which, starts=False
+    )
+
+
+def record_callback(store: Store, batch: str, token: str, execution_id: int) -> bool:
+    """Store the callback of a start, the first one counts; return True if its item is followed."""
     insert = store.insert(callbacks).values(batch=batch, token=token, execution_id=execution_id)
     store.execute(insert.on_conflict_do_nothing())
+    return resolve(store, batch, _item.intent == token) > 0
 
 
-def finish(store: Store, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
+def finish(store: Store, batch: str, endings: Sequence[Ending]) -> list[bool]:
     """Store the outcomes of items, and let those unknown be followed whose callbacks are stored.
 
-    Returns the keys and attempts of those that were stored.
+    Returns for each whether it was stored.
     """
     stored = store.finish(batch, endings)
     if any(ending.kind == "unknown" for ending in endings):
         resolve(store, batch)
-    return stored
+    return [(ending.key, ending.attempt) in stored for ending in endings]
 
 
-def resolve(store: Store, batch: str) -> int:
-    """Let each unknown item whose callback is stored be followed; return how many there were.
-
-    There may be many: if this is cancelled, it stops before the next one.
-    """
-    query = (
-        sa.select(_item.key, _item.attempt, _item.intent, callbacks.c.execution_id)
-        .join(callbacks, called_back)
-        .where(_item.batch == batch, _item.kind == "unknown")
-    )
-    return sum(
-        adopt(store, batch, Started(key, attempt, token, json.dumps(start_result(execution_id))))
-        for key, attempt, token, execution_id in store.rows(query)
-        if not store.is_cancelled()
-    )
-
-
-def adopt(store: Store, batch: str, start: Started) -> bool:
-    """Follow a run whose start another worker takes for unknown; return whether it can be."""
-    query = sa.select(_item.key, _item.attempt, _item.kind).where(
-        _item.batch == batch,
-        _item.key == start.key,
-        _item.attempt == start.attempt,
-        _item.intent == start.token,
-        sa.or_(_item.kind.is_(None), _item.kind == "unknown"),
-    )
-
-    def work(connection: sa.Connection) -> bool:
-        lock_batch(connection, batch)
-        chosen = [_Again(*row, start.result) for row in connection.execute(query)]
-        return bool(_begin(store, connection, batch, chosen))
-
-    return store.transact(work)
-
-
-def _reopen(store: Store, batch: str, kinds: Sequence[str], *, starts: bool) -> int:
-    ended = sa.and_(_item.batch == batch, _item.kind.in_(kinds))
-    page = sa.select(_item.key).where(ended).order_by(_item.key).limit(_AT_ONCE)
-    query = (
-        sa.select(_item.key, _item.attempt, _item.kind, _item.outcome, callbacks.c.execution_id)
-        .outerjoin(callbacks, called_back)
-        .where(ended)
-    )
+def _reopen(store: Store, batch: str, *which: sa.ColumnElement[bool], starts: bool) -> int:
+    ended = sa.select().select_from(items.outerjoin(callbacks, called_back))
+    ended = ended.where(_item.batch == batch, *which)
+    page = ended.add_columns(_item.key).order_by(_item.key).limit(_AT_ONCE)
+    query = ended.add_columns(_item.key, _item.attempt, _item.kind, _item.outcome, _callback_id)
     count, last = 0, ""
 
     def work(keys: Sequence[str], connection: sa.Connection) -> int:
@@ -145,9 +115,8 @@ def _begin(store: Store, connection: sa.Connection, batch: str, chosen: Sequence
         .values(attempt=_item.attempt + 1, started=sa.bindparam("result"), **changes),
         [{"the_key": again.key, "result": again.started} for again in chosen],
     )
-    counts = Counter(again.kind for again in chosen if again.kind is not None)
-    if counts:
-        fewer = {kind: batches.c[kind] - count for kind, count in counts.items()}
-        connection.execute(sa.update(batches).where(batches.c.name == batch).values(**fewer))
+    counts = Counter(again.kind for again in chosen)
+    fewer = {kind: batches.c[kind] - count for kind, count in counts.items()}
+    connection.execute(sa.update(batches).where(batches.c.name == batch).values(**fewer))
     store.enqueue(connection, batch, [(again.key, again.attempt + 1) for again in chosen])
     return len(chosen)

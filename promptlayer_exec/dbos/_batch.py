@@ -358,8 +358,9 @@ class Batch:
             raise TypeError(f"token must be a str, got {token!r:.100}")
         execution_id = integration.check_execution_id(execution_id)
         async with self._open() as store:
-            await store.run_in_thread(again.record_callback, store, self._name, token, execution_id)
-            return await store.run_in_thread(again.resolve, store, self._name) > 0
+            return await store.run_in_thread(
+                again.record_callback, store, self._name, token, execution_id
+            )
 
     def __repr__(self) -> str:
         return f"<Batch {self._name!r} in {shown(self._url)}>"

@@ -123,7 +123,8 @@ class Items:
         self._intents = Group(partial(intents.write, self._store, self._batch))
         self._states = Group(partial(intents.read, self._store, self._batch))
         self._started = Group(partial(intents.write_started, self._store, self._batch))
-        self._endings = Group(self._store_endings, lambda ending: len(ending.outcome))
+        finish = partial(again.finish, self._store, self._batch)
+        self._endings = Group(finish, lambda ending: len(ending.outcome))
         self._starts = Breaker(policy.outage, self._end)
         self._patience = float("inf") if policy.watch_outage is None else policy.watch_outage
 
@@ -164,10 +165,6 @@ class Items:
         """End the work with an error, and send no start any more."""
         self._is_closing = True
         self._stop(error)
-
-    def _store_endings(self, endings: list[Ending]) -> list[bool]:
-        stored = again.finish(self._store, self._batch, endings)
-        return [(ending.key, ending.attempt) in stored for ending in endings]
 
     async def _run(self, key: str, attempt: int) -> None:
         while True:  # the start of another worker may be recorded meanwhile
@@ -220,12 +217,15 @@ class Items:
                 self._report_unrecorded(item, result)
             if await recording:
                 return result
-            if await self._store.run_in_thread(again.adopt, self._store, self._batch, row):
+            execution_id = result["execution_id"]
+            if await self._store.run_in_thread(
+                again.record_callback, self._store, self._batch, token, execution_id
+            ):
                 text = (
                     "execution %d was started for item %.100r while another worker took the item"
                     " over; it is followed"
                 )
-                logger.warning(text, result["execution_id"], item.key)
+                logger.warning(text, execution_id, item.key)
                 return None
         except BaseException:
             self._report_unrecorded(item, result)

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,11 @@ from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos._groups import Group
-from promptlayer_exec.dbos._intents import Intent, Started
+from promptlayer_exec.dbos._intents import Intent
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._values import Ending
+from promptlayer_exec.dbos._values import Ending, StoredError, StoredOutcome
 
 
 @pytest.fixture
@@ -42,9 +43,12 @@ def test_many_runs_are_adopted_at_once(store: Store) -> None:
     keys = [str(n) for n in range(16)]
     store.add("b", [Row(key, json.dumps({"workflow": "w"}), "") for key in keys])
     intents.write(store, "b", [Intent(key, 1, f"token {key}", None, False) for key in keys])
+    unknown, now = StoredError("StartUnknown", "-"), datetime.now(UTC)
+    outcomes = [StoredOutcome(key, None, False, None, unknown, None, now) for key in keys]
+    store.finish("b", [Ending.of(1, outcome) for outcome in outcomes])
 
     def adopt(key: str) -> bool:
-        return again.adopt(store, "b", Started(key, 1, f"token {key}", "{}"))
+        return again.record_callback(store, "b", f"token {key}", 787)
 
     began = time.monotonic()
     with ThreadPoolExecutor(len(keys)) as threads:
