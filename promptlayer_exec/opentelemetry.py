@@ -6,14 +6,13 @@ import asyncio
 import json
 import time
 import traceback
-from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 import attrs
 
-from promptlayer_exec._integration import install_hint, log_text
+from promptlayer_exec._integration import Recent, install_hint, log_text
 
 try:
     from opentelemetry import metrics, trace
@@ -42,7 +41,6 @@ __all__ = ["OpenTelemetryObserver"]
 _SCOPE = "promptlayer_exec"
 # The last version that has the conventions for GenAI; their own repository has not published one.
 _SCHEMA = "https://opentelemetry.io/schemas/1.41.0"
-_MOST_STARTS = 10_000
 _PORTS = {"http": 80, "https": 443}
 # The buckets of the semantic conventions for HTTP, and more up to an hour for watches. The SDK's
 # defaults are for milliseconds.
@@ -92,8 +90,8 @@ class OpenTelemetryObserver:
         record_values: bool = False,
     ) -> None:
         self._tracer = trace.get_tracer(_SCOPE, __version__, tracer_provider, _SCHEMA)
-        # Oldest first, by the server and the execution's id, so that a watch can be linked.
-        self._starts: dict[tuple[str, int | None], trace.SpanContext] = {}
+        # By the server and the execution's id, so that a watch can be linked.
+        self._starts: Recent[tuple[str, int | None], trace.SpanContext] = Recent()
         self._record_values = record_values
         # By task, as two sessions may watch the same execution, and a session may start a new watch
         # while the previous one is still ending.
@@ -226,9 +224,7 @@ class OpenTelemetryObserver:
             span.set_attribute("promptlayer_exec.execution.id", event.execution_id or 0)
             span.set_attribute("promptlayer_exec.abandoned", event.abandoned)
             span.set_attribute("promptlayer_exec.recovered", event.recovered)
-            self._starts[event.base_url, event.execution_id] = span.get_span_context()
-            if len(self._starts) > _MOST_STARTS:
-                del self._starts[next(iter(self._starts))]
+            self._starts.add((event.base_url, event.execution_id), span.get_span_context())
         # What it took until the callback is no time of a response.
         if isinstance(event, StartFailed) or not event.recovered:
             self._seconds["start.duration"].record(event.duration, metric)
@@ -274,7 +270,6 @@ def _attributes(operation: str, workflow: str | int | None, base_url: str) -> di
     return attributes
 
 
-@lru_cache
 def _server(base_url: str) -> dict[str, str | int]:
     if not base_url:  # the start failed before anything was to be sent
         return {}

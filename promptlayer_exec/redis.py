@@ -305,11 +305,8 @@ class _Link:
                 self._client.callbacks.receive(token, int(execution_id), shared=True)
 
     async def aclose(self) -> None:
-        held = [watch for watch in self._watches.values() if watch.is_held]
-        with suppress(RedisError, OSError):  # the leases run out
-            async with asyncio.timeout(_COMMAND / 2):
-                if self._is_up and held:
-                    await self._extend(held, 0)
+        if self._is_up:
+            await self._release([watch for watch in self._watches.values() if watch.is_held])
         if self._owns_redis:
             await self._redis.aclose()
 
@@ -335,8 +332,8 @@ class _Link:
 
     async def _release(self, watches: list[_SharedFetch]) -> None:
         # Even if Redis is taken for away: one that is full can still delete.
-        with suppress(RedisError, OSError):
-            async with asyncio.timeout(_COMMAND):
+        with suppress(RedisError, OSError):  # the leases run out
+            async with asyncio.timeout(_COMMAND / 2):
                 await self._extend(watches, 0)
 
     async def _extend(self, watches: Iterable[_SharedFetch], seconds: float) -> list[Any]:

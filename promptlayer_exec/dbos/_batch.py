@@ -21,7 +21,7 @@ from promptlayer_exec.dbos._location import database_url as locate
 from promptlayer_exec.dbos._location import prepare_default, shown
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._reports import BatchSettings, Durations, Failure, StoredItem
-from promptlayer_exec.dbos._requests import Row, by_key, chunks, encode
+from promptlayer_exec.dbos._requests import Row, by_key, encode
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._values import BatchStatus, Kind, StoredOutcome
 from promptlayer_exec.dbos._worker import Worker
@@ -116,7 +116,7 @@ class Batch:
         async with self._open() as store:
             if isinstance(requests, AsyncIterable):
                 await self._claim(store)
-                return await self._add_as_they_come(store, requests)
+                return await self._add(store, requests, self._row)
             rows = []
             for request in requests:
                 rows.append(self._row(request))
@@ -125,18 +125,15 @@ class Batch:
             unique = by_key(self._name, rows).values()
             await self._claim(store)
             await store.run_in_thread(store.check, self._name, unique)
-            return sum(
-                [
-                    await store.run_in_thread(store.add, self._name, chunk)
-                    for chunk in chunks(unique, _CHUNK, _CHUNK_BYTES)
-                ]
-            )
+            return await self._add(store, unique, lambda row: row)
 
-    async def _add_as_they_come(self, store: Store, requests: AsyncIterable[StartRequest]) -> int:
-        new, rows, size = 0, [], 0
-        async with aclosing(integration.each(requests)) as each:
-            async for request in each:
-                rows.append(self._row(request))
+    async def _add(
+        self, store: Store, items: Iterable[T] | AsyncIterable[T], row_of: Callable[[T], Row]
+    ) -> int:
+        new, rows, size = 0, list[Row](), 0
+        async with aclosing(integration.each(items)) as each:
+            async for item in each:
+                rows.append(row_of(item))
                 size += len(rows[-1].request)
                 if len(rows) >= _CHUNK or size >= _CHUNK_BYTES:
                     new += await store.run_in_thread(store.add, self._name, rows)

@@ -138,10 +138,8 @@ class Database:
     def prepare(self) -> None:
         """Create the tables that are missing; does not wait for a database that is not there."""
         try:
-            if self.is_sqlite:  # what cannot be opened may be mistyped
-                arguments, options = self.engine.dialect.create_connect_args(self.engine.url)
-                self.engine.dialect.connect(*arguments, **options).close()
-                # DBOS would wait for a locked file, too, but could not be ended.
+            if self.is_sqlite:
+                # DBOS would wait for a file that is locked or no file, and could not be ended.
                 with self.engine.begin() as connection:
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
             migrate(self._migrated.render_as_string(hide_password=False))

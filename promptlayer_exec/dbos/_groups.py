@@ -40,30 +40,24 @@ class Group(Generic[R, V]):
     async def _run(self) -> None:
         try:
             while self._waiting:
-                rows, futures = self._next_rows()
-                error: Exception | None = None
-                values: Sequence[V] = ()
+                taken = self._take()
                 try:
-                    values = await asyncio.to_thread(self._write, rows)
-                except Exception as failure:  # noqa: BLE001 - it is each caller's
-                    error = failure
-                for index, future in enumerate(futures):
-                    if future.done():  # the caller was cancelled
-                        continue
-                    if error is None:
-                        future.set_result(values[index])
-                    else:
-                        future.set_exception(error)
+                    values = await asyncio.to_thread(self._write, [row for row, _ in taken])
+                except Exception as error:  # noqa: BLE001 - it is each caller's
+                    for _, written in taken:
+                        if not written.done():
+                            written.set_exception(error)
+                else:
+                    for (_, written), value in zip(taken, values, strict=True):
+                        if not written.done():  # the caller may have been cancelled
+                            written.set_result(value)
         finally:
             self._task = None
 
-    def _next_rows(self) -> tuple[list[R], list[asyncio.Future[V]]]:
-        rows: list[R] = []
-        futures: list[asyncio.Future[V]] = []
+    def _take(self) -> list[tuple[R, asyncio.Future[V]]]:
+        taken: list[tuple[R, asyncio.Future[V]]] = []
         size = 0
-        while self._waiting and len(rows) < _MOST_ROWS and size < _MOST_BYTES:
-            row, future = self._waiting.popleft()
-            rows.append(row)
-            futures.append(future)
-            size += self._size(row)
-        return rows, futures
+        while self._waiting and len(taken) < _MOST_ROWS and size < _MOST_BYTES:
+            taken.append(self._waiting.popleft())
+            size += self._size(taken[-1][0])
+        return taken

@@ -192,7 +192,9 @@ class Items:
             if state.called_back is not None:  # it has
                 return await self._record(item, state.intent, start_result(state.called_back))
             if not self._restart_unknown:
-                return _unknown_start(item)
+                text = "the worker that sent the start stopped before it recorded the answer"
+                workflow = json.loads(item.request)["workflow"]
+                return start_result(error=StartUnknown(text, workflow=workflow, reason=text))
         token = integration.start_token(self._session)
         intent = Intent(item.key, item.attempt, token, state.intent)
         pending = PendingStart(intent, self._intents)
@@ -267,10 +269,14 @@ class Items:
         with suppress(ConfigurationError):  # then the item is unknown
             await pending.not_sent()
         if isinstance(error, ExecutionTimeout):  # not sent within the session's `wait_timeout`
-            self._warn_of_late_start(item.key, error)
+            if not self._has_warned:  # all may have to wait for the rate
+                self._has_warned = True
+                text = "item %.100r was not started in time, and is tried again, as later ones: %s"
+                logger.warning(text, item.key, integration.log_text(error))
+            cause = error.__cause__
             # Otherwise the rate is to blame, or the server said how long to wait.
-            if isinstance(error.__cause__, RequestError) and not _is_announced(error.__cause__):
-                self._starts.failed(error.__cause__, since=since)
+            if isinstance(cause, RequestError) and getattr(cause, "retry_after", None) is None:
+                self._starts.failed(cause, since=since)
             return None
         if isinstance(error, StatusError) and error.status in _ACCOUNT_STATUSES:
             self._starts.failed(error, since=since)
@@ -282,16 +288,6 @@ class Items:
         elif not await integration.cannot_be_sent(self._session, self._to_send(item)):
             raise error
         return start_result(error=error)
-
-    def _warn_of_late_start(self, key: str, error: ExecutionTimeout) -> None:
-        """Log the first start that is not sent in time: all may have to wait for the rate."""
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "item %.100r was not started in time, and is tried again, as later ones: %s",
-                key,
-                integration.log_text(error),
-            )
 
     def _to_send(self, item: Item) -> StartRequest:
         """Return a stored request with metadata by which its run can be found in PromptLayer."""
@@ -321,11 +317,11 @@ class Items:
         self._check_open()
         try:
             output = await self._output(item, execution_id)
-            outcome = StoredOutcome(key, execution_id, True, output, None, at, _now())
+            outcome = StoredOutcome(key, execution_id, True, output, None, at, datetime.now(UTC))
             outcome.to_json()  # an output that cannot be stored is an error of the item
         except (ExecutionFailed, NotFound, RecursionError) as failure:
             stored = StoredError(type(failure).__name__, str(failure))
-            outcome = StoredOutcome(key, execution_id, False, None, stored, at, _now())
+            outcome = StoredOutcome(key, execution_id, False, None, stored, at, datetime.now(UTC))
         self._answered_at = asyncio.get_running_loop().time()
         return outcome
 
@@ -378,19 +374,3 @@ class Items:
 
 class _Closing(Exception):
     """The work ends, so an item is neither started nor followed."""
-
-
-def _unknown_start(item: Item) -> StartResult:
-    """Return the result of a start that another worker may have sent."""
-    message = "the worker that sent the start stopped before it recorded the answer"
-    workflow = json.loads(item.request)["workflow"]
-    return start_result(error=StartUnknown(message, workflow=workflow, reason=message))
-
-
-def _is_announced(error: RequestError) -> bool:
-    """Return True if the server said how long to wait, which is no outage."""
-    return isinstance(error, StatusError) and error.retry_after is not None
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

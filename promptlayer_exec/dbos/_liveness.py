@@ -10,11 +10,12 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import attrs
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec.dbos._store import Heartbeat, Store
+from promptlayer_exec.dbos._store import Store
 
 logger = logging.getLogger("promptlayer_exec")
 HEARTBEAT_INTERVAL = 2.0
@@ -42,14 +43,15 @@ class Liveness:
     _executor: str
     _active: Mapping[str, object]  # the DBOS workflows that this worker runs
     # The last heartbeat of each other worker, and for how many seconds it has been the same.
-    _seen: dict[str, tuple[Heartbeat, float]] = attrs.field(init=False, factory=dict)
+    _seen: dict[str, tuple[Any, float]] = attrs.field(init=False, factory=dict)
     _seen_at: float = attrs.field(init=False, factory=time.monotonic)
     _rounds: int = attrs.field(init=False, default=0)
     _idle: set[str] = attrs.field(init=False, factory=set)
 
     def record_heartbeat(self) -> None:
         """Record that this worker is alive, before it takes its first item."""
-        self._store.record_heartbeat(self._batch, self._executor, describe_process())
+        process = json.dumps([*_pid_scope(), os.getpid()])
+        self._store.record_heartbeat(self._batch, self._executor, process)
 
     async def run(self) -> None:
         """Record heartbeats, and look after other workers, until cancelled."""
@@ -96,7 +98,7 @@ class Liveness:
             self._store.requeue(self._batch, lost)
         self._idle = idle - lost
 
-    def _is_dead(self, other: str, heartbeat: Heartbeat | None, passed: float) -> bool:
+    def _is_dead(self, other: str, heartbeat: Any, passed: float) -> bool:
         if heartbeat is None or _is_gone(heartbeat.process):  # it stopped properly, or was killed
             return True
         before, silent = self._seen.get(other, (None, 0.0))
@@ -115,11 +117,6 @@ def release(store: Store, batch: str, executor: str) -> None:
 def count_workers(store: Store, batch: str) -> int:
     """Return how many workers are alive; a silent one counts for `DEAD_AFTER` seconds."""
     return sum(not _is_gone(process) for process in store.processes(batch, DEAD_AFTER))
-
-
-def describe_process() -> str:
-    """Return JSON that identifies this process: the machine's boot, the namespace, and the id."""
-    return json.dumps([*_pid_scope(), os.getpid()])
 
 
 def _is_gone(process: str) -> bool:

@@ -62,20 +62,6 @@ def by_key(batch: str, rows: Iterable[Row]) -> dict[str, Row]:
     return found
 
 
-def chunks(rows: Iterable[Row], most: int, length: int) -> Iterator[list[Row]]:
-    """Yield rows for one transaction each: `most`, or about `length` characters of requests."""
-    chunk: list[Row] = []
-    size = 0
-    for row in rows:
-        chunk.append(row)
-        size += len(row.request)
-        if len(chunk) >= most or size >= length:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
 def _paths(path: str, before: Any, after: Any) -> Iterator[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         for name in before | after:

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
 from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
@@ -30,7 +30,6 @@ from promptlayer_exec.dbos._tables import (
     WORKFLOW,
     attempt_of,
     callbacks,
-    key_and_attempt,
     queue_name,
     the_attempt,
     workflow_id,
@@ -67,13 +66,6 @@ _FINISH = (
 )
 # The process of a worker about which nothing is known.
 _NOWHERE = "[null, null, 0]"
-
-
-class Heartbeat(NamedTuple):
-    """What a worker last recorded: a number that grows, and which process it is."""
-
-    number: int
-    process: str
 
 
 class Store(Database):
@@ -248,10 +240,7 @@ class Store(Database):
     def workflows(self, batch: str, key: str, attempts: int) -> list[Any]:
         """Return the DBOS workflows of the attempts of an item, the first one first."""
         ids = [workflow_id(batch, key, attempt) for attempt in range(1, attempts + 1)]
-        return sorted(
-            self._list_workflows(workflow_ids=ids),
-            key=lambda each: key_and_attempt(each.workflow_id)[1],
-        )
+        return list(self._list_workflows(workflow_ids=ids))
 
     def _list_workflows(self, **which: Any) -> Any:
         select = partial(self._client.list_workflows, load_input=False, load_output=False)
@@ -312,11 +301,11 @@ class Store(Database):
         query = sa.select(_workers.c.process).where(_workers.c.batch == batch, is_recent)
         return [row.process for row in self.rows(query)]
 
-    def heartbeats(self, batch: str) -> dict[str, Heartbeat]:
-        """Return the last heartbeat of each worker of a batch by its executor."""
+    def heartbeats(self, batch: str) -> dict[str, Any]:
+        """Return each worker's number of heartbeats and its process, by its executor."""
         query = sa.select(_workers.c.executor, _workers.c.beat, _workers.c.process)
         rows = self.rows(query.where(_workers.c.batch == batch))
-        return {row.executor: Heartbeat(row.beat, row.process) for row in rows}
+        return {row.executor: row for row in rows}
 
     def claim_rescue(self, batch: str, dead: str, executor: str, within: float) -> bool:
         """Return True if this worker may put the items of a dead one back into the queue.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
 from typing import Any, TypeVar
 
 from promptlayer_exec import PromptLayerExecError, Session, Workflow, WorkflowSummary
+from promptlayer_exec._integration import Recent
 from promptlayer_exec.viewer._problems import explain
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class Definitions:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._known: dict[Hashable, tuple[float, Any]] = {}
+        self._known: Recent[Hashable, Any] = Recent(_MAX_AGE)
 
     async def get(
         self, workflow: str, label: str | None = None, version: int | None = None
@@ -46,7 +46,8 @@ class Definitions:
         return await self._read("summaries", read, _LIST_PATIENCE)
 
     async def _read(self, key: Hashable, read: Callable[[], Awaitable[T]], patience: float) -> T:
-        if key not in self._known or time.monotonic() - self._known[key][0] > _MAX_AGE:
+        found: T | None = self._known.get(key)
+        if found is None:
             try:
                 async with asyncio.timeout(patience):
                     found = await read()
@@ -54,9 +55,8 @@ class Definitions:
                 raise NoDefinition(f"it was not sent within {patience:.0f} s.") from None
             except (PromptLayerExecError, ValueError) as error:
                 raise NoDefinition(explain(error)[1]) from error
-            self._known[key] = (time.monotonic(), found)
-        known: T = self._known[key][1]
-        return known
+            self._known.add(key, found)
+        return found
 
 
 def definition_view(workflow: Workflow) -> dict[str, Any]:

@@ -179,25 +179,21 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
         if version and not re.fullmatch("[1-9][0-9]{0,8}", version):
             return refuse("A version is a whole number from 1.", 422, "version")
         try:
-            given = _read_inputs(inputs)
-            chosen: dict[str, Any] = {
-                "label": label or None,
-                "version": int(version) if version else None,
-                "metadata": metadata,
-            }
-            execution = await board.start(workflow, given, **chosen)
+            execution = await board.start(
+                workflow,
+                _read_inputs(inputs),
+                label=label or None,
+                version=int(version) if version else None,
+                metadata=metadata,
+            )
         except PromptLayerExecError as error:
-            return _refuse_start(error)
+            kind, message = explain(error)
+            if kind == "missing":
+                return refuse(message, 404, "workflow")
+            return refuse(message, 502, is_unknown=isinstance(error, StartUnknown))
         except (TypeError, ValueError) as error:
             return refuse(str(error), 422, "inputs")
         return _json({"execution_id": str(execution.id)}, 201)
-
-
-def _refuse_start(error: PromptLayerExecError) -> Response:
-    kind, message = explain(error)
-    if kind == "missing":
-        return refuse(message, 404, "workflow")
-    return refuse(message, 502, is_unknown=isinstance(error, StartUnknown))
 
 
 def add_history_routes(app: FastAPI, history: History) -> None:

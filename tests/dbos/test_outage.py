@@ -39,6 +39,7 @@ from promptlayer_exec.dbos import _intents as intents_
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _rate as rates
+from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
@@ -384,7 +385,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def take_over(url: str) -> None:
     """Let another worker, which is alive, take over the item "0" and be about to start it."""
     with closing(Store(check_url(url))) as store:
-        store.record_heartbeat("nightly", "another", liveness.describe_process())
+        store.record_heartbeat("nightly", "another", stores._NOWHERE)
 
         def update(connection: sa.Connection) -> None:
             connection.execute(sa.text("UPDATE workflow_status SET executor_id = 'another'"))
