@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -26,15 +26,6 @@ from promptlayer_exec.dbos._values import Ending, StoredOutcome, start_result
 _AT_ONCE = 500
 _item = items.c
 _callback_id = callbacks.c.execution_id
-
-
-class _Again(NamedTuple):
-    """An item that is to be run again, and as JSON the result of a start if it is only followed."""
-
-    key: str
-    attempt: int  # the one that ended
-    kind: str
-    started: str | None
 
 
 def recheck(store: Store, batch: str) -> int:
@@ -95,7 +86,7 @@ def _reopen(store: Store, batch: str, *which: sa.ColumnElement[bool], starts: bo
                 at = outcome.started or outcome.finished
                 started = json.dumps(start_result(execution_id, at=at))
             if starts or started is not None:
-                chosen.append(_Again(row.key, row.attempt, row.kind, started))
+                chosen.append((row, started))
         return _begin(store, connection, batch, chosen)
 
     while not store.is_cancelled() and (rows := store.rows(page.where(_item.key > last))):
@@ -104,8 +95,13 @@ def _reopen(store: Store, batch: str, *which: sa.ColumnElement[bool], starts: bo
     return count
 
 
-def _begin(store: Store, connection: sa.Connection, batch: str, chosen: Sequence[_Again]) -> int:
-    """Begin the next attempt of items, whose rows are locked, and return how many there are."""
+def _begin(
+    store: Store, connection: sa.Connection, batch: str, chosen: Sequence[tuple[Any, str | None]]
+) -> int:
+    """Begin the next attempt of items, and return how many there are.
+
+    Each has its row, which is locked, and as JSON the result of a start if it is only followed.
+    """
     if not chosen:
         return 0
     changes = dict.fromkeys(("kind", "seq", "outcome", "intent", "seconds"))
@@ -113,10 +109,10 @@ def _begin(store: Store, connection: sa.Connection, batch: str, chosen: Sequence
         sa.update(items)
         .where(_item.batch == batch, _item.key == sa.bindparam("the_key"))
         .values(attempt=_item.attempt + 1, started=sa.bindparam("result"), **changes),
-        [{"the_key": again.key, "result": again.started} for again in chosen],
+        [{"the_key": row.key, "result": started} for row, started in chosen],
     )
-    counts = Counter(again.kind for again in chosen)
+    counts = Counter(row.kind for row, _ in chosen)
     fewer = {kind: batches.c[kind] - count for kind, count in counts.items()}
     connection.execute(sa.update(batches).where(batches.c.name == batch).values(**fewer))
-    store.enqueue(connection, batch, [(again.key, again.attempt + 1) for again in chosen])
+    store.enqueue(connection, batch, [(row.key, row.attempt + 1) for row, _ in chosen])
     return len(chosen)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import attrs
 import sqlalchemy as sa
@@ -90,11 +90,6 @@ class IntentRefused(Exception):
     """Another worker has the item, or it has an outcome."""
 
 
-def current_task() -> asyncio.Task[Any]:
-    """Return the running task, which every coroutine has."""
-    return cast("asyncio.Task[Any]", asyncio.current_task())
-
-
 @attrs.define(eq=False, repr=False)
 class PendingStart:
     """A start that is to be sent, with the hooks around its sending.
@@ -106,7 +101,7 @@ class PendingStart:
 
     _intent: Intent
     _intents: Group[Intent, bool]
-    task: asyncio.Task[Any] = attrs.field(init=False, factory=current_task)
+    task: asyncio.Task[Any]
     may_be_sent: bool = attrs.field(init=False, default=False)
     _is_cancelled: bool = attrs.field(init=False, default=False)
 

@@ -134,7 +134,7 @@ class Items:
         # A worker that stood still may be given an item again that it still runs.
         while (earlier := self.active.get(workflow)) is not None:
             await asyncio.wait([earlier])
-        self.active[workflow] = intents.current_task()
+        self.active[workflow] = cast("asyncio.Task[Any]", asyncio.current_task())
         try:
             await self._run(key, attempt)
         except (IntentRefused, _Closing):
@@ -197,7 +197,8 @@ class Items:
                 return start_result(error=StartUnknown(text, workflow=workflow, reason=text))
         token = integration.start_token(self._session)
         intent = Intent(item.key, item.attempt, token, state.intent)
-        pending = PendingStart(intent, self._intents)
+        task = self.active[workflow_id(self._batch, item.key, item.attempt)]
+        pending = PendingStart(intent, self._intents, task)
         self._pending.add(pending)
         try:
             result = await self._send(item, pending, token)

@@ -48,7 +48,6 @@ class Worker:
         init=False, factory=lambda: f"{socket.gethostname()}-{uuid4().hex}"
     )
     _loop: asyncio.AbstractEventLoop = attrs.field(init=False, factory=asyncio.get_running_loop)
-    _is_launched: bool = attrs.field(init=False, default=False)
     _error: Exception | None = attrs.field(init=False, default=None)
     _items: Items = attrs.field(init=False)
     _liveness: Liveness = attrs.field(init=False)
@@ -116,7 +115,6 @@ class Worker:
         except BaseException:
             DBOS.destroy()  # it cannot be launched twice
             raise
-        self._is_launched = True
 
     async def _wait(self, watching: asyncio.Task[None], *, until_done: bool) -> None:
         store = self._store
@@ -175,7 +173,7 @@ class Worker:
             self._store.give_up()
         with suppress(ConfigurationError):
             is_finished = self._store.is_finished(self._batch)
-        if self._is_launched:
+        if DBOS.executor_id == self._executor:  # it was launched
             DBOS.destroy(workflow_completion_timeout_sec=0 if is_finished else _ENDING)
         with suppress(ConfigurationError):  # the other workers will miss its heartbeat
             release(self._store, self._batch, self._executor)

@@ -14,7 +14,7 @@ from typing import Any, Self
 import attrs
 
 from promptlayer_exec import Event, Execution, RequestRetried, Session, Snapshot, StartUnknown
-from promptlayer_exec._integration import error_text
+from promptlayer_exec._integration import error_text, indented
 from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._problems import Problem, explain
 from promptlayer_exec.viewer._timeline import Sight, Timeline
@@ -153,22 +153,19 @@ class Board:
         """
         known: dict[str, Any] = {"workflow": workflow, "label": label, "version": version}
         known["metadata"] = None if metadata is None else json.dumps(dict(metadata))
-        began = time.time()
+        known["inputs"] = indented(inputs)
+        line = {**known, "began": time.time(), "is_started": True}
         try:
             execution = await self.session.start(
                 workflow, inputs, label=label, version=version, metadata=metadata
             )
         except (StartUnknown, asyncio.CancelledError) as error:
-            known |= {"inputs": _text_of(inputs), "began": began, "is_started": True}
             stopped = "the viewer was stopped before the start was answered"
             problem = str(error) if isinstance(error, StartUnknown) else stopped
-            self._record(**known, outcome="unknown", problem=problem)
+            self._record(**line, outcome="unknown", problem=problem)
             raise
-        known["inputs"] = _text_of(inputs)
-        self._record(
-            **known, execution_id=execution.id, outcome="running", began=began, is_started=True
-        )
-        self._follow(Card(execution, started=began, is_new=True, **known), first=True)
+        self._record(**line, execution_id=execution.id, outcome="running")
+        self._follow(Card(execution, started=line["began"], is_new=True, **known), first=True)
         if self.is_closed:  # perhaps no page gets the answer
             logger.warning("execution %d of workflow %.100r started", execution.id, workflow)
         return execution
@@ -281,10 +278,6 @@ class Board:
     def _notify(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
-
-
-def _text_of(inputs: Mapping[str, Any]) -> str:
-    return json.dumps(inputs, ensure_ascii=False, indent=2)
 
 
 def _problem(snapshot: Snapshot) -> str | None:
