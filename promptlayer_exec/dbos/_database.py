@@ -32,11 +32,11 @@ _RETRY_INTERVAL = 0.5
 # Without these, a connection over which nothing comes any more keeps its thread for many minutes.
 # In seconds, except for the one in milliseconds.
 _POSTGRES_OPTIONS = {
-    "connect_timeout": 5,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 2,
-    "tcp_user_timeout": 15_000,
+    "connect_timeout": "5",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "2",
+    "tcp_user_timeout": "15000",
     # A server that became a standby cannot be used: the next connection is to wait for the primary.
     "target_session_attrs": "read-write",
     # Whatever the settings of the role, the database or the environment are.
@@ -83,26 +83,21 @@ class Database:
     users = 0
 
     def __init__(self, url: sa.URL) -> None:
-        self.url = url.render_as_string(hide_password=False)
+        self._shown = shown(url)
         self.is_sqlite = url.get_backend_name() == "sqlite"
         dialect = sqlite if self.is_sqlite else postgresql
         self.insert: Callable[[sa.Table], Any] = dialect.insert
-        options = {
-            name: value for name, value in _POSTGRES_OPTIONS.items() if name not in url.query
-        }
-        # DBOS creates its tables on connections of its own, which take their options from the URL.
-        self._migrated = (
-            url
-            if self.is_sqlite
-            else url.update_query_pairs((name, str(value)) for name, value in options.items())
-        )
+        if not self.is_sqlite:
+            # In the URL, because DBOS creates its tables on connections of its own.
+            url = url.set(query=_POSTGRES_OPTIONS | url.query)
+        self.url = url.render_as_string(hide_password=False)
         self.engine, self.engine_of_dbos = (
             sa.create_engine(
                 url,
                 pool_size=0 if self.is_sqlite else size,
                 max_overflow=0,
                 pool_timeout=RETRY_FOR,
-                connect_args=_SQLITE_OPTIONS if self.is_sqlite else options,
+                connect_args=_SQLITE_OPTIONS if self.is_sqlite else {},
             )
             for size in (_CONNECTIONS, _CONNECTIONS_OF_DBOS)
         )
@@ -142,7 +137,7 @@ class Database:
                 # DBOS would wait for a file that is locked or no file, and could not be ended.
                 with self.engine.begin() as connection:
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
-            migrate(self._migrated.render_as_string(hide_password=False))
+            migrate(self.url)
             with self.engine.begin() as connection:
                 # Two processes that create the same table at once would collide.
                 if self.is_sqlite:
@@ -262,13 +257,13 @@ class Database:
             if self._away_since is None:
                 self._away_since = time.monotonic()
                 text = "the database %s cannot be used: %.300s; trying again"
-                logger.warning(text, shown(self.engine.url), reason_of(error))
+                logger.warning(text, self._shown, reason_of(error))
 
     def _worked(self) -> None:
         with self._lock:
             if self._away_since is not None:
                 self._away_since = None
-                logger.warning("the database %s can be used again", shown(self.engine.url))
+                logger.warning("the database %s can be used again", self._shown)
 
     def explain(self, error: Exception) -> Exception:
         """Return an error as the caller should get it: no raw error of the database."""
@@ -288,7 +283,7 @@ class Database:
         elif isinstance(cause, psycopg.errors.UntranslatableCharacter):
             remedy = "; use one whose encoding is UTF8: `createdb -T template0 -E UTF8 batches`"
         return ConfigurationError(
-            f"the database {shown(self.engine.url)} cannot be used: {reason_of(error):.300}{remedy}"
+            f"the database {self._shown} cannot be used: {reason_of(error):.300}{remedy}"
         )
 
 

@@ -55,14 +55,16 @@ class Started(NamedTuple):
     result: str
 
 
-class State(NamedTuple):
-    """What is recorded about the start of an attempt of an item that has no outcome yet.
+class Item(NamedTuple):
+    """An attempt of an item that has no outcome yet, and what is recorded about its start.
 
     Attributes:
         request: what is to be started, as JSON.
         called_back: the execution id in the callback of the start with this intent.
     """
 
+    key: str
+    attempt: int
     request: str
     intent: str | None
     started: str | None
@@ -184,19 +186,14 @@ def _recorded(
     }
 
 
-def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[State | None]:
-    """Return the states of attempts, given as key and number; None where an attempt has ended."""
+def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[Item | None]:
+    """Return attempts of items, given as key and number; None where an attempt has ended."""
+    columns = (_item.key, _item.attempt, _item.request, _item.intent, _item.started)
     query = (
-        sa.select(
-            *(_item.key, _item.attempt, _item.kind, _item.request, _item.intent, _item.started),
-            _callback.execution_id,
-        )
+        sa.select(*columns, _callback.execution_id)
         .outerjoin(callbacks, called_back)
         .where(_item.batch == batch, _item.key.in_([key for key, _ in attempts]))
+        .where(sa.func.coalesce(_item.kind, "") == "")
     )
-    found = {
-        (row.key, row.attempt): State(row.request, row.intent, row.started, row.execution_id)
-        for row in store.rows(query)
-        if row.kind is None
-    }
+    found = {(row.key, row.attempt): Item(*row) for row in store.rows(query)}
     return [found.get(each) for each in attempts]

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import attrs
 
@@ -52,7 +52,7 @@ from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos._breaker import Breaker
 from promptlayer_exec.dbos._groups import Group
-from promptlayer_exec.dbos._intents import Intent, IntentRefused, PendingStart, Started, State
+from promptlayer_exec.dbos._intents import Intent, IntentRefused, Item, PendingStart, Started
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import workflow_id
 from promptlayer_exec.dbos._values import (
@@ -81,14 +81,6 @@ _NOT_THE_ITEMS_FAULT = (
 _ACCOUNT_STATUSES = (402, 403)
 
 
-class Item(NamedTuple):
-    """One attempt to run an item, and its request as JSON."""
-
-    key: str
-    attempt: int
-    request: str
-
-
 @attrs.define(eq=False, repr=False)
 class Items:
     """Runs the items of one worker, in the event loop of the session.
@@ -107,7 +99,7 @@ class Items:
     waiting: dict[str, Exception] = attrs.field(init=False, factory=dict)
     _pending: set[PendingStart] = attrs.field(init=False, factory=set)
     _intents: Group[Intent, bool] = attrs.field(init=False)
-    _states: Group[tuple[str, int], State | None] = attrs.field(init=False)
+    _read: Group[tuple[str, int], Item | None] = attrs.field(init=False)
     _started: Group[Started, bool] = attrs.field(init=False)
     _endings: Group[Ending, bool] = attrs.field(init=False)
     _starts: Breaker = attrs.field(init=False)
@@ -121,7 +113,7 @@ class Items:
     def __attrs_post_init__(self) -> None:
         policy = integration.settings(self._session).retry
         self._intents = Group(partial(intents.write, self._store, self._batch))
-        self._states = Group(partial(intents.read, self._store, self._batch))
+        self._read = Group(partial(intents.read, self._store, self._batch))
         self._started = Group(partial(intents.write_started, self._store, self._batch))
         finish = partial(again.finish, self._store, self._batch)
         self._endings = Group(finish, lambda ending: len(ending.outcome))
@@ -169,11 +161,10 @@ class Items:
     async def _run(self, key: str, attempt: int) -> None:
         while True:  # the start of another worker may be recorded meanwhile
             self._check_open()
-            state = await self._states.add((key, attempt))
-            if state is None:
+            item = await self._read.add((key, attempt))
+            if item is None:
                 return  # it has an outcome, or a later attempt
-            item = Item(key, attempt, state.request)
-            started = await self._start(item, state)
+            started = await self._start(item)
             if started is None:
                 return
             outcome = await self._follow(item, started)
@@ -184,19 +175,19 @@ class Items:
         if self._is_closing:
             raise _Closing
 
-    async def _start(self, item: Item, state: State) -> StartResult | None:
+    async def _start(self, item: Item) -> StartResult | None:
         """Return the result of the start, a new one or an earlier one."""
-        if state.started is not None:
-            return cast("StartResult", json.loads(state.started))
-        if state.intent is not None:  # of a worker that may have sent the start
-            if state.called_back is not None:  # it has
-                return await self._record(item, state.intent, start_result(state.called_back))
+        if item.started is not None:
+            return cast("StartResult", json.loads(item.started))
+        if item.intent is not None:  # of a worker that may have sent the start
+            if item.called_back is not None:  # it has
+                return await self._record(item, item.intent, start_result(item.called_back))
             if not self._restart_unknown:
                 text = "the worker that sent the start stopped before it recorded the answer"
                 workflow = json.loads(item.request)["workflow"]
                 return start_result(error=StartUnknown(text, workflow=workflow, reason=text))
         token = integration.start_token(self._session)
-        intent = Intent(item.key, item.attempt, token, state.intent)
+        intent = Intent(item.key, item.attempt, token, item.intent)
         task = self.active[workflow_id(self._batch, item.key, item.attempt)]
         pending = PendingStart(intent, self._intents, task)
         self._pending.add(pending)

@@ -43,7 +43,6 @@ from promptlayer_exec.dbos._values import BatchStatus, Ending
 VERSION = "3"
 
 _QUEUE_INTERVAL = 0.2
-_DELETED_AT_ONCE = 500
 _KEYS_AT_ONCE = 500
 _OUTCOMES_AT_ONCE = 1000
 _OUTCOME_LENGTH = 4 * 2**20  # one may have megabytes
@@ -248,9 +247,7 @@ class Store(Database):
 
     def delete(self, batch: str) -> int:
         """Delete a batch and its items, a few hundred at a time; return how many items it had."""
-        some = (
-            sa.select(_item.key, _item.attempt).where(_item.batch == batch).limit(_DELETED_AT_ONCE)
-        )
+        some = sa.select(_item.key, _item.attempt).where(_item.batch == batch).limit(_KEYS_AT_ONCE)
         deleted = 0
         while rows := self.rows(some):
             if self.is_cancelled():

@@ -9,7 +9,6 @@ import asyncio
 import socket
 import time
 from contextlib import suppress
-from typing import NoReturn
 from uuid import uuid4
 
 import anyio
@@ -142,13 +141,12 @@ class Worker:
                 return
             await asyncio.sleep(0.02)
 
-    async def run_item(self, key: str, attempt: int) -> None:
-        """Run an item until its outcome is stored; called in DBOS's event loop."""
+    async def run_item(self, key: str, attempt: int) -> bool:
+        """Return True if an item has ended; called in DBOS's event loop."""
         run = self._items.run(key, attempt)
         running = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run, self._loop))
         await asyncio.wait([running])
-        if running.cancelled() or not running.result():
-            await _suspend()
+        return not running.cancelled() and running.result()
 
     def _give_up(self, error: Exception) -> None:
         """Stop working, and let `run` raise the error, unless there is an earlier one."""
@@ -182,14 +180,8 @@ class Worker:
 _worker: Worker | None = None
 
 
-async def _suspend() -> NoReturn:
-    """Wait until DBOS ends: the item stays as it is stored, for the next worker."""
-    await asyncio.get_running_loop().create_future()
-    raise AssertionError("this future is never done")
-
-
 @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
 async def _item(key: str, attempt: int) -> None:
-    if _worker is None:
-        await _suspend()
-    await _worker.run_item(key, attempt)
+    if _worker is None or not await _worker.run_item(key, attempt):
+        # Until DBOS ends: the item stays as it is stored, for the next worker.
+        await asyncio.Event().wait()

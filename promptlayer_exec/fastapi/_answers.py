@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Collection
-from functools import partial
 from typing import Any
 
 import attrs
@@ -38,14 +37,11 @@ class Answers:
         if reading is None:
             reading = asyncio.create_task(self._read(key), name="promptlayer_exec.Answer")
             self._readings[key] = reading
-            reading.add_done_callback(partial(self._forget, key))
+            reading.add_done_callback(lambda _: self._readings.pop(key))
+            # Not to be logged, even if all callers have left.
+            reading.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.wait([reading])  # unlike `await`, it does not pass on a cancellation
         return reading.result()
-
-    def _forget(self, key: _Key, reading: asyncio.Task[_Answer]) -> None:
-        del self._readings[key]
-        if not reading.cancelled():
-            reading.exception()  # not to be logged, even if all callers have left
 
     async def _read(self, key: _Key) -> _Answer:
         session, execution_id = key

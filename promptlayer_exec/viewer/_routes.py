@@ -140,9 +140,7 @@ async def _find_definition(
     definitions: Definitions, workflow: str, label: str | None, version: int | None
 ) -> dict[str, Any]:
     latest = await definitions.get(workflow)
-    found = latest
-    if label is not None or version is not None:
-        found = await definitions.get(workflow, label, version)
+    found = await definitions.get(workflow, label, version)
     labels = await _labels(definitions, found)
     return definition_view(found) | {"labels": labels, "latest_version": latest.version}
 
