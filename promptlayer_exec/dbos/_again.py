@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import batches, callbacks, called_back, items, lock_batch
+from promptlayer_exec.dbos._tables import callbacks, called_back, items, lock_batch
 from promptlayer_exec.dbos._values import Ending, StoredOutcome, start_result
 
 _AT_ONCE = 500
@@ -72,47 +72,39 @@ def _reopen(store: Store, batch: str, *which: sa.ColumnElement[bool], starts: bo
     page = ended.add_columns(_item.key).order_by(_item.key).limit(_AT_ONCE)
     query = ended.add_columns(_item.key, _item.attempt, _item.kind, _item.outcome, _callback_id)
     count, last = 0, ""
-
-    def work(keys: Sequence[str], connection: sa.Connection) -> int:
-        lock_batch(connection, batch)
-        chosen = []
-        for row in connection.execute(query.where(_item.key.in_(keys))):
-            outcome = StoredOutcome.from_json(row.outcome)
-            # Its callback may have come while this waited for the lock.
-            execution_id = outcome.execution_id or row.execution_id
-            has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
-            started = None
-            if execution_id is not None and not (starts and has_failed):
-                at = outcome.started or outcome.finished
-                started = json.dumps(start_result(execution_id, at=at))
-            if starts or started is not None:
-                chosen.append((row, started))
-        return _begin(store, connection, batch, chosen)
-
     while not store.is_cancelled() and (rows := store.rows(page.where(_item.key > last))):
-        count += store.transact(partial(work, [row.key for row in rows]))
+        some = query.where(_item.key.in_([row.key for row in rows]))
+        count += store.transact(partial(_begin, store, batch, some, starts=starts))
         last = rows[-1].key
     return count
 
 
 def _begin(
-    store: Store, connection: sa.Connection, batch: str, chosen: Sequence[tuple[Any, str | None]]
+    store: Store, batch: str, ended: sa.Select[Any], connection: sa.Connection, *, starts: bool
 ) -> int:
-    """Begin the next attempt of items, and return how many there are.
-
-    Each has its row, which is locked, and as JSON the result of a start if it is only followed.
-    """
-    if not chosen:
-        return 0
-    changes = dict.fromkeys(("kind", "seq", "outcome", "intent", "seconds"))
-    connection.execute(
-        sa.update(items)
-        .where(_item.batch == batch, _item.key == sa.bindparam("the_key"))
-        .values(attempt=_item.attempt + 1, started=sa.bindparam("result"), **changes),
-        [{"the_key": row.key, "result": started} for row, started in chosen],
-    )
-    counts = Counter(row.kind for row, _ in chosen)
-    fewer = {kind: batches.c[kind] - count for kind, count in counts.items()}
-    connection.execute(sa.update(batches).where(batches.c.name == batch).values(**fewer))
-    store.enqueue(connection, batch, [(row.key, row.attempt + 1) for row, _ in chosen])
+    """Begin the next attempt of items that ended, and return how many there are."""
+    lock_batch(connection, batch)
+    chosen = []
+    for row in connection.execute(ended):
+        outcome = StoredOutcome.from_json(row.outcome)
+        # Its callback may have come while this waited for the lock.
+        execution_id = outcome.execution_id or row.execution_id
+        has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
+        started = None
+        if execution_id is not None and not (starts and has_failed):
+            at = outcome.started or outcome.finished
+            started = json.dumps(start_result(execution_id, at=at))
+        if starts or started is not None:
+            chosen.append((row, started))
+    if chosen:
+        changes = dict.fromkeys(("kind", "seq", "outcome", "intent", "seconds"))
+        connection.execute(
+            sa.update(items)
+            .where(_item.batch == batch, _item.key == sa.bindparam("the_key"))
+            .values(attempt=_item.attempt + 1, started=sa.bindparam("result"), **changes),
+            [{"the_key": row.key, "result": started} for row, started in chosen],
+        )
+        counts = Counter(row.kind for row, _ in chosen)
+        store.count(connection, batch, {kind: -count for kind, count in counts.items()})
+        store.enqueue(connection, batch, [(row.key, row.attempt + 1) for row, _ in chosen])
     return len(chosen)

@@ -365,7 +365,7 @@ class Batch:
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[Store]:
         """Yield the database, one for all that is done with the batch at the same time."""
-        if self._store is None or self._store.is_given_up:
+        if self._store is None or self._store.ended.is_set():
             self._store = Store(self._url)
         store = self._store
         store.users += 1

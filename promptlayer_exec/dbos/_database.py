@@ -77,6 +77,7 @@ class Database:
     Attributes:
         patience: for how many seconds they wait.
         users: how many calls use it; the last one closes it.
+        ended: set to let no thread wait for the database any more.
     """
 
     patience = RETRY_FOR
@@ -107,7 +108,7 @@ class Database:
             sa.event.listen(engine, "handle_error", self._translate)
             if not self.is_sqlite:
                 mark_lost_connections(engine)
-        self._ended = threading.Event()  # ends the waiting of all threads, now and later
+        self.ended = threading.Event()
         self._lock = threading.Lock()
         self._away_since: float | None = None
 
@@ -117,18 +118,9 @@ class Database:
         since = self._away_since
         return 0.0 if since is None else time.monotonic() - since
 
-    @property
-    def is_given_up(self) -> bool:
-        """Whether nobody waits for the database any more."""
-        return self._ended.is_set()
-
-    def give_up(self) -> None:
-        """Let no thread wait for the database any more."""
-        self._ended.set()
-
     def is_cancelled(self) -> bool:
         """Return True if nobody waits for what this thread does: it should end soon."""
-        return self._ended.is_set() or _stop.get(self._ended).is_set()
+        return self.ended.is_set() or _stop.get(self.ended).is_set()
 
     def prepare(self) -> None:
         """Create the tables that are missing; does not wait for a database that is not there."""
@@ -210,7 +202,7 @@ class Database:
         """Call a function, again and again while the database cannot be used, unless `once`."""
         since = time.monotonic()
         while True:
-            if self._ended.is_set():
+            if self.ended.is_set():
                 raise self._unusable(DatabaseLost(_ENDED))
             try:
                 done = work()
@@ -221,7 +213,7 @@ class Database:
                 if not may_pass or once or time.monotonic() - since > self.patience:
                     raise self._unusable(error) from error
                 self._failed(error)
-                if _stop.get(self._ended).wait(_RETRY_INTERVAL) or self.is_cancelled():
+                if _stop.get(self.ended).wait(_RETRY_INTERVAL) or self.is_cancelled():
                     raise self._unusable(error) from error
             else:
                 self._worked()
@@ -237,18 +229,18 @@ class Database:
     def _wait_to_connect(self, dialect: Any, *arguments: Any) -> Any:
         """Make a connection for DBOS, which would give up too soon: wait until one can be made."""
         began = time.monotonic()
-        while not self._ended.is_set():
+        while not self.ended.is_set():
             try:
                 return self._connect(dialect, *arguments)
             except dialect.loaded_dbapi.OperationalError as error:
                 self._failed(error)
                 is_late = time.monotonic() - began > self.patience
-                if is_late or _stop.get(self._ended).wait(_RETRY_INTERVAL):
+                if is_late or _stop.get(self.ended).wait(_RETRY_INTERVAL):
                     raise DatabaseLost(reason_of(error)) from error
         raise DatabaseLost(_ENDED)
 
     def _translate(self, context: sa.ExceptionContext) -> None:
-        if self._ended.is_set():  # DBOS would try again for ever
+        if self.ended.is_set():  # DBOS would try again for ever
             error = context.original_exception
             raise DatabaseLost(reason_of(error)) from error
 

@@ -151,7 +151,7 @@ class Items:
         while running:
             _, running = await asyncio.wait(running, timeout=self._store.patience)
             if self._store.away_for > self._store.patience:
-                self._store.give_up()
+                self._store.ended.set()
 
     def _end(self, error: Exception) -> None:
         """End the work with an error, and send no start any more."""

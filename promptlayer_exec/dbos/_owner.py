@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import batches, items, workers
+from promptlayer_exec.dbos._tables import batches, items, lock_batch, update_batch, workers
 
 
 @attrs.frozen
@@ -35,19 +35,15 @@ def claim(
         ConfigurationError: the batch was begun at another server, or with another key.
     """
     store.create(batch, settings)
-    update = sa.update(batches).where(batches.c.name == batch)
 
     def work(connection: sa.Connection) -> None:
-        # It writes first: a transaction of SQLite that has read may not write later.
-        stored = connection.execute(
-            update.values(name=batch).returning(batches.c.server, batches.c.key_digest)
-        ).one()
+        stored = lock_batch(connection, batch)
         if not moves and connection.scalar(sa.select(_begun(batch))):
-            _check(batch, owner, *stored)
+            _check(batch, owner, stored["server"], stored["key_digest"])
         changes = {"server": owner.base_url}
-        if owner.api_key is not None and not _matches(owner.api_key, stored.key_digest):
+        if owner.api_key is not None and not _matches(owner.api_key, stored["key_digest"]):
             changes["key_digest"] = _digest(owner.api_key, secrets.token_hex(8))
-        connection.execute(update.values(**changes))
+        connection.execute(update_batch(batch).values(**changes))
 
     store.transact(work)
 

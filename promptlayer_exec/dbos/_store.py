@@ -30,8 +30,10 @@ from promptlayer_exec.dbos._tables import (
     WORKFLOW,
     attempt_of,
     callbacks,
+    lock_batch,
     queue_name,
     the_attempt,
+    update_batch,
     workflow_id,
 )
 from promptlayer_exec.dbos._tables import batches as _batches
@@ -136,8 +138,7 @@ class Store(Database):
             new = {*connection.execute(insert, items).scalars()}
             if new:
                 self.enqueue(connection, batch, [(key, 1) for key in unique if key in new])
-                count = sa.update(_batches).where(_batches.c.name == batch)
-                connection.execute(count.values(total=_batches.c.total + len(new)))
+                self.count(connection, batch, {"total": len(new)})
             return len(new)
 
         added = self.transact(add)
@@ -153,13 +154,8 @@ class Store(Database):
         count = len(endings)
         # This locks the batch's row: nobody gets the next numbers before these are visible, so
         # `outcomes` skips none.
-        number = (
-            sa.update(_batches)
-            .where(_batches.c.name == batch)
-            .values(last_seq=_batches.c.last_seq + count)
-            .returning(_batches.c.last_seq)
-        )
-        add = sa.update(_batches).where(_batches.c.name == batch)
+        number = update_batch(batch).values(last_seq=_batches.c.last_seq + count)
+        number = number.returning(_batches.c.last_seq)
 
         def finish(connection: sa.Connection) -> set[tuple[str, int]]:
             first = connection.execute(number).scalar_one() - count + 1
@@ -175,13 +171,16 @@ class Store(Database):
             new = sa.select(_item.key, _item.attempt, _item.kind)
             new = new.where(_item.batch == batch, _item.seq >= first)
             rows = connection.execute(new).all()
-            counts = Counter(row.kind for row in rows)
-            more = {kind: _batches.c[kind] + count for kind, count in counts.items()}
-            if more:
-                connection.execute(add.values(**more))
+            self.count(connection, batch, Counter(row.kind for row in rows))
             return {(row.key, row.attempt) for row in rows}
 
         return self.transact(finish)
+
+    def count(self, connection: sa.Connection, batch: str, more: Mapping[str, int]) -> None:
+        """Add to the numbers of a batch's items; what is negative is taken off."""
+        if more:
+            values = {name: _batches.c[name] + number for name, number in more.items()}
+            connection.execute(update_batch(batch).values(**values))
 
     def outcomes(self, batch: str, after: int) -> Sequence[Any]:
         """Return the numbers and the JSON of the next outcomes, in the order they were stored.
@@ -221,17 +220,14 @@ class Store(Database):
 
     def store_settings(self, batch: str, given: dict[str, float]) -> dict[str, float]:
         """Store the settings that are given, and return those of `given` that replaced others."""
-        update = sa.update(_batches).where(_batches.c.name == batch)
 
         def work(connection: sa.Connection) -> dict[str, float]:
-            # Writes first, because a reading transaction on SQLite may not write later.
-            locked = connection.execute(update.values(name=batch).returning(_batches))
-            before = locked.mappings().one()
+            before = lock_batch(connection, batch)
             changes = {name: value for name, value in given.items() if before[name] != value}
             if "rate" in changes:  # the slot after the last one of a slow rate is far away
-                connection.execute(update.values(next_request=0.0))
+                connection.execute(update_batch(batch).values(next_request=0.0))
             if changes:
-                connection.execute(update.values(**changes))
+                connection.execute(update_batch(batch).values(**changes))
             return {name: before[name] for name in changes if before[name] is not None}
 
         return self.transact(work)
@@ -356,8 +352,7 @@ class Store(Database):
         # By how much the clock was put back since the last reservation: the next slot moves along.
         put_back = latest(sa.func.coalesce(_batches.c.reserved_at, now) - now, 0.0)
         update = (
-            sa.update(_batches)
-            .where(_batches.c.name == batch)
+            update_batch(batch)
             .values(
                 next_request=latest(_batches.c.next_request - put_back, now) + length,
                 reserved_at=now,

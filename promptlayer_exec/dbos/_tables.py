@@ -110,10 +110,16 @@ def attempt_of(batch: str, key: str, attempt: int) -> dict[str, Any]:
     return {"the_batch": batch, "the_key": key, "the_attempt": attempt}
 
 
-def lock_batch(connection: sa.Connection, batch: str) -> None:
-    """Lock the batch's row, as storing outcomes does: until the end, no item ends.
+def update_batch(batch: str) -> sa.Update:
+    """Return an update of the batch's row."""
+    return sa.update(batches).where(batches.c.name == batch)
+
+
+def lock_batch(connection: sa.Connection, batch: str) -> Any:
+    """Lock the batch's row, as storing outcomes does, and return it: until the end, no item ends.
 
     Others may wait for it with all connections of this process, so whoever has the lock must not
-    need another one.
+    need another one. It writes, because a transaction of SQLite that has read may not write later.
     """
-    connection.execute(sa.update(batches).where(batches.c.name == batch).values(name=batch))
+    lock = update_batch(batch).values(name=batch).returning(batches)
+    return connection.execute(lock).mappings().first()

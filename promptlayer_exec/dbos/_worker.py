@@ -117,7 +117,7 @@ class Worker:
 
     async def _wait(self, watching: asyncio.Task[None], *, until_done: bool) -> None:
         store = self._store
-        waiting_since = None
+        waiting_since = time.monotonic()
         while self._error is None:
             if watching.done():
                 await watching
@@ -125,8 +125,6 @@ class Worker:
                 await self._wait_until_idle()
                 return
             if not until_done or len(self._items.waiting) < max(len(self._items.active), 1):
-                waiting_since = None
-            elif waiting_since is None:
                 waiting_since = time.monotonic()
             elif time.monotonic() - waiting_since > _IDLE:
                 self._give_up(next(iter(self._items.waiting.values())))
@@ -168,7 +166,7 @@ class Worker:
     def _end(self) -> None:
         is_finished = False
         if self._store.away_for:
-            self._store.give_up()
+            self._store.ended.set()
         with suppress(ConfigurationError):
             is_finished = self._store.is_finished(self._batch)
         if DBOS.executor_id == self._executor:  # it was launched
