@@ -306,7 +306,8 @@ class _Link:
 
     async def aclose(self) -> None:
         if self._is_up:
-            await self._release([watch for watch in self._watches.values() if watch.is_held])
+            held = [watch for watch in self._watches.values() if watch.is_held]
+            await self._release(held, within=_COMMAND / 2)
         if self._owns_redis:
             await self._redis.aclose()
 
@@ -330,10 +331,10 @@ class _Link:
         if held:
             self._spawn(self._release, held)
 
-    async def _release(self, watches: list[_SharedFetch]) -> None:
+    async def _release(self, watches: list[_SharedFetch], within: float = _COMMAND) -> None:
         # Even if Redis is taken for away: one that is full can still delete.
         with suppress(RedisError, OSError):  # the leases run out
-            async with asyncio.timeout(_COMMAND / 2):
+            async with asyncio.timeout(within):
                 await self._extend(watches, 0)
 
     async def _extend(self, watches: Iterable[_SharedFetch], seconds: float) -> list[Any]:

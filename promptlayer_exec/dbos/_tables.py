@@ -122,4 +122,4 @@ def lock_batch(connection: sa.Connection, batch: str) -> Any:
     need another one. It writes, because a transaction of SQLite that has read may not write later.
     """
     lock = update_batch(batch).values(name=batch).returning(batches)
-    return connection.execute(lock).mappings().first()
+    return connection.execute(lock).mappings().one()
