@@ -193,6 +193,7 @@ def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[
         sa.select(*columns, _callback.execution_id)
         .outerjoin(callbacks, called_back)
         .where(_item.batch == batch, _item.key.in_([key for key, _ in attempts]))
+        # Not IS NULL, for whose index PostgreSQL may leave that of the keys.
         .where(sa.func.coalesce(_item.kind, "") == "")
     )
     found = {(row.key, row.attempt): Item(*row) for row in store.rows(query)}
