@@ -173,7 +173,6 @@ class Database:
         self.engine_of_dbos.dispose()
 
     def rows(self, query: sa.Select[Any]) -> Sequence[Any]:
-        """Return the rows of a query."""
 
         def read() -> Sequence[Any]:
             with self.engine.connect() as connection:
@@ -186,7 +185,6 @@ class Database:
         return self.retry(read)
 
     def transact(self, work: Callable[[sa.Connection], T]) -> T:
-        """Do some work in one transaction."""
 
         def transact() -> T:
             with self.engine.begin() as connection:
@@ -220,7 +218,6 @@ class Database:
                 return done
 
     def _connect(self, dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
-        """Make a connection, for SQLAlchemy's event `do_connect`."""
         connection = dialect.connect(*arguments, **options)
         if not self.is_sqlite:
             _limit_transactions(connection)

@@ -108,7 +108,6 @@ class PendingStart:
     _is_cancelled: bool = attrs.field(init=False, default=False)
 
     async def before_send(self) -> None:
-        """Record the intent."""
         if self._is_cancelled:  # the cancellation is still on its way here
             await asyncio.Event().wait()
         self.may_be_sent = True
@@ -116,7 +115,6 @@ class PendingStart:
             raise IntentRefused
 
     async def not_sent(self) -> None:
-        """Take the intent back."""
         if self.may_be_sent:
             await self._intents.add(attrs.evolve(self._intent, is_taken_back=True))
             self.may_be_sent = False
@@ -193,7 +191,7 @@ def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[
         sa.select(*columns, _callback.execution_id)
         .outerjoin(callbacks, called_back)
         .where(_item.batch == batch, _item.key.in_([key for key, _ in attempts]))
-        # Not IS NULL, for whose index PostgreSQL may leave that of the keys.
+        # As in `the_attempt`, not IS NULL.
         .where(sa.func.coalesce(_item.kind, "") == "")
     )
     found = {(row.key, row.attempt): Item(*row) for row in store.rows(query)}

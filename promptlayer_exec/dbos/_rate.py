@@ -33,7 +33,6 @@ class SharedRate:
     _size: int = attrs.field(init=False, default=1)
 
     async def acquire(self) -> None:
-        """Return when one more HTTP attempt may be made."""
         clock = asyncio.get_running_loop().time
         missed = False
         while (rate := self.rate) is not None:

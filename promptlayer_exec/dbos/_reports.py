@@ -108,7 +108,6 @@ def latest_kinds(store: Store, batch: str, count: int) -> list[tuple[int, Kind]]
 
 
 def settings(store: Store, batch: str) -> BatchSettings:
-    """Return the settings of a batch; without any if it does not exist."""
     query = sa.select(batches).where(batches.c.name == batch)
     for row in store.rows(query):
         created = None if row.created is None else datetime.fromtimestamp(row.created, UTC)
@@ -117,7 +116,6 @@ def settings(store: Store, batch: str) -> BatchSettings:
 
 
 def item(store: Store, batch: str, key: str) -> StoredItem | None:
-    """Return what is stored about an item; None if the batch does not have it."""
     query = sa.select(_item.attempt, _item.outcome, _item.request)
     query = query.where(_item.batch == batch, _item.key == key)
     for row in store.rows(query):
@@ -141,7 +139,6 @@ def _attempt(workflow: Any) -> Attempt:
 
 
 def failures(store: Store, batch: str) -> tuple[Failure, ...]:
-    """Return the types of errors, the most frequent first."""
     found: dict[str, list[tuple[str, StoredError]]] = {}
     query = sa.select(_item.key, _item.outcome).order_by(_item.kind, _item.key)
     query = query.where(_item.batch == batch, _item.kind.in_(["failed", "unknown"]))
@@ -155,7 +152,6 @@ def failures(store: Store, batch: str) -> tuple[Failure, ...]:
 
 
 def durations(store: Store, batch: str) -> Durations | None:
-    """Return how long the runs that ended took; None if there are none."""
     query = sa.select(_item.seconds).order_by(_item.seconds)
     rows = store.rows(query.where(_item.batch == batch, _item.seconds.is_not(None)))
     if not rows:

@@ -89,7 +89,6 @@ class Store(Database):
         super().close()
 
     def batches(self) -> list[str]:
-        """Return the names of all batches."""
         query = sa.select(_batches.c.name).order_by(_batches.c.name)
         return [row.name for row in self.rows(query)]
 
@@ -199,14 +198,12 @@ class Store(Database):
         return self.rows(query.order_by(_item.seq)) if last > after else []
 
     def is_finished(self, batch: str) -> bool:
-        """Return True if every item has an outcome."""
         query = sa.select(_item.key).where(_item.batch == batch, _item.kind.is_(None))
         # Ordered for the sake of the index: where statistics are old, PostgreSQL takes most items
         # for unfinished, and would read millions to find one.
         return not self.rows(query.order_by(_item.kind).limit(1))
 
     def status(self, batch: str) -> BatchStatus:
-        """Return how many items are in which state."""
         rows = self.rows(
             sa.select(*(_batches.c[name] for name in COUNTS)).where(_batches.c.name == batch)
         )
@@ -273,7 +270,6 @@ class Store(Database):
         self.retry(register)
 
     def record_heartbeat(self, batch: str, executor: str, process: str) -> None:
-        """Record that a worker is alive."""
         row = {"executor": executor, "beat": 1, "process": process, "batch": batch}
         insert = self.insert(_workers).values(**row, seen_at=self._now)
         insert = insert.on_conflict_do_update(
@@ -340,7 +336,6 @@ class Store(Database):
             self.retry(resume, once=True)
 
     def remove_worker(self, executor: str) -> None:
-        """Delete the heartbeat of a worker that has stopped."""
         self.execute(sa.delete(_workers).where(_workers.c.executor == executor))
 
     def reserve(self, batch: str, slots: int, rate: float) -> float:

@@ -90,7 +90,6 @@ the_attempt = sa.and_(
 
 
 def queue_name(batch: str) -> str:
-    """Return the name of a batch's queue."""
     return f"{APPLICATION}/{batch}"
 
 
@@ -106,12 +105,10 @@ def key_and_attempt(workflow_id: str) -> tuple[str, int]:
 
 
 def attempt_of(batch: str, key: str, attempt: int) -> dict[str, Any]:
-    """Return the parameters of `the_attempt`."""
     return {"the_batch": batch, "the_key": key, "the_attempt": attempt}
 
 
 def update_batch(batch: str) -> sa.Update:
-    """Return an update of the batch's row."""
     return sa.update(batches).where(batches.c.name == batch)
 
 

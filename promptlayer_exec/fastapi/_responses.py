@@ -165,7 +165,6 @@ async def _handle(_request: Request, error: Exception, *, hidden: Collection[str
 def problem(
     status: int, title: str, kind: str, headers: Mapping[str, str] | None, **members: Any
 ) -> Response:
-    """Return a problem details response."""
     content = {"type": kind, "title": title, "status": status, **members}
     return json_response(content, status, headers, "application/problem+json")
 
@@ -176,7 +175,6 @@ class ProblemRoute(APIRoute):
     hidden: Collection[str] = ()  # the fields of a node that no problem has
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return a handler that turns errors into responses."""
         handle = super().get_route_handler()
 
         async def answer(request: Request) -> Response:

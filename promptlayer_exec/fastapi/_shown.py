@@ -24,7 +24,6 @@ def hidden_fields(fields: Collection[str]) -> frozenset[str]:
 
 
 def shown_snapshot(snapshot: Snapshot, hidden: Iterable[str]) -> dict[str, Any]:
-    """Return a snapshot as a dict, without hidden fields."""
     shown = snapshot.to_dict()
     for node in shown["nodes"].values():
         for field in hidden:
@@ -59,7 +58,6 @@ _PROBLEM = _object(
 def described(
     description: str, schema: Mapping[str, Any], media_type: str = "application/json"
 ) -> dict[str, Any]:
-    """Return the description of a response in OpenAPI."""
     return {"description": description, "content": {media_type: {"schema": schema}}}
 
 
@@ -68,7 +66,6 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": _PROBLEMS, "5XX": _PROBLEMS}
 
 
 def snapshot_schema(hidden: Collection[str]) -> dict[str, Any]:
-    """Return the schema of a snapshot without hidden fields."""
     return _object(
         "Snapshot",
         execution_id=_ID,
@@ -98,6 +95,5 @@ def event_schema(hidden: Collection[str]) -> dict[str, Any]:
 
 
 def started_schema(*, has_ticket: bool) -> dict[str, Any]:
-    """Return the schema of the answer to a start."""
     ticket = {"ticket": _TEXT} if has_ticket else {}
     return _object("Started", optional=["warning"], execution_id=_ID, **ticket, warning=_TEXT)

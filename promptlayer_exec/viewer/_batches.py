@@ -26,7 +26,6 @@ _PATIENCE = 3.0  # seconds to look for those that did not succeed
 
 
 def add_batch_routes(app: FastAPI, session: Session) -> None:
-    """Add the routes that show batches."""
 
     @app.get("/api/batches")
     async def get_batches() -> Response:

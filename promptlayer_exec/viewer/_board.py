@@ -184,7 +184,6 @@ class Board:
         self._notify()
 
     def close(self) -> None:
-        """End the events of every page."""
         self.is_closed = True
         self._notify()
 

@@ -109,11 +109,9 @@ class History:
         return await self._call(self._read_trends)
 
     async def delete(self, key: int) -> None:
-        """Forget one execution."""
         await self._call(self._execute, "DELETE FROM executions WHERE key = ?", [key])
 
     async def delete_all(self) -> None:
-        """Forget all executions of this server."""
         await self._call(self._execute, "DELETE FROM executions WHERE server = ?", [self._server])
 
     async def aclose(self) -> None:

@@ -162,7 +162,6 @@ def _graph(found: Workflow | None, reason: str | None = None) -> Response:
 
 
 def add_start_routes(app: FastAPI, board: Board) -> None:
-    """Add the route that starts a run."""
 
     @app.post("/api/runs")
     async def start_run(
@@ -195,7 +194,6 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
 
 
 def add_history_routes(app: FastAPI, history: History) -> None:
-    """Add the routes that list what is remembered, and forget it."""
 
     @app.get("/api/history")
     async def get_history(
