@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import attrs
@@ -14,6 +15,8 @@ from promptlayer_exec._errors import printable
 from promptlayer_exec._models import FrozenMap, frozen_map
 
 _MOST_NAMED = 20  # unknown inputs in an error
+_MOST_COMPARED = 200  # names; a definition may have any number, of any length
+_LONGEST_COMPARED = 50  # characters
 
 
 @attrs.frozen
@@ -160,8 +163,9 @@ def _guesses(given: Iterable[str], missing: Iterable[str]) -> list[str]:
 
 
 def near(name: str, known: Iterable[str], most: int) -> list[str]:
-    """Return the names that this one resembles."""
+    """Return the names that this one resembles in their beginnings, of the first 200."""
     from difflib import get_close_matches  # noqa: PLC0415 - rarely needed
 
-    folded = {it.casefold(): it for it in known}
-    return [folded[it] for it in get_close_matches(name.casefold(), folded, n=most)]
+    folded = {it[:_LONGEST_COMPARED].casefold(): it for it in islice(known, _MOST_COMPARED)}
+    close = get_close_matches(name[:_LONGEST_COMPARED].casefold(), folded, n=most)
+    return [folded[it] for it in close]

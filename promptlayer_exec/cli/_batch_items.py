@@ -6,6 +6,7 @@ import asyncio
 import csv
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -156,7 +157,8 @@ class ItemFile:
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         with self._path.open(encoding="utf-8-sig", newline="") as file:
             # Excel writes semicolons where a comma is the decimal mark.
-            separator = max(",;\t", key=file.readline().count)
+            header = re.sub('"[^"]*("|$)', "", file.readline())
+            separator = next((it for it in ",;\t" if it in header), ",")
             file.seek(0)
             reader = csv.DictReader(file, strict=True, delimiter=separator)
             columns = reader.fieldnames or []

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
@@ -35,11 +34,15 @@ def quoted(text: str, limit: int = 100) -> str:
 
 
 def preview(value: Any) -> str:
-    """Return the start of a value as one line of JSON, at a low cost for values of any size."""
+    """Return the start of a value as one line of JSON, at the same cost for values of any size."""
     if isinstance(value, str):
         value = value[: _PREVIEW + 1]
-    parts = json.JSONEncoder(ensure_ascii=False).iterencode(value)
-    return shorten(printable("".join(islice(parts, _PREVIEW + 1))[: _PREVIEW + 1]))
+    text = ""
+    for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+        text += part
+        if len(text) > _PREVIEW:
+            break
+    return shorten(printable(text))
 
 
 def duration(seconds: float) -> str:

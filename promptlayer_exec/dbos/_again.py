@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy import exc
 
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import callbacks, called_back, items, lock_batch
@@ -83,7 +84,10 @@ def _begin(
     store: Store, batch: str, ended: sa.Select[Any], connection: sa.Connection, *, starts: bool
 ) -> int:
     """Begin the next attempt of items that ended, and return how many there are."""
-    lock_batch(connection, batch)
+    try:
+        lock_batch(connection, batch)
+    except exc.NoResultFound:  # the batch was just deleted
+        return 0
     chosen = []
     for row in connection.execute(ended):
         outcome = StoredOutcome.from_json(row.outcome)

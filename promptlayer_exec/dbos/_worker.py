@@ -117,7 +117,7 @@ class Worker:
 
     async def _wait(self, watching: asyncio.Task[None], *, until_done: bool) -> None:
         store = self._store
-        waiting_since = time.monotonic()
+        checks = 0  # counted, because time in which the database is away does not count
         while self._error is None:
             if watching.done():
                 await watching
@@ -125,8 +125,8 @@ class Worker:
                 await self._wait_until_idle()
                 return
             if not until_done or len(self._items.waiting) < max(len(self._items.active), 1):
-                waiting_since = time.monotonic()
-            elif time.monotonic() - waiting_since > _IDLE:
+                checks = 0
+            elif (checks := checks + 1) * _CHECK_INTERVAL > _IDLE:
                 self._give_up(next(iter(self._items.waiting.values())))
             await asyncio.sleep(_CHECK_INTERVAL)
 

@@ -103,8 +103,8 @@ class Api:
 
     def _workflow(self, request: SimRequest, id_or_name: str) -> web.Response:
         workflow = self._backend.find_workflow(id_or_name)
-        label = request.query.get("label")
-        number = wire.parse_integer(request.query, "version", range(1, 2**63))
+        query = dict(request.query.items())
+        label, number = query.get("label"), wire.parse_integer(query, "version", range(1, 2**63))
         if label is not None and number is not None:
             message = "label and version are mutually exclusive"
             raise wire.RequestValidationError(message, "value_error", "query", "label")

@@ -143,6 +143,7 @@ _SORT_KEYS: Mapping[str, Callable[[Workflow], Any]] = {
 
 def list_workflows(workflows: Iterable[Workflow], query: Mapping[str, str]) -> dict[str, Any]:
     """Return one page of the workflows that a query asks for."""
+    query = dict(query.items())  # of a parameter that is repeated, the last counts
     number = parse_integer(query, "page", range(1, 2**63), default=1)
     size = parse_integer(query, "per_page", range(1, 101), default=30)
     sort_by = _one_of(query, "sort_by", _SORT_KEYS, "created_at")

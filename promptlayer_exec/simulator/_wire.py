@@ -56,6 +56,7 @@ def parse_results_query(query: Mapping[str, str]) -> tuple[int, bool]:
     """Return the execution id and `return_all_outputs` of a results request."""
     name = "workflow_version_execution_id"
     required_values(query, name)
+    query = dict(query.items())  # of a parameter that is repeated, the last counts
     number = parse_integer(query, name, range(-(2**63), 2**63))
     name = "return_all_outputs"
     word = query.get(name, "false").lower()

@@ -62,6 +62,23 @@ def test_a_row_of_a_csv_file_is_an_item(tmp_path: Path, separator: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        'key,"n; in t; or kg"\na,1\n',
+        '"n; in t; or kg",key\n1,a\n',
+        'key;"n, in t"\na;1\n',
+        "key,n; in t; or kg\na,1\n",
+    ],
+)
+def test_the_separator_is_not_one_in_a_name(tmp_path: Path, text: str) -> None:
+    """Where the first line has a comma that is not in quotes, commas separate cells."""
+    path = tmp_path / "night.csv"
+    path.write_text(text)
+    (item,) = ItemFile(path, "grade")
+    assert (item.key, [*item.inputs.values()]) == ("a", ["1"])
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("key,n\na,1\na,2\n", "CSV, line 3: the key 'a' is already used in line 2; nothing"),
