@@ -60,18 +60,21 @@ def take_snapshot(
 
 
 _UNSEEN = NodeTimes()
+_RUNNING = NodeStatus.RUNNING
 
 
 def _first_seen(
     nodes: Mapping[str, Node], before: Mapping[str, NodeTimes], elapsed: float
 ) -> Mapping[str, NodeTimes]:
     times = {**dict.fromkeys(nodes, _UNSEEN), **before}
+    running, final = NodeTimes(elapsed), NodeTimes(None, elapsed)  # shared
     for name, node in nodes.items():
-        seen = times[name]
-        if seen.running is None and node.status is NodeStatus.RUNNING:
-            times[name] = NodeTimes(elapsed, seen.final)
-        elif seen.final is None and node.status in FINAL:
-            times[name] = NodeTimes(seen.running, elapsed)
+        seen, status = times[name], node.status
+        if status in FINAL:
+            if seen.final is None:
+                times[name] = final if seen is _UNSEEN else NodeTimes(seen.running, elapsed)
+        elif status is _RUNNING and seen.running is None:
+            times[name] = running if seen is _UNSEEN else NodeTimes(elapsed, seen.final)
     return FrozenMap(times)
 
 
