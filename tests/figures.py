@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = "promptlayer_exec"
 APART = {"redis.py", "opentelemetry.py", "pytest_plugin.py"}  # need an extra, as sub-packages do
-MOST_LINES = {"core": 8_300, "whole": 21_050, "tests": 36_000}
+MOST_LINES = {"core": 8_300, "whole": 21_040, "tests": 36_000}
 MOST_ATTRIBUTES = 15
 # Why a class of the core may have more attributes; one that no longer does comes off the list.
 WIDE = {"Settings": "only declares what a session can be given; each is a public argument"}

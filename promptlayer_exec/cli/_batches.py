@@ -6,13 +6,11 @@ import asyncio
 import os
 import shlex
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from itertools import count
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import anyio
 import typer
 
 from promptlayer_exec import Session
@@ -137,7 +135,7 @@ def choose(name: str | None, found: list[str]) -> str:
 
 async def names(database: str | None, *, needed: bool = True) -> list[str]:
     """Return the names of the batches in a database; say if there are none."""
-    found = await _find(database)
+    found: list[str] = await dbos().batch_names(database)
     if not found:
         what = f"there is no batch in {shown_database(database)}"
         if needed:
@@ -146,21 +144,10 @@ async def names(database: str | None, *, needed: bool = True) -> list[str]:
     return found
 
 
-async def _find(database: str | None) -> list[str]:
-    """Return the names of the batches; a file that does not exist has none, and is not created."""
-    url: str = dbos().shown_database_url(database)
-    path = url.removeprefix("sqlite:///")
-    with suppress(OSError):  # opening it says why
-        if path != url and not await anyio.Path(path).exists():
-            return []
-    found: list[str] = await dbos().batch_names(database)
-    return found
-
-
 async def wait_for_batch(name: str | None, database: str | None) -> str:
     """Return the name of a batch as soon as it exists; the only one for None."""
     for attempt in count():
-        found = await _find(database)
+        found = await dbos().batch_names(database)
         if name in found or (name is None and found):
             break
         if not attempt:

@@ -9,6 +9,7 @@ from contextlib import aclosing, asynccontextmanager, closing, suppress
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
+import anyio
 import attrs
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
@@ -412,7 +413,7 @@ class Batch:
 
 
 async def batch_names(database_url: str | None = None) -> list[str]:
-    """Return the names of all batches in a database.
+    """Return the names of all batches in a database; a SQLite file is not made for that.
 
     Args:
         database_url: as for `Batch`.
@@ -421,6 +422,10 @@ async def batch_names(database_url: str | None = None) -> list[str]:
         ConfigurationError: the database cannot be used.
     """
     url = locate(database_url)
+    if url.get_backend_name() == "sqlite":
+        with suppress(OSError):  # opening the file says why
+            if not await anyio.Path(str(url.database)).exists():
+                return []
     prepare_default(url)
     with closing(Store(url)) as store:
         await store.run_in_thread(store.prepare)

@@ -193,6 +193,12 @@ async def test_batches_in_one_database_are_separate(
     assert await batch_names(url) == ["a%2Fb", "a/b"]
 
 
+def test_to_list_batches_makes_no_file(tmp_path: Path) -> None:
+    """A file that does not exist has none, and does not exist afterwards either."""
+    assert asyncio.run(batch_names(f"sqlite:///{tmp_path / 'none.sqlite'}")) == []
+    assert [*tmp_path.iterdir()] == []
+
+
 async def test_a_failed_item_does_not_stop_the_others(sim: Simulator, batch: Batch) -> None:
     """The outcome of a failed execution has its id; that of a refused start has none."""
     await batch.add([request("a", "bad"), request("b", workflow="none"), request("c", 1)])
