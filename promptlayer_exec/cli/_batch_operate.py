@@ -69,7 +69,7 @@ async def list_batches(database: batches.Database = None, *, as_json: JsonLines 
             out(json.dumps(row, default=datetime.isoformat))
             continue
         created = "-" if settings.created is None else _time(settings.created)
-        rate = f"{settings.rate or 100:g}"
+        rate = f"{settings.rate or batches.DEFAULT_RATE:g}"
         shown = f"max-in-flight {settings.max_in_flight or 100}, rate {rate}"
         out(f"{batches.status_line(each, counts)}; {created}, {shown}")
 

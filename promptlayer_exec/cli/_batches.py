@@ -22,7 +22,7 @@ from promptlayer_exec.cli._text import err
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch, BatchStatus
 
-_DEFAULT_RATE = 100.0
+DEFAULT_RATE = 100.0
 _WAIT_INTERVAL = 1.0
 
 
@@ -109,7 +109,7 @@ async def working_batch(
     batch: Batch = make(rate=rate)
     await batch.check_server()
     if rate is None and (await batch.settings()).rate is None:
-        batch = make(rate=_DEFAULT_RATE)
+        batch = make(rate=DEFAULT_RATE)
     return batch
 
 
