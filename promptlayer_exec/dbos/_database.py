@@ -47,7 +47,7 @@ _POSTGRES_OPTIONS = {
 # statement that waits for a lock: nothing else would. Set when the connection stands, because
 # PgBouncer takes no such options.
 _IDLE_IN_TRANSACTION = 10_000
-_LOCKED = 5_000
+_LOCKED = 4_000
 # Writing transactions lock the file when they begin, and wait so many seconds for each other.
 _SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 10.0}
 _CREATE_TABLES_LOCK = 0x70726F6D707479

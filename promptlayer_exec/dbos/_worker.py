@@ -26,7 +26,7 @@ from promptlayer_exec.dbos._tables import APPLICATION, WORKFLOW, queue_name
 _CHECK_INTERVAL = 0.25
 _THREADS = 16
 # Seconds for which a database that is away may keep each call at the end waiting.
-_PATIENCE_AT_END = 5.0
+_PATIENCE_AT_END = 4.0
 # Whole seconds in which DBOS stops taking items from the queue, if it may have more of them.
 _ENDING = 1
 # Seconds for which no item may come while all others wait for the server, before the work ends.
