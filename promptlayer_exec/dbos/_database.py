@@ -208,7 +208,10 @@ class Database:
                 may_pass = isinstance(error, exc.OperationalError | exc.InterfaceError) or (
                     isinstance(error, exc.DBAPIError) and error.connection_invalidated
                 )
-                if not may_pass or once or time.monotonic() - since > self.patience:
+                is_late = time.monotonic() - since > self.patience
+                if is_late and self.patience < RETRY_FOR:  # at a worker's end: all give up now
+                    self.ended.set()
+                if not may_pass or once or is_late:
                     raise self._unusable(error) from error
                 self._failed(error)
                 if _stop.get(self.ended).wait(_RETRY_INTERVAL) or self.is_cancelled():
