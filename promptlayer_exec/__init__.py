@@ -1,6 +1,6 @@
 """The asyncio client for PromptLayer workflow executions."""
 
-from promptlayer_exec._engine.sharing import Backplane
+from promptlayer_exec._backplane import Backplane
 from promptlayer_exec._errors import (
     BadRequest,
     ConfigurationError,

@@ -1,82 +1,20 @@
-"""Values in words and as short reprs, and what a notebook shows of a snapshot and of a workflow.
+"""Why a node failed, in words, and what a notebook shows of a snapshot and of a workflow.
 
-A repr stays short, whatever a server or a user puts into a value. A notebook gets static HTML and
-SVG, without scripts. Its colours are those of the page around it, except for those of statuses.
+The latter is static HTML and SVG, without scripts. Its colours are those of the page around it,
+except for those of statuses.
 """
 
 from __future__ import annotations
 
 import json
-import reprlib
-from collections.abc import Mapping
-from contextlib import suppress
-from itertools import islice
-from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from promptlayer_exec._errors import printable
 from promptlayer_exec._statuses import NodeStatus, status_entry
+from promptlayer_exec._text import printable, short_repr
 
 if TYPE_CHECKING:
     from promptlayer_exec._models import Node, Snapshot
     from promptlayer_exec._workflows import Workflow
-
-LONGEST = 80
-_MOST_STATUSES = 8
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel = 3
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = LONGEST
-
-
-def short_repr(value: Any) -> str:
-    """Return the repr of a value in at most 80 characters, with the keys of dicts sorted."""
-    text = _SHORT.repr(value)
-    half = (LONGEST - 3) // 2
-    return text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}"
-
-
-def counts_repr(counts: Mapping[str, int]) -> str:
-    """Return the number of nodes with each status, such as `<3 SUCCESS, 1 RUNNING>`."""
-    shown = [f"{count} {status!s:.40}" for status, count in islice(counts.items(), _MOST_STATUSES)]
-    if len(counts) > _MOST_STATUSES:
-        shown.append("...")
-    return f"<{', '.join(shown) or 'no nodes'}>"
-
-
-JSON_KINDS: dict[type, str] = {
-    NoneType: "null",
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    list: "an array",
-    dict: "an object",
-}
-
-
-def json_kind(value: Any) -> str:
-    """Return the kind of a value in words for an error message, such as "null" or "a datetime"."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    name = type(value).__name__
-    article = "an" if name[0] in "AEIOUaeiou" else "a"
-    return JSON_KINDS.get(type(value), f"{article} {name}")
-
-
-_LONGEST_TO_INDENT = 1_000_000
-
-
-def indented(value: Any) -> str:
-    """Return a value as JSON to be read by people; on one line if it is very long or deep."""
-    compact = json.dumps(value, ensure_ascii=False)
-    with suppress(RecursionError):
-        if len(compact) <= _LONGEST_TO_INDENT:
-            return json.dumps(value, ensure_ascii=False, indent=2)
-    return compact
 
 
 def error_text(node: Node) -> str | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import copyreg
 from typing import TYPE_CHECKING, Any, ClassVar
-from unicodedata import category
 
 import attrs
+
+from promptlayer_exec._text import printable
 
 if TYPE_CHECKING:
     from promptlayer_exec._models import Node, Snapshot
@@ -53,18 +54,6 @@ class PromptLayerExecError(Exception):
             state["__notes__"] = list(state["__notes__"])  # add_note must not change the original
         # Without `__init__`, which would want its keyword arguments.
         return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
-
-
-def printable(text: str, *, keep: str = "") -> str:
-    """Escape what does not print, such as control characters that could steer a terminal."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char
-        if char.isprintable() or char in keep or category(char) == "Zs"  # spaces of all kinds
-        else char.encode("unicode_escape").decode()
-        for char in text
-    )
 
 
 def copy_error(error: Exception) -> Exception:

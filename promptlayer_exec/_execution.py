@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from promptlayer_exec import _structuring
 from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._errors import ExecutionFailed, PromptLayerExecError, printable
+from promptlayer_exec._errors import ExecutionFailed, PromptLayerExecError
 from promptlayer_exec._events import logger
 from promptlayer_exec._models import same_json
 from promptlayer_exec._policies import Deadline, check_timeout
+from promptlayer_exec._text import printable
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -171,16 +172,17 @@ class Execution:
     async def _completed(self, deadline: Deadline) -> Snapshot:
         if self._last is not None and self._last.complete:
             return self._last
-        followers = self._client().follow(self.id)
+        watch = self._client().watch(self.id)
+        waiter = watch.join(deadline)
         try:
-            return await followers.completed(deadline)
+            return await watch.next(waiter)
         except PromptLayerExecError as error:
             self._recall(error)
             raise
         finally:
-            if followers.latest is not None:
-                self._remember(followers.latest)
-            followers.remove(streams=False)
+            if watch.latest is not None:
+                self._remember(watch.latest)
+            watch.leave(waiter)
 
     def _client(self) -> Client:
         try:
@@ -203,17 +205,18 @@ class Execution:
             return
         client = self._client()
         deadline = deadline or client.deadline(timeout)
-        followers = client.follow(self.id, streams=True)
+        watch = client.watch(self.id)
+        waiter = watch.join(deadline, streams=True)
         try:
             snapshot: Snapshot | None = None
             while snapshot is None or not snapshot.complete:
-                snapshot = self._remember(await followers.newer(snapshot, deadline))
+                snapshot = self._remember(await watch.next(waiter, snapshot))
                 yield snapshot
         except PromptLayerExecError as error:
             self._recall(error)
             raise
         finally:
-            followers.remove(streams=True)
+            watch.leave(waiter)
 
     async def _finished_nodes(
         self, timeout: float | EllipsisType | None

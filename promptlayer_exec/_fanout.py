@@ -15,7 +15,6 @@ import attrs
 
 from promptlayer_exec import _structuring
 from promptlayer_exec._arguments import check_count
-from promptlayer_exec._display import short_repr
 from promptlayer_exec._engine.start import log_unknown
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import (
@@ -28,6 +27,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._models import Snapshot, StartRequest
 from promptlayer_exec._policies import check_timeout
+from promptlayer_exec._text import short_repr
 
 if TYPE_CHECKING:
     from promptlayer_exec._session import Session

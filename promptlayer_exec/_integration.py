@@ -16,14 +16,12 @@ from uuid import uuid4
 from promptlayer_exec._api.executions import NodeMap
 from promptlayer_exec._api.messages import Reply, Response, excess
 from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
-from promptlayer_exec._display import error_details, error_text, indented, short_repr
-from promptlayer_exec._engine.client import Client
+from promptlayer_exec._backplane import OpenSession, Poll
+from promptlayer_exec._display import error_details, error_text
 from promptlayer_exec._engine.definitions import DEFINITION_TIMEOUT
-from promptlayer_exec._engine.follow import Followers
 from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
-from promptlayer_exec._engine.watch import Fetch
-from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, printable
+from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError
 from promptlayer_exec._events import WakeSource
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
@@ -34,6 +32,7 @@ from promptlayer_exec._recent import Recent
 from promptlayer_exec._session import Session
 from promptlayer_exec._settings import Settings, find_api_key, find_base_url
 from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
+from promptlayer_exec._text import indented, printable, short_repr
 from promptlayer_exec._workflows import near
 
 # What is passed on; the functions below belong to the seam, too.
@@ -41,10 +40,9 @@ __all__ = [
     "DEFINITION_TIMEOUT",
     "MAX_ID",
     "UNKNOWN_STATUS",
-    "Client",
-    "Fetch",
-    "Followers",
     "NodeMap",
+    "OpenSession",
+    "Poll",
     "Recent",
     "Reply",
     "Response",
@@ -86,8 +84,7 @@ def log_text(error: BaseException) -> str:
 
 def last_failure(execution: Execution) -> Exception | None:
     """Return why the poll that somebody waits for is sent again, if it is."""
-    watch = execution._client()._watches.get(execution.id)
-    return None if watch is None else watch.followers.retries.error
+    return execution._client().last_failure(execution.id)
 
 
 def note_start(session: Session, workflow: str | int, execution_id: int, *, age: float) -> None:
@@ -132,7 +129,7 @@ def share_channel(session: Session, suffix: str | None) -> None:
 def expect(session: Session, workflow: str | int, execution_id: int) -> None:
     """Let push wake the session for a run that another process has started."""
     push = session._open().push
-    if push is not None and push.nets.get(execution_id) is None:
+    if push is not None and push.runs.get(execution_id) is None:
         push.started(workflow, execution_id, sent_at=-math.inf, waited=0.0)
 
 

@@ -11,11 +11,12 @@ import attrs
 
 from promptlayer_exec import _structuring
 from promptlayer_exec._arguments import naming_arguments
-from promptlayer_exec._display import counts_repr, error_text, json_kind, short_repr, snapshot_html
+from promptlayer_exec._display import error_text, snapshot_html
 from promptlayer_exec._errors import ExecutionFailed
 from promptlayer_exec._statuses import FINAL as FINAL  # noqa: PLC0414 - re-exported
 from promptlayer_exec._statuses import STATUSES
 from promptlayer_exec._statuses import NodeStatus as NodeStatus  # noqa: PLC0414 - re-exported
+from promptlayer_exec._text import counts_repr, json_kind, short_repr
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import aiohttp
     from typing_extensions import TypeForm
 
-    from promptlayer_exec._engine.sharing import Backplane
+    from promptlayer_exec._backplane import Backplane
     from promptlayer_exec.webhooks import Callbacks
 
 T = TypeVar("T")
@@ -475,7 +475,7 @@ class Session:
                 self._open()
             posted, token = with_callback_url(request, self._settings.callbacks, token)
             inputs, http_request = self._prepare(posted)
-            http_request.secret = token
+            http_request.secret = token  # no error may show it
             client = self._open()
             deadline = deadline or client.deadline()
             if self._settings.check_inputs:
@@ -483,7 +483,7 @@ class Session:
         except (Exception, asyncio.CancelledError) as error:
             self._emit(StartFailed(None, request, error))
             raise
-        started = await client.start(request, http_request, deadline, hooks=hooks)
+        started = await client.start(request, http_request, deadline, token=token, hooks=hooks)
         return Execution(self, started.execution_id, request.workflow, started.warning)
 
     async def recover(

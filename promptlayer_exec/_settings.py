@@ -25,7 +25,7 @@ from promptlayer_exec.webhooks import Callbacks
 if TYPE_CHECKING:
     import aiohttp
 
-    from promptlayer_exec._engine.sharing import Backplane
+    from promptlayer_exec._backplane import Backplane
 
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
 _KEY_VARIABLE = "PROMPTLAYER_API_KEY"

@@ -11,8 +11,8 @@ import attrs
 
 from promptlayer_exec import _structuring
 from promptlayer_exec._display import workflow_html
-from promptlayer_exec._errors import printable
 from promptlayer_exec._models import FrozenMap, frozen_map
+from promptlayer_exec._text import printable
 
 _MOST_NAMED = 20  # unknown inputs in an error
 _MOST_COMPARED = 200  # names; a definition may have any number, of any length

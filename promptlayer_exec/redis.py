@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
 from promptlayer_exec import ConfigurationError, NotFound, RequestError
 
 if TYPE_CHECKING:
-    from promptlayer_exec._integration import Client, Fetch, Followers, NodeMap, WakeSource
+    from promptlayer_exec._integration import NodeMap, OpenSession, Poll, WakeSource
 
 __all__ = ["RedisBackplane"]
 
@@ -145,7 +145,7 @@ class RedisBackplane:
             retry=Retry(NoBackoff(), 0),
         )
 
-    def connect(self, client: Client, namespace: str) -> _Link:
+    def connect(self, client: OpenSession, namespace: str) -> _Link:
         """Connect an open session; sessions call this."""
         redis = self._client()
         channel = f"{self._prefix}:1:{namespace}"
@@ -153,12 +153,11 @@ class RedisBackplane:
 
 
 @attrs.define(eq=False)
-class _SharedFetch:
+class _SharedPolls:
     """Takes the answers that another session polls, or polls and shares its own."""
 
     _link: _Link
     execution_id: int
-    _fetch: Fetch
     _read: Callable[[Response], NodeMap]
     # Names the watch in Redis; a later watch of the same session has another.
     token: str = attrs.field(init=False, factory=lambda: uuid4().hex)
@@ -170,20 +169,22 @@ class _SharedFetch:
     _is_alone: bool = attrs.field(init=False, default=False)
     _is_ended: bool = attrs.field(init=False, default=False)
 
-    async def __call__(self, followers: Followers, *, due: float, first: bool) -> Reply[NodeMap]:
+    async def next_answer(
+        self, poll: Poll, *, due: float, streams: Callable[[], bool]
+    ) -> Reply[NodeMap]:
         now = asyncio.get_running_loop().time
         if not self._is_alone:
             with suppress(_Away, RequestError):  # the latter: an answer cannot be read
-                if (response := await self._next_answer(followers)) is not None:
+                if (response := await self._wait_for_turn(streams)) is not None:
                     value, size = self._read(response), len(response.body)
                     return Reply(value, size, now(), 0.0, 0.0, None, shared=True)
             due = max(due, now())  # to wait for the others is not lateness
         try:
-            reply = await self._fetch(followers, due=due, first=first)
+            reply = await poll(due=due)
         except NotFound:
             if not await self._link.find_start(self.execution_id):
                 raise
-            reply = await self._fetch(followers, due=now(), first=first)
+            reply = await poll(due=now())
         self.is_polling = False
         # What is complete does not change, whoever polls.
         source = reply.value.source
@@ -192,11 +193,11 @@ class _SharedFetch:
                 await self._publish(*source)
         return reply
 
-    async def _next_answer(self, followers: Followers) -> Response | None:
+    async def _wait_for_turn(self, streams: Callable[[], bool]) -> Response | None:
         """Wait for an answer of another session; None: this one is to poll."""
         while True:
             self.news.clear()  # first, so that no hint is lost after the look
-            turn = await self._link.run(self._look, followers.streams > 0)
+            turn = await self._link.run(self._look, streams())
             if isinstance(turn, list):
                 version, status, body = turn
                 self._seen = _text(version)
@@ -246,11 +247,11 @@ class _Link:
     _redis: Redis
     _owns_redis: bool
     channel: str  # of all hints; the keys begin with its name, too
-    _client: Client
+    _client: OpenSession
     _id: str = attrs.field(init=False, factory=lambda: uuid4().hex[:8])
     _is_up: bool = attrs.field(init=False, default=True)
     _slots: asyncio.Semaphore = attrs.field(init=False, factory=partial(asyncio.Semaphore, 8))
-    _watches: dict[int, _SharedFetch] = attrs.field(init=False, factory=dict)
+    _watches: dict[int, _SharedPolls] = attrs.field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
         self._spawn(self._listen)
@@ -258,10 +259,8 @@ class _Link:
 
     # What the session calls.
 
-    def share(
-        self, execution_id: int, fetch: Fetch, read: Callable[[Response], NodeMap]
-    ) -> _SharedFetch:
-        watch = self._watches[execution_id] = _SharedFetch(self, execution_id, fetch, read)
+    def share(self, execution_id: int, read: Callable[[Response], NodeMap]) -> _SharedPolls:
+        watch = self._watches[execution_id] = _SharedPolls(self, execution_id, read)
         return watch
 
     def wake(self, execution_id: int, source: WakeSource) -> None:
@@ -294,7 +293,7 @@ class _Link:
         await self._publish(self.hint("callback", digest, execution_id))
 
     def find_callbacks(self) -> None:
-        if tokens := self._client.callbacks.lost_tokens():
+        if tokens := self._client.lost_tokens():
             self._spawn(self._find_callbacks, tokens)
 
     async def _find_callbacks(self, tokens: list[str]) -> None:
@@ -302,7 +301,7 @@ class _Link:
         found = await self.run(self._redis.mget, keys)
         for token, execution_id in zip(tokens, found, strict=True):
             if execution_id is not None:
-                self._client.callbacks.receive(token, int(execution_id), shared=True)
+                self._client.called_back_elsewhere(token, int(execution_id))
 
     async def aclose(self) -> None:
         if self._is_up:
@@ -316,14 +315,14 @@ class _Link:
     def hint(self, kind: str, subject: object, detail: object = "-") -> str:
         return f"{kind} {subject} {detail} {self._id}"
 
-    def end(self, watch: _SharedFetch) -> None:
+    def end(self, watch: _SharedPolls) -> None:
         """Forget a watch that has ended; when the session closes, `aclose` does that for all."""
-        if not self._client.lifetime.is_closing():
+        if not self._client.is_closing():
             if self._watches.get(watch.execution_id) is watch:
                 del self._watches[watch.execution_id]
             self.release(watch)
 
-    def release(self, *watches: _SharedFetch) -> None:
+    def release(self, *watches: _SharedPolls) -> None:
         """Let other sessions poll, without waiting for Redis."""
         held = [watch for watch in watches if watch.is_held]
         for watch in held:
@@ -331,13 +330,13 @@ class _Link:
         if held:
             self._spawn(self._release, held)
 
-    async def _release(self, watches: list[_SharedFetch], within: float = _COMMAND) -> None:
+    async def _release(self, watches: list[_SharedPolls], within: float = _COMMAND) -> None:
         # Even if Redis is taken for away: one that is full can still delete.
         with suppress(RedisError, OSError):  # the leases run out
             async with asyncio.timeout(within):
                 await self._extend(watches, 0)
 
-    async def _extend(self, watches: Iterable[_SharedFetch], seconds: float) -> list[Any]:
+    async def _extend(self, watches: Iterable[_SharedPolls], seconds: float) -> list[Any]:
         """Keep the leases of watches for so many seconds more, in one round trip."""
         pipeline = self._redis.pipeline(transaction=False)
         for watch in watches:
@@ -366,8 +365,8 @@ class _Link:
             with suppress(_Away):
                 await work(*arguments)
 
-        if not self._client.lifetime.is_closing():
-            self._client.lifetime.spawn(run(), name="promptlayer_exec.Backplane")
+        if not self._client.is_closing():
+            self._client.spawn(run(), name="promptlayer_exec.Backplane")
 
     async def run(
         self, command: Callable[..., Awaitable[Any]], *arguments: Any, **options: Any
@@ -377,7 +376,7 @@ class _Link:
         It has a task of its own: on Python 3.11, redis-py may swallow a cancellation.
         """
         attempt = self._try(partial(command, *arguments, **options))
-        task = self._client.lifetime.spawn(attempt, name="promptlayer_exec.Backplane")
+        task = self._client.spawn(attempt, name="promptlayer_exec.Backplane")
         await asyncio.wait([task])
         if (answer := task.result()) is None:
             raise _Away
@@ -415,7 +414,7 @@ class _Link:
 
     async def _keep(self) -> None:
         """Renew the leases, and try Redis again while it is away."""
-        while not self._client.lifetime.is_closing():
+        while not self._client.is_closing():
             await asyncio.sleep(_RENEWAL if self._is_up else _PAUSE)
             with suppress(_Away):
                 if self._is_up:
@@ -433,7 +432,7 @@ class _Link:
 
     async def _listen(self) -> None:
         """Receive hints, over a connection that is made again whenever it is lost."""
-        while not self._client.lifetime.is_closing():
+        while not self._client.is_closing():
             try:
                 async with self._redis.pubsub() as pubsub:
                     async with asyncio.timeout(_COMMAND):
@@ -445,7 +444,7 @@ class _Link:
 
     async def _receive(self, pubsub: PubSub) -> None:
         is_pinged = False
-        while not self._client.lifetime.is_closing():  # a cancellation may be swallowed
+        while not self._client.is_closing():  # a cancellation may be swallowed
             message = await pubsub.get_message(timeout=_COMMAND)
             if message is None:  # it is quiet, or hangs
                 if is_pinged:
@@ -463,9 +462,9 @@ class _Link:
         if sender == self._id:
             return
         if kind == "callback":
-            for token in self._client.callbacks.lost_tokens():
+            for token in self._client.lost_tokens():
                 if _digest(token) == subject:
-                    self._client.callbacks.receive(token, int(detail), shared=True)
+                    self._client.called_back_elsewhere(token, int(detail))
             return
         execution_id = int(subject)
         watch = self._watches.get(execution_id)

@@ -23,10 +23,12 @@ PACKAGE = Path(promptlayer_exec.__file__).parent
 # it in this list. `_engine` and `_http` do not know each other: the session brings them together.
 LAYERS = [
     {"_version", "_install"},
+    {"_text"},
     {"_errors", "_statuses", "_display", "_arguments", "_recent"},
     {"_structuring"},
     {"_models", "_workflows", "_policies", "_events"},
     {"_api"},
+    {"_backplane"},
     {"_settings", "webhooks"},
     {"_push"},
     {"_engine"},

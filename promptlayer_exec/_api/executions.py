@@ -14,9 +14,9 @@ from urllib.parse import quote
 
 import attrs
 
-from promptlayer_exec._api.messages import Request, Response, check_status, decode, invalid_shape
+from promptlayer_exec._api.messages import Request, Response, decode, invalid_shape
+from promptlayer_exec._api.status import check_status
 from promptlayer_exec._arguments import MAX_ID, optional_str, positive_int64
-from promptlayer_exec._display import json_kind
 from promptlayer_exec._errors import InvalidResponse
 from promptlayer_exec._events import logger
 from promptlayer_exec._models import (
@@ -28,6 +28,7 @@ from promptlayer_exec._models import (
     read_nodes,
     same_json,
 )
+from promptlayer_exec._text import json_kind
 
 _ID_FIELD = "workflow_version_execution_id"
 _REPORTED_AT_MOST = 100

@@ -12,7 +12,6 @@ from typing import Any, Generic, NoReturn, TypeVar
 import attrs
 
 from promptlayer_exec._api.json import loads
-from promptlayer_exec._api.status import status_error, status_name
 from promptlayer_exec._errors import InvalidResponse
 
 T = TypeVar("T")
@@ -75,7 +74,7 @@ def decode(response: Response) -> Any:
         what = f"the {response.status} response is not JSON ({error})"
         if isinstance(error, json.JSONDecodeError):
             error.doc = ""  # it is the whole body, at up to four bytes per character
-        raise _invalid(response, what, reason=str(error)) from error
+        raise invalid(response, what, reason=str(error)) from error
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
         invalid_shape(response, "$", f"the JSON cannot be read ({error})", error)
 
@@ -106,25 +105,15 @@ def invalid_shape(
 ) -> NoReturn:
     """Raise the `InvalidResponse` for JSON that is not of the documented shape."""
     what = f"the {response.status} response has an unexpected shape: {path}: {reason}"
-    raise _invalid(response, what, path=path, reason=reason) from cause
+    raise invalid(response, what, path=path, reason=reason) from cause
 
 
-def _invalid(response: Response, what: str, **fields: Any) -> InvalidResponse:
+def invalid(response: Response, what: str, **fields: Any) -> InvalidResponse:
     return InvalidResponse(what, status=response.status, excerpt=excerpt(response.body), **fields)
 
 
 def excerpt(body: bytes) -> str:
     return body[:_EXCERPT].decode("utf-8", "replace")
-
-
-def check_status(response: Response) -> None:
-    """Raise a `StatusError`, or, for a 2xx other than 200 and 202, an `InvalidResponse`."""
-    if response.status >= 300:
-        raise status_error(response)
-    if response.status not in (200, 202):
-        name = status_name(response.status)
-        what = f"the server answered {name}, but only 200 and 202 are defined"
-        raise _invalid(response, what, path="$")
 
 
 def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from http.client import responses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from promptlayer_exec import _errors
+from promptlayer_exec._api.messages import Response, invalid
 from promptlayer_exec._errors import FieldError, StatusError
-
-if TYPE_CHECKING:
-    from promptlayer_exec._api.messages import Response
 
 _LONGEST_QUOTE = 200
 _LONGEST_MESSAGE = 500
@@ -23,6 +21,16 @@ _CLASSES: dict[int, type[StatusError]] = {
     422: _errors.UnprocessableEntity,
     429: _errors.RateLimited,
 }
+
+
+def check_status(response: Response) -> None:
+    """Raise a `StatusError`, or, for a 2xx other than 200 and 202, an `InvalidResponse`."""
+    if response.status >= 300:
+        raise status_error(response)
+    if response.status not in (200, 202):
+        name = status_name(response.status)
+        what = f"the server answered {name}, but only 200 and 202 are defined"
+        raise invalid(response, what, path="$")
 
 
 def status_error(response: Response) -> StatusError:

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from promptlayer_exec._api.executions import path_segment, percent_encoded, version_selection
-from promptlayer_exec._api.messages import Request, Response, check_status, decode, invalid_shape
+from promptlayer_exec._api.messages import Request, Response, decode, invalid_shape
+from promptlayer_exec._api.status import check_status
 from promptlayer_exec._arguments import optional_str
-from promptlayer_exec._display import JSON_KINDS, json_kind
+from promptlayer_exec._text import JSON_KINDS, json_kind
 from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
 
 T = TypeVar("T")

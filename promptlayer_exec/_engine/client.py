@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from functools import partial
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import attrs
 
+from promptlayer_exec._api.attempt import SendOnce
 from promptlayer_exec._api.executions import (
     NodeMap,
     NodeMapReader,
@@ -21,15 +22,16 @@ from promptlayer_exec._api.executions import (
 from promptlayer_exec._api.messages import Reply, Request, Response
 from promptlayer_exec._api.redaction import Redactor
 from promptlayer_exec._api.workflows import WorkflowsPage, read_workflow, workflows_request
+from promptlayer_exec._backplane import BackplaneConnection
 from promptlayer_exec._engine.callbacks import CallbackLog
 from promptlayer_exec._engine.definitions import Definitions
-from promptlayer_exec._engine.follow import Followers, timed_out
 from promptlayer_exec._engine.lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._engine.retry import RecentStarts, Retrying, RetryState
-from promptlayer_exec._engine.sharing import Link
+from promptlayer_exec._engine.snapshots import take_snapshot
 from promptlayer_exec._engine.start import SendHooks, Start, start_unknown
 from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._engine.watch import Fetch, Watch, take_snapshot
+from promptlayer_exec._engine.waiter import timed_out
+from promptlayer_exec._engine.watch import Watch
 from promptlayer_exec._errors import (
     ExecutionTimeout,
     PromptLayerExecError,
@@ -58,12 +60,8 @@ class _Fetch:
     _node_maps: NodeMapReader
     _latest: NodeMap | None = None
 
-    async def __call__(self, followers: Followers, *, due: float, first: bool) -> Reply[NodeMap]:
-        state = followers.retries
-        return await self._retrying.call(self._request, self.read, state, due=due, first=first)
-
-    def end(self) -> None:
-        pass
+    async def __call__(self, retries: RetryState, *, due: float, first: bool) -> Reply[NodeMap]:
+        return await self._retrying.call(self._request, self.read, retries, due=due, first=first)
 
     def read(self, response: Response) -> NodeMap:
         execution_id = cast(int, self._request.execution_id)
@@ -87,42 +85,53 @@ class Client:
     _definitions: Definitions
     _emit: Emit
     push: Push | None = attrs.field(init=False, default=None)
-    link: Link | None = attrs.field(init=False, default=None)  # with a backplane
+    link: BackplaneConnection | None = attrs.field(init=False, default=None)  # with a backplane
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
         return self._settings.deadline(timeout, now=clock())
 
-    def follow(self, execution_id: int, *, streams: bool = False) -> Followers:
-        """Add a follower to an execution, and return all of them; the first starts the watch.
-
-        A follower that `streams` wants every snapshot, not only the complete one.
-        """
+    def watch(self, execution_id: int) -> Watch:
+        """Return the watch of an execution, which the caller joins at once."""
         watch = self._watches.get(execution_id)
-        if watch is None:
-            watch = self._watches[execution_id] = Watch(
-                execution_id,
-                self._fetch(execution_id),
-                lifetime=self.lifetime,
-                poll=self._settings.poll,
-                retry=self._settings.retry,
-                net=None if self.push is None else self.push.nets.get(execution_id),
-                emit=self._emit,
-                on_end=self._forget,
-                workflow=self._recent_starts.workflow(execution_id),
-                base_url=self.base_url,
-            )
-            if (source := self._early_wake_ups.pop(execution_id)) is not None:
-                watch.schedule.wake(source)
-        watch.followers.add(streams=streams)
-        return watch.followers
+        if watch is not None:
+            return watch
 
-    def _fetch(self, execution_id: int) -> Fetch:
         request = results_request(execution_id, return_all_outputs=True)
         fetch = _Fetch(self._retrying, request, self._node_maps)
-        if self.link is None:
-            return fetch
-        return self.link.share(execution_id, fetch, fetch.read)
+        watch = self._watches[execution_id] = Watch(
+            execution_id,
+            fetch,
+            lifetime=self.lifetime,
+            poll=self._settings.poll,
+            retry=self._settings.retry,
+            pushed=None if self.push is None else self.push.runs.get(execution_id),
+            shared=None if self.link is None else self.link.share(execution_id, fetch.read),
+            emit=self._emit,
+            on_end=self._forget,
+            workflow=self._recent_starts.workflow(execution_id),
+            base_url=self.base_url,
+        )
+        if (source := self._early_wake_ups.pop(execution_id)) is not None:
+            watch.wake(source)
+        return watch
+
+    def last_failure(self, execution_id: int) -> Exception | None:
+        """Return why the poll that somebody waits for is sent again, if it is."""
+        watch = self._watches.get(execution_id)
+        return None if watch is None else watch.retries.error
+
+    def is_closing(self) -> bool:
+        return self.lifetime.is_closing()
+
+    def spawn(self, work: Coroutine[Any, Any, T], *, name: str) -> asyncio.Task[T]:
+        return self.lifetime.spawn(work, name=name)
+
+    def lost_tokens(self) -> list[str]:
+        return self.callbacks.lost_tokens()
+
+    def called_back_elsewhere(self, token: str, execution_id: int) -> None:
+        self.callbacks.receive(token, execution_id, shared=True)
 
     def started_elsewhere(self, execution_id: int, left: float) -> None:
         """Record that the server may not know a run of another session for `left` seconds."""
@@ -133,7 +142,7 @@ class Client:
     def stream_elsewhere(self, execution_id: int) -> None:
         """Record that an execution is streamed in another session."""
         if (watch := self._watches.get(execution_id)) is not None:
-            watch.schedule.stream_elsewhere()
+            watch.stream_elsewhere()
 
     def wake(self, execution_id: int, source: WakeSource) -> bool:
         """Do what `wake_here` does in all sessions that share the backplane."""
@@ -147,7 +156,7 @@ class Client:
         if watch is None:
             self._early_wake_ups.add(execution_id, source)
             return False
-        watch.schedule.wake(source)
+        watch.wake(source)
         return True
 
     def _forget(self, watch: Watch) -> None:
@@ -237,33 +246,32 @@ class Client:
         http_request: Request,
         deadline: Deadline,
         *,
+        token: str | None,
         hooks: SendHooks | None,
     ) -> Started:
         """Start a run; its request must be sent before the deadline.
 
-        The secret of the HTTP request is the token in the start's own callback URL, if it has one.
+        The `token` is that in the start's own callback URL, if it has one.
         """
-        token = http_request.secret
-
-        def ended(outcome: Started | BaseException, elapsed: float) -> None:
-            if token is not None and isinstance(outcome, StartUnknown):
-                self._lose(token, request, elapsed)
-
         start = Start(
-            request,
-            self.base_url,
-            self.lifetime,
-            self._emit,
-            RetryState(self._settings.retry, self._settings.retry.outage),
+            request=request,
+            send=partial(self._send_start, request, http_request),
+            retries=RetryState(self._settings.retry, self._settings.retry.outage),
+            lifetime=self.lifetime,
+            emit=self._emit,
+            base_url=self.base_url,
             token=token,
             hooks=hooks,
-            on_end=ended,
+            on_lost=self._lost,
         )
-        return await start.run(self._post(request, http_request, start), deadline)
+        return await start.run(deadline)
 
-    async def _post(self, request: StartRequest, http_request: Request, start: Start) -> Started:
+    async def _send_start(
+        self, request: StartRequest, http_request: Request, once: SendOnce, retries: RetryState
+    ) -> Started:
+        """Send a start, and record the run."""
         reply = await self._retrying.call(
-            http_request, read_started, start.state, due=clock(), once=start
+            http_request, read_started, retries, due=clock(), once=once
         )
         execution_id, warning = reply.value.execution_id, reply.value.warning
         self._recent_starts.add(execution_id, request.workflow, now=clock())
@@ -277,14 +285,14 @@ class Client:
             warning = self._redactor.also(http_request.secret).redact(warning)
         return Started(execution_id, warning)
 
-    def _lose(self, token: str, request: StartRequest, elapsed: float = 0.0) -> None:
+    def _lost(self, token: str, request: StartRequest, elapsed: float = 0.0) -> None:
         self.callbacks.lose(token, request, self.base_url, elapsed)
         if self.link is not None:
             self.link.find_callbacks()
 
     async def recover(self, error: StartUnknown, token: str, deadline: Deadline) -> int:
         """Wait for the callback of a start whose answer was lost, and return the execution's id."""
-        self._lose(token, StartRequest(error.workflow))
+        self._lost(token, StartRequest(error.workflow))
         try:
             async with self.lifetime.call(deadline):
                 execution_id = await self.callbacks.wait(token)

@@ -11,10 +11,10 @@ import attrs
 
 from promptlayer_exec._api.attempt import Call
 from promptlayer_exec._api.workflows import read_workflow, workflow_request
-from promptlayer_exec._errors import printable
 from promptlayer_exec._events import logger
 from promptlayer_exec._models import StartRequest
 from promptlayer_exec._recent import Recent
+from promptlayer_exec._text import printable
 from promptlayer_exec._workflows import Workflow
 
 # Seconds for which a start waits for the definition, and for which what came of it is kept.

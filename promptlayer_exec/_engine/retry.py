@@ -12,10 +12,11 @@ import attrs
 from promptlayer_exec._api.attempt import Attempt, Send, SendOnce
 from promptlayer_exec._api.messages import Reply, Request, Response
 from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._errors import NotFound, RateLimited, RequestError, StatusError, printable
+from promptlayer_exec._errors import NotFound, RateLimited, RequestError, StatusError
 from promptlayer_exec._events import Emit, RequestRetried, logger
 from promptlayer_exec._policies import RetryPolicy, is_transient, or_infinity
 from promptlayer_exec._recent import Recent
+from promptlayer_exec._text import printable
 
 T = TypeVar("T")
 

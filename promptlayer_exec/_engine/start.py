@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import attrs
 
+from promptlayer_exec._api.attempt import SendOnce
 from promptlayer_exec._api.executions import Started
-from promptlayer_exec._display import short_repr
 from promptlayer_exec._engine.lifetime import Lifetime
 from promptlayer_exec._engine.retry import RetryState
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
@@ -26,6 +26,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, ExecutionStarted, StartFailed, logger
 from promptlayer_exec._models import StartRequest
 from promptlayer_exec._policies import Deadline
+from promptlayer_exec._text import short_repr
 
 
 class SendHooks(Protocol):
@@ -38,7 +39,7 @@ class SendHooks(Protocol):
         """Handle an attempt that started nothing and will be repeated."""
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, kw_only=True)
 class Start:
     """The start of one run, in a task of its own: the answer is read even if the caller is gone.
 
@@ -46,18 +47,19 @@ class Start:
     the answer goes to the caller if it still waits, else to the observers and the log.
 
     Attributes:
-        state: the failed attempts so far.
         sent: whether the request may have reached the server.
     """
 
     _request: StartRequest
-    _base_url: str
+    # Sends the request, and records the run, whether or not the caller still waits.
+    _send: Callable[[SendOnce, RetryState], Coroutine[Any, Any, Started]]
+    _retries: RetryState  # the failed attempts so far
     _lifetime: Lifetime
     _emit: Emit
-    state: RetryState
-    _token: str | None = None
-    _hooks: SendHooks | None = None
-    _on_end: Callable[[Started | BaseException, float], object] = lambda *_: None
+    _base_url: str
+    _token: str | None
+    _hooks: SendHooks | None
+    _on_lost: Callable[[str, StartRequest, float], object]  # of a start with a token
     sent: bool = attrs.field(init=False, default=False)
     _called_at: float = attrs.field(init=False, factory=clock)
     _task: asyncio.Task[Started] = attrs.field(init=False)
@@ -68,8 +70,8 @@ class Start:
         init=False, factory=lambda: asyncio.get_running_loop().create_future()
     )
 
-    async def run(self, post: Coroutine[Any, Any, Started], deadline: Deadline) -> Started:
-        """Send the request with `post`, and return the answer.
+    async def run(self, deadline: Deadline) -> Started:
+        """Send the request, and return the answer.
 
         Once the request has been sent, the deadline no longer matters.
 
@@ -79,7 +81,9 @@ class Start:
             ExecutionTimeout: the request could not be sent before the deadline.
             SessionClosed: the session was closed; with the execution's id if it started.
         """
-        self._task = self._lifetime.spawn(post, name="promptlayer_exec.Start", cancel=self._cancel)
+        self._task = self._lifetime.spawn(
+            self._send(self, self._retries), name="promptlayer_exec.Start", cancel=self._cancel
+        )
         self._task.add_done_callback(self._ended)
         try:
             timeout = None if deadline.timeout is None else max(deadline.at - clock(), 0.0)
@@ -150,13 +154,14 @@ class Start:
     def _ended(self, task: asyncio.Task[Started]) -> None:
         outcome: Started | BaseException
         if task.cancelled():
-            outcome = self._judge_cancellation(self.state.error)
+            outcome = self._judge_cancellation(self._retries.error)
         elif (error := task.exception()) is not None:
             outcome = self._judge(error)
         else:
             outcome = task.result()
         duration = clock() - self._called_at
-        self._on_end(outcome, duration)
+        if self._token is not None and isinstance(outcome, StartUnknown):
+            self._on_lost(self._token, self._request, duration)
         if isinstance(outcome, BaseException):
             self._outcome.set_exception(outcome)
             self._emit(StartFailed(None, self._request, outcome, duration, self._base_url))
@@ -182,7 +187,7 @@ class Start:
             # Without the quoted body, which may hold outputs: the cause has it.
             return self._unknown(RequestError._what(error), error)
         if self.cancelled and (is_refused or not isinstance(error, StatusError)):
-            return self._judge_cancellation(error if is_refused else self.state.error)
+            return self._judge_cancellation(error if is_refused else self._retries.error)
         error.args = (
             f"no run of workflow {self._request.workflow!r:.100} started: {error.args[0]}",
         )

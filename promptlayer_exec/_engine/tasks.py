@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +17,34 @@ def resolve(future: asyncio.Future[None]) -> None:
     """Wake the task that awaits a future, unless it is done already."""
     if not future.done():
         future.set_result(None)
+
+
+class Alarm:
+    """Lets one task sleep until a time that may change while it sleeps."""
+
+    def __init__(self) -> None:
+        self._sleeping: asyncio.Future[None] | None = None
+
+    def recheck(self) -> None:
+        """Have the sleeping task compute again until when it sleeps."""
+        if self._sleeping is not None:
+            resolve(self._sleeping)
+
+    async def sleep_until(self, due: Callable[[], float]) -> float:
+        """Sleep until the time that `due` returns, and return that time."""
+        loop = asyncio.get_running_loop()
+        # What turns out to be overdue is not late.
+        earliest = loop.time()
+        while (at := max(due(), earliest)) > loop.time():
+            self._sleeping = loop.create_future()
+            timer = loop.call_at(at, resolve, self._sleeping)
+            try:
+                await self._sleeping
+            finally:
+                timer.cancel()
+                self._sleeping = None
+            earliest = min(at, loop.time())
+        return at
 
 
 async def wait_even_if_cancelled(future: asyncio.Future[Any], timeout: float | None = None) -> None:

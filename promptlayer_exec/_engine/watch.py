@@ -3,87 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import Protocol
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 from promptlayer_exec._api.executions import NodeMap
 from promptlayer_exec._api.messages import Reply
-from promptlayer_exec._engine.follow import Followers
+from promptlayer_exec._backplane import SharedPolls
 from promptlayer_exec._engine.lifetime import Lifetime
 from promptlayer_exec._engine.retry import RetryState
 from promptlayer_exec._engine.schedule import Schedule
-from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._errors import PromptLayerExecError, SessionClosed
+from promptlayer_exec._engine.snapshots import take_snapshot
+from promptlayer_exec._engine.tasks import Alarm, clock, resolve
+from promptlayer_exec._engine.waiter import Waiter, timed_out
+from promptlayer_exec._errors import PromptLayerExecError, SessionClosed, copy_error
 from promptlayer_exec._events import (
     Emit,
     Polled,
+    WakeSource,
     WatchEnded,
     WatchStarted,
     WatchWoken,
     logger,
 )
-from promptlayer_exec._models import FINAL, FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
-from promptlayer_exec._policies import PollPolicy, RetryPolicy
-from promptlayer_exec._push.safety_net import SafetyNet
+from promptlayer_exec._models import Snapshot
+from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy
+
+if TYPE_CHECKING:
+    from promptlayer_exec._push.channels import PushedRun
 
 
 class Fetch(Protocol):
     """A function that requests an execution's node map, with retries."""
 
-    async def __call__(self, followers: Followers, *, due: float, first: bool) -> Reply[NodeMap]:
+    async def __call__(self, retries: RetryState, *, due: float, first: bool) -> Reply[NodeMap]:
         """Return the answer to a request that is due at `due`, on the loop's clock.
 
         A `first` request does not wait behind others for the rate.
         """
 
-    def end(self) -> None:
-        """Handle that the watch has ended."""
-
-
-def take_snapshot(
-    execution_id: int, reply: Reply[NodeMap], *, elapsed: float, previous: Snapshot | None = None
-) -> Snapshot:
-    """Return the snapshot of a reply; it keeps the node times of the previous snapshot."""
-    nodes = reply.value.nodes
-    times: Mapping[str, NodeTimes] = {} if previous is None else previous.times
-    if previous is None or nodes is not previous.nodes:
-        times = _first_seen(nodes, times, elapsed)
-    return Snapshot(
-        execution_id,
-        reply.value.complete,
-        nodes,
-        raw=reply.value.raw,
-        poll=1 if previous is None else previous.poll + 1,
-        elapsed=elapsed,
-        times=times,
-    )
-
-
-_UNSEEN = NodeTimes()
-_RUNNING = NodeStatus.RUNNING
-
-
-def _first_seen(
-    nodes: Mapping[str, Node], before: Mapping[str, NodeTimes], elapsed: float
-) -> Mapping[str, NodeTimes]:
-    times = {**dict.fromkeys(nodes, _UNSEEN), **before}
-    running, final = NodeTimes(elapsed), NodeTimes(None, elapsed)  # shared
-    for name, node in nodes.items():
-        seen, status = times[name], node.status
-        if status in FINAL:
-            if seen.final is None:
-                times[name] = final if seen is _UNSEEN else NodeTimes(seen.running, elapsed)
-        elif status is _RUNNING and seen.running is None:
-            times[name] = running if seen is _UNSEEN else NodeTimes(elapsed, seen.final)
-    return FrozenMap(times)
-
 
 class Watch:
-    """Polls one execution while it has followers.
+    """Polls one execution while somebody waits for it.
 
     Attributes:
-        followers: who waits for its snapshots.
-        schedule: when it polls.
+        latest: the latest snapshot.
+        error: what ended the watch.
+        retries: the failures since the last good poll.
     """
 
     def __init__(
@@ -94,75 +61,152 @@ class Watch:
         lifetime: Lifetime,
         poll: PollPolicy,
         retry: RetryPolicy,
-        net: SafetyNet | None,
+        pushed: PushedRun | None,
+        shared: SharedPolls | None,
         emit: Emit,
         on_end: Callable[[Watch], None],
         workflow: str | int | None,
         base_url: str,
     ) -> None:
         self.execution_id = execution_id
+        self.latest: Snapshot | None = None
+        self.error: Exception | None = None
+        self.retries = RetryState(retry, retry.watch_outage)
         self._fetch = fetch
+        self._lifetime = lifetime
         self._retry = retry
+        self._pushed = pushed
+        self._shared = shared
         self._emit = emit
         self._on_end = on_end
         self._workflow = workflow
+        self._waiters: dict[Waiter, None] = {}  # in the order in which they came
+        self._has_false_wakes = False
         self._started = clock()
-        self.followers = Followers(
-            execution_id,
-            RetryState(retry, retry.watch_outage),
-            check_loop=lifetime.check_loop,
-            last_left=self._stop,
-        )
-        self.schedule = Schedule(poll, self.followers, net)
+        self._schedule = Schedule(poll)
+        self._alarm = Alarm()
+        if pushed is not None:
+            pushed.channel.attach(self._alarm.recheck)
         self._task = lifetime.spawn(self._run(base_url), name="promptlayer_exec.Watch")
         self._task.add_done_callback(self._ended)
 
-    def _stop(self) -> None:
-        self._on_end(self)
-        self._task.cancel()
+    # What those who wait call.
+
+    def join(self, deadline: Deadline, *, streams: bool = False) -> Waiter:
+        """Add a waiter; one that `streams` wants every snapshot, not only the complete one."""
+        waiter = Waiter(deadline, streams)
+        self._waiters[waiter] = None
+        self._alarm.recheck()
+        return waiter
+
+    def leave(self, waiter: Waiter) -> None:
+        """Remove a waiter; polling stops after the last one."""
+        del self._waiters[waiter]
+        if not self._waiters:
+            self._on_end(self)
+            self._task.cancel()
+
+    async def next(self, waiter: Waiter, seen: Snapshot | None = None) -> Snapshot:
+        """Wait for a snapshot other than `seen` that the waiter wants, or raise the error."""
+        while (snapshot := self._answer(waiter, seen)) is None:
+            await self._wait(waiter)
+        return snapshot
+
+    def _answer(self, waiter: Waiter, seen: Snapshot | None) -> Snapshot | None:
+        latest, is_late = self.latest, clock() >= waiter.deadline.at
+        if latest is not None and latest is not seen:  # noqa: SIM102
+            if latest.complete or (waiter.streams and not is_late):
+                return latest
+
+        if is_late:
+            cause = self.error or self.retries.error
+            raise timed_out(self.execution_id, waiter.deadline, latest, cause) from cause
+        if self.error is not None:
+            raise copy_error(self.error)  # a traceback belongs to one task
+        return None
+
+    async def _wait(self, waiter: Waiter) -> None:
+        self._lifetime.check_loop()
+        loop = asyncio.get_running_loop()
+        future = waiter.future = loop.create_future()
+        timer = None
+        if waiter.deadline.at < math.inf:
+            timer = loop.call_at(waiter.deadline.at, resolve, future)
+        try:
+            await future
+        finally:
+            waiter.future = None
+            if timer is not None:
+                timer.cancel()
+
+    def _notify(self, *, ended: bool) -> None:
+        for waiter in self._waiters:
+            if waiter.future is not None and (ended or waiter.streams):
+                resolve(waiter.future)
+
+    # What may change the time of the next poll.
+
+    def wake(self, source: WakeSource) -> None:
+        """Poll now, or once more if a poll is in flight; many wake-ups lead to a single poll."""
+        self._schedule.wake(source)
+        self._alarm.recheck()
+
+    def stream_elsewhere(self) -> None:
+        """Poll as for a stream for a while, because another process has a stream."""
+        self._schedule.stream_elsewhere()
+        self._alarm.recheck()
+
+    def _streams(self) -> bool:
+        return any(waiter.streams for waiter in self._waiters)
+
+    def _due(self) -> float:
+        return self._schedule.due(self._waiters, self._pushed)
+
+    # The task.
 
     async def _run(self, base_url: str) -> None:
-        """Poll until the execution is complete, the last follower is removed, or a poll fails."""
+        """Poll until the execution is complete, the last waiter is removed, or a poll fails."""
         error: Exception | None = None
         try:
             self._emit(WatchStarted(self.execution_id, self._workflow, base_url))
             is_complete = False
             while not is_complete:
-                due, source = await self.schedule.next_poll()
+                due = await self._alarm.sleep_until(self._due)
+                source = self._schedule.begin()
                 if source is not None:
                     self._emit(WatchWoken(self.execution_id, source))
-                is_complete = await self._poll_once(due)
+                is_complete = await self._poll_once(due, woken=source is not None)
         except asyncio.CancelledError:
-            error = SessionClosed() if self.followers.count else None
-        except Exception as failure:  # noqa: BLE001 - raised to the followers
+            error = SessionClosed() if self._waiters else None
+        except Exception as failure:  # noqa: BLE001 - raised to the waiters
             error = failure
         self._report_end(error)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self.schedule.end()
-        self._fetch.end()
-        if task.cancelled():  # before its first step, so that it ran nothing
-            self._fail(SessionClosed())
-
-    async def _poll_once(self, due: float) -> bool:
+    async def _poll_once(self, due: float, *, woken: bool) -> bool:
         """Poll, and return True if the execution is complete."""
         # A separate method, so that a poll's locals are freed while the watch sleeps.
-        followers = self.followers
-        if followers.retries.failures:
-            followers.retries = RetryState(self._retry, self._retry.watch_outage)
-        reply = await self._fetch(followers, due=due, first=self.schedule.goes_first)
-        previous, elapsed = followers.latest, clock() - self._started
+        if self.retries.failures:
+            self.retries = RetryState(self._retry, self._retry.watch_outage)
+        reply = await self._request(due, first=woken and not self._has_false_wakes)
+
+        previous, elapsed = self.latest, clock() - self._started
         snapshot = take_snapshot(self.execution_id, reply, elapsed=elapsed, previous=previous)
-        self.schedule.polled(
-            snapshot,
-            previous,
-            sent_at=reply.sent_at,
-            waited=reply.lateness,
-            announced=self._retry.announced(reply.retry_after),
-            shared=reply.shared,
-        )
-        followers.latest = snapshot
-        followers.notify(ended=snapshot.complete)
+        announced = self._retry.announced(reply.retry_after)
+        self._schedule.polled(snapshot, previous, announced=announced, shared=reply.shared)
+
+        # A wake-up that led to this poll should have come with the completion.
+        is_false_wake = woken and not reply.shared and not snapshot.complete
+        self._has_false_wakes |= is_false_wake
+        if self._pushed is not None:
+            self._pushed.polled(
+                reply.sent_at,
+                waited=reply.lateness,
+                complete=snapshot.complete,
+                false_wake=is_false_wake,
+            )
+
+        self.latest = snapshot
+        self._notify(ended=snapshot.complete)
         self._emit(
             Polled(
                 self.execution_id,
@@ -175,19 +219,33 @@ class Watch:
         )
         return snapshot.complete
 
+    async def _request(self, due: float, *, first: bool) -> Reply[NodeMap]:
+        if self._shared is None:
+            return await self._fetch(self.retries, due=due, first=first)
+        poll = partial(self._fetch, self.retries, first=first)
+        return await self._shared.next_answer(poll, due=due, streams=self._streams)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if self._pushed is not None:
+            self._pushed.channel.release(self._alarm.recheck)
+        if self._shared is not None:
+            self._shared.end()
+        if task.cancelled():  # before its first step, so that it ran nothing
+            self._fail(SessionClosed())
+
     def _fail(self, error: Exception) -> None:
         if isinstance(error, PromptLayerExecError):
             error.execution_id = self.execution_id
-            error.last_snapshot = self.followers.latest
+            error.last_snapshot = self.latest
         else:
             error.add_note(f"while watching execution {self.execution_id}")
-        self.followers.error = error
+        self.error = error
         self._on_end(self)
-        self.followers.notify(ended=True)
+        self._notify(ended=True)
 
     def _report_end(self, error: Exception | None) -> None:
         elapsed = clock() - self._started
-        latest = self.followers.latest
+        latest = self.latest
         succeeded, state = None, "no longer followed"
         if error is not None:
             self._fail(error)

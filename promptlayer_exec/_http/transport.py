@@ -17,13 +17,13 @@ from promptlayer_exec._api.messages import (
     Reply,
     Request,
     Response,
-    check_status,
     excerpt,
     excess,
     is_object,
     read_retry_after,
 )
 from promptlayer_exec._api.redaction import Redactor
+from promptlayer_exec._api.status import check_status
 from promptlayer_exec._errors import (
     ConfigurationError,
     ConnectionFailed,

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from random import random
 from typing import Any, TypeVar
@@ -20,14 +20,16 @@ import aiohttp
 import attrs
 
 from promptlayer_exec._api.attempt import Call
-from promptlayer_exec._api.messages import Request, Response, check_status, decode, invalid_shape
+from promptlayer_exec._api.messages import Request, Response, decode, invalid_shape
+from promptlayer_exec._api.status import check_status
 from promptlayer_exec._arguments import check_execution_id
-from promptlayer_exec._errors import RequestError, printable
+from promptlayer_exec._errors import RequestError
 from promptlayer_exec._events import WakeSource, logger
-from promptlayer_exec._policies import is_transient
+from promptlayer_exec._policies import Deadline, is_transient
 from promptlayer_exec._push.centrifugo import Lost, Refused, Subscription
-from promptlayer_exec._push.safety_net import SafetyNet
+from promptlayer_exec._push.fallback import FallbackPolicy
 from promptlayer_exec._recent import Recent
+from promptlayer_exec._text import printable
 
 T = TypeVar("T")
 
@@ -45,6 +47,7 @@ _PAUSES = (60.0, 300.0, 900.0)
 # Seconds until a request or a connection that failed is tried again: doubling between these.
 _RETRY = 0.5
 _LONGEST_RETRY = 10.0
+_FALLBACK = FallbackPolicy()
 _COMPLETION = "SET_WORKFLOW_COMPLETE"
 _LONGEST_REASON = 1000
 
@@ -103,7 +106,7 @@ class Push:
     _has_reported: bool = attrs.field(init=False, default=False)
     _channels: dict[str | int, Channel] = attrs.field(init=False, factory=dict)
     # Of each run that was started here and has not ended.
-    nets: Recent[int, SafetyNet] = attrs.field(init=False, factory=Recent)
+    runs: Recent[int, PushedRun] = attrs.field(init=False, factory=Recent)
 
     def started(
         self, workflow: str | int, execution_id: int, *, sent_at: float, waited: float
@@ -111,17 +114,17 @@ class Push:
         """Record a run, whose start was sent at a time, after it waited for so many seconds."""
         if (channel := self._channels.get(workflow)) is None:
             channel = self._channels[workflow] = Channel(self, workflow)
-        net = SafetyNet(execution_id, channel, sent_at, waited)
+        run = PushedRun(execution_id, channel, sent_at, waited)
         # Its message may have come before the answer to its start.
-        net.is_announced = self._early_wake_ups.get(execution_id) == "push"
-        self.nets.add(execution_id, net)
+        run.is_announced = self._early_wake_ups.get(execution_id) == "push"
+        self.runs.add(execution_id, run)
         channel.started()
 
     def receive(self, data: Any) -> None:
         """Wake the watch that a message is for."""
         if (execution_id := read_completion(data)) is not None:
-            if (net := self.nets.get(execution_id)) is not None:
-                net.is_announced = True
+            if (run := self.runs.get(execution_id)) is not None:
+                run.is_announced = True
             self._wake(execution_id)
 
     def report(self, workflow: str | int, reason: str) -> None:
@@ -147,7 +150,6 @@ class Channel:
     is_starting: bool = attrs.field(init=False, default=False)  # for the first time
     _is_running: bool = attrs.field(init=False, default=False)
     _starts: int = attrs.field(init=False, default=0)
-    _needed_at: float = attrs.field(init=False, factory=_now)
     # What each watch of its runs computes again when the state of the channel has changed.
     _watches: set[Callable[[], None]] = attrs.field(init=False, factory=set)
     _silent: int = attrs.field(init=False, default=0)
@@ -166,21 +168,17 @@ class Channel:
     def started(self) -> None:
         """Record a start; the second one shows that push pays."""
         self._starts += 1
-        self._used()
+        self._limit_idleness()
         if self._push.is_eager or self._starts > 1:
             self.need()
 
     def attach(self, changed: Callable[[], None]) -> None:
         """Notify a watch, by `changed`, whenever the state of the channel has changed."""
         self._watches.add(changed)
-        self._used()
+        self._limit_idleness()
 
     def release(self, changed: Callable[[], None]) -> None:
         self._watches.discard(changed)
-        self._used()
-
-    def _used(self) -> None:
-        self._needed_at = _now()
         self._limit_idleness()
 
     def _changed(self) -> None:
@@ -275,36 +273,82 @@ class Channel:
 
     def _limit_idleness(self) -> None:
         if self.since is not None:
-            seconds = None if self._watches else max(self._needed_at + _IDLE - _now(), 0.0)
-            self._end_after(seconds, None)
+            self._end_after(None if self._watches else _IDLE, None)
 
     def _end_after(self, seconds: float | None, reason: str | None) -> None:
         if not self._limit.expired():
             self._reason = reason
             self._limit.reschedule(None if seconds is None else _now() + seconds)
 
-    def completed(self, net: SafetyNet, *, expected: bool) -> None:
-        if net.is_announced or not expected:
-            self._conclude(net)
+    def completed(self, run: PushedRun, *, expected: bool) -> None:
+        if run.is_announced or not expected:
+            self._conclude(run)
         else:  # its message may still be on the way
-            check = partial(self._check_silence, net, self.since)
+            check = partial(self._check_silence, run, self.since)
             asyncio.get_running_loop().call_later(_SILENCE, check)
 
-    def _check_silence(self, net: SafetyNet, since: float | None) -> None:
-        self._conclude(net)
-        if net.is_announced or self.since != since:
+    def _check_silence(self, run: PushedRun, since: float | None) -> None:
+        self._conclude(run)
+        if run.is_announced or self.since != since:
             return
         self._silent += 1
         if self._silent >= _MOST_SILENT:
             self._push.has_announced = False
             self._end_after(0.0, f"it did not announce the last {_MOST_SILENT} completions")
 
-    def _conclude(self, net: SafetyNet) -> None:
+    def _conclude(self, run: PushedRun) -> None:
         """Forget a run that is complete; if a message said so, push can be trusted."""
-        self._push.nets.pop(net.execution_id)
-        if net.is_announced:
+        self._push.runs.pop(run.execution_id)
+        if run.is_announced:
             self._push.has_announced = True
             self._silent = self._failures = 0
+
+
+@attrs.define(eq=False)
+class PushedRun:
+    """What polls and messages have said of one run that was started with push.
+
+    It outlives its watches. Polls are seldom only while the subscription has stood since the run
+    was last known to go on: since its start was sent, or a poll that found it incomplete.
+    """
+
+    execution_id: int
+    channel: Channel
+    _known_at: float
+    _waited: float  # the last request, for a connection or the rate
+    is_announced: bool = attrs.field(init=False, default=False)  # its completion, by push
+    _polls: int = attrs.field(init=False, default=0)  # in a row, while the subscription stood
+    _is_complete: bool = attrs.field(init=False, default=False)
+    _is_doubted: bool = attrs.field(init=False, default=False)  # a wake-up was false
+
+    def next_poll(self, scheduled: float, *, floor: float, deadlines: Iterable[Deadline]) -> float:
+        """Return when to poll, where a watch without push would poll when `scheduled`."""
+        if self._is_doubted or self._is_complete:
+            return scheduled
+        return _FALLBACK.next_poll(
+            scheduled,
+            floor=floor,
+            known_at=self._known_at,
+            subscribed_at=self.channel.since,
+            is_subscribing=self.channel.is_starting,
+            polls=self._polls if self.channel.has_announced else 0,
+            waited=self._waited,
+            deadlines=deadlines,
+        )
+
+    def polled(self, sent_at: float, *, waited: float, complete: bool, false_wake: bool) -> None:
+        """Record a good poll; it is a `false_wake` if a wake-up led to it, and nothing ended."""
+        since = self.channel.since
+        is_covered = since is not None and since <= self._known_at
+        if not complete:
+            self.channel.need()
+        elif not self._is_complete:
+            self._is_complete = True
+            self.channel.completed(self, expected=is_covered)
+
+        self._is_doubted |= false_wake
+        self._polls = self._polls + 1 if is_covered else 0
+        self._known_at, self._waited = sent_at, waited
 
 
 def _describe(error: BaseException) -> str:

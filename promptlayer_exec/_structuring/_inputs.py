@@ -12,8 +12,8 @@ from typing import Any
 import attrs
 import cattrs
 
-from promptlayer_exec._display import json_kind
 from promptlayer_exec._structuring._errors import step
+from promptlayer_exec._text import json_kind
 
 _ADVICE = "convert it, or give Session a converter= with an unstructure hook for it"
 _PLAIN = cattrs.Converter()

@@ -23,8 +23,8 @@ import cattrs
 from cattrs.cols import mapping_structure_factory
 from cattrs.disambiguators import create_default_dis_func
 
-from promptlayer_exec._display import JSON_KINDS, json_kind
 from promptlayer_exec._structuring._errors import locate
+from promptlayer_exec._text import JSON_KINDS, json_kind
 
 Hook = Callable[[Any, Any], Any]
 

@@ -17,7 +17,8 @@ from promptlayer_exec._api.executions import (
     results_request,
     run_request,
 )
-from promptlayer_exec._api.messages import Request, Response, check_status, read_retry_after
+from promptlayer_exec._api.messages import Request, Response, read_retry_after
+from promptlayer_exec._api.status import check_status
 from promptlayer_exec._arguments import check_execution_id
 from promptlayer_exec._errors import InvalidResponse, StatusError
 from promptlayer_exec._models import FrozenMap, MainOutput, Node, StartRequest

@@ -30,7 +30,8 @@ from promptlayer_exec import (
     WatchWoken,
 )
 from promptlayer_exec._integration import wake
-from promptlayer_exec._push import centrifugo, channels, safety_net
+from promptlayer_exec._push import centrifugo, channels
+from promptlayer_exec._push.fallback import FallbackPolicy
 
 NEVER = PollPolicy.fixed(3600.0)
 OFTEN = PollPolicy.fixed(0.02)
@@ -298,15 +299,15 @@ async def log() -> AsyncIterator[Log]:
 
 @pytest.fixture(autouse=True)
 def _polls_do_not_rescue_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_FIRST", "_LONGEST", "_SUBSCRIBING"):
-        monkeypatch.setattr(safety_net, name, 3600.0)
+    never = FallbackPolicy(first=3600.0, longest=3600.0, subscribing=3600.0)
+    monkeypatch.setattr(channels, "_FALLBACK", never)
 
 
 @pytest.fixture
 def short_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the safety net poll every 20 ms."""
-    for name in ("_FIRST", "_LONGEST"):
-        monkeypatch.setattr(safety_net, name, 0.02)
+    """Let the fallback poll every 20 ms."""
+    often = FallbackPolicy(first=0.02, longest=0.02, subscribing=3600.0)
+    monkeypatch.setattr(channels, "_FALLBACK", often)
 
 
 @pytest.fixture
@@ -578,7 +579,8 @@ class TestDelivery:
         self, open_pushed: Callable[..., Session], server: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """No message can come, and the policy would let an hour pass."""
-        monkeypatch.setattr(safety_net, "_FIRST", 0.0)
+        soon = FallbackPolicy(first=0.0, longest=3600.0, subscribing=3600.0)
+        monkeypatch.setattr(channels, "_FALLBACK", soon)
         server.hold = {"subscribe"}
         execution = await open_pushed(push=None).start("w")
         waiting = asyncio.create_task(execution.output())
