@@ -123,8 +123,8 @@ class InvalidResponse(RequestError):
     Attributes:
         status: the HTTP status of the response.
         excerpt: the start of the body.
-        path: the place of the mistake in the body, such as `$.Node 1.status`; None if the body is
-            cut short or not JSON.
+        path: the place of the mistake in the body, such as `$["Node 1"].status`; None if the body
+            is cut short or not JSON.
     """
 
     advice = "Check that base_url is the PromptLayer API; if it is, report the excerpt."

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import attrs
@@ -16,7 +15,7 @@ from promptlayer_exec._errors import ExecutionFailed
 from promptlayer_exec._statuses import FINAL as FINAL  # noqa: PLC0414 - re-exported
 from promptlayer_exec._statuses import STATUSES
 from promptlayer_exec._statuses import NodeStatus as NodeStatus  # noqa: PLC0414 - re-exported
-from promptlayer_exec._text import counts_repr, json_kind, short_repr
+from promptlayer_exec._text import counts_repr, short_repr
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -61,22 +60,8 @@ def _read_status(status: str) -> NodeStatus | str:
     return STATUSES.get(status, status)
 
 
-class _NodeSlots:
-    """The fields of a node, which may be set until `read_nodes` turns it into one."""
-
-    __slots__ = (
-        "__weakref__",
-        "error_message",
-        "is_output_node",
-        "name",
-        "raw_error_message",
-        "status",
-        "value",
-    )
-
-
 @attrs.frozen
-class Node(_NodeSlots):
+class Node:
     """One node of an execution, at the time of one poll.
 
     Attributes:
@@ -105,59 +90,6 @@ class Node(_NodeSlots):
     def succeeded(self) -> bool:
         """Whether the status is `SUCCESS`."""
         return self.status == NodeStatus.SUCCESS
-
-
-_NODE_FIELDS = ("status", "value", "error_message", "raw_error_message", "is_output_node")
-_node_fields = operator.itemgetter(*_NODE_FIELDS)
-
-
-class InvalidNode(Exception):
-    """A decoded body is not a node; the arguments are its path and the reason."""
-
-
-def read_nodes(
-    bodies: Mapping[str, Any], report_unknown: Callable[[str, str], object]
-) -> dict[str, Node]:
-    """Return the nodes that decoded bodies describe, or raise `InvalidNode`.
-
-    attrs sets each field of a frozen class by a call; on a body of 50 nodes that is a tenth of a
-    poll. Here the fields are set while the class still allows it, and the class comes last.
-    `report_unknown` is called with the name and the status of a node whose status is unknown.
-    """
-    nodes: dict[str, Any] = {}
-    for name, body in bodies.items():
-        try:
-            status, value, message, raw_message, is_output = _node_fields(body)
-            status = STATUSES[status]
-        except (KeyError, TypeError):  # the status may be unknown, and all other fields missing
-            if not isinstance(body, dict):
-                reason = f"expected a node, got {json_kind(body)}"
-                raise InvalidNode(f"$.{name:.1000}", reason) from None
-            status, value, message, raw_message, is_output = map(body.get, _NODE_FIELDS)
-            if type(status) is not str:
-                raise _invalid_field(name, body, "status", "a string") from None
-            if (status := _read_status(status)) not in STATUSES:
-                report_unknown(name, status)
-        if message is not None and type(message) is not str:
-            raise _invalid_field(name, body, "error_message", "a string or null")
-        if is_output is not None and is_output is not True and is_output is not False:
-            raise _invalid_field(name, body, "is_output_node", "true, false or null")
-        node: Any = _NodeSlots()
-        nodes[name] = node
-        node.name = name
-        node.status = status
-        node.value = value
-        node.error_message = message
-        node.raw_error_message = raw_message
-        node.is_output_node = is_output
-        node.__class__ = Node
-    return nodes
-
-
-def _invalid_field(name: str, body: dict[str, Any], field: str, expected: str) -> InvalidNode:
-    is_missing = field not in body
-    reason = "is missing" if is_missing else f"expected {expected}, got {json_kind(body[field])}"
-    return InvalidNode(f"$.{name:.1000}.{field}", reason)
 
 
 @attrs.frozen
@@ -356,21 +288,27 @@ def same_json(left: Any, right: Any) -> bool:
 
     `1`, `1.0` and `true` are different, NaN is the same as NaN, and the order of keys is ignored.
     """
-    pairs = [(left, right)]  # a stack, because JSON may be nested deeper than Python can recurse
-    while pairs:
-        one, other = pairs.pop()
+    # Stacks, because JSON may be nested deeper than Python can recurse.
+    lefts, rights = [left], [right]
+    while lefts:
+        one, other = lefts.pop(), rights.pop()
         if one is other:
             continue
-        if type(one) is not type(other):
+
+        kind = type(one)
+        if kind is not type(other):
             return False
-        if isinstance(one, dict):
+
+        if kind is dict:
             if one.keys() != other.keys():
                 return False
-            pairs.extend((value, other[key]) for key, value in one.items())
-        elif isinstance(one, list):
+            lefts.extend(one.values())
+            rights.extend(map(other.__getitem__, one))
+        elif kind is list:
             if len(one) != len(other):
                 return False
-            pairs.extend(zip(one, other, strict=True))
+            lefts.extend(one)
+            rights.extend(other)
         elif one != other and not (one != one and other != other):  # noqa: PLR0124 - NaN
             return False
     return True

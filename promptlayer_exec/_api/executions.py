@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 import attrs
+from cattrs import override
 
 from promptlayer_exec._api.messages import Request, Response, decode, invalid_shape
 from promptlayer_exec._api.status import check_status
+from promptlayer_exec._api.structuring import documented, structured
 from promptlayer_exec._arguments import MAX_ID, optional_str, positive_int64
 from promptlayer_exec._errors import InvalidResponse
 from promptlayer_exec._events import logger
 from promptlayer_exec._models import (
     FrozenMap,
-    InvalidNode,
     MainOutput,
     Node,
     StartRequest,
-    read_nodes,
     same_json,
 )
+from promptlayer_exec._statuses import STATUSES
+from promptlayer_exec._structuring._mismatch import exact
 from promptlayer_exec._text import json_kind
 
 _ID_FIELD = "workflow_version_execution_id"
@@ -119,21 +120,37 @@ class Started:
     """The response to the request that starts a run."""
 
     execution_id: int
-    warning: str | None
+    warning: str | None = None
+
+
+def _read_id(value: Any, _: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_ID:
+        raise ValueError("there is no usable id")
+    return value
+
+
+def _read_warning(value: Any, _: Any) -> str | None:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text or None
+
+
+def _read_status(value: Any, _: Any) -> str:
+    return exact(value, str)  # `Node` itself makes it a `NodeStatus`, if it is a known one
+
+
+documented(
+    Started,
+    execution_id=override(rename=_ID_FIELD, struct_hook=_read_id),
+    warning=override(struct_hook=_read_warning),
+)
+documented(Node, status=override(struct_hook=_read_status))
 
 
 def read_started(response: Response) -> Started:
     """Read the response to the request that starts a run; a 2xx must have a usable id."""
     if response.status >= 300:
         check_status(response)
-    body = decode(response)
-    execution_id = body.get(_ID_FIELD) if isinstance(body, dict) else None
-    if type(execution_id) is not int or not 1 <= execution_id <= MAX_ID:
-        invalid_shape(response, f"$.{_ID_FIELD}", "there is no usable id")
-    warning = body.get("warning")
-    if warning is not None and not isinstance(warning, str):
-        warning = json.dumps(warning)
-    return Started(execution_id, warning or None)
+    return structured(response, decode(response), Started)
 
 
 @attrs.define
@@ -166,10 +183,12 @@ class NodeMapReader:
         changed = raw
         if before is not None:
             changed = {name: it for name, it in raw.items() if not _is_unchanged(before, name, it)}
-        try:
-            nodes = read_nodes(changed, partial(self._report, execution_id))
-        except InvalidNode as error:
-            invalid_shape(response, *error.args)
+        nodes = {}
+        for name, body in changed.items():
+            named = {**body, "name": name} if isinstance(body, dict) else body
+            nodes[name] = node = structured(response, named, Node, name)
+            if node.status not in STATUSES:
+                self._report(execution_id, node)
         if before is not None:
             raw.update({name: before.raw[name] for name in raw if name not in changed})
             nodes = {name: nodes.get(name) or before.nodes[name] for name in raw}
@@ -177,14 +196,14 @@ class NodeMapReader:
             response.status == 200, FrozenMap(nodes), raw, (response.status, response.body)
         )
 
-    def _report(self, execution_id: int, name: str, status: str) -> None:
-        status = status[:_LONGEST_STATUS]
+    def _report(self, execution_id: int, node: Node) -> None:
+        status = node.status[:_LONGEST_STATUS]
         if status not in self._reported and len(self._reported) < _REPORTED_AT_MOST:
             self._reported.add(status)
             logger.warning(
                 "execution %d: node %.100r has the unknown status %.100r; it counts as not final",
                 execution_id,
-                name,
+                node.name,
                 status,
             )
 

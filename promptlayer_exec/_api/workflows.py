@@ -9,17 +9,19 @@ https://docs.promptlayer.com/reference/list-workflows
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+from cattrs import override
 
 from promptlayer_exec._api.executions import path_segment, percent_encoded, version_selection
 from promptlayer_exec._api.messages import Request, Response, decode, invalid_shape
 from promptlayer_exec._api.status import check_status
+from promptlayer_exec._api.structuring import documented, structured
 from promptlayer_exec._arguments import optional_str
-from promptlayer_exec._text import JSON_KINDS, json_kind
+from promptlayer_exec._structuring._mismatch import exact
 from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
-
-T = TypeVar("T")
 
 _SORT_KEYS = ("created_at", "updated_at", "name", "id")
 _SORT_ORDERS = ("asc", "desc")
@@ -64,104 +66,90 @@ def _query(**parameters: Any) -> str:
     return f"?{query}" if query else ""
 
 
-class _Object:
-    """An object in a body, whose fields are checked as they are read."""
+@attrs.frozen
+class _Names:
+    """The object in `workflow`, as a development server sends it."""
 
-    def __init__(self, response: Response, fields: Any, path: str = "$") -> None:
-        self._response = response
-        self._path = path
-        if not isinstance(fields, dict):
-            self._refuse("", f"expected an object, got {json_kind(fields)}")
-        self.fields: dict[str, Any] = fields
+    id: int
+    name: str
 
-    def get(self, name: str, kind: type[T]) -> T | None:
-        """Return a field of exactly one type; None if it is null or missing."""
-        value = self.fields.get(name)
-        if value is None:
-            return None
-        if type(value) is not kind:
-            self._refuse(f".{name}", f"expected {JSON_KINDS[kind]}, got {json_kind(value)}")
-        return value
 
-    def require(self, name: str, kind: type[T]) -> T:
-        value = self.get(name, kind)
-        if value is None:
-            self._refuse(f".{name}", "is missing")
-        return value
+@attrs.frozen
+class _Definition:
+    """The body of one version of a workflow; a server sends some of the fields."""
 
-    def objects(self, name: str) -> list[_Object]:
-        return [
-            _Object(self._response, item, f"{self._path}.{name}[{index}]")
-            for index, item in enumerate(self.get(name, list) or ())
-        ]
+    workflow_id: int | None = None
+    workflow_name: str | None = None
+    version: int | None = None
+    version_number: int | None = None
+    release_labels: tuple[str, ...] = ()
+    required_input_variables: dict[str, str] | None = None
+    nodes: tuple[WorkflowNode, ...] = ()
+    edges: tuple[WorkflowEdge, ...] = ()
+    workflow: Any = None
 
-    def strings(self, name: str) -> tuple[str, ...]:
-        items: list[Any] = self.get(name, list) or []
-        self._check_strings(name, enumerate(items))
-        return tuple(items)
 
-    def string_map(self, name: str) -> dict[str, str] | None:
-        items: dict[str, Any] | None = self.get(name, dict)
-        if items is not None:
-            self._check_strings(name, ((repr(key), value) for key, value in items.items()))
-        return items
+@attrs.frozen
+class _Page:
+    """The body of one page of the list."""
 
-    def _check_strings(self, name: str, items: Iterable[tuple[Any, Any]]) -> None:
-        for key, value in items:
-            if type(value) is not str:
-                self._refuse(f".{name}[{key}]", f"expected a string, got {json_kind(value)}")
+    items: list[WorkflowSummary]
+    has_next: bool | None = None
+    pages: int = 0
 
-    def _refuse(self, place: str, reason: str) -> NoReturn:
-        invalid_shape(self._response, f"{self._path}{place}", reason)
+
+def _has_conditions(value: Any, _: Any) -> bool:
+    return bool(exact(value, list))
+
+
+documented(
+    WorkflowEdge,
+    source=override(rename="source_node_name"),
+    target=override(rename="target_node_name"),
+    conditional=override(rename="conditionals", struct_hook=_has_conditions),
+)
+documented(
+    WorkflowSummary,
+    labels=override(rename="release_labels"),
+    latest_version=override(rename="latest_version_number"),
+)
 
 
 def read_workflow(response: Response) -> Workflow:
     """Read one version of a workflow; the documented fields win over those in `workflow`."""
     check_status(response)
-    body = _Object(response, decode(response))
-    workflow_id, name = body.get("workflow_id", int), body.get("workflow_name", str)
-    if (workflow_id is None or name is None) and "workflow" in body.fields:
-        inner = _Object(response, body.fields["workflow"], "$.workflow")
-        workflow_id = inner.require("id", int) if workflow_id is None else workflow_id
-        name = inner.require("name", str) if name is None else name
-    version = body.get("version", int)
-    edges = tuple(
-        WorkflowEdge(
-            edge.require("source_node_name", str),
-            edge.require("target_node_name", str),
-            bool(edge.get("conditionals", list)),
-        )
-        for edge in body.objects("edges")
-    )
+    raw = decode(response)
+    body = structured(response, raw, _Definition)
+    workflow_id, name = body.workflow_id, body.workflow_name
+    if workflow_id is None or name is None:
+        if body.workflow is None:
+            lacking = "workflow_id" if workflow_id is None else "workflow_name"
+            invalid_shape(response, f"$.{lacking}", "is missing")
+        inner = structured(response, body.workflow, _Names, "workflow")
+        workflow_id = inner.id if workflow_id is None else workflow_id
+        name = inner.name if name is None else name
     return Workflow(
-        id=body.require("workflow_id", int) if workflow_id is None else workflow_id,
-        name=body.require("workflow_name", str) if name is None else name,
-        version=body.get("version_number", int) if version is None else version,
-        labels=body.strings("release_labels"),
-        required_inputs=body.string_map("required_input_variables"),
-        nodes=_nodes(body, edges),
-        edges=edges,
-        raw=body.fields,
+        id=workflow_id,
+        name=name,
+        version=body.version_number if body.version is None else body.version,
+        labels=body.release_labels,
+        required_inputs=body.required_input_variables,
+        nodes=_nodes(body),
+        edges=body.edges,
+        raw=raw,
     )
 
 
-def _nodes(body: _Object, edges: Iterable[WorkflowEdge]) -> dict[str, WorkflowNode]:
-    objects = {node.require("name", str): node for node in body.objects("nodes")}
+def _nodes(body: _Definition) -> dict[str, WorkflowNode]:
+    nodes = {node.name: node for node in body.nodes}
     # Dicts, because they are ordered sets.
-    dependencies = {
-        name: dict.fromkeys(node.strings("dependencies")) for name, node in objects.items()
-    }
-    for edge in edges:
+    dependencies = {name: dict.fromkeys(node.dependencies) for name, node in nodes.items()}
+    for edge in body.edges:
         if edge.target in dependencies:
             dependencies[edge.target][edge.source] = None
     return {
-        name: WorkflowNode(
-            name,
-            node.get("node_type", str) or "",
-            bool(node.get("is_output_node", bool)),
-            tuple(it for it in dependencies[name] if it in objects),
-        )
-        for name, node in objects.items()
+        name: attrs.evolve(node, dependencies=tuple(it for it in dependencies[name] if it in nodes))
+        for name, node in nodes.items()
     }
 
 
@@ -170,20 +158,7 @@ class WorkflowsPage:
 
     def __init__(self, response: Response, page: int) -> None:
         check_status(response)
-        body = _Object(response, decode(response))
-        if body.fields.get("items") is None:
-            body.require("items", list)
-        self.summaries = [
-            WorkflowSummary(
-                id=item.require("id", int),
-                name=item.require("name", str),
-                labels=item.strings("release_labels"),
-                latest_version=item.get("latest_version_number", int),
-                is_deleted=bool(item.get("is_deleted", bool)),
-            )
-            for item in body.objects("items")
-        ]
-        has_next = body.get("has_next", bool)
-        if has_next is None:
-            has_next = page < (body.get("pages", int) or 0)
+        body = structured(response, decode(response), _Page)
+        self.summaries = body.items
+        has_next = page < body.pages if body.has_next is None else body.has_next
         self.following = page + 1 if has_next else None

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 import cattrs
 
-from promptlayer_exec._structuring._errors import step
+from promptlayer_exec._structuring._mismatch import step
 from promptlayer_exec._text import json_kind
 
 _ADVICE = "convert it, or give Session a converter= with an unstructure hook for it"

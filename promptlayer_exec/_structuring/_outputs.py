@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import cattrs
 
 from promptlayer_exec._errors import InvalidOutput
-from promptlayer_exec._structuring._errors import locate
+from promptlayer_exec._structuring._mismatch import locate
 from promptlayer_exec._structuring._rules import Hook, UnionHook, strict_converter
 
 if TYPE_CHECKING:

@@ -23,20 +23,10 @@ import cattrs
 from cattrs.cols import mapping_structure_factory
 from cattrs.disambiguators import create_default_dis_func
 
-from promptlayer_exec._structuring._errors import locate
-from promptlayer_exec._text import JSON_KINDS, json_kind
+from promptlayer_exec._structuring._mismatch import WrongKind, exact, locate
+from promptlayer_exec._text import json_kind
 
 Hook = Callable[[Any, Any], Any]
-
-
-class WrongKind(TypeError):
-    """The value is not of the JSON kind that the type is structured from."""
-
-
-def _exact(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise WrongKind(f"expected {JSON_KINDS[kind]}, got {json_kind(value)}")
-    return value
 
 
 def _scalar(base: type, value: Any, kind: Any) -> Any:
@@ -44,7 +34,7 @@ def _scalar(base: type, value: Any, kind: Any) -> Any:
     if issubclass(kind, Enum):
         return _option(value, kind)
     if base is not float or type(value) is not int:
-        _exact(value, base)
+        exact(value, base)
     return value if type(value) is kind else kind(value)
 
 
@@ -86,7 +76,7 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
 
 def _parsed(value: Any, kind: Any) -> Any:
     is_number = kind is Decimal and type(value) in (int, float)
-    text = str(value) if is_number else _exact(value, str)
+    text = str(value) if is_number else exact(value, str)
     try:
         return _PARSERS[kind](text)
     except (ValueError, InvalidOperation) as error:
@@ -110,7 +100,7 @@ def _array(kind: Any, converter: cattrs.Converter) -> Hook:
     make = _ARRAYS[_origin(kind)]
 
     def structure(value: Any, _: Any) -> Any:
-        if len(_exact(value, list)) != len(kinds) and fixed:
+        if len(exact(value, list)) != len(kinds) and fixed:
             raise ValueError(f"expected an array of {len(kinds)}, got one of {len(value)}")
         pairs = zip(value, hooks if fixed else hooks * len(value), strict=True)
         items: list[Any] = []
@@ -136,7 +126,7 @@ def _from_object(kind: Any, converter: cattrs.Converter) -> Hook:
 
     @wraps(hook)  # keeps the overrides, which cattrs stores as an attribute of the hook
     def structure(value: Any, _: Any) -> Any:
-        return hook(_exact(value, dict), kind)
+        return hook(exact(value, dict), kind)
 
     return structure
 
@@ -198,7 +188,7 @@ class UnionHook:
         if len(self._classes) > 1 and type(value) is dict:
             with suppress(Exception):  # cattrs cannot tell them apart, or the value fits none
                 picked = self._pick_class(value)
-                fit = get_args(picked) if _is_union(picked) else (picked,)
+                fit = get_args(picked) if is_union(picked) else (picked,)
         kept = [it for it in self.members if it in fit or it not in self._classes]
         return sorted(kept, key=partial(_rank, type(value)))
 
@@ -239,7 +229,7 @@ def _is_class(kind: Any) -> bool:
     return isinstance(plain, type) and (attrs.has(plain) or is_dataclass(plain))
 
 
-def _is_union(kind: Any) -> bool:
+def is_union(kind: Any) -> bool:
     return get_origin(kind) in (typing.Union, UnionType)
 
 
@@ -253,7 +243,7 @@ _RULES: list[tuple[Callable[[Any], bool], Callable[..., Hook]]] = [
     (_is_mapping, _from_object),
     (lambda kind: typing.is_typeddict(_origin(kind)), _from_object),
     (_is_class, _from_object),
-    (_is_union, UnionHook),
+    (is_union, UnionHook),
     (lambda kind: isinstance(kind, type) and hasattr(kind, "model_validate"), _model),
 ]
 
@@ -269,7 +259,7 @@ class _StrictConverter(cattrs.Converter):
 
     def register_structure_hook(self, cl: Any, func: Any = None) -> Any:
         """Register a hook for a type, as in cattrs."""
-        if func is None or not _is_union(cl):
+        if func is None or not is_union(cl):
             return super().register_structure_hook(cl, func)
         # cattrs looks up hooks for unions only after all rules.
         return self.register_structure_hook_func(partial(eq, cl), func)

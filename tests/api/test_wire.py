@@ -121,20 +121,20 @@ def test_names():
 
 INVALID_NODES = [
     ({}, ".status", "is missing"),
-    ({"status": None}, ".status", "expected a string, got null"),
+    ({"status": None}, ".status", "is missing"),
     ({"status": 1}, ".status", "expected a string, got an integer"),
     ({"status": True}, ".status", "expected a string, got true"),
     ({"status": {}}, ".status", "expected a string, got an object"),
     ({"status": []}, ".status", "expected a string, got an array"),
-    ({"error_message": 1.5}, ".error_message", "expected a string or null, got a number"),
-    ({"error_message": {"raw": 1}}, ".error_message", "expected a string or null, got an object"),
-    ({"is_output_node": "false"}, ".is_output_node", "expected true, false or null, got a string"),
-    ({"is_output_node": 1}, ".is_output_node", "expected true, false or null, got an integer"),
-    (None, "", "expected a node, got null"),
-    ("SUCCESS", "", "expected a node, got a string"),
-    ([], "", "expected a node, got an array"),
-    (False, "", "expected a node, got false"),
-    (7, "", "expected a node, got an integer"),
+    ({"error_message": 1.5}, ".error_message", "expected a string, got a number"),
+    ({"error_message": {"raw": 1}}, ".error_message", "expected a string, got an object"),
+    ({"is_output_node": "false"}, ".is_output_node", "expected true or false, got a string"),
+    ({"is_output_node": 1}, ".is_output_node", "expected true or false, got an integer"),
+    (None, "", "expected an object, got null"),
+    ("SUCCESS", "", "expected an object, got a string"),
+    ([], "", "expected an object, got an array"),
+    (False, "", "expected an object, got false"),
+    (7, "", "expected an object, got an integer"),
 ]
 
 
@@ -145,7 +145,7 @@ def test_invalid_node(node, field, reason, status):
     if node and isinstance(node, dict):
         node = {"status": "QUEUED", **node}
     error = refusal({"Node 0": {"status": "SUCCESS"}, "Node 1": node}, status)
-    assert error.path == f"$.Node 1{field}"
+    assert error.path == f'$["Node 1"]{field}'
     assert error.reason == reason
     assert error.status == status
     assert error.excerpt.startswith('{"Node 0"')

@@ -183,7 +183,7 @@ def test_null_is_the_same_as_missing() -> None:
         ({"release_labels": "prod"}, "$.release_labels"),
         ({"release_labels": ["prod", 1]}, "$.release_labels[1]"),
         ({"required_input_variables": ["topic"]}, "$.required_input_variables"),
-        ({"required_input_variables": {"t": {}}}, "$.required_input_variables['t']"),
+        ({"required_input_variables": {"t": {}}}, "$.required_input_variables.t"),
         ({"nodes": {}}, "$.nodes"),
         ({"nodes": [1]}, "$.nodes[0]"),
         ({"nodes": [{}]}, "$.nodes[0].name"),

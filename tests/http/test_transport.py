@@ -159,7 +159,7 @@ async def test_a_refusal_whose_body_is_cut_short_is_still_the_refusal(raw_server
     [
         (b"<html>hello</html>", None),
         (b"[]", "$"),
-        (b'{"Node 1": {"value": 1}}', "$.Node 1.status"),
+        (b'{"Node 1": {"value": 1}}', '$["Node 1"].status'),
     ],
 )
 async def test_a_success_that_is_not_a_node_map_is_invalid(

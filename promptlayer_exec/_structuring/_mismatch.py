@@ -1,12 +1,28 @@
-"""Finding the first mismatch in a tree of cattrs' errors: its path and its reason."""
+"""What does not fit a type: a value of the wrong kind, and where it stands in a body or output."""
 
 from __future__ import annotations
 
 import json
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import cattrs
+
+from promptlayer_exec._text import JSON_KINDS, json_kind
+
+
+T = TypeVar("T")
+
+
+class WrongKind(TypeError):
+    """The value is not of the JSON kind that the type is structured from."""
+
+
+def exact(value: Any, kind: type[T]) -> T:
+    """Return the value if it is of exactly that kind, else raise `WrongKind`."""
+    if type(value) is not kind:
+        raise WrongKind(f"expected {JSON_KINDS[kind]}, got {json_kind(value)}")
+    return value
 
 
 def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[str, str, Exception]:
@@ -18,7 +34,7 @@ def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[s
         if key is not None:
             path += step(key)
             container, value = value, value[key] if _holds(value, key) else None
-    if isinstance(error, KeyError) and isinstance(container, dict) and key not in container:
+    if isinstance(error, KeyError) and isinstance(container, dict) and container.get(key) is None:
         return path, "is missing", error
     if isinstance(error, cattrs.ForbiddenExtraKeysError):
         return path + step(min(error.extra_fields)), "is not expected", error
