@@ -89,9 +89,11 @@ class RequestError(PromptLayerExecError):
         attempts: how many attempts were made, including those that could not connect.
         reason: the message of the cause; `__cause__` itself does not survive pickling.
         is_permanent: whether waiting cannot help, as with a certificate that is not valid.
+        waited: for how many seconds the attempt waited for a connection or for the rate.
     """
 
     is_permanent = False
+    waited = 0.0
 
     def __init__(
         self, message: str, *, attempts: int = 1, reason: str = "", **context: Any

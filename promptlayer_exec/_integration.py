@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
-from promptlayer_exec._api.executions import NodeMap
+from promptlayer_exec._api.executions import NodeMap, run_request
 from promptlayer_exec._api.messages import Reply, Response, excess
 from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._backplane import OpenSession, Poll
@@ -99,7 +99,9 @@ def base_url(session: Session) -> str:
 
 def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
     """Check a start as `Session.start` does, and return its inputs in JSON form."""
-    return session._prepare(request)[0]
+    inputs = session._encode_inputs(request)
+    run_request(request, inputs)
+    return inputs
 
 
 def server_of(session: Session) -> tuple[str, str | None]:
@@ -122,8 +124,8 @@ async def cannot_be_sent(session: Session, request: StartRequest) -> bool:
 
 def share_channel(session: Session, suffix: str | None) -> None:
     """Let a session that is not open use a push channel that other processes use, too."""
-    if suffix and session._client is None and session._channel_suffix is not None:
-        session._channel_suffix = suffix
+    if suffix and session._client is None:
+        session._shared_suffix = suffix
 
 
 def expect(session: Session, workflow: str | int, execution_id: int) -> None:

@@ -158,10 +158,10 @@ class Session:
         self._early_wake_ups: Recent[int, WakeSource] = Recent(600.0)  # nobody follows these yet
         self._emit = broadcast(observers)
         self._callbacks = CallbackLog(self._emit, self._recent_starts)
-        # What each start carries, so that its completion is pushed. With a backplane it is made of
-        # the key, as the session opens: the same in all processes.
-        suffix = "" if backplane is not None else secrets.token_hex(16)
-        self._channel_suffix = None if self._settings.push is False else suffix
+        # The channel to which PromptLayer pushes the completions of this session's starts, and the
+        # one that it shares with the other workers of a batch.
+        self._own_suffix = secrets.token_hex(16)
+        self._shared_suffix: str | None = None
         self._warn_of_plain_http(find_base_url(base_url), stacklevel=4)
 
     def __enter__(self) -> NoReturn:
@@ -229,12 +229,7 @@ class Session:
         from promptlayer_exec._push.channels import Push  # noqa: PLC0415
 
         settings = self._settings
-        api_key = find_api_key(settings.api_key)
-        if api_key is None:
-            raise ConfigurationError(
-                "there is no API key: create one in PromptLayer's settings, and set"
-                " PROMPTLAYER_API_KEY or pass api_key= to Session"
-            )
+        api_key = self._api_key()
         base_url = find_base_url(settings.base_url)
         self._warn_of_plain_http(base_url, stacklevel=2)  # the environment may have changed
         proxy = None if settings.http is not None else find_proxy(settings, base_url)
@@ -272,10 +267,10 @@ class Session:
             client.link = settings.backplane.connect(client, namespace)
             resources.push_async_callback(client.link.aclose)
             self._callbacks.share = client.link.called_back
-        if self._channel_suffix is not None:
-            self._channel_suffix = self._channel_suffix or _digest(api_key, f"push {base_url}")
+        suffix = self._push_suffix()
+        if suffix is not None:
             client.push = Push(
-                suffix=self._channel_suffix,
+                suffix=suffix,
                 is_eager=settings.push is True,
                 free_sockets=transport.pools.sockets,
                 call=call,
@@ -287,6 +282,26 @@ class Session:
                 spawn=partial(lifetime.spawn, name="promptlayer_exec.Push"),
             )
         return client
+
+    def _api_key(self) -> str:
+        api_key = find_api_key(self._settings.api_key)
+        if api_key is None:
+            raise ConfigurationError(
+                "there is no API key: create one in PromptLayer's settings, and set"
+                " PROMPTLAYER_API_KEY or pass api_key= to Session"
+            )
+        return api_key
+
+    def _push_suffix(self) -> str | None:
+        """Return what each start carries, so that its completion is pushed to this session."""
+        if self._settings.push is False:
+            return None
+        if self._shared_suffix is not None:
+            return self._shared_suffix
+        if self._settings.backplane is None:
+            return self._own_suffix
+        # The same in all processes that share the backplane.
+        return _digest(self._api_key(), f"push {find_base_url(self._settings.base_url)}")
 
     @overload
     async def get_results(
@@ -471,11 +486,9 @@ class Session:
         token: str | None = None,
     ) -> Execution:
         try:
-            if self._channel_suffix == "":
-                self._open()
             posted, token = with_callback_url(request, self._settings.callbacks, token)
-            inputs, http_request = self._prepare(posted)
-            http_request.secret = token  # no error may show it
+            inputs = self._encode_inputs(posted)
+            http_request = run_request(posted, inputs, self._push_suffix())
             client = self._open()
             deadline = deadline or client.deadline()
             if self._settings.check_inputs:
@@ -509,10 +522,9 @@ class Session:
         execution_id = await client.recover(error, token, client.deadline(timeout))
         return Execution(self, execution_id, error.workflow)
 
-    def _prepare(self, request: StartRequest) -> tuple[dict[str, Any], Request]:
-        """Return a start's inputs in JSON form, and the request that would be sent."""
-        inputs = _structuring.encode_inputs(request.inputs, self._settings.converter)
-        return inputs, run_request(request, inputs, self._channel_suffix)
+    def _encode_inputs(self, request: StartRequest) -> dict[str, Any]:
+        """Return a start's inputs in JSON form."""
+        return _structuring.encode_inputs(request.inputs, self._settings.converter)
 
     @overload
     def as_completed(

@@ -16,6 +16,10 @@ class SendOnce(Protocol):
     """A request that must not reach the server twice, and whether it may have reached it."""
 
     @property
+    def secret(self) -> str | None:
+        """The part of its body that no error and no log line may show."""
+
+    @property
     def sent(self) -> bool:
         """Whether it may have reached the server."""
 
@@ -36,7 +40,7 @@ class SendOnce(Protocol):
         """Record that the server refused the request or the TLS handshake, and started nothing."""
 
 
-@attrs.define
+@attrs.frozen
 class Attempt:
     """One try to send a request."""
 
@@ -46,8 +50,6 @@ class Attempt:
     # A request of push or for a definition, which goes first, too, over connections of its own:
     # while it is not answered, nothing else waits for it.
     apart: bool = False
-    # The seconds for which it waited for a connection or the rate; set as it is sent.
-    lateness: float = 0.0
 
 
 class Call(Protocol):

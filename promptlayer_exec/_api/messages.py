@@ -22,21 +22,17 @@ _BYTES_PER_VALUE = 64
 _NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
 
 
-@attrs.define
+@attrs.frozen
 class Request:
     """A request to the server.
 
-    `target` is the path and query below the base URL, percent-encoded. `secret` is a part of the
-    body that no error may show. `url` is set when the request is first sent, so that a poll does
-    not build it again.
+    `target` is the path and query below the base URL, percent-encoded.
     """
 
     method: str
     target: str
     execution_id: int | None = None
     body: bytes | None = None
-    secret: str | None = None
-    url: Any = None
 
 
 @attrs.define

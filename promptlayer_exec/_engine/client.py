@@ -260,7 +260,7 @@ class Client:
             lifetime=self.lifetime,
             emit=self._emit,
             base_url=self.base_url,
-            token=token,
+            secret=token,
             hooks=hooks,
             on_lost=self._lost,
         )
@@ -282,7 +282,7 @@ class Client:
                 request.workflow, execution_id, sent_at=reply.sent_at, waited=reply.lateness
             )
         if warning is not None:  # it goes to the log
-            warning = self._redactor.also(http_request.secret).redact(warning)
+            warning = self._redactor.also(once.secret).redact(warning)
         return Started(execution_id, warning)
 
     def _lost(self, token: str, request: StartRequest, elapsed: float = 0.0) -> None:

@@ -148,11 +148,10 @@ class Retrying:
         answered = False
         try:
             while True:
-                attempt = Attempt(due, first, once)
                 try:
-                    reply = await self._send(request, read, attempt)
+                    reply = await self._send(request, read, Attempt(due, first, once))
                 except RequestError as error:
-                    state.excuse(attempt.lateness)
+                    state.excuse(error.waited)
                     if (delay := self._delay(error, request, state, once)) is None:
                         raise
                     if once is not None:

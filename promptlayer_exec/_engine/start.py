@@ -47,6 +47,7 @@ class Start:
     the answer goes to the caller if it still waits, else to the observers and the log.
 
     Attributes:
+        secret: the token in the start's own callback URL, if it has one; no text may show it.
         sent: whether the request may have reached the server.
     """
 
@@ -57,7 +58,7 @@ class Start:
     _lifetime: Lifetime
     _emit: Emit
     _base_url: str
-    _token: str | None
+    secret: str | None
     _hooks: SendHooks | None
     _on_lost: Callable[[str, StartRequest, float], object]  # of a start with a token
     sent: bool = attrs.field(init=False, default=False)
@@ -160,8 +161,8 @@ class Start:
         else:
             outcome = task.result()
         duration = clock() - self._called_at
-        if self._token is not None and isinstance(outcome, StartUnknown):
-            self._on_lost(self._token, self._request, duration)
+        if self.secret is not None and isinstance(outcome, StartUnknown):
+            self._on_lost(self.secret, self._request, duration)
         if isinstance(outcome, BaseException):
             self._outcome.set_exception(outcome)
             self._emit(StartFailed(None, self._request, outcome, duration, self._base_url))
@@ -217,7 +218,7 @@ class Start:
         return error
 
     def _unknown(self, reason: str, cause: BaseException | None = None) -> StartUnknown:
-        error = start_unknown(self._request.workflow, reason, self._token)
+        error = start_unknown(self._request.workflow, reason, self.secret)
         error.__cause__ = cause
         return error
 

@@ -85,21 +85,32 @@ class Transport:
         The waiting has no time limit of its own; the attempt itself has `request_timeout` seconds.
         Raises a `RequestError`, or `SessionClosed` if the borrowed client session is closed.
         """
-        pool = self.pools.reads if attempt.once is None else self.pools.starts
-        pool = self.pools.apart if attempt.apart else pool
+        pool, redactor = self._pool(attempt), self.redactor
+        if attempt.once is not None:
+            redactor = redactor.also(attempt.once.secret)
+
         async with pool.slots.first if attempt.first else pool.slots:
             sent_at = await self._throttle.acquire(first=attempt.first or attempt.apart)
-            attempt.lateness = max(sent_at - attempt.due, 0.0)
             until = sent_at + self._settings.request_timeout
             answer = await self._exchange(pool, request, attempt.once, until)
         duration = self._clock() - sent_at
-        redactor = self.redactor.also(request.secret)
-        response = self._response(answer, attempt.once, redactor)
-        self._adapt_rate(response, sent_at, request.execution_id)
-        value = _read(read, response, redactor)
-        return Reply(
-            value, len(response.body), sent_at, duration, attempt.lateness, response.retry_after
-        )
+        lateness = max(sent_at - attempt.due, 0.0)
+
+        try:
+            response = self._response(answer, attempt.once, redactor)
+            self._adapt_rate(response, sent_at, request.execution_id)
+            value = _read(read, response, redactor)
+        except RequestError as error:
+            error.waited = lateness
+            raise
+        return Reply(value, len(response.body), sent_at, duration, lateness, response.retry_after)
+
+    def _pool(self, attempt: Attempt) -> Pool:
+        if attempt.apart:
+            return self.pools.apart
+        if attempt.once is not None:
+            return self.pools.starts
+        return self.pools.reads
 
     def _adapt_rate(
         self, response: Response, sent_at: float, execution_id: int | None = None
@@ -115,17 +126,16 @@ class Transport:
     ) -> _Answer:
         """Send a request, and return what arrived of the answer, and the failure."""
         pool.check_open()
-        if request.url is None:
-            request.url = URL(self.base_url + request.target, encoded=True)
+        url = URL(self.base_url + request.target, encoded=True)
         body = None if once is None else OnceBody(request.body or b"", once)
         # aiohttp pools connections by this name, too: starts share none with other requests.
-        own_pool = request.url.raw_host if once is not None and pool.is_borrowed else None
+        own_pool = url.raw_host if once is not None and pool.is_borrowed else None
         answer = _Answer()
         try:
             async with asyncio.timeout_at(until) if once is None else StartTimeout(until):
                 answer.response = await pool.http.request(
                     request.method,
-                    request.url,
+                    url,
                     headers=pool.headers,
                     data=body,
                     timeout=_NO_TIMEOUT,
