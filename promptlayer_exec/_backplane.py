@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
-from promptlayer_exec._api.executions import NodeMap
 from promptlayer_exec._api.messages import Reply, Response
+from promptlayer_exec._api.runs import NodeMap
 from promptlayer_exec._events import WakeSource
 
 T = TypeVar("T")

@@ -30,7 +30,7 @@ class Event:
 
 @attrs.frozen
 class WatchStarted(Event):
-    """The first follower of an execution started its poller.
+    """The first waiter of an execution started its poller.
 
     Attributes:
         workflow: the name or id of its workflow, if this session started the run and has not
@@ -80,7 +80,7 @@ class Throttled(Event):
 
 @attrs.frozen
 class WatchEnded(Event):
-    """A poller stopped: the execution is complete, its last follower stopped, or it failed.
+    """A poller stopped: the execution is complete, its last waiter stopped, or it failed.
 
     Attributes:
         polls: the number of polls that succeeded.

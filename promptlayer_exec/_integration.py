@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
-from promptlayer_exec._api.executions import NodeMap, run_request
-from promptlayer_exec._api.messages import Reply, Response, excess
+from promptlayer_exec._api.messages import Reply, Response, oversize_reason
+from promptlayer_exec._api.runs import NodeMap, run_request
 from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._backplane import OpenSession, Poll
 from promptlayer_exec._display import error_details, error_text
@@ -24,11 +24,11 @@ from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError
 from promptlayer_exec._events import WakeSource
 from promptlayer_exec._execution import Execution
+from promptlayer_exec._expiring import ExpiringDict
 from promptlayer_exec._fanout import each
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._models import StartRequest, node_dict
 from promptlayer_exec._policies import Limiter, check_seconds
-from promptlayer_exec._recent import Recent
 from promptlayer_exec._session import Session
 from promptlayer_exec._settings import Settings, find_api_key, find_base_url
 from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
@@ -40,10 +40,10 @@ __all__ = [
     "DEFINITION_TIMEOUT",
     "MAX_ID",
     "UNKNOWN_STATUS",
+    "ExpiringDict",
     "NodeMap",
     "OpenSession",
     "Poll",
-    "Recent",
     "Reply",
     "Response",
     "SendHooks",
@@ -54,11 +54,11 @@ __all__ = [
     "each",
     "error_details",
     "error_text",
-    "excess",
     "indented",
     "install_hint",
     "near",
     "node_dict",
+    "oversize_reason",
     "printable",
     "short_repr",
     "status_entry",

@@ -144,7 +144,7 @@ class RetryPolicy:
     Args:
         outage: the seconds during which a single call is retried, from its first failed attempt.
         watch_outage: the seconds during which a poll of a watch is retried; None retries until the
-            deadlines of the followers.
+            deadlines of the waiters.
         base: the first delay between attempts in seconds; it doubles with every failure.
         ceiling: the longest delay between attempts in seconds.
         retry_after_ceiling: the longest wait in seconds that a server can ask for.

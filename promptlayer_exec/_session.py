@@ -18,10 +18,10 @@ from yarl import URL
 
 from promptlayer_exec import _structuring
 from promptlayer_exec._api.attempt import Attempt
-from promptlayer_exec._api.executions import NodeMapReader, run_request
+from promptlayer_exec._api.catalog import workflow_request, workflows_filter
 from promptlayer_exec._api.messages import Request, Response
 from promptlayer_exec._api.redaction import Redactor
-from promptlayer_exec._api.workflows import workflow_request, workflows_filter
+from promptlayer_exec._api.runs import NodeMapReader, run_request
 from promptlayer_exec._arguments import check_execution_id, naming_arguments
 from promptlayer_exec._engine.callbacks import CallbackLog, recoverable_token, with_callback_url
 from promptlayer_exec._engine.client import Client, list_workflows
@@ -33,11 +33,11 @@ from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import ConfigurationError, SessionClosed, StartUnknown
 from promptlayer_exec._events import Observer, StartFailed, WakeSource, broadcast
 from promptlayer_exec._execution import Execution
+from promptlayer_exec._expiring import ExpiringDict
 from promptlayer_exec._fanout import Outcome, collected, outcomes_of
 from promptlayer_exec._http.throttle import Throttle
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_timeout
-from promptlayer_exec._recent import Recent
 from promptlayer_exec._settings import (
     Settings,
     find_api_key,
@@ -155,7 +155,8 @@ class Session:
         # What outlives a client:
         self._node_maps = NodeMapReader()
         self._recent_starts = RecentStarts(retry.not_found_grace)
-        self._early_wake_ups: Recent[int, WakeSource] = Recent(600.0)  # nobody follows these yet
+        # Wake-ups for executions that nobody follows yet, kept for ten minutes.
+        self._early_wake_ups: ExpiringDict[int, WakeSource] = ExpiringDict(600.0)
         self._emit = broadcast(observers)
         self._callbacks = CallbackLog(self._emit, self._recent_starts)
         # The channel to which PromptLayer pushes the completions of this session's starts, and the
@@ -246,7 +247,7 @@ class Session:
         lifetime = Lifetime(resources)
 
         async def call(request: Request, read: Callable[[Response], T]) -> T:
-            return (await transport.send(request, read, Attempt(clock(), apart=True))).value
+            return (await transport.send(request, read, Attempt(clock(), is_control=True))).value
 
         definitions = Definitions(call, partial(lifetime.spawn, name="promptlayer_exec.Definition"))
         client = Client(
@@ -264,9 +265,9 @@ class Session:
         )
         if settings.backplane is not None:
             namespace = _digest(api_key, f"backplane {base_url}")
-            client.link = settings.backplane.connect(client, namespace)
-            resources.push_async_callback(client.link.aclose)
-            self._callbacks.share = client.link.called_back
+            client.backplane = settings.backplane.connect(client, namespace)
+            resources.push_async_callback(client.backplane.aclose)
+            self._callbacks.share = client.backplane.called_back
         suffix = self._push_suffix()
         if suffix is not None:
             client.push = Push(

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import attrs
 
-from promptlayer_exec._integration import Recent, install_hint, log_text
+from promptlayer_exec._integration import ExpiringDict, install_hint, log_text
 
 try:
     from opentelemetry import metrics, trace
@@ -91,7 +91,7 @@ class OpenTelemetryObserver:
     ) -> None:
         self._tracer = trace.get_tracer(_SCOPE, __version__, tracer_provider, _SCHEMA)
         # By the server and the execution's id, so that a watch can be linked.
-        self._starts: Recent[tuple[str, int | None], trace.SpanContext] = Recent()
+        self._starts: ExpiringDict[tuple[str, int | None], trace.SpanContext] = ExpiringDict()
         self._record_values = record_values
         # By task, as two sessions may watch the same execution, and a session may start a new watch
         # while the previous one is still ending.

@@ -24,7 +24,7 @@ PACKAGE = Path(promptlayer_exec.__file__).parent
 LAYERS = [
     {"_version", "_install"},
     {"_text"},
-    {"_errors", "_statuses", "_display", "_arguments", "_recent"},
+    {"_errors", "_statuses", "_display", "_arguments", "_expiring"},
     {"_structuring"},
     {"_models", "_workflows", "_policies", "_events"},
     {"_api"},
@@ -145,7 +145,7 @@ def test_the_simulator_shares_no_code_with_the_client() -> None:
     """So it can prove the client wrong."""
     for path in (PACKAGE / "simulator").glob("*.py"):
         assert imports_of_ours(path.read_text()) <= {"simulator"}, path.name
-    assert imports_of_ours("from promptlayer_exec._api.executions import Request") == {"_api"}
+    assert imports_of_ours("from promptlayer_exec._api.runs import Request") == {"_api"}
 
 
 def is_private(name: str) -> bool:
@@ -215,8 +215,8 @@ def test_integrations_use_the_public_api_and_one_seam(integration: str) -> None:
         ("from .._session import Session", "promptlayer_exec._session.Session"),
         ("from .. import _session", "promptlayer_exec._session"),
         (
-            "if TYPE_CHECKING:\n    import promptlayer_exec._api.executions as w",
-            "promptlayer_exec._api.executions",
+            "if TYPE_CHECKING:\n    import promptlayer_exec._api.runs as w",
+            "promptlayer_exec._api.runs",
         ),
         ("session._limiters.append(1)", "session._limiters"),
         ("self.session._start()", "self.session._start"),

@@ -1,4 +1,4 @@
-"""The interface of `_engine` and `_http`: one attempt, and a request that is sent once."""
+"""The interface of `_engine` and `_http`: one attempt, and a start, sent at most once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from promptlayer_exec._api.messages import Reply, Request, Response
 T = TypeVar("T")
 
 
-class SendOnce(Protocol):
+class AtMostOnce(Protocol):
     """A request that must not reach the server twice, and whether it may have reached it."""
 
     @property
@@ -45,18 +45,18 @@ class Attempt:
     """One try to send a request."""
 
     due: float  # on the event loop's clock
-    first: bool = False  # before ordinary requests, as a poll after a wake-up
-    once: SendOnce | None = None  # which must not be sent twice
-    # A request of push or for a definition, which goes first, too, over connections of its own:
-    # while it is not answered, nothing else waits for it.
-    apart: bool = False
+    priority: bool = False  # before ordinary requests, as a poll after a wake-up
+    start: AtMostOnce | None = None  # which must not be sent twice
+    # A request of push or for a definition. It has priority, and connections that no other kind of
+    # request uses: while there is no response to it, nothing else waits for it.
+    is_control: bool = False
 
 
-class Call(Protocol):
-    """A function that sends a request once, before ordinary requests, within the rate."""
+class SendControlRequest(Protocol):
+    """A function that sends a control request: once, before ordinary requests, within the rate."""
 
     async def __call__(self, request: Request, read: Callable[[Response], T]) -> T:
-        """Return what `read` reads from the answer, or raise a `RequestError`."""
+        """Return what `read` reads from the response, or raise a `RequestError`."""
 
 
 class Send(Protocol):

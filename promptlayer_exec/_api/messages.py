@@ -82,7 +82,7 @@ def is_object(body: bytes) -> bool:
         return False
 
 
-def excess(body: bytes, limit: int) -> str:
+def oversize_reason(body: bytes, limit: int) -> str:
     """Return how a JSON body exceeds a limit in bytes, in words; empty if it does not."""
     # A decoded body takes up to fifty times its size, so one under a sixth of the limit takes less
     # than nine times the limit, and is not counted.

@@ -14,8 +14,8 @@ from promptlayer_exec._engine.retry import RecentStarts
 from promptlayer_exec._engine.tasks import resolve
 from promptlayer_exec._errors import StartUnknown
 from promptlayer_exec._events import Emit, ExecutionStarted, logger
+from promptlayer_exec._expiring import ExpiringDict
 from promptlayer_exec._models import StartRequest
-from promptlayer_exec._recent import Recent
 
 if TYPE_CHECKING:
     from promptlayer_exec.webhooks import Callbacks
@@ -71,8 +71,10 @@ class CallbackLog:
     _recent_starts: RecentStarts
     # Hands a callback to other processes.
     share: Callable[[str, int], object] = attrs.field(init=False, default=lambda *_: None)
-    _callbacks: Recent[str, int] = attrs.field(init=False, factory=partial(Recent, _REMEMBERED))
-    _lost: Recent[str, _LostStart] = attrs.field(init=False, factory=Recent)
+    _callbacks: ExpiringDict[str, int] = attrs.field(
+        init=False, factory=partial(ExpiringDict, _REMEMBERED)
+    )
+    _lost: ExpiringDict[str, _LostStart] = attrs.field(init=False, factory=ExpiringDict)
     _waiters: dict[str, set[asyncio.Future[None]]] = attrs.field(init=False, factory=dict)
 
     def lost_tokens(self) -> list[str]:

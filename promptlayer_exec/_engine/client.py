@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import attrs
 
-from promptlayer_exec._api.attempt import SendOnce
-from promptlayer_exec._api.executions import (
+from promptlayer_exec._api.attempt import AtMostOnce
+from promptlayer_exec._api.catalog import WorkflowsPage, read_workflow, workflows_request
+from promptlayer_exec._api.messages import Reply, Request, Response
+from promptlayer_exec._api.redaction import Redactor
+from promptlayer_exec._api.runs import (
     NodeMap,
     NodeMapReader,
-    Started,
+    StartResponse,
     read_main_output,
     read_started,
     results_request,
 )
-from promptlayer_exec._api.messages import Reply, Request, Response
-from promptlayer_exec._api.redaction import Redactor
-from promptlayer_exec._api.workflows import WorkflowsPage, read_workflow, workflows_request
 from promptlayer_exec._backplane import BackplaneConnection
 from promptlayer_exec._engine.callbacks import CallbackLog
 from promptlayer_exec._engine.definitions import Definitions
@@ -39,9 +39,9 @@ from promptlayer_exec._errors import (
     StartUnknown,
 )
 from promptlayer_exec._events import Emit, WakeSource
+from promptlayer_exec._expiring import ExpiringDict
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._recent import Recent
 from promptlayer_exec._settings import Settings
 from promptlayer_exec._workflows import Workflow, WorkflowSummary
 
@@ -60,8 +60,10 @@ class _Fetch:
     _node_maps: NodeMapReader
     _latest: NodeMap | None = None
 
-    async def __call__(self, retries: RetryState, *, due: float, first: bool) -> Reply[NodeMap]:
-        return await self._retrying.call(self._request, self.read, retries, due=due, first=first)
+    async def __call__(self, retries: RetryState, *, due: float, priority: bool) -> Reply[NodeMap]:
+        return await self._retrying.call(
+            self._request, self.read, retries, due=due, priority=priority
+        )
 
     def read(self, response: Response) -> NodeMap:
         execution_id = cast(int, self._request.execution_id)
@@ -80,12 +82,12 @@ class Client:
     _retrying: Retrying
     _recent_starts: RecentStarts
     _node_maps: NodeMapReader
-    _early_wake_ups: Recent[int, WakeSource]
+    _early_wake_ups: ExpiringDict[int, WakeSource]
     callbacks: CallbackLog
     _definitions: Definitions
     _emit: Emit
     push: Push | None = attrs.field(init=False, default=None)
-    link: BackplaneConnection | None = attrs.field(init=False, default=None)  # with a backplane
+    backplane: BackplaneConnection | None = attrs.field(init=False, default=None)
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
@@ -99,14 +101,20 @@ class Client:
 
         request = results_request(execution_id, return_all_outputs=True)
         fetch = _Fetch(self._retrying, request, self._node_maps)
+        pushed, shared = None, None
+        if self.push is not None:
+            pushed = self.push.runs.get(execution_id)
+        if self.backplane is not None:
+            shared = self.backplane.share(execution_id, fetch.read)
+
         watch = self._watches[execution_id] = Watch(
             execution_id,
             fetch,
             lifetime=self.lifetime,
             poll=self._settings.poll,
             retry=self._settings.retry,
-            pushed=None if self.push is None else self.push.runs.get(execution_id),
-            shared=None if self.link is None else self.link.share(execution_id, fetch.read),
+            pushed=pushed,
+            shared=shared,
             emit=self._emit,
             on_end=self._forget,
             workflow=self._recent_starts.workflow(execution_id),
@@ -146,8 +154,8 @@ class Client:
 
     def wake(self, execution_id: int, source: WakeSource) -> bool:
         """Do what `wake_here` does in all sessions that share the backplane."""
-        if self.link is not None:
-            self.link.wake(execution_id, source)
+        if self.backplane is not None:
+            self.backplane.wake(execution_id, source)
         return self.wake_here(execution_id, source)
 
     def wake_here(self, execution_id: int, source: WakeSource) -> bool:
@@ -248,7 +256,7 @@ class Client:
         *,
         token: str | None,
         hooks: SendHooks | None,
-    ) -> Started:
+    ) -> StartResponse:
         """Start a run; its request must be sent before the deadline.
 
         The `token` is that in the start's own callback URL, if it has one.
@@ -267,28 +275,28 @@ class Client:
         return await start.run(deadline)
 
     async def _send_start(
-        self, request: StartRequest, http_request: Request, once: SendOnce, retries: RetryState
-    ) -> Started:
+        self, request: StartRequest, http_request: Request, start: AtMostOnce, retries: RetryState
+    ) -> StartResponse:
         """Send a start, and record the run."""
         reply = await self._retrying.call(
-            http_request, read_started, retries, due=clock(), once=once
+            http_request, read_started, retries, due=clock(), start=start
         )
         execution_id, warning = reply.value.execution_id, reply.value.warning
         self._recent_starts.add(execution_id, request.workflow, now=clock())
-        if self.link is not None:
-            self.link.started(execution_id, self._settings.retry.not_found_grace)
+        if self.backplane is not None:
+            self.backplane.started(execution_id, self._settings.retry.not_found_grace)
         if self.push is not None:
             self.push.started(
                 request.workflow, execution_id, sent_at=reply.sent_at, waited=reply.lateness
             )
         if warning is not None:  # it goes to the log
-            warning = self._redactor.also(once.secret).redact(warning)
-        return Started(execution_id, warning)
+            warning = self._redactor.also(start.secret).redact(warning)
+        return StartResponse(execution_id, warning)
 
     def _lost(self, token: str, request: StartRequest, elapsed: float = 0.0) -> None:
         self.callbacks.lose(token, request, self.base_url, elapsed)
-        if self.link is not None:
-            self.link.find_callbacks()
+        if self.backplane is not None:
+            self.backplane.find_callbacks()
 
     async def recover(self, error: StartUnknown, token: str, deadline: Deadline) -> int:
         """Wait for the callback of a start whose answer was lost, and return the execution's id."""

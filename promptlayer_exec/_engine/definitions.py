@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 
 import attrs
 
-from promptlayer_exec._api.attempt import Call
-from promptlayer_exec._api.workflows import read_workflow, workflow_request
+from promptlayer_exec._api.attempt import SendControlRequest
+from promptlayer_exec._api.catalog import read_workflow, workflow_request
 from promptlayer_exec._events import logger
+from promptlayer_exec._expiring import ExpiringDict
 from promptlayer_exec._models import StartRequest
-from promptlayer_exec._recent import Recent
 from promptlayer_exec._text import printable
 from promptlayer_exec._workflows import Workflow
 
@@ -30,11 +30,11 @@ _Key: TypeAlias = tuple[str | int, str | None, int | None]
 class Definitions:
     """Reads the definition of each version that is to run once, and keeps it for five minutes."""
 
-    _call: Call
+    _call: SendControlRequest
     _spawn: Callable[[Coroutine[Any, Any, Workflow | None]], asyncio.Task[Workflow | None]]
     # Each definition; None if there is none.
-    _kept: Recent[_Key, tuple[Workflow | None]] = attrs.field(
-        init=False, factory=lambda: Recent(_KEPT, _MOST)
+    _kept: ExpiringDict[_Key, tuple[Workflow | None]] = attrs.field(
+        init=False, factory=lambda: ExpiringDict(_KEPT, _MOST)
     )
     _reading: dict[_Key, asyncio.Task[Workflow | None]] = attrs.field(init=False, factory=dict)
     _warned: set[tuple[int, str]] = attrs.field(init=False, factory=set)

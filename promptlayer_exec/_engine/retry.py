@@ -9,13 +9,13 @@ from typing import TypeVar
 
 import attrs
 
-from promptlayer_exec._api.attempt import Attempt, Send, SendOnce
+from promptlayer_exec._api.attempt import AtMostOnce, Attempt, Send
 from promptlayer_exec._api.messages import Reply, Request, Response
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import NotFound, RateLimited, RequestError, StatusError
 from promptlayer_exec._events import Emit, RequestRetried, logger
+from promptlayer_exec._expiring import ExpiringDict
 from promptlayer_exec._policies import RetryPolicy, is_transient, or_infinity
-from promptlayer_exec._recent import Recent
 from promptlayer_exec._text import printable
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class RecentStarts:
     """
 
     _grace: float
-    _started: Recent[int, tuple[float, str | int | None]] = attrs.field(factory=Recent)
+    _started: ExpiringDict[int, tuple[float, str | int | None]] = attrs.field(factory=ExpiringDict)
 
     def add(self, execution_id: int, workflow: str | int | None, *, now: float) -> None:
         self._started.add(execution_id, (now, workflow))
@@ -137,25 +137,25 @@ class Retrying:
         state: RetryState,
         *,
         due: float,
-        first: bool = False,
-        once: SendOnce | None = None,
+        priority: bool = False,
+        start: AtMostOnce | None = None,
     ) -> Reply[T]:
         """Return the first good answer to a request that is due at `due`, or raise the last error.
 
         An error that `read` raises is handled like any other failure. `state` has the failures so
-        far, of this request or of its watch. `first` and `once` are those of an `Attempt`.
+        far, of this request or of its watch. `priority` and `start` are those of an `Attempt`.
         """
         answered = False
         try:
             while True:
                 try:
-                    reply = await self._send(request, read, Attempt(due, first, once))
+                    reply = await self._send(request, read, Attempt(due, priority, start))
                 except RequestError as error:
                     state.excuse(error.waited)
-                    if (delay := self._delay(error, request, state, once)) is None:
+                    if (delay := self._delay(error, request, state, start)) is None:
                         raise
-                    if once is not None:
-                        await once.not_sent()
+                    if start is not None:
+                        await start.not_sent()
                 else:
                     answered = True
                     return reply
@@ -166,12 +166,12 @@ class Retrying:
                 self._outages.end(state, answered=answered)
 
     def _delay(
-        self, error: RequestError, request: Request, state: RetryState, once: SendOnce | None
+        self, error: RequestError, request: Request, state: RetryState, start: AtMostOnce | None
     ) -> float | None:
         """Record a failed attempt; return the seconds before the next, or None."""
         error.execution_id = request.execution_id
         error.attempts = state.failures + 1
-        if not self._is_transient(error, once):
+        if not self._is_transient(error, start):
             return None
         delay = state.delay(
             error,
@@ -180,18 +180,18 @@ class Retrying:
             retry_after=error.retry_after if isinstance(error, StatusError) else None,
         )
         if delay is not None:
-            if once is not None and once.sent:
-                once.mark_rejected()
+            if start is not None and start.sent:
+                start.mark_rejected()
             seconds = self._policy.not_found_grace if self._is_new_run(error) else state.limit
-            self._outages.begin(error, state, seconds=seconds, is_start=once is not None)
+            self._outages.begin(error, state, seconds=seconds, is_start=start is not None)
             self._emit(RequestRetried(request.execution_id, error, delay))
         return delay
 
-    def _is_transient(self, error: RequestError, once: SendOnce | None) -> bool:
-        if once is not None:
-            may_have_arrived = once.sent or isinstance(error, StatusError)
+    def _is_transient(self, error: RequestError, start: AtMostOnce | None) -> bool:
+        if start is not None:
+            may_have_arrived = start.sent or isinstance(error, StatusError)
             # A 429 starts nothing.
-            if once.cancelled or (may_have_arrived and not isinstance(error, RateLimited)):
+            if start.cancelled or (may_have_arrived and not isinstance(error, RateLimited)):
                 return False
         return self._is_new_run(error) or is_transient(error, self._policy.statuses)
 

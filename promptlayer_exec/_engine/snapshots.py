@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from promptlayer_exec._api.executions import NodeMap
 from promptlayer_exec._api.messages import Reply
+from promptlayer_exec._api.runs import NodeMap
 from promptlayer_exec._models import FINAL, FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
 
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import attrs
 
-from promptlayer_exec._api.attempt import SendOnce
-from promptlayer_exec._api.executions import Started
+from promptlayer_exec._api.attempt import AtMostOnce
+from promptlayer_exec._api.runs import StartResponse
 from promptlayer_exec._engine.lifetime import Lifetime
 from promptlayer_exec._engine.retry import RetryState
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
@@ -53,7 +53,7 @@ class Start:
 
     _request: StartRequest
     # Sends the request, and records the run, whether or not the caller still waits.
-    _send: Callable[[SendOnce, RetryState], Coroutine[Any, Any, Started]]
+    _send: Callable[[AtMostOnce, RetryState], Coroutine[Any, Any, StartResponse]]
     _retries: RetryState  # the failed attempts so far
     _lifetime: Lifetime
     _emit: Emit
@@ -63,15 +63,15 @@ class Start:
     _on_lost: Callable[[str, StartRequest, float], object]  # of a start with a token
     sent: bool = attrs.field(init=False, default=False)
     _called_at: float = attrs.field(init=False, factory=clock)
-    _task: asyncio.Task[Started] = attrs.field(init=False)
+    _task: asyncio.Task[StartResponse] = attrs.field(init=False)
     _expired: Deadline | None = attrs.field(init=False, default=None)
     _is_abandoned: bool = attrs.field(init=False, default=False)
     _hook_error: Exception | None = attrs.field(init=False, default=None)
-    _outcome: asyncio.Future[Started] = attrs.field(
+    _outcome: asyncio.Future[StartResponse] = attrs.field(
         init=False, factory=lambda: asyncio.get_running_loop().create_future()
     )
 
-    async def run(self, deadline: Deadline) -> Started:
+    async def run(self, deadline: Deadline) -> StartResponse:
         """Send the request, and return the answer.
 
         Once the request has been sent, the deadline no longer matters.
@@ -152,8 +152,8 @@ class Start:
         else:
             self._report_undelivered(self._outcome.exception() or self._outcome.result())
 
-    def _ended(self, task: asyncio.Task[Started]) -> None:
-        outcome: Started | BaseException
+    def _ended(self, task: asyncio.Task[StartResponse]) -> None:
+        outcome: StartResponse | BaseException
         if task.cancelled():
             outcome = self._judge_cancellation(self._retries.error)
         elif (error := task.exception()) is not None:
@@ -222,14 +222,14 @@ class Start:
         error.__cause__ = cause
         return error
 
-    def _report_undelivered(self, outcome: Started | BaseException) -> None:
+    def _report_undelivered(self, outcome: StartResponse | BaseException) -> None:
         """Report the outcome of a start whose caller will not get the outcome."""
-        if isinstance(outcome, Started):
+        if isinstance(outcome, StartResponse):
             self._report(outcome, abandoned=True)
         elif isinstance(outcome, StartUnknown):
             log_unknown(outcome, self._request)
 
-    def _report(self, started: Started, *, abandoned: bool) -> None:
+    def _report(self, started: StartResponse, *, abandoned: bool) -> None:
         if abandoned:
             logger.warning(
                 "execution %d of workflow %.100r%s started, but its caller did not get"

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from promptlayer_exec._api.executions import NodeMap
 from promptlayer_exec._api.messages import Reply
+from promptlayer_exec._api.runs import NodeMap
 from promptlayer_exec._backplane import SharedPolls
 from promptlayer_exec._engine.lifetime import Lifetime
 from promptlayer_exec._engine.retry import RetryState
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Fetch(Protocol):
     """A function that requests an execution's node map, with retries."""
 
-    async def __call__(self, retries: RetryState, *, due: float, first: bool) -> Reply[NodeMap]:
+    async def __call__(self, retries: RetryState, *, due: float, priority: bool) -> Reply[NodeMap]:
         """Return the answer to a request that is due at `due`, on the loop's clock.
 
         A `first` request does not wait behind others for the rate.
@@ -187,7 +187,7 @@ class Watch:
         # A separate method, so that a poll's locals are freed while the watch sleeps.
         if self.retries.failures:
             self.retries = RetryState(self._retry, self._retry.watch_outage)
-        reply = await self._request(due, first=woken and not self._has_false_wakes)
+        reply = await self._request(due, priority=woken and not self._has_false_wakes)
 
         previous, elapsed = self.latest, clock() - self._started
         snapshot = take_snapshot(self.execution_id, reply, elapsed=elapsed, previous=previous)
@@ -219,10 +219,10 @@ class Watch:
         )
         return snapshot.complete
 
-    async def _request(self, due: float, *, first: bool) -> Reply[NodeMap]:
+    async def _request(self, due: float, *, priority: bool) -> Reply[NodeMap]:
         if self._shared is None:
-            return await self._fetch(self.retries, due=due, first=first)
-        poll = partial(self._fetch, self.retries, first=first)
+            return await self._fetch(self.retries, due=due, priority=priority)
+        poll = partial(self._fetch, self.retries, priority=priority)
         return await self._shared.next_answer(poll, due=due, streams=self._streams)
 
     def _ended(self, task: asyncio.Task[None]) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.tracing import Trace
 
-    from promptlayer_exec._api.attempt import SendOnce
+    from promptlayer_exec._api.attempt import AtMostOnce
     from promptlayer_exec._settings import Settings
 
 _HEADERS = {
@@ -32,7 +32,7 @@ _HEADERS = {
 }
 # At most a quarter of the connections of a borrowed client session, if those are limited.
 _MOST_SOCKETS = 20
-_MOST_APART = 4
+_MOST_CONTROL = 4
 # How many pooled connections are tried for one request before the attempt fails.
 _CONNECTIONS_TRIED = 10
 
@@ -74,7 +74,7 @@ def _is_readable(transport: asyncio.Transport) -> bool:
     return bool(poll.poll(0))
 
 
-async def _send_once(
+async def _no_hidden_retry(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
     """Keep aiohttp from sending a request again by itself: repeated, or to where it is redirected.
@@ -98,27 +98,27 @@ async def _send_once(
 class Slots(AbstractAsyncContextManager[None]):
     """The right to use one of a number of connections; `async with` waits in order of arrival.
 
-    With `first`, a request waits for at most one ordinary request, and for others that go first.
+    With `priority`, a request waits for at most one ordinary request, and for others of priority.
     """
 
     def __init__(self, connections: int) -> None:
-        self.first = anyio.Semaphore(connections, fast_acquire=True)
+        self.priority = anyio.Semaphore(connections, fast_acquire=True)
         self._queue = asyncio.Lock()
         self._waiting = 0
 
     async def __aenter__(self) -> None:
-        if not self._waiting and self.first.value:
-            self.first.acquire_nowait()
+        if not self._waiting and self.priority.value:
+            self.priority.acquire_nowait()
             return
         self._waiting += 1
         try:
             async with self._queue:
-                await self.first.acquire()
+                await self.priority.acquire()
         finally:
             self._waiting -= 1
 
     async def __aexit__(self, *_: object) -> None:
-        self.first.release()
+        self.priority.release()
 
 
 @attrs.frozen(eq=False)
@@ -142,7 +142,7 @@ class Pool:
 
 @attrs.frozen(eq=False)
 class Pools:
-    """The connections of a session: shares for reads, for starts, and for requests apart.
+    """The connections of a session: shares for reads, for starts, and for control requests.
 
     None of these keeps another waiting. Each start gets a new connection: a reused one might be
     closing, and the start would be lost needlessly.
@@ -150,7 +150,7 @@ class Pools:
 
     reads: Pool
     starts: Pool
-    apart: Pool  # for the requests of push and for definitions
+    control: Pool  # for the requests of push and for definitions
     sockets: int  # how many WebSockets there may be, beside all requests
 
     @classmethod
@@ -161,20 +161,20 @@ class Pools:
         key = {"X-API-KEY": api_key}
         if settings.http is not None:
             return cls._borrow(settings.http, settings, _HEADERS | key)
-        reads, starts, apart = _slots(settings.max_connections)
+        reads, starts, control = _slots(settings.max_connections)
         pools: list[Pool] = []
         for slots, force_close in ((reads, False), (starts, True)):
             http = aiohttp.ClientSession(
                 connector=_CleanConnector(limit=0, force_close=force_close),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=_HEADERS,
-                middlewares=[_send_once],
+                middlewares=[_no_hidden_retry],
                 proxy=proxy,
             )
             resources.push_async_callback(http.close)
             pools.append(Pool(http, slots, CIMultiDict(key)))
         own, closing = pools
-        return cls(own, closing, attrs.evolve(own, slots=apart), _MOST_SOCKETS)
+        return cls(own, closing, attrs.evolve(own, slots=control), _MOST_SOCKETS)
 
     @classmethod
     def _borrow(
@@ -187,41 +187,41 @@ class Pools:
         sockets = 0 if settings.push is False else int(min(_MOST_SOCKETS, most // 4))
         if "User-Agent" in http.headers:
             del headers["User-Agent"]
-        reads, starts, apart = _slots(int(min(settings.max_connections, most - sockets)))
+        reads, starts, control = _slots(int(min(settings.max_connections, most - sockets)))
         pool = Pool(http, reads, CIMultiDict(headers), is_borrowed=True)
         closing = CIMultiDict(headers, Connection="close")
         return cls(
             pool,
             attrs.evolve(pool, slots=starts, headers=closing),
-            attrs.evolve(pool, slots=apart),
+            attrs.evolve(pool, slots=control),
             sockets,
         )
 
 
 def _slots(connections: int) -> tuple[Slots, Slots, Slots]:
-    """Divide connections between reads, starts and requests apart.
+    """Divide connections between reads, starts and control requests.
 
-    Of very few, a single one serves reads and starts, and there is one more for requests apart.
+    Of very few, a single one serves reads and starts, and there is one more for control requests.
     """
-    apart = min(max(connections // 8, 1), _MOST_APART)
+    control = min(max(connections // 8, 1), _MOST_CONTROL)
     if connections > 2:
-        connections -= apart
+        connections -= control
     starts = max(connections // 4, 1)
     reads = Slots(max(connections - starts, 1))
-    return reads, reads if connections == 1 else Slots(starts), Slots(apart)
+    return reads, reads if connections == 1 else Slots(starts), Slots(control)
 
 
-class OnceBody(aiohttp.Payload):
+class StartBody(aiohttp.Payload):
     """The body of a start, which reports when it and its headers are about to be sent.
 
     aiohttp holds the headers back until the body is written. So this is the one place where "sent"
     is exact, also with a borrowed session.
     """
 
-    def __init__(self, body: bytes, once: SendOnce) -> None:
+    def __init__(self, body: bytes, start: AtMostOnce) -> None:
         super().__init__(body, content_type="application/json")
         self._body = body
-        self._once = once
+        self._start = start
         self._writing: asyncio.Task[Any] | None = None
 
     @property
@@ -235,13 +235,13 @@ class OnceBody(aiohttp.Payload):
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self._body.decode(encoding, errors)
 
-    def __deepcopy__(self, _: object) -> OnceBody:
+    def __deepcopy__(self, _: object) -> StartBody:
         return self  # aioresponses copies what a test sends
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         self._writing = asyncio.current_task()
-        await self._once.before_send()
-        self._once.mark_sent()
+        await self._start.before_send()
+        self._start.mark_sent()
         if isinstance(writer, aiohttp.http.StreamWriter):  # no mock; do not reuse the connection
             cast("ResponseHandler", writer.protocol).force_close()
         await writer.write(self._body)

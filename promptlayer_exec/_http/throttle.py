@@ -74,7 +74,7 @@ class Rate:
 class Throttle:
     """Lets HTTP attempts go one after the other, by rate and then by limiters.
 
-    Attempts go in order of arrival, except for those that go first: the polls of watches that were
+    Attempts go in order of arrival, except for those with priority: the polls of watches that were
     woken, the requests of push, and those for definitions. A 429 stops all attempts for as long as
     the server asked. The sequence of limiters may change.
     """
@@ -89,10 +89,10 @@ class Throttle:
         self._waiting = 0
         self._next_at = -math.inf
 
-    async def acquire(self, *, first: bool = False) -> float:
+    async def acquire(self, *, priority: bool = False) -> float:
         """Wait until an attempt may be made, and return the time.
 
-        A request that goes `first` waits for at most one other, and for those that also go first.
+        A request with `priority` waits for at most one other, and for others with priority.
         """
         now = self._clock()
         waits = self._waiting > 0 or self._next_at > now
@@ -101,8 +101,8 @@ class Throttle:
             return now
         self._waiting += 1
         try:
-            # Only one request at a time that does not go first waits for the lock.
-            async with nullcontext() if first else self._queue, self._lock:
+            # Of those without priority, only one at a time waits for the lock.
+            async with nullcontext() if priority else self._queue, self._lock:
                 await self._wait()
                 for limiter in self._limiters:
                     try:

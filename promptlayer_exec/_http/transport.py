@@ -12,14 +12,14 @@ import attrs
 from multidict import CIMultiDict
 from yarl import URL
 
-from promptlayer_exec._api.attempt import Attempt, SendOnce
+from promptlayer_exec._api.attempt import AtMostOnce, Attempt
 from promptlayer_exec._api.messages import (
     Reply,
     Request,
     Response,
     excerpt,
-    excess,
     is_object,
+    oversize_reason,
     read_retry_after,
 )
 from promptlayer_exec._api.redaction import Redactor
@@ -33,7 +33,7 @@ from promptlayer_exec._errors import (
     ResponseTooLarge,
 )
 from promptlayer_exec._events import Emit, Throttled
-from promptlayer_exec._http.connections import OnceBody, Pool, Pools, StartTimeout
+from promptlayer_exec._http.connections import Pool, Pools, StartBody, StartTimeout
 from promptlayer_exec._http.failures import is_permanent, is_tls_failure, reason_of, tls_peer
 from promptlayer_exec._http.throttle import Throttle
 from promptlayer_exec._settings import Settings
@@ -86,18 +86,18 @@ class Transport:
         Raises a `RequestError`, or `SessionClosed` if the borrowed client session is closed.
         """
         pool, redactor = self._pool(attempt), self.redactor
-        if attempt.once is not None:
-            redactor = redactor.also(attempt.once.secret)
+        if attempt.start is not None:
+            redactor = redactor.also(attempt.start.secret)
 
-        async with pool.slots.first if attempt.first else pool.slots:
-            sent_at = await self._throttle.acquire(first=attempt.first or attempt.apart)
+        async with pool.slots.priority if attempt.priority else pool.slots:
+            sent_at = await self._throttle.acquire(priority=attempt.priority or attempt.is_control)
             until = sent_at + self._settings.request_timeout
-            answer = await self._exchange(pool, request, attempt.once, until)
+            answer = await self._exchange(pool, request, attempt.start, until)
         duration = self._clock() - sent_at
         lateness = max(sent_at - attempt.due, 0.0)
 
         try:
-            response = self._response(answer, attempt.once, redactor)
+            response = self._response(answer, attempt.start, redactor)
             self._adapt_rate(response, sent_at, request.execution_id)
             value = _read(read, response, redactor)
         except RequestError as error:
@@ -106,9 +106,9 @@ class Transport:
         return Reply(value, len(response.body), sent_at, duration, lateness, response.retry_after)
 
     def _pool(self, attempt: Attempt) -> Pool:
-        if attempt.apart:
-            return self.pools.apart
-        if attempt.once is not None:
+        if attempt.is_control:
+            return self.pools.control
+        if attempt.start is not None:
             return self.pools.starts
         return self.pools.reads
 
@@ -122,17 +122,17 @@ class Transport:
             self._throttle.rate.accepted()
 
     async def _exchange(
-        self, pool: Pool, request: Request, once: SendOnce | None, until: float
+        self, pool: Pool, request: Request, start: AtMostOnce | None, until: float
     ) -> _Answer:
         """Send a request, and return what arrived of the answer, and the failure."""
         pool.check_open()
         url = URL(self.base_url + request.target, encoded=True)
-        body = None if once is None else OnceBody(request.body or b"", once)
+        body = None if start is None else StartBody(request.body or b"", start)
         # aiohttp pools connections by this name, too: starts share none with other requests.
-        own_pool = url.raw_host if once is not None and pool.is_borrowed else None
+        own_pool = url.raw_host if start is not None and pool.is_borrowed else None
         answer = _Answer()
         try:
-            async with asyncio.timeout_at(until) if once is None else StartTimeout(until):
+            async with asyncio.timeout_at(until) if start is None else StartTimeout(until):
                 answer.response = await pool.http.request(
                     request.method,
                     url,
@@ -147,9 +147,9 @@ class Transport:
                     read_bufsize=_READ_BUFFER,
                     server_hostname=own_pool,
                 )
-                if once is not None and not once.sent:
+                if start is not None and not start.sent:
                     # A mock has answered, or a middleware of http= has sent another body.
-                    once.mark_sent()
+                    start.mark_sent()
                 is_good = answer.response.status < 300
                 limit = self._settings.max_response_bytes if is_good else _ERROR_BODY_BYTES
                 await _read_body(answer.response, answer.pieces, limit)
@@ -166,7 +166,7 @@ class Transport:
         """Open a WebSocket, without the key, before ordinary requests; raises as `send` does."""
         pool = self.pools.reads
         pool.check_open()
-        sent_at = await self._throttle.acquire(first=True)
+        sent_at = await self._throttle.acquire(priority=True)
         # With https in place of wss, aiohttp finds the same proxy as for requests.
         url = URL(self.base_url + path, encoded=True)
         failure: Exception
@@ -189,22 +189,22 @@ class Transport:
             check_status(response)
         raise self._failure(failure, None, b"", self.redactor)
 
-    def _response(self, answer: _Answer, once: SendOnce | None, redactor: Redactor) -> Response:
+    def _response(self, answer: _Answer, start: AtMostOnce | None, redactor: Redactor) -> Response:
         """Return the response of one attempt, or raise its failure."""
         body = b"".join(answer.pieces)
         response, failure = answer.response, answer.failure
         is_cut = failure is not None and response is not None and response.status < 300
-        if is_cut and once is not None and is_object(body):
+        if is_cut and start is not None and is_object(body):
             is_cut = False  # the id of a paid run counts, even if the connection broke after it
         if response is None or is_cut:
-            if once is not None and once.sent and is_tls_failure(failure):
-                once.mark_rejected()  # the handshake was refused, so the server read nothing
+            if start is not None and start.sent and is_tls_failure(failure):
+                start.mark_rejected()  # the handshake was refused, so the server read nothing
             raise self._failure(failure or TimeoutError(), response, body, redactor)
         location = None
         if response.status >= 300:  # a part of the body is enough: the status says what is wrong
             body = redactor.redact_bytes(body[:_ERROR_BODY_BYTES])
             location = redactor.redact(response.headers.get("Location", ""))
-        elif too_large := excess(body, self._settings.max_response_bytes):
+        elif too_large := oversize_reason(body, self._settings.max_response_bytes):
             raise ResponseTooLarge(
                 f"the {response.status} answer {too_large}",
                 limit=self._settings.max_response_bytes,

@@ -28,11 +28,11 @@ _RENEWAL = 0.8
 _SHORTEST = 1.0
 
 
-class Lost(Exception):
+class SubscriptionLost(Exception):
     """The subscription is gone; another one may succeed."""
 
 
-class Refused(Exception):
+class SubscriptionRefused(Exception):
     """The server refuses the subscription for good."""
 
 
@@ -56,7 +56,7 @@ class Subscription:
     async def run(self, token: str) -> NoReturn:
         """Subscribe, and stay subscribed; close the WebSocket at the end.
 
-        Raises `Lost`, `Refused`, or what `get_token` raised.
+        Raises `SubscriptionLost`, `SubscriptionRefused`, or what `get_token` raised.
         """
         work = self._read(), self._subscribe(token)
         tasks = [asyncio.create_task(each, name="promptlayer_exec.Push") for each in work]
@@ -89,8 +89,8 @@ class Subscription:
             case {"code": code, **error} if code != _ALREADY_SUBSCRIBED:
                 text = f"{error.get('message')} ({code})"
                 if code == _TOKEN_EXPIRED or error.get("temporary"):
-                    raise Lost(text)
-                raise Refused(f"the server refused to {command}: {text}")
+                    raise SubscriptionLost(text)
+                raise SubscriptionRefused(f"the server refused to {command}: {text}")
             case _:
                 result = reply.get(command)
                 return result if isinstance(result, dict) else {}
@@ -99,14 +99,14 @@ class Subscription:
         try:
             await self._socket.send_str(json.dumps(frame))
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise Lost("the connection was closed") from error
+            raise SubscriptionLost("the connection was closed") from error
 
     async def _read(self) -> NoReturn:
         while True:
             try:
                 frame = await self._socket.receive(self._patience)
             except TimeoutError:
-                raise Lost(f"the server was silent for {self._patience:g} s") from None
+                raise SubscriptionLost(f"the server was silent for {self._patience:g} s") from None
             if frame.type is aiohttp.WSMsgType.TEXT:
                 # Not splitlines: JSON may have other line separators in its strings.
                 for line in frame.data.split("\n"):
@@ -130,16 +130,18 @@ class Subscription:
                 self.on_message(data)
             case {"push": {"channel": self.channel, "unsubscribe": {"code": int(code), **more}}}:
                 text = f"the server ended the subscription: {more.get('reason')} ({code})"
-                raise Lost(text) if code >= _RESUBSCRIBE else Refused(text)
+                raise SubscriptionLost(text) if code >= _RESUBSCRIBE else SubscriptionRefused(text)
             case dict() if not message:  # a ping
                 await self._send({})
 
     def _end(self, frame: aiohttp.WSMessage) -> NoReturn:
         if frame.type is aiohttp.WSMsgType.ERROR:
-            raise Lost(f"the connection broke: {frame.data}")
+            raise SubscriptionLost(f"the connection broke: {frame.data}")
         code = self._socket.close_code or 0
         text = f"the server ended the connection: {frame.extra or 'no reason'} ({code})"
-        raise Refused(text) if any(code in codes for codes in _FINAL) else Lost(text)
+        if any(code in codes for codes in _FINAL):
+            raise SubscriptionRefused(text)
+        raise SubscriptionLost(text)
 
 
 def _seconds(reply: dict[str, Any], name: str) -> float:

@@ -19,16 +19,16 @@ from urllib.parse import quote
 import aiohttp
 import attrs
 
-from promptlayer_exec._api.attempt import Call
+from promptlayer_exec._api.attempt import SendControlRequest
 from promptlayer_exec._api.messages import Request, Response, decode, invalid_shape
 from promptlayer_exec._api.status import check_status
 from promptlayer_exec._arguments import check_execution_id
 from promptlayer_exec._errors import RequestError
 from promptlayer_exec._events import WakeSource, logger
+from promptlayer_exec._expiring import ExpiringDict
 from promptlayer_exec._policies import Deadline, is_transient
-from promptlayer_exec._push.centrifugo import Lost, Refused, Subscription
+from promptlayer_exec._push.centrifugo import Subscription, SubscriptionLost, SubscriptionRefused
 from promptlayer_exec._push.fallback import FallbackPolicy
-from promptlayer_exec._recent import Recent
 from promptlayer_exec._text import printable
 
 T = TypeVar("T")
@@ -95,18 +95,18 @@ class Push:
     # Whether to subscribe at the first start of a workflow, and to warn where push is not possible.
     is_eager: bool
     free_sockets: int
-    call: Call
+    call: SendControlRequest
     connect: Callable[[], Awaitable[aiohttp.ClientWebSocketResponse]]
     find_id: Callable[[str], Awaitable[int]]  # of the workflow with a name
     _wake: Callable[[int], object]
-    _early_wake_ups: Recent[int, WakeSource]
+    _early_wake_ups: ExpiringDict[int, WakeSource]
     _redact: Callable[[str], str]  # what the server says may have the API key
     spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     has_announced: bool = attrs.field(init=False, default=False)
     _has_reported: bool = attrs.field(init=False, default=False)
     _channels: dict[str | int, Channel] = attrs.field(init=False, factory=dict)
     # Of each run that was started here and has not ended.
-    runs: Recent[int, PushedRun] = attrs.field(init=False, factory=Recent)
+    runs: ExpiringDict[int, PushedRun] = attrs.field(init=False, factory=ExpiringDict)
 
     def started(
         self, workflow: str | int, execution_id: int, *, sent_at: float, waited: float
@@ -241,7 +241,7 @@ class Channel:
             began = _now()
             try:
                 return await attempt()
-            except (RequestError, Lost) as error:
+            except (RequestError, SubscriptionLost) as error:
                 if isinstance(error, RequestError) and not is_transient(error):
                     raise
                 self._last_error = f"; last failure: {_describe(error)}"
@@ -353,6 +353,6 @@ class PushedRun:
 
 def _describe(error: BaseException) -> str:
     """Return what an error says; of a foreign one only its type, as its text may be secret."""
-    if isinstance(error, RequestError | Lost | Refused):
+    if isinstance(error, RequestError | SubscriptionLost | SubscriptionRefused):
         return str(error.args[0])
     return type(error).__name__

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from promptlayer_exec import Session
-from promptlayer_exec._integration import Recent
+from promptlayer_exec._integration import ExpiringDict
 from promptlayer_exec.fastapi._responses import dump_json
 from promptlayer_exec.fastapi._shown import shown_snapshot
 
@@ -25,7 +25,9 @@ class Answers:
     """Reads executions, and keeps the latest complete answers, because those do not change."""
 
     _hidden: Collection[str]
-    _kept: Recent[_Key, _Answer] = attrs.field(init=False, factory=lambda: Recent(most=_MOST_KEPT))
+    _kept: ExpiringDict[_Key, _Answer] = attrs.field(
+        init=False, factory=lambda: ExpiringDict(most=_MOST_KEPT)
+    )
     _readings: dict[_Key, asyncio.Task[_Answer]] = attrs.field(init=False, factory=dict)
 
     async def get(self, session: Session, execution_id: int) -> _Answer:

@@ -107,7 +107,7 @@ def create_callback_router(
             raise HTTPException(404)
         most = integration.settings(session).max_response_bytes
         body = await _read_body(request, most)
-        if too_large := integration.excess(body, most):
+        if too_large := integration.oversize_reason(body, most):
             raise HTTPException(413, f"The body {too_large}.")
         try:
             execution_id = read_callback(body).execution_id

@@ -25,7 +25,7 @@ from promptlayer_exec import (
     Workflow,
     WorkflowSummary,
 )
-from promptlayer_exec._integration import DEFINITION_TIMEOUT, Recent
+from promptlayer_exec._integration import DEFINITION_TIMEOUT, ExpiringDict
 from promptlayer_exec.mcp import _arguments as read
 from promptlayer_exec.mcp import _results as results
 from promptlayer_exec.mcp._arguments import Refused
@@ -70,7 +70,7 @@ class Calls:
         self.allowed = _names(workflows)
         self.run_tools = run_tool_names(self.allowed)  # the workflow of each tool `run_...`
         # Executions that were not complete when last seen, the latest last, with what started them.
-        self.running: Recent[int, str | None] = Recent(most=_MOST_KNOWN)
+        self.running: ExpiringDict[int, str | None] = ExpiringDict(most=_MOST_KNOWN)
         self._inputs: dict[str, Mapping[str, str]] = {}
 
     async def tools(self) -> list[Tool]:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from promptlayer_exec import PromptLayerExecError, Session, Workflow, WorkflowSummary
-from promptlayer_exec._integration import Recent
+from promptlayer_exec._integration import ExpiringDict
 from promptlayer_exec.viewer._problems import explain
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class Definitions:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._known: Recent[Hashable, Any] = Recent(_MAX_AGE)
+        self._known: ExpiringDict[Hashable, Any] = ExpiringDict(_MAX_AGE)
 
     async def get(
         self, workflow: str, label: str | None = None, version: int | None = None

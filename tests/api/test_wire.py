@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from promptlayer_exec._api.executions import (
+from promptlayer_exec._api.messages import Request, Response, read_retry_after
+from promptlayer_exec._api.runs import (
     NodeMapReader,
-    Started,
+    StartResponse,
     read_main_output,
     read_started,
     results_request,
     run_request,
 )
-from promptlayer_exec._api.messages import Request, Response, read_retry_after
 from promptlayer_exec._api.status import check_status
 from promptlayer_exec._arguments import check_execution_id
 from promptlayer_exec._errors import InvalidResponse, StatusError
@@ -465,7 +465,7 @@ def test_run_request_checks_the_fields(given, error, message):
 def test_read_started(status, warning, text):
     """Any 2xx with a usable id is a started run; a warning that is no string is shown as JSON."""
     body = json.dumps({"workflow_version_execution_id": 787, "warning": warning}).encode()
-    assert read_started(Response(status, body)) == Started(787, text)
+    assert read_started(Response(status, body)) == StartResponse(787, text)
 
 
 @pytest.mark.parametrize("value", [None, 0, -1, 2**63, True, "787", 787.0, [787], {}], ids=repr)

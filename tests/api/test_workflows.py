@@ -23,14 +23,14 @@ from promptlayer_exec import (
     WorkflowNode,
     WorkflowSummary,
 )
-from promptlayer_exec._api.messages import Request, Response
-from promptlayer_exec._api.workflows import (
+from promptlayer_exec._api.catalog import (
     WorkflowsPage,
     read_workflow,
     workflow_request,
     workflows_filter,
     workflows_request,
 )
+from promptlayer_exec._api.messages import Request, Response
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 DOCUMENTED: dict[str, Any] = {

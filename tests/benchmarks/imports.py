@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tracemalloc
 
-from promptlayer_exec._api.executions import NodeMapReader
 from promptlayer_exec._api.messages import Response
+from promptlayer_exec._api.runs import NodeMapReader
 
 ROUNDS = 41
 MOST_IMPORT = 1.15

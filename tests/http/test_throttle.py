@@ -121,7 +121,7 @@ async def test_what_goes_first_starves_nobody() -> None:
 
     async def flood() -> None:
         while True:
-            await throttle.acquire(first=True)
+            await throttle.acquire(priority=True)
 
     floods = [asyncio.create_task(flood()) for _ in range(10)]
     await asyncio.sleep(1.0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from promptlayer_exec import Polled, PollPolicy, Session, SessionClosed, WatchWoken, _integration
-from promptlayer_exec._recent import Recent
+from promptlayer_exec._expiring import ExpiringDict
 from promptlayer_exec.simulator import Fault, Simulator
 
 NEVER = PollPolicy.fixed(3600.0)
@@ -138,7 +138,7 @@ async def test_integrations_say_what_woke_a_watch(
 
 def test_the_latest_ten_thousand_entries_are_remembered() -> None:
     """The oldest is forgotten first; one that is added again counts as new."""
-    recent: Recent[int, str] = Recent()
+    recent: ExpiringDict[int, str] = ExpiringDict()
     for key in range(1, 10_001):
         recent.add(key, "push")
     recent.add(1, "webhook")
@@ -150,7 +150,7 @@ def test_an_entry_is_remembered_for_its_time(monkeypatch: pytest.MonkeyPatch) ->
     """A wake-up for ten minutes; after that, the execution is polled by the schedule alone."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    recent: Recent[int, str] = Recent(600.0)
+    recent: ExpiringDict[int, str] = ExpiringDict(600.0)
     recent.add(1, "push")
     now += 599.0
     assert recent.get(1) == "push"

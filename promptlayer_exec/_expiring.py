@@ -14,7 +14,7 @@ V = TypeVar("V")
 
 
 @attrs.define(eq=False)
-class Recent(Generic[K, V]):
+class ExpiringDict(Generic[K, V]):
     """The latest entries, by key: so many at most, each for a number of seconds."""
 
     _seconds: float = math.inf

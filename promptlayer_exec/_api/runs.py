@@ -116,7 +116,7 @@ def _metadata(metadata: Any) -> dict[str, str] | None:
 
 
 @attrs.define
-class Started:
+class StartResponse:
     """The response to the request that starts a run."""
 
     execution_id: int
@@ -139,18 +139,18 @@ def _read_status(value: Any, _: Any) -> str:
 
 
 documented(
-    Started,
+    StartResponse,
     execution_id=override(rename=_ID_FIELD, struct_hook=_read_id),
     warning=override(struct_hook=_read_warning),
 )
 documented(Node, status=override(struct_hook=_read_status))
 
 
-def read_started(response: Response) -> Started:
+def read_started(response: Response) -> StartResponse:
     """Read the response to the request that starts a run; a 2xx must have a usable id."""
     if response.status >= 300:
         check_status(response)
-    return structured(response, decode(response), Started)
+    return structured(response, decode(response), StartResponse)
 
 
 @attrs.define

@@ -15,8 +15,8 @@ from typing import Any
 import attrs
 from cattrs import override
 
-from promptlayer_exec._api.executions import path_segment, percent_encoded, version_selection
 from promptlayer_exec._api.messages import Request, Response, decode, invalid_shape
+from promptlayer_exec._api.runs import path_segment, percent_encoded, version_selection
 from promptlayer_exec._api.status import check_status
 from promptlayer_exec._api.structuring import documented, structured
 from promptlayer_exec._arguments import optional_str
