@@ -148,10 +148,12 @@ class Session:
             backplane=backplane,
         )
         self._limiters = [] if limiter is None else [limiter]
+
         self._client: Client | None = None
         self._opening = threading.Lock()  # two threads, each with its own loop, may use it at once
         self._closed = False
         self._has_warned = False
+
         # What outlives a client:
         self._node_maps = NodeMapReader()
         self._recent_starts = RecentStarts(retry.not_found_grace)
@@ -159,10 +161,12 @@ class Session:
         self._early_wake_ups: ExpiringDict[int, WakeSource] = ExpiringDict(600.0)
         self._emit = broadcast(observers)
         self._callbacks = CallbackLog(self._emit, self._recent_starts)
+
         # The channel to which PromptLayer pushes the completions of this session's starts, and the
         # one that it shares with the other workers of a batch.
         self._own_suffix = secrets.token_hex(16)
         self._shared_suffix: str | None = None
+
         self._warn_of_plain_http(find_base_url(base_url), stacklevel=4)
 
     def __enter__(self) -> NoReturn:
@@ -233,6 +237,7 @@ class Session:
         api_key = self._api_key()
         base_url = find_base_url(settings.base_url)
         self._warn_of_plain_http(base_url, stacklevel=2)  # the environment may have changed
+
         proxy = None if settings.http is not None else find_proxy(settings, base_url)
         password = None if proxy is None else URL(proxy).password
         resources = AsyncExitStack()
@@ -246,10 +251,12 @@ class Session:
         )
         lifetime = Lifetime(resources)
 
-        async def call(request: Request, read: Callable[[Response], T]) -> T:
+        async def send_control_request(request: Request, read: Callable[[Response], T]) -> T:
             return (await transport.send(request, read, Attempt(clock(), is_control=True))).value
 
-        definitions = Definitions(call, partial(lifetime.spawn, name="promptlayer_exec.Definition"))
+        definitions = Definitions(
+            send_control_request, partial(lifetime.spawn, name="promptlayer_exec.Definition")
+        )
         client = Client(
             settings=settings,
             lifetime=lifetime,
@@ -263,18 +270,20 @@ class Session:
             definitions=definitions,
             emit=self._emit,
         )
+
         if settings.backplane is not None:
             namespace = _digest(api_key, f"backplane {base_url}")
             client.backplane = settings.backplane.connect(client, namespace)
             resources.push_async_callback(client.backplane.aclose)
             self._callbacks.share = client.backplane.called_back
+
         suffix = self._push_suffix()
         if suffix is not None:
             client.push = Push(
                 suffix=suffix,
                 is_eager=settings.push is True,
                 free_sockets=transport.pools.sockets,
-                call=call,
+                call=send_control_request,
                 connect=partial(transport.open_websocket, "/connection/websocket"),
                 find_id=definitions.find_id,
                 wake=partial(client.wake, source="push"),
@@ -434,6 +443,7 @@ class Session:
         if into is not None:
             _structuring.check_type(into, self._settings.converter)
         timeout = check_timeout(timeout)
+
         inputs = {} if inputs is None else inputs
         request = StartRequest(workflow, inputs, label, version, metadata, callback_url)
         deadline = self._settings.deadline(timeout, now=clock())
@@ -497,8 +507,9 @@ class Session:
         except (Exception, asyncio.CancelledError) as error:
             self._emit(StartFailed(None, request, error))
             raise
-        started = await client.start(request, http_request, deadline, token=token, hooks=hooks)
-        return Execution(self, started.execution_id, request.workflow, started.warning)
+
+        response = await client.start(request, http_request, deadline, token=token, hooks=hooks)
+        return Execution(self, response.execution_id, request.workflow, response.warning)
 
     async def recover(
         self, error: StartUnknown, *, timeout: float | EllipsisType | None = ...

@@ -20,8 +20,6 @@ from promptlayer_exec._models import StartRequest
 if TYPE_CHECKING:
     from promptlayer_exec.webhooks import Callbacks
 
-_REMEMBERED = 3600.0  # seconds for which a callback is kept
-
 
 def with_callback_url(
     request: StartRequest, callbacks: Callbacks | None, token: str | None = None
@@ -37,6 +35,7 @@ def recoverable_token(error: StartUnknown, callbacks: Callbacks | None) -> str:
     """Return the token that identifies the callback of a lost start."""
     if not isinstance(error, StartUnknown):
         raise TypeError(f"error must be a StartUnknown, not {error!r:.100}")
+
     token = error.callback_token
     if token is None:
         raise ValueError(
@@ -52,7 +51,7 @@ def recoverable_token(error: StartUnknown, callbacks: Callbacks | None) -> str:
 
 @attrs.frozen
 class _LostStart:
-    """A start whose answer was lost; its request is without the inputs, which may be large."""
+    """A start whose response was lost; its request is without the inputs, which may be large."""
 
     request: StartRequest
     base_url: str
@@ -72,7 +71,7 @@ class CallbackLog:
     # Hands a callback to other processes.
     share: Callable[[str, int], object] = attrs.field(init=False, default=lambda *_: None)
     _callbacks: ExpiringDict[str, int] = attrs.field(
-        init=False, factory=partial(ExpiringDict, _REMEMBERED)
+        init=False, factory=partial(ExpiringDict, 3600.0)
     )
     _lost: ExpiringDict[str, _LostStart] = attrs.field(init=False, factory=ExpiringDict)
     _waiters: dict[str, set[asyncio.Future[None]]] = attrs.field(init=False, factory=dict)
@@ -92,7 +91,7 @@ class CallbackLog:
                 self.share(token, execution_id)
 
     def lose(self, token: str, request: StartRequest, base_url: str, elapsed: float = 0.0) -> None:
-        """Record that a start's answer was lost, `elapsed` seconds after its call."""
+        """Record that a start's response was lost, `elapsed` seconds after its call."""
         if self._lost.get(token) is None:
             request = attrs.evolve(request, inputs={})
             self._lost.add(token, _LostStart(request, base_url, time.monotonic() - elapsed))
@@ -107,6 +106,7 @@ class CallbackLog:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiters = self._waiters.setdefault(token, set())
         waiters.add(future)
+
         try:
             while (execution_id := self.execution_id(token)) is None:
                 await future
@@ -117,6 +117,7 @@ class CallbackLog:
             waiters.discard(future)
             if not waiters:
                 self._waiters.pop(token, None)
+
         return execution_id
 
     def _report(self, token: str) -> None:
@@ -124,10 +125,12 @@ class CallbackLog:
         execution_id, start = self.execution_id(token), self._lost.get(token)
         if execution_id is None or start is None:
             return
+
         # The server may still answer 404 for it.
         self._recent_starts.add(execution_id, start.request.workflow, now=time.monotonic())
         if token not in self._waiters:
             self._warn(token)
+
         self._emit(
             ExecutionStarted(
                 execution_id,

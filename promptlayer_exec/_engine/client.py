@@ -221,6 +221,7 @@ class Client:
         state = RetryState(self._settings.retry, self._settings.retry.outage)
         now = clock()
         due = now if due is None else due
+
         try:
             async with self.lifetime.call(deadline):
                 if due > now:
@@ -282,6 +283,7 @@ class Client:
             http_request, read_started, retries, due=clock(), start=start
         )
         execution_id, warning = reply.value.execution_id, reply.value.warning
+
         self._recent_starts.add(execution_id, request.workflow, now=clock())
         if self.backplane is not None:
             self.backplane.started(execution_id, self._settings.retry.not_found_grace)
@@ -289,6 +291,7 @@ class Client:
             self.push.started(
                 request.workflow, execution_id, sent_at=reply.sent_at, waited=reply.lateness
             )
+
         if warning is not None:  # it goes to the log
             warning = self._redactor.also(start.secret).redact(warning)
         return StartResponse(execution_id, warning)
@@ -299,8 +302,9 @@ class Client:
             self.backplane.find_callbacks()
 
     async def recover(self, error: StartUnknown, token: str, deadline: Deadline) -> int:
-        """Wait for the callback of a start whose answer was lost, and return the execution's id."""
+        """Wait for the callback of a start whose response was lost; return the execution's id."""
         self._lost(token, StartRequest(error.workflow))
+
         try:
             async with self.lifetime.call(deadline):
                 execution_id = await self.callbacks.wait(token)
@@ -310,6 +314,7 @@ class Client:
                 since += " to this session, which has no callbacks="
             since += "; the run may still be running, so call Session.recover again"
             raise start_unknown(error.workflow, error.reason, token, since) from error
+
         self._recent_starts.add(execution_id, error.workflow, now=clock())
         return execution_id
 
@@ -327,5 +332,6 @@ async def list_workflows(
         seen.update(summary.id for summary in new)
         for summary in new:
             yield summary
+
         # A page without new workflows ends the list, whatever the server says.
         following = page.following if new else None

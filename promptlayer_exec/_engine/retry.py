@@ -1,4 +1,4 @@
-"""Sending a request until there is a good answer: its retries, and the log of outages."""
+"""Sending a request until there is a good response: its retries, and the log of outages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @attrs.define(eq=False)
 class RetryState:
-    """The failures of one logical request since its last good answer.
+    """The failures of one logical request since its last good response.
 
     A request is given up `limit` seconds after its first failed attempt. Waiting that is not the
     server's fault, or that the server asked for, does not count.
@@ -52,9 +52,11 @@ class RetryState:
         self.failures += 1
         if self._since is None:
             self._since = now
+
         left = or_infinity(self.limit) - (now - self._since - self._excused)
         if left <= 0:
             return None
+
         delay = min(self._policy.delay(self.failures, chance), left)
         announced = self._policy.announced(retry_after)
         self._excused += announced
@@ -122,7 +124,7 @@ class OutageLog:
 
 @attrs.define(eq=False)
 class Retrying:
-    """Sends requests again, until there is a good answer or the retries are used up."""
+    """Sends requests again, until there is a good response or the retries are used up."""
 
     _send: Send
     _policy: RetryPolicy
@@ -140,12 +142,13 @@ class Retrying:
         priority: bool = False,
         start: AtMostOnce | None = None,
     ) -> Reply[T]:
-        """Return the first good answer to a request that is due at `due`, or raise the last error.
+        """Return the first good response to a request due at `due`, or raise the last error.
 
         An error that `read` raises is handled like any other failure. `state` has the failures so
         far, of this request or of its watch. `priority` and `start` are those of an `Attempt`.
         """
         answered = False
+
         try:
             while True:
                 try:
@@ -159,6 +162,7 @@ class Retrying:
                 else:
                     answered = True
                     return reply
+
                 due = clock() + delay
                 await asyncio.sleep(delay)
         finally:
@@ -173,18 +177,23 @@ class Retrying:
         error.attempts = state.failures + 1
         if not self._is_transient(error, start):
             return None
+
         delay = state.delay(
             error,
             now=clock(),
             chance=random(),
             retry_after=error.retry_after if isinstance(error, StatusError) else None,
         )
-        if delay is not None:
-            if start is not None and start.sent:
-                start.mark_rejected()
-            seconds = self._policy.not_found_grace if self._is_new_run(error) else state.limit
-            self._outages.begin(error, state, seconds=seconds, is_start=start is not None)
-            self._emit(RequestRetried(request.execution_id, error, delay))
+        if delay is None:
+            return None
+
+        if start is not None and start.sent:
+            start.mark_rejected()
+        seconds = state.limit
+        if self._is_new_run(error):
+            seconds = self._policy.not_found_grace
+        self._outages.begin(error, state, seconds=seconds, is_start=start is not None)
+        self._emit(RequestRetried(request.execution_id, error, delay))
         return delay
 
     def _is_transient(self, error: RequestError, start: AtMostOnce | None) -> bool:

@@ -18,11 +18,6 @@ from promptlayer_exec._policies import PollPolicy
 if TYPE_CHECKING:
     from promptlayer_exec._push.channels import PushedRun
 
-# The shortest time between two polls after wake-ups, if the policy's floor is longer.
-_WAKE_GAP = 0.5
-# How long a stream in another process counts; it is announced again before this is over.
-_STREAMED_SECONDS = 20.0
-
 
 @attrs.define(eq=False)
 class Schedule:
@@ -50,7 +45,8 @@ class Schedule:
 
     def stream_elsewhere(self) -> None:
         """Poll as for a stream for a while, because another process has a stream."""
-        self._streamed_until = clock() + _STREAMED_SECONDS
+        # It is announced again before this is over.
+        self._streamed_until = clock() + 20.0
 
     def due(self, waiters: Collection[Waiter], pushed: PushedRun | None) -> float:
         """Return when the next poll is due for these waiters; without push, `pushed` is None."""
@@ -72,7 +68,7 @@ class Schedule:
         if self._wake is None:
             return None
         source, self._wake = self._wake[0], None
-        self._no_wake_before = clock() + min(self._policy.floor, _WAKE_GAP)
+        self._no_wake_before = clock() + min(self._policy.floor, 0.5)
         return source
 
     def polled(

@@ -1,4 +1,4 @@
-"""Making a snapshot of an answer."""
+"""Making a snapshot of a response."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def take_snapshot(
     times: Mapping[str, NodeTimes] = {} if previous is None else previous.times
     if previous is None or nodes is not previous.nodes:
         times = _first_seen(nodes, times, elapsed)
+
     return Snapshot(
         execution_id,
         reply.value.complete,
@@ -28,20 +29,20 @@ def take_snapshot(
     )
 
 
-_UNSEEN = NodeTimes()
-_RUNNING = NodeStatus.RUNNING
-
-
 def _first_seen(
     nodes: Mapping[str, Node], before: Mapping[str, NodeTimes], elapsed: float
 ) -> Mapping[str, NodeTimes]:
-    times = {**dict.fromkeys(nodes, _UNSEEN), **before}
-    running, final = NodeTimes(elapsed), NodeTimes(None, elapsed)  # shared
+    # Nodes that are first seen in the same poll share one object: of most nodes of most executions
+    # all times are equal.
+    unseen, running, final = NodeTimes(), NodeTimes(elapsed), NodeTimes(None, elapsed)
+    times = {**dict.fromkeys(nodes, unseen), **before}
+
     for name, node in nodes.items():
         seen, status = times[name], node.status
+        is_first = seen.running is None and seen.final is None
         if status in FINAL:
             if seen.final is None:
-                times[name] = final if seen is _UNSEEN else NodeTimes(seen.running, elapsed)
-        elif status is _RUNNING and seen.running is None:
-            times[name] = running if seen is _UNSEEN else NodeTimes(elapsed, seen.final)
+                times[name] = final if is_first else NodeTimes(seen.running, elapsed)
+        elif status is NodeStatus.RUNNING and seen.running is None:
+            times[name] = running if is_first else NodeTimes(elapsed, seen.final)
     return FrozenMap(times)

@@ -1,12 +1,13 @@
-"""Starting a run, without HTTP: a request that is sent at most once, and its answer."""
+"""Starting a run, without HTTP: a request that is sent at most once, and its response."""
 
 from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Protocol
 
 import attrs
 
@@ -28,9 +29,14 @@ from promptlayer_exec._models import StartRequest
 from promptlayer_exec._policies import Deadline
 from promptlayer_exec._text import short_repr
 
+StartOutcome = StartResponse | BaseException
+
 
 class SendHooks(Protocol):
-    """A caller's hooks: before a request may reach the server, and if it started nothing."""
+    """A caller's hooks around the sending of a start, to record what happens to it.
+
+    All of them run in the session's tasks, whether or not the caller still waits.
+    """
 
     async def before_send(self) -> None:
         """Return when the request may be sent, or raise an error, which the caller gets."""
@@ -38,13 +44,16 @@ class SendHooks(Protocol):
     async def not_sent(self) -> None:
         """Handle an attempt that started nothing and will be repeated."""
 
+    async def ended(self, outcome: StartOutcome) -> None:
+        """Handle the response, or the error that the caller gets, before the caller gets it."""
+
 
 @attrs.define(eq=False, kw_only=True)
 class Start:
-    """The start of one run, in a task of its own: the answer is read even if the caller is gone.
+    """The start of one run, in its own task: the response is read even if the caller is gone.
 
     Until the request is sent, the caller, the session or the deadline can cancel it. After that,
-    the answer goes to the caller if it still waits, else to the observers and the log.
+    the response goes to the caller if it still waits, else to the observers and the log.
 
     Attributes:
         secret: the token in the start's own callback URL, if it has one; no text may show it.
@@ -52,18 +61,17 @@ class Start:
     """
 
     _request: StartRequest
-    # Sends the request, and records the run, whether or not the caller still waits.
-    _send: Callable[[AtMostOnce, RetryState], Coroutine[Any, Any, StartResponse]]
+    _send: Callable[[AtMostOnce, RetryState], Awaitable[StartResponse]]
     _retries: RetryState  # the failed attempts so far
     _lifetime: Lifetime
     _emit: Emit
     _base_url: str
     secret: str | None
     _hooks: SendHooks | None
-    _on_lost: Callable[[str, StartRequest, float], object]  # of a start with a token
+    _on_lost: Callable[[str, StartRequest, float], object]  # of a start with a secret
     sent: bool = attrs.field(init=False, default=False)
     _called_at: float = attrs.field(init=False, factory=clock)
-    _task: asyncio.Task[StartResponse] = attrs.field(init=False)
+    _task: asyncio.Task[StartOutcome] = attrs.field(init=False)
     _expired: Deadline | None = attrs.field(init=False, default=None)
     _is_abandoned: bool = attrs.field(init=False, default=False)
     _hook_error: Exception | None = attrs.field(init=False, default=None)
@@ -72,20 +80,21 @@ class Start:
     )
 
     async def run(self, deadline: Deadline) -> StartResponse:
-        """Send the request, and return the answer.
+        """Send the request, and return the response.
 
         Once the request has been sent, the deadline no longer matters.
 
         Raises:
-            StartUnknown: the answer was lost, so the run may have started.
+            StartUnknown: the response was lost, so the run may have started.
             RequestError: the server refused, or could not be reached.
             ExecutionTimeout: the request could not be sent before the deadline.
             SessionClosed: the session was closed; with the execution's id if it started.
         """
         self._task = self._lifetime.spawn(
-            self._send(self, self._retries), name="promptlayer_exec.Start", cancel=self._cancel
+            self._perform(), name="promptlayer_exec.Start", cancel=self._cancel
         )
         self._task.add_done_callback(self._ended)
+
         try:
             timeout = None if deadline.timeout is None else max(deadline.at - clock(), 0.0)
             await asyncio.wait([self._outcome], timeout=timeout)
@@ -96,9 +105,12 @@ class Start:
         except BaseException:
             self._abandon()
             raise
-        started = self._outcome.result()
-        self._report(started, abandoned=False)
-        return started
+
+        response = self._outcome.result()
+        self._report(response, abandoned=False)
+        return response
+
+    # What the transport and the retries ask and report.
 
     @property
     def cancelled(self) -> bool:
@@ -140,6 +152,26 @@ class Start:
         """Record that the server refused the request, and started nothing."""
         self.sent = False
 
+    # The task.
+
+    async def _perform(self) -> StartOutcome:
+        """Send the request, and return the response or the error, once the hooks know it."""
+        outcome: StartOutcome
+        try:
+            outcome = await self._send(self, self._retries)
+        except asyncio.CancelledError:
+            outcome = self._judge_cancellation(self._retries.error)
+        except Exception as error:  # noqa: BLE001 - the caller gets it
+            outcome = self._judge(error)
+
+        if self._hooks is not None:
+            recording = asyncio.ensure_future(self._hooks.ended(outcome))
+            # A cancellation comes too late: what the outcome is has been decided.
+            with suppress(asyncio.CancelledError):
+                await wait_even_if_cancelled(recording)
+            recording.result()
+        return outcome
+
     def _cancel(self) -> None:
         if not self.sent:
             self._task.cancel()
@@ -152,17 +184,17 @@ class Start:
         else:
             self._report_undelivered(self._outcome.exception() or self._outcome.result())
 
-    def _ended(self, task: asyncio.Task[StartResponse]) -> None:
-        outcome: StartResponse | BaseException
-        if task.cancelled():
+    def _ended(self, task: asyncio.Task[StartOutcome]) -> None:
+        outcome: StartOutcome
+        if task.cancelled():  # before its first step, so that it ran nothing
             outcome = self._judge_cancellation(self._retries.error)
-        elif (error := task.exception()) is not None:
-            outcome = self._judge(error)
         else:
-            outcome = task.result()
+            outcome = task.exception() or task.result()
+
         duration = clock() - self._called_at
         if self.secret is not None and isinstance(outcome, StartUnknown):
             self._on_lost(self.secret, self._request, duration)
+
         if isinstance(outcome, BaseException):
             self._outcome.set_exception(outcome)
             self._emit(StartFailed(None, self._request, outcome, duration, self._base_url))
@@ -171,27 +203,39 @@ class Start:
             self._outcome.set_exception(SessionClosed(execution_id=outcome.execution_id))
         else:
             self._outcome.set_result(outcome)
+
         if self._is_abandoned:
             self._outcome.exception()  # marks the error as retrieved
             self._report_undelivered(outcome)
 
-    def _judge(self, error: BaseException) -> BaseException:
+    # What an error proves.
+
+    def _judge(self, error: Exception) -> BaseException:
         """Return the failure itself if it proves that no run started, else `StartUnknown`."""
         if self._hook_error is not None:
             return self._hook_error
-        if not isinstance(error, RequestError):  # from a limiter, or a borrowed session's hook
-            said = "".join(traceback.format_exception_only(error)).strip()
-            return self._unknown(said, error) if self.sent else error
-        if is_refused := isinstance(error, RateLimited):
+        if isinstance(error, RequestError):
+            return self._judge_request(error)
+        if not self.sent:  # from a limiter, or a hook of a borrowed session
+            return error
+        text = "".join(traceback.format_exception_only(error)).strip()
+        return self._unknown(text, error)
+
+    def _judge_request(self, error: RequestError) -> BaseException:
+        is_refused = isinstance(error, RateLimited)
+        if is_refused:
             self.mark_rejected()  # a 429 starts nothing
         if self._is_lost(error):
             # Without the quoted body, which may hold outputs: the cause has it.
             return self._unknown(RequestError._what(error), error)
-        if self.cancelled and (is_refused or not isinstance(error, StatusError)):
-            return self._judge_cancellation(error if is_refused else self._retries.error)
-        error.args = (
-            f"no run of workflow {self._request.workflow!r:.100} started: {error.args[0]}",
-        )
+
+        if self.cancelled and is_refused:
+            return self._judge_cancellation(error)
+        if self.cancelled and not isinstance(error, StatusError):
+            return self._judge_cancellation(self._retries.error)
+
+        workflow = f"{self._request.workflow!r:.100}"
+        error.args = (f"no run of workflow {workflow} started: {error.args[0]}",)
         return error
 
     def _is_lost(self, error: RequestError) -> bool:
@@ -206,6 +250,7 @@ class Start:
             return asyncio.CancelledError("the caller was cancelled, and no run was started")
         if self._expired is None:
             return SessionClosed()
+
         timeout = self._expired.timeout or 0.0
         why = "no connection was made, or none was free, or the rate did not allow it"
         if cause is not None:
@@ -222,26 +267,29 @@ class Start:
         error.__cause__ = cause
         return error
 
-    def _report_undelivered(self, outcome: StartResponse | BaseException) -> None:
+    # Reports.
+
+    def _report_undelivered(self, outcome: StartOutcome) -> None:
         """Report the outcome of a start whose caller will not get the outcome."""
         if isinstance(outcome, StartResponse):
             self._report(outcome, abandoned=True)
         elif isinstance(outcome, StartUnknown):
             log_unknown(outcome, self._request)
 
-    def _report(self, started: StartResponse, *, abandoned: bool) -> None:
+    def _report(self, response: StartResponse, *, abandoned: bool) -> None:
         if abandoned:
             logger.warning(
                 "execution %d of workflow %.100r%s started, but its caller did not get"
                 " the handle; follow it by its id",
-                started.execution_id,
+                response.execution_id,
                 self._request.workflow,
                 _key(self._request),
             )
+
         duration = clock() - self._called_at
         self._emit(
             ExecutionStarted(
-                started.execution_id, self._request, abandoned, duration, base_url=self._base_url
+                response.execution_id, self._request, abandoned, duration, base_url=self._base_url
             )
         )
 
@@ -258,7 +306,7 @@ def log_unknown(error: StartUnknown, request: StartRequest) -> None:
 def start_unknown(
     workflow: str | int, reason: str, token: str | None, since: str = ""
 ) -> StartUnknown:
-    """Return the error for a lost answer; `since` says what has happened since."""
+    """Return the error for a lost response; `since` says what has happened since."""
     return StartUnknown(
         f"it is not known whether a run of workflow {workflow!r:.100} started: {reason}{since}",
         workflow=workflow,

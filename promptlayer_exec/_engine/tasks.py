@@ -35,6 +35,7 @@ class Alarm:
         loop = asyncio.get_running_loop()
         # What turns out to be overdue is not late.
         earliest = loop.time()
+
         while (at := max(due(), earliest)) > loop.time():
             self._sleeping = loop.create_future()
             timer = loop.call_at(at, resolve, self._sleeping)
@@ -43,6 +44,7 @@ class Alarm:
             finally:
                 timer.cancel()
                 self._sleeping = None
+
             earliest = min(at, loop.time())
         return at
 

@@ -28,6 +28,7 @@ def timed_out(
 ) -> ExecutionTimeout:
     """Return the error for a deadline that passed, with the progress and the last failure."""
     timeout = deadline.timeout or 0.0
+
     if seen is None:
         state = "no answer came"
     elif seen.complete:
@@ -39,6 +40,7 @@ def timed_out(
             if not isinstance(node.status, NodeStatus):
                 state += f", and {node.name!r:.100} had the unknown status {node.status!r:.100}"
                 break
+
     what = f"not complete within {timeout:g} s: {state}"
     if execution_id is None:
         what = f"no answer within {timeout:g} s"

@@ -38,9 +38,9 @@ class Fetch(Protocol):
     """A function that requests an execution's node map, with retries."""
 
     async def __call__(self, retries: RetryState, *, due: float, priority: bool) -> Reply[NodeMap]:
-        """Return the answer to a request that is due at `due`, on the loop's clock.
+        """Return the response to a request that is due at `due`, on the loop's clock.
 
-        A `first` request does not wait behind others for the rate.
+        A request with `priority` does not wait behind others for the rate.
         """
 
 
@@ -72,6 +72,7 @@ class Watch:
         self.latest: Snapshot | None = None
         self.error: Exception | None = None
         self.retries = RetryState(retry, retry.watch_outage)
+
         self._fetch = fetch
         self._lifetime = lifetime
         self._retry = retry
@@ -80,11 +81,13 @@ class Watch:
         self._emit = emit
         self._on_end = on_end
         self._workflow = workflow
+
         self._waiters: dict[Waiter, None] = {}  # in the order in which they came
         self._has_false_wakes = False
         self._started = clock()
         self._schedule = Schedule(poll)
         self._alarm = Alarm()
+
         if pushed is not None:
             pushed.channel.attach(self._alarm.recheck)
         self._task = lifetime.spawn(self._run(base_url), name="promptlayer_exec.Watch")
@@ -113,14 +116,14 @@ class Watch:
         return snapshot
 
     def _answer(self, waiter: Waiter, seen: Snapshot | None) -> Snapshot | None:
-        latest, is_late = self.latest, clock() >= waiter.deadline.at
-        if latest is not None and latest is not seen:  # noqa: SIM102
-            if latest.complete or (waiter.streams and not is_late):
-                return latest
+        is_late = clock() >= waiter.deadline.at
+        new = None if self.latest is seen else self.latest
+        if new is not None and (new.complete or (waiter.streams and not is_late)):
+            return new
 
         if is_late:
             cause = self.error or self.retries.error
-            raise timed_out(self.execution_id, waiter.deadline, latest, cause) from cause
+            raise timed_out(self.execution_id, waiter.deadline, self.latest, cause) from cause
         if self.error is not None:
             raise copy_error(self.error)  # a traceback belongs to one task
         return None
@@ -167,6 +170,7 @@ class Watch:
     async def _run(self, base_url: str) -> None:
         """Poll until the execution is complete, the last waiter is removed, or a poll fails."""
         error: Exception | None = None
+
         try:
             self._emit(WatchStarted(self.execution_id, self._workflow, base_url))
             is_complete = False
@@ -180,6 +184,7 @@ class Watch:
             error = SessionClosed() if self._waiters else None
         except Exception as failure:  # noqa: BLE001 - raised to the waiters
             error = failure
+
         self._report_end(error)
 
     async def _poll_once(self, due: float, *, woken: bool) -> bool:
@@ -246,15 +251,18 @@ class Watch:
     def _report_end(self, error: Exception | None) -> None:
         elapsed = clock() - self._started
         latest = self.latest
+
         succeeded, state = None, "no longer followed"
         if error is not None:
             self._fail(error)
             state = f"the watch ended in {type(error).__name__}"
         elif latest is not None and latest.complete:
             succeeded, state = latest.succeeded, "complete"
+
         polls = 0 if latest is None else latest.poll
         times = f"{polls} poll{'s' * (polls != 1)} in {elapsed:.1f} s"
         logger.info("execution %d: %s (%s)", self.execution_id, state, times)
+
         self._emit(
             WatchEnded(
                 self.execution_id,

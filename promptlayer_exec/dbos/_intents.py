@@ -121,6 +121,9 @@ class PendingStart:
         if self._is_cancelled:
             self.task.cancel()
 
+    async def ended(self, _: object) -> None:
+        """Do nothing: the item records how its start ended."""
+
     def cancel(self) -> None:
         """Cancel the start, unless its request may be sent."""
         self._is_cancelled = True

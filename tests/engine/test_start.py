@@ -438,6 +438,7 @@ class Hooks:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.outcomes: list[Any] = []
         self.error: Exception | None = None
         self.is_ready = asyncio.Event()
         self.may_be_sent = asyncio.Event()
@@ -454,6 +455,10 @@ class Hooks:
     async def not_sent(self) -> None:
         """Keep the call."""
         self.calls.append("not_sent")
+
+    async def ended(self, outcome: Any) -> None:
+        """Keep the outcome."""
+        self.outcomes.append(outcome)
 
 
 async def test_before_send_may_hold_a_start_back(sim: Simulator, session: Session) -> None:
@@ -746,3 +751,39 @@ async def test_the_log_names_the_key_of_an_abandoned_start(
     await session.aclose()
     assert len(caplog.messages) == 2
     assert all("(key 'k7')" in message for message in caplog.messages)
+
+
+async def test_the_outcome_of_a_start_is_recorded_before_the_caller_gets_it(
+    sim: Simulator, session: Session
+) -> None:
+    """`ended` gets the id of the run, or the error that the caller gets."""
+    hooks = Hooks()
+    execution = await integration.start(session, StartRequest(NAME), hooks=hooks)
+    assert [outcome.execution_id for outcome in hooks.outcomes] == [execution.id]
+    sim.inject(Fault.status(503))
+    with pytest.raises(StartUnknown) as raised:
+        await integration.start(session, StartRequest(NAME), hooks=hooks)
+    assert hooks.outcomes[1:] == [raised.value]
+
+
+async def test_the_id_of_a_run_is_recorded_although_its_caller_is_gone(
+    sim: Simulator, session: Session
+) -> None:
+    """Closing the session waits for the record, too."""
+    recorded: list[int] = []
+
+    class Slow(Hooks):
+        async def ended(self, outcome: Any) -> None:
+            for _ in range(50):
+                await asyncio.sleep(0)
+            recorded.append(outcome.execution_id)
+
+    sim.inject(Fault.delay(0.05))
+    starting = asyncio.create_task(integration.start(session, StartRequest(NAME), hooks=Slow()))
+    await sim.wait_for_requests(1)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    await session.aclose()
+    assert recorded == [run.execution_id for run in sim.runs]
+    assert len(recorded) == 1
