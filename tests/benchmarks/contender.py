@@ -136,8 +136,8 @@ async def poll_repeatedly(open_: Open, base_url: str, meter: Meter) -> dict[str,
     return measured
 
 
-async def unchanged(base_url: str, meter: Meter) -> dict[str, float]:
-    """Measure the polls, without delay, of 50 watched executions that never change."""
+async def watched(base_url: str, meter: Meter) -> dict[str, float]:
+    """Measure the polls, without delay, of 50 watched executions that never complete."""
     from promptlayer_exec import Event, Polled, PollPolicy, Session
 
     def observe(event: Event) -> None:
@@ -169,8 +169,8 @@ CONTENDERS: dict[str, Open] = {"bare": bare, "ours": ours, "httpx": httpx, "vend
 async def run(name: str, base_url: str, polls: int | None, seconds: float | None) -> None:
     """Measure one client, and print the result."""
     meter = Meter(polls, seconds)
-    if name == "unchanged":
-        measured = await unchanged(base_url, meter)
+    if name == "watched":
+        measured = await watched(base_url, meter)
     else:
         measured = await poll_repeatedly(CONTENDERS[name], base_url, meter)
     sys.stdout.write(json.dumps(measured | {"counted": meter.counted}))
@@ -178,7 +178,7 @@ async def run(name: str, base_url: str, polls: int | None, seconds: float | None
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=[*CONTENDERS, "unchanged"])
+    parser.add_argument("name", choices=[*CONTENDERS, "watched"])
     parser.add_argument("base_url")
     limit = parser.add_mutually_exclusive_group(required=True)
     limit.add_argument("--polls", type=int)

@@ -1,9 +1,10 @@
 """A server that takes little CPU: it answers every request with bytes that it made before.
 
-Usage: server.py [STATUS NODES BYTES]
+Usage: server.py [STATUS NODES BYTES [VARIANTS]]
 
 With arguments every answer is the same: an execution with so many nodes, whose values have so many
-bytes. Without them it is a running execution that changes with every poll.
+bytes. With several variants, they follow each other, and differ in one node. Without arguments it
+is a running execution that changes with every poll.
 With arguments the server never sleeps. Waking it takes a client a system call, and a slow client
 would have to wake it more often than a fast one.
 """
@@ -47,14 +48,18 @@ def node_map(variant: int) -> bytes:
     return json.dumps(nodes).encode()
 
 
-def outputs(nodes: int, size: int) -> bytes:
-    """Return the body of an execution with that many nodes, whose values have `size` bytes each."""
+def outputs(nodes: int, size: int, variant: int = 0) -> bytes:
+    """Return the body of an execution with that many nodes, whose values have `size` bytes each.
+
+    The value of the first node begins with the number of the variant.
+    """
+    changing = f"{variant} "
     text = "The quick brown fox jumps over the lazy dog; 3.5 % of them twice.\n"
     return json.dumps(
         {
             f"node {number}": {
                 "status": "SUCCESS",
-                "value": (text * (size // len(text) + 1))[:size],
+                "value": (changing * (number == 1) + text * (size // len(text) + 1))[:size],
                 "error_message": None,
                 "raw_error_message": None,
                 "is_output_node": number == nodes,
@@ -123,10 +128,13 @@ async def serve(answers: list[bytes], *, awake: bool) -> None:
             await stdin.read()
 
 
-def main(status: str = "", nodes: str = "", size: str = "") -> None:
+def main(status: str = "", nodes: str = "", size: str = "", variants: str = "1") -> None:
     """Make the answers, and serve them."""
     if status:
-        answers = [answer(outputs(int(nodes), int(size)), int(status))]
+        answers = [
+            answer(outputs(int(nodes), int(size), variant), int(status))
+            for variant in range(int(variants))
+        ]
     else:
         answers = [answer(node_map(variant)) for variant in range(ANSWERS)]
     asyncio.run(serve(answers, awake=bool(status)))
