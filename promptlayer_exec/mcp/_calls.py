@@ -25,7 +25,7 @@ from promptlayer_exec import (
     Workflow,
     WorkflowSummary,
 )
-from promptlayer_exec._integration import DEFINITION_TIMEOUT, Recent
+from promptlayer_exec._integration import Recent, definition
 from promptlayer_exec.mcp import _arguments as read
 from promptlayer_exec.mcp import _results as results
 from promptlayer_exec.mcp._arguments import Refused
@@ -62,6 +62,12 @@ def _absence(name: str, known: Iterable[str]) -> str:
     return f"no workflow {which} {read.shown(name)}{read.near(name, known)}"
 
 
+def _strings_among(names: Iterable[str], workflow: Workflow | None) -> list[str]:
+    """Return the names of inputs that a workflow requires as strings."""
+    required = {} if workflow is None else workflow.required_inputs or {}
+    return [name for name in names if required.get(name) == "string"]
+
+
 class Calls:
     """The tools of one server, and the executions that it knows."""
 
@@ -75,23 +81,22 @@ class Calls:
 
     async def tools(self) -> list[Tool]:
         """Return the tools, with the inputs of the named workflows as far as they are available."""
-        reads = (self._definition(StartRequest(workflow)) for workflow in self.allowed)
-        run_tools = map(run_tool, self.run_tools, self.allowed, await asyncio.gather(*reads))
-        return [*common_tools(self.allowed), *run_tools]
+        reads = (self._definition(StartRequest(name)) for name in self.allowed)
+        found = await asyncio.gather(*reads)
 
-    async def _definition(self, request: StartRequest) -> Workflow | None:
-        name = request.workflow
+        for name, workflow in zip(self.allowed, found, strict=True):
+            if workflow is not None:
+                self._inputs[name] = workflow.required_inputs or {}
+        return [*common_tools(self.allowed), *map(run_tool, self.run_tools, self.allowed, found)]
+
+    async def _definition(self, request: StartRequest, *, fresh: bool = False) -> Workflow | None:
+        """Return the definition of what is to run; None, and a warning, if it does not come."""
+        name, label, version = request.workflow, request.label, request.version
         try:
-            async with asyncio.timeout(DEFINITION_TIMEOUT):
-                workflow = await self.session.workflow(
-                    name, label=request.label, version=request.version
-                )
-        except (PromptLayerExecError, TimeoutError) as error:
-            why = str(error) or f"there was no answer within {DEFINITION_TIMEOUT:g} s"
-            _logger.warning("the inputs of workflow %r are not known: %s", name, why)
+            return await definition(self.session, name, label=label, version=version, fresh=fresh)
+        except PromptLayerExecError as error:
+            _logger.warning("the inputs of workflow %r are not known: %s", name, error)
             return None
-        self._inputs[str(name)] = workflow.required_inputs or {}
-        return workflow
 
     async def call(self, tool: str, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
         """Call a tool; what is wrong with the call or with the server is a result, too."""
@@ -156,8 +161,8 @@ class Calls:
     async def describe_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
         request = read.start_request(**arguments)
         try:
-            workflow = await self.session.workflow(
-                request.workflow, label=request.label, version=request.version
+            workflow = await definition(
+                self.session, request.workflow, label=request.label, version=request.version
             )
         except NotFound as error:
             raise Refused(await self._not_found(request)) from error
@@ -242,24 +247,28 @@ class Calls:
 
     async def _refuse_numbers(self, request: StartRequest) -> None:
         """Refuse numbers where the workflow requires strings, before a run is paid for."""
-        numbers = {name: it for name, it in request.inputs.items() if type(it) in (int, float)}
-        workflow = await self._definition(request) if numbers else None
-        if workflow is None:
+        numbers = {
+            name: value for name, value in request.inputs.items() if type(value) in (int, float)
+        }
+        if not numbers:
             return
-        for name, kind in (workflow.required_inputs or {}).items():
-            if kind == "string" and name in numbers:
-                raise Refused(
-                    f"the input {read.shown(name)} must be a string, got the number"
-                    f" {read.shown(numbers[name])}: write it in quotation marks. No run was"
-                    " started."
-                )
+
+        # One that is kept may have changed since, so nothing is refused before it is read again.
+        wrong = _strings_among(numbers, await self._definition(request))
+        if wrong:
+            wrong = _strings_among(numbers, await self._definition(request, fresh=True))
+        for name in wrong:
+            raise Refused(
+                f"the input {read.shown(name)} must be a string, got the number"
+                f" {read.shown(numbers[name])}: write it in quotation marks. No run was started."
+            )
 
     async def _not_found(self, request: StartRequest) -> str:
         """Return whether there is no such workflow, or no such version of it."""
         name, known = str(request.workflow), list[str]()
         with suppress(PromptLayerExecError, TimeoutError):
             async with (
-                asyncio.timeout(DEFINITION_TIMEOUT),
+                asyncio.timeout(5.0),
                 aclosing(self.session.workflows()) as found,
             ):
                 known = [it async for summary in found for it in _names_of(summary)]

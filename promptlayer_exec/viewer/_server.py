@@ -23,7 +23,6 @@ from promptlayer_exec import _integration as integration
 from promptlayer_exec.viewer import _routes as routes
 from promptlayer_exec.viewer._batches import HAS_BATCHES, add_batch_routes
 from promptlayer_exec.viewer._board import Board
-from promptlayer_exec.viewer._definitions import Definitions
 from promptlayer_exec.viewer._events import board_events
 from promptlayer_exec.viewer._guard import Address, Guard
 
@@ -55,8 +54,7 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
     script = Response(_statuses_script(), media_type=_TYPES[".js"])
     app.routes.append(Route("/statuses.js", script, methods=["GET"]))
     routes.add_execution_routes(app, board)
-    definitions = Definitions(board.session)
-    routes.add_workflow_routes(app, board, definitions)
+    routes.add_workflow_routes(app, board)
     routes.add_start_routes(app, board)
     if HAS_BATCHES:
         add_batch_routes(app, board.session)
