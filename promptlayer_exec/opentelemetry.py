@@ -55,7 +55,7 @@ _HISTOGRAMS = {
 
 
 @attrs.define
-class _Watch:
+class _WatchSpan:
     span: trace.Span
     latest: Snapshot | None = None
     is_failing: bool = False
@@ -95,7 +95,7 @@ class OpenTelemetryObserver:
         self._record_values = record_values
         # By task, as two sessions may watch the same execution, and a session may start a new watch
         # while the previous one is still ending.
-        self._watches: WeakKeyDictionary[Any, _Watch] = WeakKeyDictionary()
+        self._watches: WeakKeyDictionary[Any, _WatchSpan] = WeakKeyDictionary()
         meter = metrics.get_meter(_SCOPE, __version__, meter_provider, _SCHEMA)
         self._active = meter.create_up_down_counter(
             "promptlayer_exec.active_watches", "{watch}", "Watches that are polling."
@@ -143,7 +143,7 @@ class OpenTelemetryObserver:
             },
             links=[] if start is None else [trace.Link(start)],
         )
-        self._watches[asyncio.current_task()] = _Watch(span)
+        self._watches[asyncio.current_task()] = _WatchSpan(span)
         self._active.add(1)
 
     def _watch_woken(self, event: WatchWoken) -> None:

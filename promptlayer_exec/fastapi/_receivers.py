@@ -17,7 +17,7 @@ from promptlayer_exec import Session, SessionClosed
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.fastapi._responses import ProblemRoute
 from promptlayer_exec.fastapi._router import session_dependency
-from promptlayer_exec.fastapi._shown import PROBLEMS
+from promptlayer_exec.fastapi._visible_fields import PROBLEMS
 from promptlayer_exec.webhooks import (
     MAX_WEBHOOK_BYTES,
     Callbacks,

@@ -18,10 +18,11 @@ from starlette.types import Scope
 
 from promptlayer_exec import Execution, PromptLayerExecError, Session
 from promptlayer_exec._integration import MAX_ID, check_count, note_start, report_undelivered
-from promptlayer_exec.fastapi._answers import Answers
-from promptlayer_exec.fastapi._events import execution_events, reconnect_later
+from promptlayer_exec.fastapi._kept_responses import KeptResponses
 from promptlayer_exec.fastapi._responses import ProblemRoute, json_response, tagged_response
-from promptlayer_exec.fastapi._shown import (
+from promptlayer_exec.fastapi._sse import execution_events, reconnect_later
+from promptlayer_exec.fastapi._tickets import Tickets
+from promptlayer_exec.fastapi._visible_fields import (
     DEFAULT_FIELDS,
     PROBLEMS,
     described,
@@ -30,7 +31,6 @@ from promptlayer_exec.fastapi._shown import (
     snapshot_schema,
     started_schema,
 )
-from promptlayer_exec.fastapi._tickets import Tickets
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ _OUTPUT = described("The main output: any JSON", {})
 _CLIENT = files(__package__).joinpath("promptlayer-exec.js")
 
 
-class _Start(BaseModel):
+class _NewExecution(BaseModel):
     """A run to be started."""
 
     model_config = ConfigDict(extra="forbid", title="Start")
@@ -199,7 +199,7 @@ def _reads(
 ) -> Callable[[APIRouter], None]:
     """Return a function that adds the routes that read executions to a router."""
     hidden = hidden_fields(fields)
-    answers = Answers(hidden)
+    responses = KeptResponses(hidden)
     found, counted = _execution_finder(opened, tickets), _stream_counter(max_streams)
     shown = described("The nodes as they are now", snapshot_schema(hidden))
     events = described("The data of the events", event_schema(hidden), "text/event-stream")
@@ -213,7 +213,7 @@ def _reads(
             session: Session = opened,
         ) -> Response:
             """Return all nodes of an execution as they are now."""
-            reading = answers.get(session, execution.id)
+            reading = responses.get(session, execution.id)
             return tagged_response(*await _unless_disconnected(request, reading), if_none_match)
 
         @router.get(
@@ -251,7 +251,7 @@ def _add_start(
 
     @router.post("/executions", status_code=201, responses={201: started_run})
     async def start_execution(
-        request: Request, body: _Start, session: Session = opened
+        request: Request, body: _NewExecution, session: Session = opened
     ) -> Response:
         """Start an execution of a workflow; `Location` is where to read it.
 

@@ -17,7 +17,7 @@ from promptlayer_exec import Event, Execution, RequestRetried, Session, Snapshot
 from promptlayer_exec._integration import error_text, indented
 from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._problems import Problem, explain
-from promptlayer_exec.viewer._timeline import Sight, Timeline
+from promptlayer_exec.viewer._timeline import Observation, Timeline
 
 _ASIDE = 20  # executions that are kept for their own pages, the latest first
 
@@ -213,10 +213,10 @@ class Board:
 
     async def _watch(self, card: Card) -> None:
         try:
-            sight = Sight(await self._recall(card), is_new=card.is_new)
+            observation = Observation(await self._recall(card), is_new=card.is_new)
             async with aclosing(card.execution.stream(timeout=None)) as snapshots:
                 async for snapshot in snapshots:
-                    self._take(card, snapshot, sight)
+                    self._take(card, snapshot, observation)
         except Exception as error:  # noqa: BLE001 - shown on the page, else it would show as running
             kind, text = explain(error)
             since = time.time() if card.problem is None else card.problem.since
@@ -241,9 +241,9 @@ class Board:
             card.started = known["began"] if known["is_started"] else None
         return Timeline.read(known)
 
-    def _take(self, card: Card, snapshot: Snapshot, sight: Sight) -> None:
+    def _take(self, card: Card, snapshot: Snapshot, observation: Observation) -> None:
         is_first = card.snapshot is None
-        card.timeline = sight.take(snapshot, time.time())
+        card.timeline = observation.update(snapshot, time.time())
         card.snapshot, card.problem = snapshot, None
         card.received = asyncio.get_running_loop().time()
         if is_first:

@@ -93,7 +93,7 @@ class History:
             self._report(reading)
             return None
 
-    async def find_line(self, key: int) -> dict[str, Any] | None:
+    async def find_row(self, key: int) -> dict[str, Any] | None:
         """Return what is remembered under the key of a line, with its inputs."""
         return await self._call(self._read_one, "key", key)
 

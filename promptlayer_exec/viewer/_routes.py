@@ -16,7 +16,6 @@ from starlette.responses import PlainTextResponse, Response
 from promptlayer_exec import PromptLayerExecError, Session, StartUnknown, Workflow
 from promptlayer_exec._integration import MAX_ID
 from promptlayer_exec.viewer._board import Board, Card
-from promptlayer_exec.viewer._events import value_text
 from promptlayer_exec.viewer._graphs import (
     NoDefinition,
     WorkflowList,
@@ -24,6 +23,7 @@ from promptlayer_exec.viewer._graphs import (
     graph_view,
 )
 from promptlayer_exec.viewer._history import History
+from promptlayer_exec.viewer._live_stream import value_text
 from promptlayer_exec.viewer._problems import explain
 
 _Text = Annotated[str, Body(embed=True)]
@@ -216,7 +216,7 @@ def add_history_routes(app: FastAPI, history: History) -> None:
 
     @app.get("/api/history/{key}/inputs")
     async def get_remembered_inputs(key: _Key) -> Response:
-        known = await history.find_line(key)
+        known = await history.find_row(key)
         if known is None or known["inputs"] is None:
             return refuse("The inputs of this execution are not known here.", 404)
         return _text(known["inputs"])

@@ -40,7 +40,7 @@ class Timeline:
 
 
 @attrs.define
-class Sight:
+class Observation:
     """What one watch sees of an execution, after what earlier viewers remember."""
 
     remembered: Timeline
@@ -48,7 +48,7 @@ class Sight:
     _polled: float | None = None  # when the first poll was, in seconds since 1970
     _over: frozenset[str] = frozenset()  # nodes that were final by then: nobody saw when
 
-    def take(self, snapshot: Snapshot, now: float) -> Timeline:
+    def update(self, snapshot: Snapshot, now: float) -> Timeline:
         """Return the times with those of the next snapshot, received at `now`."""
         if self._polled is None:
             if snapshot.complete and not self.is_new:

@@ -15,10 +15,10 @@ from mcp.server import Server, ServerRequestContext
 from mcp.server.stdio import stdio_server
 
 from promptlayer_exec import PromptLayerExecError, Session, __version__
-from promptlayer_exec.mcp._arguments import Refused, parse_id, shown
-from promptlayer_exec.mcp._calls import CALLS, Calls
-from promptlayer_exec.mcp._results import error_result, error_text
-from promptlayer_exec.mcp._tasks import Tasks, declares_tasks
+from promptlayer_exec.mcp._tool_arguments import CallFailed, parse_id, shown
+from promptlayer_exec.mcp._tool_calls import CALLS, Calls
+from promptlayer_exec.mcp._tool_results import error_result, error_text
+from promptlayer_exec.mcp._tool_tasks import Tasks, declares_tasks
 from promptlayer_exec.mcp._tools import INSTRUCTIONS
 
 _SCHEME = "execution://"
@@ -109,7 +109,7 @@ class _Handlers:
             return await calls.call(params.name, arguments, ctx.session.report_progress)
         try:
             execution = await calls.start_run(params.name, arguments)
-        except (Refused, PromptLayerExecError) as error:
+        except (CallFailed, PromptLayerExecError) as error:
             return error_result(error)
         return self._tasks.created(execution)
 

@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from promptlayer_exec import Execution, NotFound, SessionClosed, Snapshot
 from promptlayer_exec._integration import last_failure
 from promptlayer_exec.fastapi._responses import describe, describe_and_log, dump_json, logger
-from promptlayer_exec.fastapi._shown import (
+from promptlayer_exec.fastapi._visible_fields import (
     DEFAULT_FIELDS,
     hidden_fields,
     shown_node,

@@ -15,10 +15,10 @@ from mcp.server.mcpserver import require_client_extension
 from mcp.types.version import MODERN_PROTOCOL_VERSIONS
 
 from promptlayer_exec import Execution, NotFound, PromptLayerExecError, Snapshot
-from promptlayer_exec.mcp._arguments import parse_id
-from promptlayer_exec.mcp._calls import Calls
-from promptlayer_exec.mcp._results import error_text, state_text, tool_result
-from promptlayer_exec.mcp._values import clip
+from promptlayer_exec.mcp._tool_arguments import parse_id
+from promptlayer_exec.mcp._tool_calls import Calls
+from promptlayer_exec.mcp._tool_results import error_text, state_text, tool_result
+from promptlayer_exec.mcp._tool_values import clip
 
 EXTENSION = "io.modelcontextprotocol/tasks"
 _CAPABILITIES = types.ClientCapabilities(extensions={EXTENSION: {}})

@@ -21,10 +21,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from promptlayer_exec import NodeStatus
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.viewer import _routes as routes
-from promptlayer_exec.viewer._batches import HAS_BATCHES, add_batch_routes
+from promptlayer_exec.viewer._batch_pages import HAS_BATCHES, add_batch_routes
 from promptlayer_exec.viewer._board import Board
-from promptlayer_exec.viewer._events import board_events
 from promptlayer_exec.viewer._guard import Address, Guard
+from promptlayer_exec.viewer._live_stream import board_events
 
 _PAGE = Path(__file__).with_name("page")
 _TYPES = {

@@ -26,11 +26,11 @@ from promptlayer_exec import (
     WorkflowSummary,
 )
 from promptlayer_exec._integration import Recent, definition
-from promptlayer_exec.mcp import _arguments as read
-from promptlayer_exec.mcp import _results as results
-from promptlayer_exec.mcp._arguments import Refused
+from promptlayer_exec.mcp import _tool_arguments as read
+from promptlayer_exec.mcp import _tool_results as results
+from promptlayer_exec.mcp._tool_arguments import CallFailed
+from promptlayer_exec.mcp._tool_values import clean, clip, fitting, show
 from promptlayer_exec.mcp._tools import RUN, WAIT, common_tools, run_tool, run_tool_names
-from promptlayer_exec.mcp._values import clean, clip, fitting, show
 
 Report = Callable[[float, float | None, str | None], Awaitable[None]]
 
@@ -105,7 +105,7 @@ class Calls:
                 return await self._run(tool, arguments, report)
             (schema,) = (it.input_schema for it in common_tools(self.allowed) if it.name == tool)
             return await CALLS[tool](self, read.check(arguments, schema), report)
-        except (Refused, PromptLayerExecError) as error:
+        except (CallFailed, PromptLayerExecError) as error:
             return results.error_result(error)
 
     async def start_run(self, tool: str, arguments: Mapping[str, Any]) -> Execution:
@@ -165,7 +165,7 @@ class Calls:
                 self.session, request.workflow, label=request.label, version=request.version
             )
         except NotFound as error:
-            raise Refused(await self._not_found(request)) from error
+            raise CallFailed(await self._not_found(request)) from error
         return results.tool_result(results.workflow_fields(workflow))
 
     async def start_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
@@ -192,7 +192,7 @@ class Calls:
         if found is None:
             few = results.names_of(snapshot.nodes.values())
             what = f"execution {execution_id} has no node {read.shown(node)}; it has: {few}"
-            raise Refused(what + read.near(node, snapshot.nodes))
+            raise CallFailed(what + read.near(node, snapshot.nodes))
         return results.tool_result(results.node_fields(snapshot, found, start, length))
 
     def _run_request(self, tool: str, arguments: Mapping[str, Any]) -> tuple[StartRequest, float]:
@@ -231,14 +231,14 @@ class Calls:
         except ConfigurationError:
             raise
         except (TypeError, ValueError) as error:
-            raise Refused(
+            raise CallFailed(
                 f"{clip(str(error), 2_000)}. No run was started. describe_workflow shows which"
                 " inputs the workflow needs."
             ) from error
         except NotFound as error:
-            raise Refused(await self._not_found(request)) from error
+            raise CallFailed(await self._not_found(request)) from error
         except StartUnknown as error:
-            raise Refused(
+            raise CallFailed(
                 f"{error} Do not call this tool again for the same purpose: ask the user."
             ) from error
         self.running.add(execution.id, name)
@@ -258,7 +258,7 @@ class Calls:
         if wrong:
             wrong = _strings_among(numbers, await self._definition(request, fresh=True))
         for name in wrong:
-            raise Refused(
+            raise CallFailed(
                 f"the input {read.shown(name)} must be a string, got the number"
                 f" {read.shown(numbers[name])}: write it in quotation marks. No run was started."
             )

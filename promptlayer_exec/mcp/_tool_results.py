@@ -10,7 +10,7 @@ from mcp.types import CallToolResult, TextContent
 
 from promptlayer_exec import ExecutionFailed, Node, NodeStatus, NotFound, Snapshot, Workflow
 from promptlayer_exec._integration import error_details
-from promptlayer_exec.mcp._values import clean, clip, fitting, show
+from promptlayer_exec.mcp._tool_values import clean, clip, fitting, show
 
 _ERROR_LENGTH = 1_000
 _WHOLE_ERROR_LENGTH = 5_000

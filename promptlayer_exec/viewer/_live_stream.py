@@ -17,7 +17,7 @@ from sse_starlette import ServerSentEvent
 
 from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._integration import base_url, error_details, error_text, indented, node_dict
-from promptlayer_exec.viewer._batches import HAS_BATCHES
+from promptlayer_exec.viewer._batch_pages import HAS_BATCHES
 from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._problems import Problem
 

@@ -11,10 +11,10 @@ from jsonschema.exceptions import best_match  # type: ignore[import-untyped]
 from promptlayer_exec import StartRequest
 from promptlayer_exec._integration import check_execution_id
 from promptlayer_exec._integration import near as near_names
-from promptlayer_exec.mcp._values import clip
+from promptlayer_exec.mcp._tool_values import clip
 
 
-class Refused(Exception):
+class CallFailed(Exception):
     """A call cannot be carried out; the text says why and what to do."""
 
 
@@ -27,7 +27,7 @@ def check(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, 
     where = "".join(f"{name}: " for name in error.path)
     what = error.message.replace(repr(error.instance), shown(error.instance), 1)
     known = ", ".join(schema["properties"])
-    raise Refused(f"{where}{clip(what, 300)}. The arguments are {known}.")
+    raise CallFailed(f"{where}{clip(what, 300)}. The arguments are {known}.")
 
 
 def _usual(name: str, value: Any) -> Any:
@@ -39,7 +39,7 @@ def _usual(name: str, value: Any) -> Any:
 
 def start_request(workflow: str, **options: Any) -> StartRequest:
     if "label" in options and "version" in options:
-        raise Refused("label and version exclude each other: give one of them, or neither")
+        raise CallFailed("label and version exclude each other: give one of them, or neither")
     return StartRequest(workflow, **options)
 
 
@@ -47,7 +47,7 @@ def execution_id(arguments: Mapping[str, Any]) -> int:
     value = arguments["execution_id"]
     parsed = parse_id(value)
     if parsed is None:
-        raise Refused(
+        raise CallFailed(
             "execution_id must be the id that start_workflow returned, such as '787'; got "
             f"{shown(value)}. Do not guess ids."
         )
