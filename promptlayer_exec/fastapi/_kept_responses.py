@@ -14,8 +14,6 @@ from promptlayer_exec._integration import Recent
 from promptlayer_exec.fastapi._responses import dump_json
 from promptlayer_exec.fastapi._visible_fields import shown_snapshot
 
-_MOST_KEPT = 1000
-_LARGEST_KEPT = 2**20  # bytes
 _Key = tuple[Session, int]
 _Body = tuple[bytes, str | None]  # JSON, and the tag that all complete ones have
 
@@ -25,7 +23,7 @@ class KeptResponses:
     """Reads executions, and keeps the latest complete responses, which do not change."""
 
     _hidden: Collection[str]
-    _kept: Recent[_Key, _Body] = attrs.field(init=False, factory=lambda: Recent(most=_MOST_KEPT))
+    _kept: Recent[_Key, _Body] = attrs.field(init=False, factory=lambda: Recent(most=1_000))
     _readings: dict[_Key, asyncio.Task[_Body]] = attrs.field(init=False, factory=dict)
 
     async def get(self, session: Session, execution_id: int) -> _Body:
@@ -33,6 +31,7 @@ class KeptResponses:
         key = (session, execution_id)
         if (kept := self._kept.get(key)) is not None:
             return kept
+
         reading = self._readings.get(key)
         if reading is None:
             reading = asyncio.create_task(self._read(key), name="promptlayer_exec.Response")
@@ -40,6 +39,7 @@ class KeptResponses:
             reading.add_done_callback(lambda _: self._readings.pop(key))
             # Not to be logged, even if all callers have left.
             reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+
         await asyncio.wait([reading])  # unlike `await`, it does not pass on a cancellation
         return reading.result()
 
@@ -50,10 +50,11 @@ class KeptResponses:
         body = dump_json(shown).encode()
         if not snapshot.complete:
             return body, None
-        answer = body, _tag(shown)
-        if len(body) <= _LARGEST_KEPT:
-            self._kept.add(key, answer)
-        return answer
+
+        tagged = body, _tag(shown)
+        if len(body) <= 2**20:  # 1,000 of them stay under a GiB
+            self._kept.add(key, tagged)
+        return tagged
 
 
 def _tag(shown: dict[str, Any]) -> str:

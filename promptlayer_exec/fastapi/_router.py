@@ -38,7 +38,6 @@ _ExecutionId = Annotated[int, Path(ge=1, le=MAX_ID)]
 _SAME = {"description": "The client has this complete answer, as its `If-None-Match` says"}
 _SEEN = {"description": "The client has the last event already, as its `Last-Event-ID` says"}
 _OUTPUT = described("The main output: any JSON", {})
-_CLIENT = files(__package__).joinpath("promptlayer-exec.js")
 
 
 class _NewExecution(BaseModel):
@@ -156,7 +155,7 @@ async def _refuse_id_in_query(request: Request) -> None:
 
 
 def _add_client(router: APIRouter) -> None:
-    client = _CLIENT.read_bytes()
+    client = files(__package__).joinpath("promptlayer-exec.js").read_bytes()
     tag = f'"{hashlib.sha256(client).hexdigest()[:32]}"'
 
     @router.get("/executions/client.js", include_in_schema=False)
@@ -259,6 +258,7 @@ def _add_start(
         """
         if body.workflow not in workflows:
             raise HTTPException(403, "This workflow cannot be started here.")
+
         try:
             start = session.start(body.workflow, body.inputs)
             started = await _unless_disconnected(request, start)
@@ -266,15 +266,15 @@ def _add_start(
             raise
         except (TypeError, ValueError) as error:  # an input is missing, or is no JSON, such as NaN
             raise HTTPException(422, str(error)) from error
+
+        content = {"execution_id": str(started.id)}
+        if tickets is not None:
+            content["ticket"] = tickets.issue(started)
+        if started.warning is not None:
+            content["warning"] = started.warning
         # Relative, so that it is correct under any prefix that a proxy removes.
         location = f"executions/{started.id}"
-        answer = {
-            "execution_id": str(started.id),
-            "ticket": None if tickets is None else tickets.issue(started),
-            "warning": started.warning,
-        }
-        answer = {name: value for name, value in answer.items() if value is not None}
-        return json_response(answer, 201, {"Location": location})
+        return json_response(content, 201, {"Location": location})
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:

@@ -15,15 +15,16 @@ from promptlayer_exec.mcp._tool_values import clip
 
 
 class CallFailed(Exception):
-    """A call cannot be carried out; the text says why and what to do."""
+    """A call failed; the text tells the model why, and what to do."""
 
 
 def check(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that are not null; refuse what the schema of the tool does not allow."""
-    given = {name: _usual(name, it) for name, it in arguments.items() if it is not None}
+    given = {name: _usual(name, value) for name, value in arguments.items() if value is not None}
     error = best_match(Draft202012Validator(schema).iter_errors(given))
     if error is None:
         return given
+
     where = "".join(f"{name}: " for name in error.path)
     what = error.message.replace(repr(error.instance), shown(error.instance), 1)
     known = ", ".join(schema["properties"])
@@ -34,7 +35,9 @@ def _usual(name: str, value: Any) -> Any:
     """Return the usual form of what some models write: 787 for an id, and 1.0 for 1."""
     if name in ("execution_id", "workflow") and type(value) is int:
         return str(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def start_request(workflow: str, **options: Any) -> StartRequest:
@@ -69,4 +72,6 @@ def shown(value: Any) -> str:
 def near(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence, with the names that were perhaps meant."""
     likely = near_names(name, known, 3)
-    return f"; did you mean {' or '.join(map(shown, likely))}?" if likely else "."
+    if not likely:
+        return "."
+    return f"; did you mean {' or '.join(map(shown, likely))}?"

@@ -35,9 +35,7 @@ from promptlayer_exec.mcp._tools import RUN, WAIT, common_tools, run_tool, run_t
 Report = Callable[[float, float | None, str | None], Awaitable[None]]
 
 _logger = logging.getLogger("promptlayer_exec")
-_OUTPUT_TIMEOUT = 10.0
 _MOST_WORKFLOWS = 100
-_MOST_KNOWN = 1_000
 
 
 def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
@@ -53,7 +51,9 @@ def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
 
 def _names_of(summary: WorkflowSummary) -> tuple[str, ...]:
     """Return what a workflow can be called by: nothing if it was deleted."""
-    return () if summary.is_deleted else (summary.name, str(summary.id))
+    if summary.is_deleted:
+        return ()
+    return summary.name, str(summary.id)
 
 
 def _absence(name: str, known: Iterable[str]) -> str:
@@ -64,7 +64,9 @@ def _absence(name: str, known: Iterable[str]) -> str:
 
 def _strings_among(names: Iterable[str], workflow: Workflow | None) -> list[str]:
     """Return the names of inputs that a workflow requires as strings."""
-    required = {} if workflow is None else workflow.required_inputs or {}
+    if workflow is None or workflow.required_inputs is None:
+        return []
+    required = workflow.required_inputs
     return [name for name in names if required.get(name) == "string"]
 
 
@@ -76,7 +78,7 @@ class Calls:
         self.allowed = _names(workflows)
         self.run_tools = run_tool_names(self.allowed)  # the workflow of each tool `run_...`
         # Executions that were not complete when last seen, the latest last, with what started them.
-        self.running: Recent[int, str | None] = Recent(most=_MOST_KNOWN)
+        self.running: Recent[int, str | None] = Recent(most=1_000)
         self._inputs: dict[str, Mapping[str, str]] = {}
 
     async def tools(self) -> list[Tool]:
@@ -103,7 +105,9 @@ class Calls:
         try:
             if tool in self.run_tools:
                 return await self._run(tool, arguments, report)
-            (schema,) = (it.input_schema for it in common_tools(self.allowed) if it.name == tool)
+            (schema,) = (
+                known.input_schema for known in common_tools(self.allowed) if known.name == tool
+            )
             return await CALLS[tool](self, read.check(arguments, schema), report)
         except (CallFailed, PromptLayerExecError) as error:
             return results.error_result(error)
@@ -120,7 +124,9 @@ class Calls:
     def close(self) -> None:
         """Log which runs go on, as nothing here can be called any more."""
         for execution_id, workflow in self.running.items():
-            which = "" if workflow is None else f" of workflow {workflow!r:.100}"
+            which = ""
+            if workflow is not None:
+                which = f" of workflow {workflow!r:.100}"
             _logger.warning(
                 "execution %d%s goes on at PromptLayer; follow it with: promptlayer-exec watch %d",
                 execution_id,
@@ -132,6 +138,7 @@ class Calls:
         search = arguments.get("search", "").casefold()
         listed: list[dict[str, Any]] = []
         known: list[str] = []
+
         async with aclosing(self.session.workflows(sort_by="name", sort_order="asc")) as found:
             async for summary in found:
                 names = _names_of(summary)
@@ -148,6 +155,7 @@ class Calls:
                     )
                 if len(listed) > _MOST_WORKFLOWS:
                     break
+
         workflows = fitting(listed[:_MOST_WORKFLOWS])
         if len(workflows) < len(listed):
             message = f"The first {len(workflows)} workflows. There are more: use search."
@@ -188,7 +196,8 @@ class Calls:
         execution, snapshot = await self.read(execution_id)
         if node is None:
             return results.tool_result(await self.fields(execution, snapshot, start, length))
-        found = {clean(name): it for name, it in snapshot.nodes.items()}.get(node)
+
+        found = {clean(name): known for name, known in snapshot.nodes.items()}.get(node)
         if found is None:
             few = results.names_of(snapshot.nodes.values())
             what = f"execution {execution_id} has no node {read.shown(node)}; it has: {few}"
@@ -207,6 +216,7 @@ class Calls:
             options = read.check(arguments, RUN)
             seconds = options.pop("timeout", WAIT)
             return read.start_request(name, **options), seconds
+
         inputs, options = dict(arguments), {}
         if "timeout" not in required and "timeout" in inputs:
             options = read.check({"timeout": inputs.pop("timeout")}, RUN)
@@ -224,6 +234,7 @@ class Calls:
         """Start a run, and return it with the server's warning, if any, as a field."""
         name = str(request.workflow)
         await self._refuse_numbers(request)
+
         try:
             execution = await self.session.start(
                 name, request.inputs, label=request.label, version=request.version
@@ -241,9 +252,11 @@ class Calls:
             raise CallFailed(
                 f"{error} Do not call this tool again for the same purpose: ask the user."
             ) from error
+
         self.running.add(execution.id, name)
-        warning = {"warning": clip(execution.warning, 1_000)} if execution.warning else {}
-        return execution, warning
+        if not execution.warning:
+            return execution, {}
+        return execution, {"warning": clip(execution.warning, 1_000)}
 
     async def _refuse_numbers(self, request: StartRequest) -> None:
         """Refuse numbers where the workflow requires strings, before a run is paid for."""
@@ -271,16 +284,19 @@ class Calls:
                 asyncio.timeout(5.0),
                 aclosing(self.session.workflows()) as found,
             ):
-                known = [it async for summary in found for it in _names_of(summary)]
+                known = [known_name async for summary in found for known_name in _names_of(summary)]
+
         if name in known:
             return (
                 f"workflow {read.shown(name)} has no such version or label (404 Not Found)."
                 " describe_workflow shows the latest version."
             )
-        cause = "" if self.allowed else " list_workflows shows all workflows."
+        absence = _absence(name, known)
         if name in self.allowed:
-            cause = " This server was started with that name: ask the user to correct it."
-        return f"{_absence(name, known)}{cause}"
+            absence += " This server was started with that name: ask the user to correct it."
+        elif not self.allowed:
+            absence += " list_workflows shows all workflows."
+        return absence
 
     async def _wait(self, execution: Execution, seconds: float, report: Report) -> dict[str, Any]:
         reported = -1
@@ -292,12 +308,14 @@ class Calls:
                         reported = count
                         text = f"execution {execution.id}: {results.state_text(snapshot)}"
                         await report(count, len(snapshot.nodes), text)
+
         except ExecutionTimeout as error:
             snapshot = error.last_snapshot or Snapshot(execution.id, False, {})
             message = f"Execution {execution.id} is not complete after {round(seconds, 2):g} s:"
             message += f" {results.state_text(snapshot)}. It goes on. Call wait_execution with"
             message += f" execution_id '{execution.id}' to go on waiting; do not start it again."
             return results.execution_fields(snapshot, message, timed_out=True)
+
         return await self.fields(execution, snapshot)
 
     async def fields(
@@ -309,14 +327,16 @@ class Calls:
             message = f"Execution {execution_id} is not complete: {results.state_text(snapshot)}."
             message += f" Call wait_execution with execution_id '{execution_id}'."
             return results.execution_fields(snapshot, message)
+
         try:
-            value = await execution.output(timeout=_OUTPUT_TIMEOUT)
+            value = await execution.output(timeout=10.0)
         except ExecutionFailed as error:
             return results.execution_fields(snapshot, results.failure_text(execution_id, error))
         except (ExecutionTimeout, RequestError) as error:
             message = f"Execution {execution_id} succeeded, but its output could not be read:"
             message += f" {clip(str(error), 1_000)} Call get_execution for it."
             return results.execution_fields(snapshot, message)
+
         output = show("output", value, start, length)
         message = f"Execution {execution_id} succeeded: {results.state_text(snapshot)}."
         message += results.rest_text(output.get("output_range"), execution_id)

@@ -13,7 +13,7 @@ from fastapi import Body, FastAPI, Path, Query
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from promptlayer_exec import PromptLayerExecError, Session, StartUnknown, Workflow
+from promptlayer_exec import Node, PromptLayerExecError, Session, StartUnknown, Workflow
 from promptlayer_exec._integration import MAX_ID
 from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._graphs import (
@@ -62,7 +62,9 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
     @app.get("/api/executions/{execution_id}/nodes/{index}")
     async def get_value(execution_id: int, index: int) -> Response:
         card = board.cards.get(execution_id)
-        nodes = [] if card is None or card.snapshot is None else [*card.snapshot.nodes.values()]
+        nodes = list[Node]()
+        if card is not None and card.snapshot is not None:
+            nodes = [*card.snapshot.nodes.values()]
         if not 0 <= index < len(nodes):
             return refuse("This node no longer exists.", 404)
         return _text(value_text(nodes[index].value))
@@ -83,11 +85,15 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
 
     @app.get("/api/compare/{left}/{right}")
     async def compare(left: int, right: int) -> Response:
-        one, other = board.cards.get(left), board.cards.get(right)
-        before = None if one is None else one.snapshot
-        after = None if other is None else other.snapshot
-        if before is None or after is None:
+        snapshots = [
+            card.snapshot
+            for card in (board.cards.get(left), board.cards.get(right))
+            if card is not None and card.snapshot is not None
+        ]
+        if len(snapshots) < 2:
             return refuse("One of these executions is not followed.", 404)
+
+        before, after = snapshots
         return _json({"changed": [change.node.name for change in after.diff(before)]})
 
 
@@ -178,6 +184,7 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
             return refuse("Enter the name or the id of a workflow.", 422, "workflow")
         if version and not re.fullmatch("[1-9][0-9]{0,8}", version):
             return refuse("A version is a whole number from 1.", 422, "version")
+
         try:
             execution = await board.start(
                 workflow,
@@ -193,6 +200,7 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
             return refuse(message, 502, is_unknown=isinstance(error, StartUnknown))
         except (TypeError, ValueError) as error:
             return refuse(str(error), 422, "inputs")
+
         return _json({"execution_id": str(execution.id)}, 201)
 
 
@@ -206,7 +214,9 @@ def add_history_routes(app: FastAPI, history: History) -> None:
         days: float = 0,
         offset: _Offset = 0,
     ) -> Response:
-        since = time.time() - 86400 * days if days > 0 else 0.0
+        since = 0.0
+        if days > 0:
+            since = time.time() - 86400 * days
         filters = {"outcome": outcome, "workflow": workflow, "since": since, "offset": offset}
         return _json(await history.search(search, **filters))
 
@@ -244,13 +254,17 @@ def refuse(message: str, status: int, field: str | None = None, **more: Any) -> 
 
 
 def _read_inputs(text: str) -> dict[str, Any]:
+    if not text.strip():
+        return {}
+
     try:
-        inputs = json.loads(text) if text.strip() else {}
+        inputs = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"This is not JSON: {error.msg} at {where}.") from None
     except RecursionError:
         raise ValueError("This is nested too deeply.") from None
+
     if not isinstance(inputs, dict):
         raise TypeError('The inputs must be a JSON object, for example {"topic": "otters"}.')
     return inputs

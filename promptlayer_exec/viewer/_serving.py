@@ -33,7 +33,7 @@ _TYPES = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
-_GRACE = 2
+_GRACE = 2  # seconds that open pages have to end
 
 
 def create_app(board: Board, address: Address, token: str) -> ASGIApp:
@@ -45,14 +45,19 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
         token: the token that the page sends; it takes it from the fragment of its URL.
     """
     app = FastAPI(openapi_url=None)
+
     for path in _PAGE.rglob("*"):
         if path.suffix not in _TYPES:
             continue
-        name = "" if path.name == "index.html" else path.relative_to(_PAGE).as_posix()
+        name = path.relative_to(_PAGE).as_posix()
+        if name == "index.html":
+            name = ""
         file = Response(path.read_bytes(), media_type=_TYPES[path.suffix])
         app.routes.append(Route(f"/{name}", file, methods=["GET"]))
+
     script = Response(_statuses_script(), media_type=_TYPES[".js"])
     app.routes.append(Route("/statuses.js", script, methods=["GET"]))
+
     routes.add_execution_routes(app, board)
     routes.add_workflow_routes(app, board)
     routes.add_start_routes(app, board)
