@@ -262,8 +262,6 @@ def _read_inputs(text: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"This is not JSON: {error.msg} at {where}.") from None
-    except RecursionError:
-        raise ValueError("This is nested too deeply.") from None
 
     if not isinstance(inputs, dict):
         raise TypeError('The inputs must be a JSON object, for example {"topic": "otters"}.')

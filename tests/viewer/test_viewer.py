@@ -417,7 +417,6 @@ async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Any) -> Non
         ("a/b", "{", 422, "inputs"),
         ("a/b", "7", 422, "inputs"),
         ("a/b", '{"n": NaN}', 422, "inputs"),
-        ("a/b", "[" * 100_000, 422, "inputs"),
     ]:
         answer = await viewer.send("POST", "runs", {"workflow": workflow, "inputs": inputs})
         assert (answer[0], answer[1]["field"]) == (status, field)
