@@ -18,7 +18,6 @@ from promptlayer_exec._api.runs import NodeMap, run_request
 from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._backplane import OpenSession, Poll
 from promptlayer_exec._display import error_details, error_text
-from promptlayer_exec._engine.definitions import DEFINITION_TIMEOUT
 from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError
@@ -33,11 +32,10 @@ from promptlayer_exec._session import Session
 from promptlayer_exec._settings import Settings, find_api_key, find_base_url
 from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
 from promptlayer_exec._text import indented, printable, short_repr
-from promptlayer_exec._workflows import near
+from promptlayer_exec._workflows import Workflow, near
 
 # What is passed on; the functions below belong to the seam, too.
 __all__ = [
-    "DEFINITION_TIMEOUT",
     "MAX_ID",
     "UNKNOWN_STATUS",
     "ExpiringDict",
@@ -120,6 +118,26 @@ async def cannot_be_sent(session: Session, request: StartRequest) -> bool:
     except (TypeError, ValueError):
         return True
     return False
+
+
+async def definition(
+    session: Session,
+    workflow: str | int,
+    *,
+    label: str | None = None,
+    version: int | None = None,
+    fresh: bool = False,
+) -> Workflow:
+    """Return a definition as starts are checked with it: read within the last five minutes.
+
+    It costs one GET for each workflow, label and version, which all share: one attempt that takes
+    at most 5 s. `fresh` reads the definition now. It has no `raw`.
+
+    Raises:
+        PromptLayerExecError: it did not come; `RequestTimeout` if not in time.
+        TypeError, ValueError: an argument is malformed.
+    """
+    return await session._open().definition(workflow, label, version, fresh=fresh)
 
 
 def share_channel(session: Session, suffix: str | None) -> None:

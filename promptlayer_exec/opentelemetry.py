@@ -38,10 +38,8 @@ from promptlayer_exec import (
 
 __all__ = ["OpenTelemetryObserver"]
 
-_SCOPE = "promptlayer_exec"
 # The last version that has the conventions for GenAI; their own repository has not published one.
 _SCHEMA = "https://opentelemetry.io/schemas/1.41.0"
-_PORTS = {"http": 80, "https": 443}
 # The buckets of the semantic conventions for HTTP, and more up to an hour for watches. The SDK's
 # defaults are for milliseconds.
 _REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
@@ -55,7 +53,7 @@ _HISTOGRAMS = {
 
 
 @attrs.define
-class _Watch:
+class _WatchSpan:
     span: trace.Span
     latest: Snapshot | None = None
     is_failing: bool = False
@@ -89,14 +87,15 @@ class OpenTelemetryObserver:
         meter_provider: MeterProvider | None = None,
         record_values: bool = False,
     ) -> None:
-        self._tracer = trace.get_tracer(_SCOPE, __version__, tracer_provider, _SCHEMA)
+        self._tracer = trace.get_tracer("promptlayer_exec", __version__, tracer_provider, _SCHEMA)
         # By the server and the execution's id, so that a watch can be linked.
         self._starts: ExpiringDict[tuple[str, int | None], trace.SpanContext] = ExpiringDict()
         self._record_values = record_values
         # By task, as two sessions may watch the same execution, and a session may start a new watch
         # while the previous one is still ending.
-        self._watches: WeakKeyDictionary[Any, _Watch] = WeakKeyDictionary()
-        meter = metrics.get_meter(_SCOPE, __version__, meter_provider, _SCHEMA)
+        self._watches: WeakKeyDictionary[Any, _WatchSpan] = WeakKeyDictionary()
+
+        meter = metrics.get_meter("promptlayer_exec", __version__, meter_provider, _SCHEMA)
         self._active = meter.create_up_down_counter(
             "promptlayer_exec.active_watches", "{watch}", "Watches that are polling."
         )
@@ -143,7 +142,7 @@ class OpenTelemetryObserver:
             },
             links=[] if start is None else [trace.Link(start)],
         )
-        self._watches[asyncio.current_task()] = _Watch(span)
+        self._watches[asyncio.current_task()] = _WatchSpan(span)
         self._active.add(1)
 
     def _watch_woken(self, event: WatchWoken) -> None:
@@ -156,6 +155,7 @@ class OpenTelemetryObserver:
         if not event.shared:
             self._seconds["poll.duration"].record(event.duration)
             self._seconds["poll.lateness"].record(event.lateness)
+
         watch = self._watches[asyncio.current_task()]
         changed = [
             _text(f"{change.node.name}: {change.node.status}")
@@ -169,6 +169,7 @@ class OpenTelemetryObserver:
                 "promptlayer_exec.changes": changed,
             }
             watch.span.add_event("promptlayer_exec.poll", attributes)
+
         watch.latest = event.snapshot
         watch.is_failing = False
 
@@ -186,12 +187,13 @@ class OpenTelemetryObserver:
         span, latest = watch.span, watch.latest
         span.set_attribute("promptlayer_exec.polls", event.polls)
         span.set_attribute("promptlayer_exec.complete", event.succeeded is not None)
-        metric = _agent(event.workflow)
         if event.succeeded is not None:
             span.set_attribute("promptlayer_exec.succeeded", event.succeeded)
         if latest is not None and latest.complete and self._record_values:
             outputs = {node.name: node.value for node in latest.output_nodes}
             span.set_attribute("promptlayer_exec.outputs", _json(outputs))
+
+        metric = _agent(event.workflow)
         if event.error is not None:
             metric["error.type"] = self._record_error(span, event.error)
         elif latest is not None and event.succeeded is False:
@@ -199,6 +201,7 @@ class OpenTelemetryObserver:
             text = _text(f"the execution failed: {names or 'no output node succeeded'}")
             metric["error.type"] = "promptlayer_exec.ExecutionFailed"
             _set_error(span, metric["error.type"], text)
+
         self._active.add(-1)
         self._seconds["watch.duration"].record(event.elapsed, metric)
         span.end()
@@ -209,6 +212,7 @@ class OpenTelemetryObserver:
         attributes = _attributes("start", request.workflow, event.base_url)
         if request.version is not None:
             attributes["gen_ai.agent.version"] = str(request.version)
+
         span = self._tracer.start_span(
             _name(request.workflow),
             kind=trace.SpanKind.CLIENT,
@@ -217,6 +221,7 @@ class OpenTelemetryObserver:
         )
         if self._record_values:
             span.set_attribute("promptlayer_exec.inputs", _json(request.inputs))
+
         metric = _agent(request.workflow)
         if isinstance(event, StartFailed):
             metric["error.type"] = self._record_error(span, event.error)
@@ -225,6 +230,7 @@ class OpenTelemetryObserver:
             span.set_attribute("promptlayer_exec.abandoned", event.abandoned)
             span.set_attribute("promptlayer_exec.recovered", event.recovered)
             self._starts.add((event.base_url, event.execution_id), span.get_span_context())
+
         # What it took until the callback is no time of a response.
         if isinstance(event, StartFailed) or not event.recovered:
             self._seconds["start.duration"].record(event.duration, metric)
@@ -237,6 +243,7 @@ class OpenTelemetryObserver:
             text, stack = _text(str(error)), traceback.format_exception(error)
         else:
             text, stack = _text(log_text(error)), traceback.format_tb(error.__traceback__)
+
         _set_error(span, kind, text)
         # `record_exception` would add the messages of the causes, too, which may quote values.
         attributes = {
@@ -249,11 +256,15 @@ class OpenTelemetryObserver:
 
 
 def _name(workflow: str | int | None) -> str:
-    return "invoke_agent" if workflow is None else _text(f"invoke_agent {workflow}")
+    if workflow is None:
+        return "invoke_agent"
+    return _text(f"invoke_agent {workflow}")
 
 
 def _agent(workflow: str | int | None) -> dict[str, str]:
-    return {} if workflow is None else {"gen_ai.agent.name": _text(str(workflow))}
+    if workflow is None:
+        return {}
+    return {"gen_ai.agent.name": _text(str(workflow))}
 
 
 def _attributes(operation: str, workflow: str | int | None, base_url: str) -> dict[str, str | int]:
@@ -274,7 +285,8 @@ def _server(base_url: str) -> dict[str, str | int]:
     if not base_url:  # the start failed before anything was to be sent
         return {}
     url = urlsplit(base_url)
-    return {"server.address": url.hostname or "", "server.port": url.port or _PORTS[url.scheme]}
+    default = {"http": 80, "https": 443}[url.scheme]
+    return {"server.address": url.hostname or "", "server.port": url.port or default}
 
 
 def _set_error(span: trace.Span, kind: str, description: str) -> None:

@@ -27,8 +27,6 @@ from promptlayer_exec._text import json_kind
 __all__ = ["Callback", "Callbacks", "InvalidSignature", "Webhook", "read_callback", "read_webhook"]
 
 MAX_WEBHOOK_BYTES = 1024 * 1024
-_FINISHED = "agent_run_finished"
-_CALLBACK_ID = "workflow_version_execution_id"
 _NONCE_BYTES = 16
 _PURPOSE = b"promptlayer_exec callback "
 
@@ -75,34 +73,37 @@ def read_webhook(body: bytes, signature: str | None, secret: str) -> Webhook:
     if len(body) > MAX_WEBHOOK_BYTES:
         raise ValueError(f"webhook is larger than {MAX_WEBHOOK_BYTES} bytes: {len(body)} bytes")
     payload = _verified(body, signature, check_secret(secret))
+
     if not isinstance(payload, dict):
         _malformed("webhook", "$", f"expected an object, got {json_kind(payload)}")
     event_type = payload.get("event_type")
     if not isinstance(event_type, str):
         _malformed("webhook", "$.event_type", f"expected a string, got {json_kind(event_type)}")
-    is_finished = event_type == _FINISHED
-    details: Any = payload.get("details") if is_finished else {}
+    timestamp = _time(payload.get("timestamp"))
+    if event_type != "agent_run_finished":
+        return Webhook(event_type, None, None, None, timestamp, payload)
+
+    details = payload.get("details")
     if not isinstance(details, dict):
         _malformed("webhook", "$.details", f"expected an object, got {json_kind(details)}")
     execution_id = details.get("agent_execution_id")
-    if is_finished and not _is_id(execution_id):
+    if not _is_id(execution_id):
         path = "$.details.agent_execution_id"
         _malformed("webhook", path, f"expected an id, got {execution_id!r:.100}")
+
     workflow, workflow_id = details.get("agent_name"), details.get("agent_id")
-    return Webhook(
-        event_type,
-        execution_id,
-        workflow if isinstance(workflow, str) else None,
-        workflow_id if _is_id(workflow_id) else None,
-        _time(payload.get("timestamp")),
-        payload,
-    )
+    if not isinstance(workflow, str):
+        workflow = None
+    if not _is_id(workflow_id):
+        workflow_id = None
+    return Webhook(event_type, execution_id, workflow, workflow_id, timestamp, payload)
 
 
 def _verified(body: bytes, signature: str | None, secret: str) -> Any:
     """Return the decoded body, if the signature is that of its canonical form."""
     if not signature:
         raise InvalidSignature("the webhook has no signature")
+
     try:
         # Both as the sender does it, in Python's own JSON: other decoders differ in numbers.
         payload = json.loads(body)
@@ -112,6 +113,7 @@ def _verified(body: bytes, signature: str | None, secret: str) -> Any:
         raise InvalidSignature(
             "the webhook is not JSON, so its signature cannot be checked"
         ) from None
+
     expected = hmac.digest(secret.encode(), canonical.encode(), "sha256").hex()
     if not hmac.compare_digest(expected.encode(), signature.encode(errors="replace")):
         raise InvalidSignature("the webhook's signature does not match")
@@ -145,11 +147,13 @@ def read_callback(body: bytes) -> Callback:
         callback = loads(bytes(body))
     except (ValueError, RecursionError):
         raise ValueError("the callback is not JSON") from None
+
     if not isinstance(callback, dict):
         _malformed("callback", "$", f"expected an object, got {json_kind(callback)}")
-    execution_id = callback.get(_CALLBACK_ID)
+    execution_id = callback.get("workflow_version_execution_id")
     if not _is_id(execution_id):
-        _malformed("callback", f"$.{_CALLBACK_ID}", f"expected an id, got {execution_id!r:.100}")
+        path = "$.workflow_version_execution_id"
+        _malformed("callback", path, f"expected an id, got {execution_id!r:.100}")
     return Callback(execution_id, callback.get("final_output"))
 
 
@@ -241,7 +245,9 @@ def _is_id(value: Any) -> TypeGuard[int]:
 def _time(text: Any) -> datetime | None:
     with suppress(TypeError, ValueError, OverflowError):
         time = datetime.fromisoformat(text)
-        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+        if time.tzinfo is None:
+            return time.replace(tzinfo=UTC)
+        return time.astimezone(UTC)
     return None
 
 

@@ -201,6 +201,17 @@ class Client:
             error.args = (f"workflow {name!r:.100}: {error.args[0]}",)
             raise
 
+    async def definition(
+        self, workflow: str | int, label: str | None, version: int | None, *, fresh: bool
+    ) -> Workflow:
+        """Return a definition that all parts of the session share."""
+        try:
+            async with self.lifetime.call(self.deadline(None)):
+                return await self._definitions.get(workflow, label, version, fresh=fresh)
+        except RequestError as error:
+            error.args = (f"workflow {workflow!r:.100}: {error.args[0]}",)
+            raise
+
     async def workflows_page(
         self, page: int, parameters: Mapping[str, str | None]
     ) -> WorkflowsPage:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import hashlib
 import json
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from promptlayer_exec import NotFound, RequestError, Session, StartRequest
-from promptlayer_exec._integration import DEFINITION_TIMEOUT, MAX_ID, printable
+from promptlayer_exec._integration import MAX_ID, definition, printable
 from promptlayer_exec.cli._arguments import needs
 from promptlayer_exec.cli._exit import Misuse, describe, suggest
 from promptlayer_exec.cli._text import err, quoted, shorten
@@ -106,17 +105,15 @@ class ItemFile:
         problems: dict[int, str] = {}
         for (workflow, label, version), given in self._starts.items():
             try:
-                async with asyncio.timeout(DEFINITION_TIMEOUT):
-                    found = await session.workflow(workflow, label=label, version=version)
+                found = await definition(session, workflow, label=label, version=version)
             except NotFound:
                 which = "" if label is None else f" with the label {quoted(label)}"
                 which += "" if version is None else f" with a version {version}"
                 command = suggest("workflows", base_url)
                 what = f"there is no {_named(workflow)}{which}; `{command}` lists names and labels"
                 problems |= {number: what for numbers in given.values() for number in numbers}
-            except (RequestError, TimeoutError) as error:
-                late = f"{_named(workflow)}: no answer within {DEFINITION_TIMEOUT:g} s"
-                err(f"inputs are not checked: {describe(error) or late}")
+            except RequestError as error:
+                err(f"inputs are not checked: {describe(error)}")
                 break
             else:
                 others = set[str]()

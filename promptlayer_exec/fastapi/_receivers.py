@@ -17,7 +17,7 @@ from promptlayer_exec import Session, SessionClosed
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.fastapi._responses import ProblemRoute
 from promptlayer_exec.fastapi._router import session_dependency
-from promptlayer_exec.fastapi._shown import PROBLEMS
+from promptlayer_exec.fastapi._visible_fields import PROBLEMS
 from promptlayer_exec.webhooks import (
     MAX_WEBHOOK_BYTES,
     Callbacks,
@@ -63,6 +63,7 @@ def create_webhook_router(session: Session | Callable[..., Any], *, secret: str)
             raise
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
+
         if webhook.execution_id is None:
             return Response(status_code=204)
         return _accepted(session, webhook.execution_id, "webhook")
@@ -105,6 +106,7 @@ def create_callback_router(
         """Receive the callback of a start, at the start's own URL."""
         if not callbacks.is_genuine(token):
             raise HTTPException(404)
+
         most = integration.settings(session).max_response_bytes
         body = await _read_body(request, most)
         if too_large := integration.oversize_reason(body, most):
@@ -113,11 +115,13 @@ def create_callback_router(
             execution_id = read_callback(body).execution_id
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
+
         integration.receive_callback(session, token, execution_id)
         if on_callback is not None:
             result = on_callback(token, execution_id)
             if isawaitable(result):
                 await result
+
         return _accepted(session, execution_id, "callback")
 
     return router

@@ -51,13 +51,11 @@ _JSON = "application/json"
 _STRING_OR_NOT_JSON = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|NaN|-?Infinity')
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _URN = "urn:promptlayer-exec:"
-_DEFAULT_RETRY_AFTER = 5.0
-_MAX_RETRY_AFTER = 3600.0
 _REFUSED = "PromptLayer refused this server's credentials."
 _INVALID = "PromptLayer refused the request as invalid."
 
 # An error's own str() is never sent: it may contain PromptLayer's text and address.
-_ANSWERS: Mapping[type[Exception], tuple[int, str]] = {
+_STATUSES_AND_TITLES: Mapping[type[Exception], tuple[int, str]] = {
     BadRequest: (422, _INVALID),
     InvalidSignature: (401, "The webhook's signature is not valid."),
     Unauthorized: (502, _REFUSED),
@@ -96,7 +94,9 @@ def dump_json(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     if "NaN" in text or "Infinity" in text:
         text = _STRING_OR_NOT_JSON.sub(lambda m: m[0] if m[0][0] == '"' else "null", text)
-    return text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text)
+    if text.isascii():
+        return text
+    return _LONE_SURROGATE.sub("\ufffd", text)
 
 
 def json_response(
@@ -121,9 +121,11 @@ def tagged_response(
 
 def describe(error: Exception) -> tuple[int, str, str]:
     """Return an error's status, and the type and text that a client may see."""
-    known = next(cls for cls in type(error).__mro__ if cls in _ANSWERS)
-    status, title = _ANSWERS[known]
-    return status, "InternalServerError" if known is Exception else known.__name__, title
+    known = next(cls for cls in type(error).__mro__ if cls in _STATUSES_AND_TITLES)
+    status, title = _STATUSES_AND_TITLES[known]
+    if known is Exception:
+        return status, "InternalServerError", title
+    return status, known.__name__, title
 
 
 def describe_and_log(error: Exception) -> tuple[int, str, str]:
@@ -150,15 +152,19 @@ async def _handle(_request: Request, error: Exception, *, hidden: Collection[str
     headers = {}
     if (execution_id := getattr(error, "execution_id", None)) is not None:
         members["execution_id"] = str(execution_id)
+
     if isinstance(error, ExecutionFailed):
-        members["failed"] = [
-            {"name": node.name}
-            | ({} if "error_message" in hidden else {"error_message": node.error_message})
-            for node in error.failed
-        ]
+        failed = [{"name": node.name, "error_message": node.error_message} for node in error.failed]
+        if "error_message" in hidden:
+            failed = [{"name": node.name} for node in error.failed]
+        members["failed"] = failed
+
     if isinstance(error, RateLimited):
-        wait = _DEFAULT_RETRY_AFTER if error.retry_after is None else error.retry_after
-        headers["Retry-After"] = str(max(1, math.ceil(min(wait, _MAX_RETRY_AFTER))))
+        seconds = 5.0
+        if error.retry_after is not None:
+            seconds = min(error.retry_after, 3600.0)
+        headers["Retry-After"] = str(max(1, math.ceil(seconds)))
+
     return problem(status, title, _URN + kind, headers, **members)
 
 
@@ -187,7 +193,10 @@ class ProblemRoute(APIRoute):
                 title = responses.get(status, "Error")
                 return problem(status, title, "about:blank", headers, detail=error.detail)
             except RequestValidationError as error:
-                errors = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
+                errors = [
+                    {key: mistake[key] for key in ("loc", "msg", "type")}
+                    for mistake in error.errors()
+                ]
                 title = "The request is invalid."
                 return problem(422, title, f"{_URN}InvalidRequest", None, errors=errors)
 

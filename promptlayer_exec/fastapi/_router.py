@@ -18,10 +18,11 @@ from starlette.types import Scope
 
 from promptlayer_exec import Execution, PromptLayerExecError, Session
 from promptlayer_exec._integration import MAX_ID, check_count, note_start, report_undelivered
-from promptlayer_exec.fastapi._answers import Answers
-from promptlayer_exec.fastapi._events import execution_events, reconnect_later
+from promptlayer_exec.fastapi._kept_responses import KeptResponses
 from promptlayer_exec.fastapi._responses import ProblemRoute, json_response, tagged_response
-from promptlayer_exec.fastapi._shown import (
+from promptlayer_exec.fastapi._sse import execution_events, reconnect_later
+from promptlayer_exec.fastapi._tickets import Tickets
+from promptlayer_exec.fastapi._visible_fields import (
     DEFAULT_FIELDS,
     PROBLEMS,
     described,
@@ -30,7 +31,6 @@ from promptlayer_exec.fastapi._shown import (
     snapshot_schema,
     started_schema,
 )
-from promptlayer_exec.fastapi._tickets import Tickets
 
 T = TypeVar("T")
 
@@ -38,10 +38,9 @@ _ExecutionId = Annotated[int, Path(ge=1, le=MAX_ID)]
 _SAME = {"description": "The client has this complete answer, as its `If-None-Match` says"}
 _SEEN = {"description": "The client has the last event already, as its `Last-Event-ID` says"}
 _OUTPUT = described("The main output: any JSON", {})
-_CLIENT = files(__package__).joinpath("promptlayer-exec.js")
 
 
-class _Start(BaseModel):
+class _NewExecution(BaseModel):
     """A run to be started."""
 
     model_config = ConfigDict(extra="forbid", title="Start")
@@ -156,7 +155,7 @@ async def _refuse_id_in_query(request: Request) -> None:
 
 
 def _add_client(router: APIRouter) -> None:
-    client = _CLIENT.read_bytes()
+    client = files(__package__).joinpath("promptlayer-exec.js").read_bytes()
     tag = f'"{hashlib.sha256(client).hexdigest()[:32]}"'
 
     @router.get("/executions/client.js", include_in_schema=False)
@@ -199,7 +198,7 @@ def _reads(
 ) -> Callable[[APIRouter], None]:
     """Return a function that adds the routes that read executions to a router."""
     hidden = hidden_fields(fields)
-    answers = Answers(hidden)
+    responses = KeptResponses(hidden)
     found, counted = _execution_finder(opened, tickets), _stream_counter(max_streams)
     shown = described("The nodes as they are now", snapshot_schema(hidden))
     events = described("The data of the events", event_schema(hidden), "text/event-stream")
@@ -213,7 +212,7 @@ def _reads(
             session: Session = opened,
         ) -> Response:
             """Return all nodes of an execution as they are now."""
-            reading = answers.get(session, execution.id)
+            reading = responses.get(session, execution.id)
             return tagged_response(*await _unless_disconnected(request, reading), if_none_match)
 
         @router.get(
@@ -251,7 +250,7 @@ def _add_start(
 
     @router.post("/executions", status_code=201, responses={201: started_run})
     async def start_execution(
-        request: Request, body: _Start, session: Session = opened
+        request: Request, body: _NewExecution, session: Session = opened
     ) -> Response:
         """Start an execution of a workflow; `Location` is where to read it.
 
@@ -259,6 +258,7 @@ def _add_start(
         """
         if body.workflow not in workflows:
             raise HTTPException(403, "This workflow cannot be started here.")
+
         try:
             start = session.start(body.workflow, body.inputs)
             started = await _unless_disconnected(request, start)
@@ -266,15 +266,15 @@ def _add_start(
             raise
         except (TypeError, ValueError) as error:  # an input is missing, or is no JSON, such as NaN
             raise HTTPException(422, str(error)) from error
+
+        content = {"execution_id": str(started.id)}
+        if tickets is not None:
+            content["ticket"] = tickets.issue(started)
+        if started.warning is not None:
+            content["warning"] = started.warning
         # Relative, so that it is correct under any prefix that a proxy removes.
         location = f"executions/{started.id}"
-        answer = {
-            "execution_id": str(started.id),
-            "ticket": None if tickets is None else tickets.issue(started),
-            "warning": started.warning,
-        }
-        answer = {name: value for name, value in answer.items() if value is not None}
-        return json_response(answer, 201, {"Location": location})
+        return json_response(content, 201, {"Location": location})
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:

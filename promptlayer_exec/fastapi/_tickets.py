@@ -12,8 +12,6 @@ from promptlayer_exec import Execution
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.webhooks import check_secret
 
-_SALT = "promptlayer_exec.fastapi.Tickets"
-
 
 class Tickets:
     """Issues signed tickets, each of which allows to read one execution until it expires.
@@ -33,7 +31,9 @@ class Tickets:
     def __init__(self, secret: str, *, lifetime: float = 3600.0) -> None:
         self._lifetime = integration.check_seconds("lifetime", lifetime, zero=False)
         self._serializer = URLSafeSerializer(
-            check_secret(secret), _SALT, signer_kwargs={"digest_method": hashlib.sha256}
+            check_secret(secret),
+            salt="promptlayer_exec.fastapi.Tickets",
+            signer_kwargs={"digest_method": hashlib.sha256},
         )
 
     def issue(self, execution: Execution) -> str:
@@ -53,14 +53,19 @@ class Tickets:
         The ticket is in the query, as `ticket`, or a bearer token. None means that the request has
         no valid one for the execution. The routes of `create_router` call this themselves.
         """
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        bearer = token if scheme.lower() == "bearer" else ""
+        scheme, _, ticket = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            ticket = ""
+        ticket = request.query_params.get("ticket", ticket)
+
         try:
-            contents = self._serializer.loads(request.query_params.get("ticket", bearer))
+            contents = self._serializer.loads(ticket)
         except BadData:
             return None
+
         issued_for, workflow, issued = contents
         # The clocks of an app's servers differ a little, so it may come from the future.
         age = max(0.0, time.time() - issued)
-        is_valid = issued_for == str(execution_id) and age < self._lifetime
-        return (workflow, age) if is_valid else None
+        if issued_for != str(execution_id) or age >= self._lifetime:
+            return None
+        return workflow, age

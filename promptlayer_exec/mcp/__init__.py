@@ -3,7 +3,7 @@
 from promptlayer_exec._integration import install_hint
 
 try:
-    from promptlayer_exec.mcp._server import create_server, serve_stdio
+    from promptlayer_exec.mcp._mcp_server import create_server, serve_stdio
 except ModuleNotFoundError as error:
     error.add_note(f"this needs {install_hint('mcp')}")
     raise

@@ -11,8 +11,6 @@ from mcp.types import Tool, ToolAnnotations
 from promptlayer_exec import Workflow
 
 WAIT = 50.0  # seconds: clients often give up after 60
-_LONGEST_NAME = 64  # of a tool; models and clients have limits of their own
-_TYPES = {"string", "number", "integer", "boolean", "array", "object"}
 
 INSTRUCTIONS = f"""\
 These tools run PromptLayer workflows. A run costs money, and cannot be cancelled.
@@ -82,8 +80,12 @@ _STARTED = _schema(
 def common_tools(allowed: tuple[str, ...]) -> list[Tool]:
     """Return the five tools; with `allowed`, the names of the only workflows that they know."""
     workflow: dict[str, Any] = {"type": "string", "description": "Name or id of the workflow."}
-    workflow |= {"enum": list(allowed)} if allowed else {"minLength": 1}
+    if allowed:
+        workflow["enum"] = list(allowed)
+    else:
+        workflow["minLength"] = 1
     version = {"workflow": workflow, "label": _LABEL, "version": _VERSION}
+
     return [
         Tool(
             name="list_workflows",
@@ -142,12 +144,12 @@ def common_tools(allowed: tuple[str, ...]) -> list[Tool]:
 
 def run_tool(name: str, workflow: str, definition: Workflow | None) -> Tool:
     """Return the tool that runs one workflow, with its required inputs as arguments."""
-    inputs = None if definition is None else definition.required_inputs
-    if inputs is None:
+    if definition is None or definition.required_inputs is None:
         schema = RUN
     else:
-        properties = {"timeout": _TIMEOUT, **{it: _input(kind) for it, kind in inputs.items()}}
-        schema = _schema(list(inputs), **properties)
+        inputs = {name: _input(kind) for name, kind in definition.required_inputs.items()}
+        schema = _schema(list(inputs), **{"timeout": _TIMEOUT, **inputs})
+
     return Tool(
         name=name,
         title=f"Run {workflow!r:.100} (paid)",
@@ -161,19 +163,20 @@ def run_tool(name: str, workflow: str, definition: Workflow | None) -> Tool:
 
 
 def _input(kind: str) -> dict[str, Any]:
-    if kind.lower() in _TYPES:
+    if kind.lower() in {"string", "number", "integer", "boolean", "array", "object"}:
         return {"type": kind.lower()}
     return {"description": f"A value of the type {kind!r:.100}."}
 
 
 def run_tool_names(workflows: Iterable[str]) -> Mapping[str, str]:
     """Return the workflow of each tool `run_...`, by the name of the tool."""
+    longest = 64  # models and clients have limits of their own
     names: dict[str, str] = {}
     for workflow in workflows:
-        base = f"run_{re.sub(r'[^A-Za-z0-9_.-]', '_', workflow)}"[:_LONGEST_NAME]
+        base = f"run_{re.sub(r'[^A-Za-z0-9_.-]', '_', workflow)}"[:longest]
         name, number = base, 2
         while name in names:
             suffix = f"_{number}"
-            name, number = base[: _LONGEST_NAME - len(suffix)] + suffix, number + 1
+            name, number = base[: longest - len(suffix)] + suffix, number + 1
         names[name] = workflow
     return names

@@ -6,7 +6,7 @@ try:
     from promptlayer_exec.viewer._board import Board
     from promptlayer_exec.viewer._guard import Address
     from promptlayer_exec.viewer._history import History
-    from promptlayer_exec.viewer._server import create_app, listen, serve
+    from promptlayer_exec.viewer._serving import create_app, listen, serve
 except ModuleNotFoundError as error:
     error.add_note(f"this needs {install_hint('viewer')}")
     raise

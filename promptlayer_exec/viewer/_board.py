@@ -17,9 +17,7 @@ from promptlayer_exec import Event, Execution, RequestRetried, Session, Snapshot
 from promptlayer_exec._integration import error_text, indented
 from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._problems import Problem, explain
-from promptlayer_exec.viewer._timeline import Sight, Timeline
-
-_ASIDE = 20  # executions that are kept for their own pages, the latest first
+from promptlayer_exec.viewer._timeline import Observation, Timeline
 
 logger = logging.getLogger("promptlayer_exec")
 
@@ -101,9 +99,8 @@ class Board:
         """Record why polls are tried again: an observer, for whoever makes the session."""
         card = self.cards.get(event.execution_id or 0)
         if card is not None and isinstance(event, RequestRetried):
-            now = time.time()
-            since = now if card.problem is None else card.problem.since
-            card.problem = Problem(*explain(event.error), since, now + event.delay)
+            until = time.time() + event.delay
+            card.problem = Problem(*explain(event.error), _since(card), until)
             self._notify()
 
     def follow(self, execution_id: int) -> None:
@@ -120,20 +117,26 @@ class Board:
             PromptLayerExecError: the server does not know the execution, or did not answer.
         """
         card = self.cards.get(execution_id)
-        if card is None or card.is_lost:
+        if card is not None and not card.is_lost:
+            if is_listed and not card.is_listed:
+                card.is_listed = True
+                self.cards = {execution_id: card, **self.cards}
+                self._notify()
+            return
+
+        if card is None:
             new = Card(self.session.execution(execution_id), is_listed=is_listed)
-            if card is not None:
-                new = attrs.evolve(card, snapshot=None, problem=None, is_lost=False, is_new=False)
-            snapshot = await new.execution.snapshot()
-            new.is_listed = new.is_listed or is_listed or not snapshot.complete
-            self._follow(new, first=True)
-            # Those that were opened long ago are read again when they are needed.
-            for old in [one for one, it in self.cards.items() if not it.is_listed][_ASIDE:]:
-                self.remove(old)
-        elif is_listed and not card.is_listed:
-            card.is_listed = True
-            self.cards = {execution_id: card, **self.cards}
-            self._notify()
+        else:
+            new = attrs.evolve(card, snapshot=None, problem=None, is_lost=False, is_new=False)
+        snapshot = await new.execution.snapshot()
+        new.is_listed = new.is_listed or is_listed or not snapshot.complete
+        self._follow(new, first=True)
+
+        # Those that have only a page of their own were opened to be looked at once: the latest 20
+        # are kept, and others are read again when they are needed.
+        unlisted = [old_id for old_id, old in self.cards.items() if not old.is_listed]
+        for old_id in unlisted[20:]:
+            self.remove(old_id)
 
     async def start(
         self,
@@ -151,21 +154,28 @@ class Board:
             ValueError: JSON cannot represent the inputs.
             PromptLayerExecError: it was not started, or it is unknown whether it was.
         """
-        known: dict[str, Any] = {"workflow": workflow, "label": label, "version": version}
-        known["metadata"] = None if metadata is None else json.dumps(dict(metadata))
-        known["inputs"] = indented(inputs)
-        line = {**known, "began": time.time(), "is_started": True}
+        known: dict[str, Any] = {
+            "workflow": workflow,
+            "label": label,
+            "version": version,
+            "metadata": None if metadata is None else json.dumps(dict(metadata)),
+            "inputs": indented(inputs),
+        }
+        row = {**known, "began": time.time(), "is_started": True}
+
         try:
             execution = await self.session.start(
                 workflow, inputs, label=label, version=version, metadata=metadata
             )
         except (StartUnknown, asyncio.CancelledError) as error:
-            stopped = "the viewer was stopped before the start was answered"
-            problem = str(error) if isinstance(error, StartUnknown) else stopped
-            self._record(**line, outcome="unknown", problem=problem)
+            problem = "the viewer was stopped before the start was answered"
+            if isinstance(error, StartUnknown):
+                problem = str(error)
+            self._record(**row, outcome="unknown", problem=problem)
             raise
-        self._record(**line, execution_id=execution.id, outcome="running")
-        self._follow(Card(execution, started=line["began"], is_new=True, **known), first=True)
+
+        self._record(**row, execution_id=execution.id, outcome="running")
+        self._follow(Card(execution, started=row["began"], is_new=True, **known), first=True)
         if self.is_closed:  # perhaps no page gets the answer
             logger.warning("execution %d of workflow %.100r started", execution.id, workflow)
         return execution
@@ -204,8 +214,12 @@ class Board:
         before = self.cards.get(execution_id)
         if before is not None and not before.is_lost:
             return
-        start = {execution_id: card} if first and before is None else {}
-        self.cards = {**start, **self.cards, execution_id: card}
+
+        if first and before is None:
+            self.cards = {execution_id: card, **self.cards}
+        else:
+            self.cards = {**self.cards, execution_id: card}
+
         watch = asyncio.create_task(self._watch(card), name=f"viewer {execution_id}")
         self._watches[card] = watch
         watch.add_done_callback(lambda _: self._watches.pop(card))
@@ -213,16 +227,17 @@ class Board:
 
     async def _watch(self, card: Card) -> None:
         try:
-            sight = Sight(await self._recall(card), is_new=card.is_new)
+            observation = Observation(await self._recall(card), is_new=card.is_new)
+
             async with aclosing(card.execution.stream(timeout=None)) as snapshots:
                 async for snapshot in snapshots:
-                    self._take(card, snapshot, sight)
+                    self._show(card, snapshot, observation)
         except Exception as error:  # noqa: BLE001 - shown on the page, else it would show as running
             kind, text = explain(error)
-            since = time.time() if card.problem is None else card.problem.since
-            card.problem, card.is_lost = Problem(kind, text, since), True
+            card.problem, card.is_lost = Problem(kind, text, _since(card)), True
             self._update(card, outcome="lost", problem=text)
             self._notify()
+
         finally:
             if card.snapshot is not None and not card.snapshot.complete:
                 self._update(card, origin=card.timeline.origin, times=card.timeline.dump())
@@ -241,11 +256,13 @@ class Board:
             card.started = known["began"] if known["is_started"] else None
         return Timeline.read(known)
 
-    def _take(self, card: Card, snapshot: Snapshot, sight: Sight) -> None:
+    def _show(self, card: Card, snapshot: Snapshot, observation: Observation) -> None:
+        """Show a new snapshot of an execution, and record what is new in it."""
         is_first = card.snapshot is None
-        card.timeline = sight.take(snapshot, time.time())
+        card.timeline = observation.update(snapshot, time.time())
         card.snapshot, card.problem = snapshot, None
         card.received = asyncio.get_running_loop().time()
+
         if is_first:
             self._record(
                 execution_id=card.execution.id,
@@ -264,6 +281,7 @@ class Board:
                 origin=card.timeline.origin,
                 times=card.timeline.dump(),
             )
+
         self._notify()
 
     def _update(self, card: Card, **fields: Any) -> None:
@@ -277,6 +295,11 @@ class Board:
     def _notify(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
+
+
+def _since(card: Card) -> float:
+    """Return when the problem of an execution was noticed first."""
+    return time.time() if card.problem is None else card.problem.since
 
 
 def _problem(snapshot: Snapshot) -> str | None:

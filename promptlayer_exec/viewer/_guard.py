@@ -13,7 +13,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - to recognise them
 _HEADERS = {
     "Content-Security-Policy": (
@@ -26,7 +25,6 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-_NAVIGATION = {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
 
 
 @attrs.frozen
@@ -44,8 +42,9 @@ class Address:
     @property
     def base_url(self) -> str:
         """The URL of the viewer on its own machine."""
-        host = "127.0.0.1" if self.host in _WILDCARDS else _in_url(self.host)
-        return f"http://{host}:{self.port}"
+        if self.host in _WILDCARDS:
+            return f"http://127.0.0.1:{self.port}"
+        return f"http://{_in_url(self.host)}:{self.port}"
 
     @property
     def is_loopback(self) -> bool:
@@ -59,7 +58,8 @@ class Address:
         if self.port == 80 and not port.isdecimal():
             name, port = host.lower(), "80"
         is_any_ip = self.host in _WILDCARDS and _read_ip(name.strip("[]")) is not None
-        is_name = is_any_ip or name in (*_LOOPBACK, _in_url(self.host))
+        known = ("127.0.0.1", "localhost", "[::1]", _in_url(self.host))
+        is_name = is_any_ip or name in known
         return is_name and port == str(self.port)
 
 
@@ -85,17 +85,22 @@ class Guard:
         await app(scope, receive, guarded)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
-        hosts = headers.getlist("host")
-        if len(hosts) != 1 or not self._address.is_meant(hosts[0]):
+        host = headers.get("host", "")
+        if not self._address.is_meant(host):
             return _forbidden("the Host header does not name this viewer")
-        origins = headers.getlist("origin")
-        if any(origin.lower() != f"http://{hosts[0].lower()}" for origin in origins):
+
+        origin = headers.get("origin")
+        if origin is not None and origin.lower() != f"http://{host.lower()}":
             return _forbidden("the request is from another origin")
-        site = headers.get("sec-fetch-site", "none")
+
         # Any site may link to the page, which shows nothing without the token.
-        is_link = scope["path"] == "/" and all(headers.get(k) == v for k, v in _NAVIGATION.items())
+        mode, destination = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
+        is_navigation = mode == "navigate" and destination == "document"
+        is_link = scope["path"] == "/" and is_navigation
+        site = headers.get("sec-fetch-site", "none")
         if site not in ("same-origin", "none") and not is_link:
             return _forbidden("the request is from another site")
+
         authorization = headers.get("authorization", "").encode()
         is_allowed = compare_digest(authorization, f"Bearer {self._token}".encode())
         if is_allowed or not scope["path"].startswith("/api/"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,10 +15,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 PAGE_SIZE = 100
-_MAX_INPUTS = 256 * 1024
 _BUSY = 5.0  # seconds that another viewer may hold the file
-_TREND = 40  # runs
-_TRENDS = 24  # workflows
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS executions (
     key INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -45,8 +43,6 @@ _SHOWN = (
     "key, CAST(execution_id AS TEXT) AS execution_id, workflow, label, version, metadata, outcome,"
     " began, is_started, duration, nodes"
 )
-_TEXTS = ("workflow", "CAST(execution_id AS TEXT)", "inputs", "problem", "label")
-_OUTCOMES = ("running", "succeeded", "failed", "lost", "unknown")
 
 _logger = logging.getLogger("promptlayer_exec")
 
@@ -93,7 +89,7 @@ class History:
             self._report(reading)
             return None
 
-    async def find_line(self, key: int) -> dict[str, Any] | None:
+    async def find_row(self, key: int) -> dict[str, Any] | None:
         """Return what is remembered under the key of a line, with its inputs."""
         return await self._call(self._read_one, "key", key)
 
@@ -148,6 +144,7 @@ class History:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             # SQLite would create the file readable for everybody.
             os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
+
             connection = sqlite3.connect(self._path, timeout=_BUSY, isolation_level=None)
             try:
                 connection.row_factory = sqlite3.Row
@@ -159,8 +156,10 @@ class History:
                 connection.close()
                 raise
             self._connection = connection
-        # Once the file could not be written, nothing queued behind waits for it any more.
-        busy = 0 if self._is_failing else round(1000 * _BUSY)
+
+        busy = round(1000 * _BUSY)
+        if self._is_failing:  # nothing queued behind what could not be written waits any more
+            busy = 0
         self._connection.execute(f"PRAGMA busy_timeout = {busy}")
         return self._connection
 
@@ -169,17 +168,20 @@ class History:
 
     def _write(self, fields: dict[str, Any]) -> None:
         row = {"server": self._server, **_storable(fields)}
-        if len(row.get("inputs") or "") > _MAX_INPUTS:
+        if len(row.get("inputs") or "") > 256 * 1024:  # a file is not to grow by gigabytes
             del row["inputs"]
+
         changing = row.keys() - {"server", "execution_id", "began", "is_started"}
         updates = [f"{name} = COALESCE(excluded.{name}, {name})" for name in changing]
         names, marks = ", ".join(row), ", ".join("?" * len(row))
+
         connection = self._connect()
         connection.execute(
             f"INSERT INTO executions ({names}) VALUES ({marks})"  # noqa: S608 - names of ours
             f" ON CONFLICT (server, execution_id) DO UPDATE SET {', '.join(updates)}",
             [*row.values()],
         )
+
         connection.execute(
             "DELETE FROM executions WHERE server = ? AND key <= (SELECT key FROM executions"
             " WHERE server = ? ORDER BY key DESC LIMIT 1 OFFSET ?)",
@@ -211,18 +213,27 @@ class History:
         offset: int = 0,
     ) -> dict[str, Any]:
         where, values = ["server = ?", "began >= ?"], [self._server, since]
+
+        texts = ("workflow", "CAST(execution_id AS TEXT)", "inputs", "problem", "label")
         for word in text.split():
-            pattern = "%" + "".join(f"\\{c}" if c in "\\%_" else c for c in word) + "%"
-            where.append("(" + " OR ".join(f"{it} LIKE ? ESCAPE '\\'" for it in _TEXTS) + ")")
-            values.extend([pattern] * len(_TEXTS))
+            escaped = re.sub(r"[\\%_]", r"\\\g<0>", word)
+            where.append(
+                "(" + " OR ".join(f"{column} LIKE ? ESCAPE '\\'" for column in texts) + ")"
+            )
+            values.extend([f"%{escaped}%"] * len(texts))
+
         if workflow:
             where.append("workflow = ?")
             values.append(workflow)
         found = f"FROM executions WHERE {' AND '.join(where)}"
+
+        # The counts are of all outcomes, so that the page can offer the others.
         connection = self._connect()
-        counts = dict.fromkeys(_OUTCOMES, 0)
+        counts = dict.fromkeys(("running", "succeeded", "failed", "lost", "unknown"), 0)
         for row in connection.execute(f"SELECT outcome, COUNT(*) {found} GROUP BY outcome", values):
             counts[row[0]] = row[1]
+        matching = counts.get(outcome, sum(counts.values()))
+
         if outcome:
             found += " AND outcome = ?"
             values.append(outcome)
@@ -232,7 +243,6 @@ class History:
             " ORDER BY began DESC, key DESC LIMIT ? OFFSET ?",
             [*values, PAGE_SIZE, offset],
         ).fetchall()
-        matching = counts[outcome] if outcome in counts else sum(counts.values())
         return {"entries": [dict(row) for row in rows], "counts": counts, "matching": matching}
 
     def _read_trends(self) -> list[dict[str, Any]]:
@@ -242,8 +252,9 @@ class History:
             " COUNT(*) OVER (PARTITION BY workflow) AS total"
             " FROM executions WHERE server = ? AND workflow IS NOT NULL AND duration IS NOT NULL)"
             " WHERE number <= ? ORDER BY began",
-            [self._server, _TREND],
+            [self._server, 40],  # as many bars as fit
         )
+
         trends: dict[str, dict[str, Any]] = {}
         for row in rows:
             trend = trends.setdefault(row["workflow"], {"workflow": row["workflow"], "runs": []})
@@ -257,15 +268,16 @@ class History:
                     "is_minimum": not row["is_started"],
                 }
             )
+
         newest = sorted(trends.values(), key=lambda trend: trend["latest"], reverse=True)
-        return newest[:_TRENDS]
+        return newest[:24]
 
 
 def _storable(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields with lone surrogates escaped, which UTF-8 does not have."""
-    return {
+    texts = {
         name: value.encode("utf-8", "backslashreplace").decode()
-        if isinstance(value, str)
-        else value
         for name, value in fields.items()
+        if isinstance(value, str)
     }
+    return fields | texts

@@ -30,29 +30,41 @@ def explain(error: Exception) -> tuple[str, str]:
     """Return the kind of an error, and a sentence for people."""
     kind, text = "other", str(error) or type(error).__name__
     answer = f"{error.status} {error.message}" if isinstance(error, StatusError) else ""
+
     match error:
         case Unauthorized():
+            kind = "refused"
             text = f"PromptLayer refuses the API key ({answer}). Check PROMPTLAYER_API_KEY where"
-            kind, text = "refused", f"{text} the viewer was started, and start it again."
+            text += " the viewer was started, and start it again."
+
         case Forbidden():
+            kind = "refused"
             text = f"PromptLayer does not allow this API key to do that ({answer})."
-            kind, text = "refused", f"{text} Check that the key is of the right workspace."
+            text += " Check that the key is of the right workspace."
+
         case NotFound():
+            kind = "missing"
             named = error.execution_id is not None
             what = f"execution {error.execution_id}" if named else "workflow of this name or id"
             text = f"PromptLayer has no {what} ({error.status})."
-            kind, text = "missing", f"{text} Check that it is of the workspace of this API key."
+            text += " Check that it is of the workspace of this API key."
+
         case RateLimited():
             kind, text = "waiting", f"PromptLayer asks to wait ({answer})."
+
         case StatusError():
             kind = "failing" if error.status >= 500 else "other"
             text = f"PromptLayer answers {answer}."
+
         case ConnectionFailed():
             reason = str(error.reason or error.args[0]).rstrip(".")
             kind, text = "unreachable", f"PromptLayer cannot be reached: {reason}."
+
         case RequestTimeout():
             kind, text = "slow", "PromptLayer did not answer in time."
+
         case InvalidResponse():
             reason = str(error.args[0]).rstrip(".")
             kind, text = "unreadable", f"PromptLayer's answer cannot be read: {reason}."
+
     return kind, text

@@ -13,12 +13,17 @@ from fastapi import Body, FastAPI, Path, Query
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from promptlayer_exec import PromptLayerExecError, StartUnknown, Workflow
+from promptlayer_exec import Node, PromptLayerExecError, Session, StartUnknown, Workflow
 from promptlayer_exec._integration import MAX_ID
 from promptlayer_exec.viewer._board import Board, Card
-from promptlayer_exec.viewer._definitions import Definitions, NoDefinition, definition_view
-from promptlayer_exec.viewer._events import value_text
+from promptlayer_exec.viewer._graphs import (
+    NoDefinition,
+    WorkflowList,
+    find_definition,
+    graph_view,
+)
 from promptlayer_exec.viewer._history import History
+from promptlayer_exec.viewer._live_stream import value_text
 from promptlayer_exec.viewer._problems import explain
 
 _Text = Annotated[str, Body(embed=True)]
@@ -57,7 +62,9 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
     @app.get("/api/executions/{execution_id}/nodes/{index}")
     async def get_value(execution_id: int, index: int) -> Response:
         card = board.cards.get(execution_id)
-        nodes = [] if card is None or card.snapshot is None else [*card.snapshot.nodes.values()]
+        nodes = list[Node]()
+        if card is not None and card.snapshot is not None:
+            nodes = [*card.snapshot.nodes.values()]
         if not 0 <= index < len(nodes):
             return refuse("This node no longer exists.", 404)
         return _text(value_text(nodes[index].value))
@@ -78,24 +85,29 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
 
     @app.get("/api/compare/{left}/{right}")
     async def compare(left: int, right: int) -> Response:
-        one, other = board.cards.get(left), board.cards.get(right)
-        before = None if one is None else one.snapshot
-        after = None if other is None else other.snapshot
-        if before is None or after is None:
+        snapshots = [
+            card.snapshot
+            for card in (board.cards.get(left), board.cards.get(right))
+            if card is not None and card.snapshot is not None
+        ]
+        if len(snapshots) < 2:
             return refuse("One of these executions is not followed.", 404)
+
+        before, after = snapshots
         return _json({"changed": [change.node.name for change in after.diff(before)]})
 
 
-def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) -> None:
+def add_workflow_routes(app: FastAPI, board: Board) -> None:
     """Add the routes that describe workflows, and record which one an execution is of."""
+    listed = WorkflowList(board.session)
 
     @app.get("/api/workflows")
     async def get_workflows() -> Response:
         try:
-            summaries = await definitions.summaries()
+            summaries = await listed.get()
         except NoDefinition as error:
             return _json({"workflows": [], "reason": str(error)})
-        workflows = [{"id": str(it.id), "name": it.name} for it in summaries]
+        workflows = [{"id": str(summary.id), "name": summary.name} for summary in summaries]
         return _json({"workflows": workflows, "reason": None})
 
     @app.get("/api/definition")
@@ -103,9 +115,12 @@ def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) ->
         workflow: str, label: str | None = None, version: int | None = None
     ) -> Response:
         try:
-            view = await _find_definition(definitions, workflow, label, version)
+            latest = await find_definition(board.session, workflow)
+            found = await find_definition(board.session, workflow, label, version)
         except NoDefinition as error:
             return _json({"definition": None, "reason": str(error)})
+        labels = await _labels(listed, found)
+        view = graph_view(found) | {"labels": labels, "latest_version": latest.version}
         return _json({"definition": view, "reason": None})
 
     @app.get("/api/executions/{execution_id}/graph")
@@ -113,13 +128,13 @@ def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) ->
         card = board.cards.get(execution_id)
         if card is None:
             return refuse("This execution is not followed.", 404)
-        return await _find_graph(definitions, card)
+        return await _find_graph(board.session, card)
 
     @app.put("/api/executions/{execution_id}/workflow")
     async def set_workflow(execution_id: int, workflow: _Text) -> Response:
         card = board.cards.get(execution_id)
         try:
-            found = await definitions.get(workflow)
+            found = await find_definition(board.session, workflow)
         except NoDefinition as error:
             return refuse(str(error), 502, "workflow")
         if card is not None:
@@ -127,38 +142,32 @@ def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) ->
         return _graph(found)
 
 
-async def _find_graph(definitions: Definitions, card: Card) -> Response:
+async def _find_graph(session: Session, card: Card) -> Response:
     if card.workflow is None:
         return _graph(None, "PromptLayer does not say which workflow this is a run of.")
     try:
-        return _graph(await definitions.get(card.workflow, card.label, card.version))
+        found = await find_definition(session, card.workflow, card.label, card.version)
     except NoDefinition as error:
         return _graph(None, f"There is no graph: {error}")
+    return _graph(found)
 
 
-async def _find_definition(
-    definitions: Definitions, workflow: str, label: str | None, version: int | None
-) -> dict[str, Any]:
-    latest = await definitions.get(workflow)
-    found = await definitions.get(workflow, label, version)
-    labels = await _labels(definitions, found)
-    return definition_view(found) | {"labels": labels, "latest_version": latest.version}
-
-
-async def _labels(definitions: Definitions, workflow: Workflow) -> list[str]:
+async def _labels(listed: WorkflowList, workflow: Workflow) -> list[str]:
     """Return the labels of all versions of a workflow, or at least those of this one."""
     with suppress(NoDefinition):
-        for summary in await definitions.summaries():
+        for summary in await listed.get():
             if summary.id == workflow.id:
                 return list(dict.fromkeys([*summary.labels, *workflow.labels]))
     return list(workflow.labels)
 
 
 def _graph(found: Workflow | None, reason: str | None = None) -> Response:
-    if found is not None and not found.nodes:
-        found, reason = None, "There is no graph: PromptLayer describes no nodes of this workflow."
-    view = None if found is None else definition_view(found)
-    return _json({"definition": view, "reason": reason})
+    if found is None:
+        return _json({"definition": None, "reason": reason})
+    if not found.nodes:
+        reason = "There is no graph: PromptLayer describes no nodes of this workflow."
+        return _json({"definition": None, "reason": reason})
+    return _json({"definition": graph_view(found), "reason": None})
 
 
 def add_start_routes(app: FastAPI, board: Board) -> None:
@@ -175,6 +184,7 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
             return refuse("Enter the name or the id of a workflow.", 422, "workflow")
         if version and not re.fullmatch("[1-9][0-9]{0,8}", version):
             return refuse("A version is a whole number from 1.", 422, "version")
+
         try:
             execution = await board.start(
                 workflow,
@@ -190,6 +200,7 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
             return refuse(message, 502, is_unknown=isinstance(error, StartUnknown))
         except (TypeError, ValueError) as error:
             return refuse(str(error), 422, "inputs")
+
         return _json({"execution_id": str(execution.id)}, 201)
 
 
@@ -203,7 +214,9 @@ def add_history_routes(app: FastAPI, history: History) -> None:
         days: float = 0,
         offset: _Offset = 0,
     ) -> Response:
-        since = time.time() - 86400 * days if days > 0 else 0.0
+        since = 0.0
+        if days > 0:
+            since = time.time() - 86400 * days
         filters = {"outcome": outcome, "workflow": workflow, "since": since, "offset": offset}
         return _json(await history.search(search, **filters))
 
@@ -213,7 +226,7 @@ def add_history_routes(app: FastAPI, history: History) -> None:
 
     @app.get("/api/history/{key}/inputs")
     async def get_remembered_inputs(key: _Key) -> Response:
-        known = await history.find_line(key)
+        known = await history.find_row(key)
         if known is None or known["inputs"] is None:
             return refuse("The inputs of this execution are not known here.", 404)
         return _text(known["inputs"])
@@ -241,13 +254,15 @@ def refuse(message: str, status: int, field: str | None = None, **more: Any) -> 
 
 
 def _read_inputs(text: str) -> dict[str, Any]:
+    if not text.strip():
+        return {}
+
     try:
-        inputs = json.loads(text) if text.strip() else {}
+        inputs = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"This is not JSON: {error.msg} at {where}.") from None
-    except RecursionError:
-        raise ValueError("This is nested too deeply.") from None
+
     if not isinstance(inputs, dict):
         raise TypeError('The inputs must be a JSON object, for example {"topic": "otters"}.')
     return inputs

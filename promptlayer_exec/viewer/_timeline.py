@@ -20,15 +20,16 @@ class Timeline:
     nodes: Mapping[str, NodeTimes] = attrs.Factory(dict)  # since the origin
 
     @classmethod
-    def read(cls, line: Mapping[str, Any] | None) -> Timeline:
-        """Return what a line of the history says."""
-        if line is None or line["origin"] is None:
+    def read(cls, row: Mapping[str, Any] | None) -> Timeline:
+        """Return the times in a row of the history."""
+        if row is None or row["origin"] is None:
             return cls()
-        nodes = {name: NodeTimes(*times) for name, times in json.loads(line["times"]).items()}
+
+        nodes = {name: NodeTimes(*times) for name, times in json.loads(row["times"]).items()}
         elapsed = None
-        if line["duration"] is not None:
-            elapsed = line["began"] + line["duration"] - line["origin"]
-        return cls(line["origin"], elapsed, nodes)
+        if row["duration"] is not None:
+            elapsed = row["began"] + row["duration"] - row["origin"]
+        return cls(row["origin"], elapsed, nodes)
 
     def dump(self) -> str:
         """Return the times of the nodes as the history stores them."""
@@ -40,7 +41,7 @@ class Timeline:
 
 
 @attrs.define
-class Sight:
+class Observation:
     """What one watch sees of an execution, after what earlier viewers remember."""
 
     remembered: Timeline
@@ -48,25 +49,25 @@ class Sight:
     _polled: float | None = None  # when the first poll was, in seconds since 1970
     _over: frozenset[str] = frozenset()  # nodes that were final by then: nobody saw when
 
-    def take(self, snapshot: Snapshot, now: float) -> Timeline:
+    def update(self, snapshot: Snapshot, now: float) -> Timeline:
         """Return the times with those of the next snapshot, received at `now`."""
         if self._polled is None:
             if snapshot.complete and not self.is_new:
                 return self.remembered
             self._polled = now - snapshot.elapsed
-            self._over = frozenset(n.name for n in snapshot.nodes.values() if n.final)
+            self._over = frozenset(node.name for node in snapshot.nodes.values() if node.final)
+
         origin = self.remembered.origin or self._polled
         offset = self._polled - origin
+
         nodes = {}
         for name, seen in snapshot.times.items():
-            before = self.remembered.nodes.get(name, NodeTimes())
-            final = None if name in self._over else seen.final
-            nodes[name] = NodeTimes(
-                _later(seen.running, offset) if before.running is None else before.running,
-                _later(final, offset) if before.final is None else before.final,
-            )
+            remembered = self.remembered.nodes.get(name, NodeTimes())
+            running, final = remembered.running, remembered.final
+            if running is None and seen.running is not None:
+                running = seen.running + offset
+            if final is None and seen.final is not None and name not in self._over:
+                final = seen.final + offset
+            nodes[name] = NodeTimes(running, final)
+
         return Timeline(origin, offset + snapshot.elapsed, nodes)
-
-
-def _later(at: float | None, offset: float) -> float | None:
-    return None if at is None else at + offset

@@ -12,12 +12,15 @@ import pytest
 from promptlayer_exec import (
     ExecutionStarted,
     ExecutionTimeout,
+    Forbidden,
+    RequestTimeout,
     Session,
     SessionClosed,
     StartFailed,
     StartRequest,
 )
 from promptlayer_exec._engine import definitions
+from promptlayer_exec._integration import definition
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 DONE = Scenario([SimNode("Answer", "42", is_output_node=True)])
@@ -75,7 +78,7 @@ async def test_after_five_minutes_a_definition_is_read_again(
     sim: Simulator, checking: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may have changed meanwhile."""
-    monkeypatch.setattr(definitions, "_KEPT", 0.0)
+    monkeypatch.setattr(definitions, "_LIMITS", definitions._Limits(kept_for=0.0))
     for _ in range(2):
         await checking.start("w", {"topic": "otters"})
     assert reads(sim) == 2
@@ -96,7 +99,7 @@ async def test_a_start_goes_on_without_a_definition(
     sim: Simulator, checking: Session, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     """That there is none is kept, too: the next start does not wait for it."""
-    monkeypatch.setattr(definitions, "DEFINITION_TIMEOUT", 0.05)
+    monkeypatch.setattr(definitions, "_LIMITS", definitions._Limits(timeout=0.05))
     sim.inject(fault)
     await checking.start("w")
     await checking.start("w")
@@ -121,6 +124,66 @@ async def test_a_number_for_a_string_is_a_warning(
             await checking.start("n", {"text": 12345, "count": 1, "flag": True})
     (said,) = caplog.messages
     assert said == "the input 'text' of workflow 'n' is sent as a number, but should be a string"
+
+
+async def test_all_parts_of_a_session_share_one_definition(
+    sim: Simulator, checking: Session
+) -> None:
+    """What a start has read, the viewer and the MCP server show, until they want a new one."""
+    await checking.start("w", {"topic": "otters"})
+    shared = await definition(checking, "w")
+    assert (shared.required_inputs, [*shared.nodes]) == ({"topic": "string"}, ["Answer"])
+    assert await definition(checking, "w") is shared
+    assert reads(sim) == 1
+    await definition(checking, "w", fresh=True)
+    assert reads(sim) == 2
+
+
+async def test_inputs_are_kept_of_more_definitions_than_nodes(
+    sim: Simulator, checking: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes may be many, and only those who show a graph ask for them."""
+    monkeypatch.setattr(definitions, "_LIMITS", definitions._Limits(most_with_nodes=1))
+    sim.add_workflow("other", DONE)
+    for name in ("w", "other"):
+        await definition(checking, name)
+    await checking.start("w", {"topic": "otters"})
+    assert reads(sim) == 1
+    await definition(checking, "w")
+    assert reads(sim) == 2
+
+
+async def test_why_there_is_no_definition_is_not_kept(sim: Simulator, checking: Session) -> None:
+    """Whoever asks again may have corrected it; all who ask at once get an error of their own."""
+    sim.inject(Fault.status(403))
+    errors = await asyncio.gather(
+        definition(checking, "w"), definition(checking, "w"), return_exceptions=True
+    )
+    assert [type(error) for error in errors] == [Forbidden] * 2
+    assert str(errors[0]) == str(errors[1])
+    assert str(errors[0]).startswith("workflow 'w': the server answered 403")
+    assert (await definition(checking, "w")).name == "w"
+    assert reads(sim) == 2
+
+
+async def test_a_definition_that_does_not_come_is_given_up(
+    sim: Simulator, checking: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After seconds, long before `request_timeout`."""
+    monkeypatch.setattr(definitions, "_LIMITS", definitions._Limits(timeout=0.05))
+    sim.inject(Fault.stall())
+    with pytest.raises(RequestTimeout, match=r"workflow 'w': no answer within 0.05 s"):
+        await definition(checking, "w")
+
+
+async def test_closing_the_session_ends_a_reading(sim: Simulator, checking: Session) -> None:
+    """Like any other call."""
+    sim.inject(Fault.stall())
+    reading = asyncio.create_task(definition(checking, "w"))
+    await sim.wait_for_requests(1)
+    await checking.aclose()
+    with pytest.raises(SessionClosed):
+        await reading
 
 
 class TestEnds:

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from promptlayer_exec import Event, ExecutionStarted, RetryPolicy, Session, WatchEnded
-from promptlayer_exec.fastapi import _events, create_router, execution_events
+from promptlayer_exec.fastapi import _sse, create_router, execution_events
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 Serve = Callable[[ASGIApp], Awaitable[str]]
@@ -436,7 +436,7 @@ async def test_a_client_that_never_reads_is_dropped(
 ) -> None:
     """Otherwise it could keep the polling going forever; the log has one line, and no traceback."""
     caplog.set_level("INFO", "promptlayer_exec")
-    monkeypatch.setattr(_events, "_SEND_TIMEOUT", 0.2)
+    monkeypatch.setattr(_sse, "_SEND_TIMEOUT", 0.2)
     _, base_url = restless
     app = make_app(open_session(base_url=base_url))
     ended = asyncio.create_task(recorder.next(WatchEnded))

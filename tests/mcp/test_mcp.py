@@ -379,6 +379,18 @@ async def test_a_number_is_no_string(workspace: Simulator, connect: Connect) -> 
         assert (await call(client, "run_other", n=1.5))["succeeded"]
 
 
+async def test_no_number_is_refused_on_a_kept_definition(sim: Simulator, connect: Connect) -> None:
+    """It is read once more first; otherwise all tools share one request."""
+    sim.add_workflow("count", write_report, inputs={"n": "string"})
+    async with connect() as client:
+        await call(client, "describe_workflow", workflow="count")
+        await call(client, "start_workflow", workflow="count", inputs={"n": "5"})
+        assert [request.path for request in sim.requests].count("/workflows/count") == 1
+        sim.add_version("count", write_report, inputs={"n": "number"})
+        await call(client, "start_workflow", workflow="count", inputs={"n": 5})
+    assert len(sim.runs) == 2
+
+
 async def test_a_lost_start_is_not_repeated(workspace: Simulator, connect: Connect) -> None:
     """The model is told not to start it again."""
     workspace.inject(Fault.disconnect(), path="/run")

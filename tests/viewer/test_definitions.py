@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from promptlayer_exec import Session, Workflow, WorkflowEdge, WorkflowNode
+from promptlayer_exec._engine import definitions
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Board, History
-from promptlayer_exec.viewer._definitions import Definitions, NoDefinition, definition_view
+from promptlayer_exec.viewer._graphs import graph_view
 
 TWO = Scenario([SimNode("plan", "p"), SimNode("answer", "a", after=["plan"], is_output_node=True)])
 
@@ -66,12 +67,18 @@ async def test_without_a_definition_there_is_a_reason(sim: Simulator, viewer: An
 async def test_an_error_of_the_server_is_a_reason(sim: Simulator, viewer: Any) -> None:
     """The rest of the page does without the graph."""
     sim.add_workflow("report", TWO)
+    sim.inject(Fault.status(403, times=2), path="/workflows/report")
     execution_id = (await viewer.board.start("report", {})).id
-    while viewer.board.cards[execution_id].state != "succeeded":
-        await viewer.board.changed.wait()
-    sim.inject(Fault.status(403))
     answer = await _graph(viewer, execution_id)
     assert "403 Forbidden" in answer["reason"]
+
+
+async def test_the_graph_of_a_run_costs_no_request(sim: Simulator, viewer: Any) -> None:
+    """The definition that the start was checked with has it."""
+    sim.add_workflow("report", TWO)
+    execution_id = (await viewer.board.start("report", {})).id
+    assert (await _graph(viewer, execution_id))["definition"]["layers"] == [["plan"], ["answer"]]
+    assert [request.path for request in sim.requests].count("/workflows/report") == 1
 
 
 async def test_the_form_knows_inputs_labels_and_versions(sim: Simulator, viewer: Any) -> None:
@@ -110,19 +117,17 @@ async def test_inputs_are_checked_before_a_start(sim: Simulator, viewer: Any) ->
     assert sim.runs[0].body["workflow_version_number"] == 1
 
 
-async def test_a_definition_that_does_not_come_is_given_up(
-    sim: Simulator, session: Session, monkeypatch: pytest.MonkeyPatch
+async def test_a_workflow_that_does_not_come_is_given_up(
+    sim: Simulator, viewer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes seconds, and not the session's patience."""
-    monkeypatch.setattr("promptlayer_exec.viewer._definitions._PATIENCE", 0.05)
-    monkeypatch.setattr("promptlayer_exec.viewer._definitions._LIST_PATIENCE", 0.05)
+    monkeypatch.setattr(definitions, "_LIMITS", definitions._Limits(timeout=0.05))
+    monkeypatch.setattr("promptlayer_exec.viewer._graphs._LIST_TIMEOUT", 0.05)
     sim.inject(Fault.stall(times=None))
-    async with session:
-        definitions = Definitions(session)
-        with pytest.raises(NoDefinition, match="not sent within"):
-            await definitions.get("report")
-        with pytest.raises(NoDefinition, match="not sent within"):
-            await definitions.summaries()
+    _, answer = await viewer.send("GET", "definition?workflow=report")
+    assert answer["reason"] == "PromptLayer did not answer in time."
+    _, answer = await viewer.send("GET", "workflows")
+    assert "was not sent within" in answer["reason"]
 
 
 def test_a_definition_has_an_edge_for_each_dependency() -> None:
@@ -134,7 +139,7 @@ def test_a_definition_has_an_edge_for_each_dependency() -> None:
         "d": WorkflowNode("d", dependencies=("c",)),
     }
     edges = (WorkflowEdge("a", "b", True), WorkflowEdge("a", "c"), WorkflowEdge("a", "gone"))
-    view = definition_view(Workflow(1, "w", nodes=nodes, edges=edges))
+    view = graph_view(Workflow(1, "w", nodes=nodes, edges=edges))
     assert view["layers"] == (("a",), ("b",), ("c", "d"))
     assert [(one["source"], one["target"], one["conditional"]) for one in view["edges"]] == [
         ("a", "b", True),

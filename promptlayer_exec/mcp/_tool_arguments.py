@@ -11,35 +11,38 @@ from jsonschema.exceptions import best_match  # type: ignore[import-untyped]
 from promptlayer_exec import StartRequest
 from promptlayer_exec._integration import check_execution_id
 from promptlayer_exec._integration import near as near_names
-from promptlayer_exec.mcp._values import clip
+from promptlayer_exec.mcp._tool_values import clip
 
 
-class Refused(Exception):
-    """A call cannot be carried out; the text says why and what to do."""
+class CallFailed(Exception):
+    """A call failed; the text tells the model why, and what to do."""
 
 
 def check(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that are not null; refuse what the schema of the tool does not allow."""
-    given = {name: _usual(name, it) for name, it in arguments.items() if it is not None}
+    given = {name: _usual(name, value) for name, value in arguments.items() if value is not None}
     error = best_match(Draft202012Validator(schema).iter_errors(given))
     if error is None:
         return given
+
     where = "".join(f"{name}: " for name in error.path)
     what = error.message.replace(repr(error.instance), shown(error.instance), 1)
     known = ", ".join(schema["properties"])
-    raise Refused(f"{where}{clip(what, 300)}. The arguments are {known}.")
+    raise CallFailed(f"{where}{clip(what, 300)}. The arguments are {known}.")
 
 
 def _usual(name: str, value: Any) -> Any:
     """Return the usual form of what some models write: 787 for an id, and 1.0 for 1."""
     if name in ("execution_id", "workflow") and type(value) is int:
         return str(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def start_request(workflow: str, **options: Any) -> StartRequest:
     if "label" in options and "version" in options:
-        raise Refused("label and version exclude each other: give one of them, or neither")
+        raise CallFailed("label and version exclude each other: give one of them, or neither")
     return StartRequest(workflow, **options)
 
 
@@ -47,7 +50,7 @@ def execution_id(arguments: Mapping[str, Any]) -> int:
     value = arguments["execution_id"]
     parsed = parse_id(value)
     if parsed is None:
-        raise Refused(
+        raise CallFailed(
             "execution_id must be the id that start_workflow returned, such as '787'; got "
             f"{shown(value)}. Do not guess ids."
         )
@@ -69,4 +72,6 @@ def shown(value: Any) -> str:
 def near(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence, with the names that were perhaps meant."""
     likely = near_names(name, known, 3)
-    return f"; did you mean {' or '.join(map(shown, likely))}?" if likely else "."
+    if not likely:
+        return "."
+    return f"; did you mean {' or '.join(map(shown, likely))}?"

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch, StoredOutcome
 
 HAS_BATCHES = find_spec("dbos") is not None  # the extra for batches is installed
-_MOST = 200  # items of a batch
-_PATIENCE = 3.0  # seconds to look for those that did not succeed
+_MOST = 200  # items of a batch that the page shows
 
 
 def add_batch_routes(app: FastAPI, session: Session) -> None:
@@ -54,19 +53,24 @@ async def _read_counts(batch: Batch, name: str) -> dict[str, Any]:
 
 async def _read_items(batch: Batch) -> dict[str, Any]:
     """Return items that did not succeed, and then others, and whether these are all that ended."""
-    until = time.monotonic() + _PATIENCE
-    wrong, fine = list[Any](), list[Any]()
+    succeeded, others = list[Any](), list[Any]()
     view: dict[str, Any] = {"is_whole": True, "problem": None}
+
+    # The items that did not succeed may be the last of many: look for them, but not for ever.
+    until = time.monotonic() + 3.0
     try:
         async with aclosing(batch.outcomes(until_done=False)) as outcomes:
             async for outcome in outcomes:
-                (fine if outcome.succeeded else wrong).append(_item_view(outcome))
-                if len(wrong) >= _MOST or len(fine) > 100 * _MOST or time.monotonic() > until:
+                ended = succeeded if outcome.succeeded else others
+                ended.append(_item_view(outcome))
+                is_enough = len(others) >= _MOST or len(succeeded) > 100 * _MOST
+                if is_enough or time.monotonic() > until:
                     view["is_whole"] = False
                     break
     except ConfigurationError as error:  # it belongs to another server, whose ids mean nothing here
         view["problem"] = str(error).replace("pass same_server=True", "give --same-server")
-    return view | {"items": [*wrong, *reversed(fine)][:_MOST]}
+
+    return view | {"items": [*others, *reversed(succeeded)][:_MOST]}
 
 
 def _item_view(outcome: StoredOutcome) -> dict[str, Any]:

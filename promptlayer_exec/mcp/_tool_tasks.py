@@ -15,15 +15,13 @@ from mcp.server.mcpserver import require_client_extension
 from mcp.types.version import MODERN_PROTOCOL_VERSIONS
 
 from promptlayer_exec import Execution, NotFound, PromptLayerExecError, Snapshot
-from promptlayer_exec.mcp._arguments import parse_id
-from promptlayer_exec.mcp._calls import Calls
-from promptlayer_exec.mcp._results import error_text, state_text, tool_result
-from promptlayer_exec.mcp._values import clip
+from promptlayer_exec.mcp._tool_arguments import parse_id
+from promptlayer_exec.mcp._tool_calls import Calls
+from promptlayer_exec.mcp._tool_results import error_text, state_text, tool_result
+from promptlayer_exec.mcp._tool_values import clip
 
 EXTENSION = "io.modelcontextprotocol/tasks"
 _CAPABILITIES = types.ClientCapabilities(extensions={EXTENSION: {}})
-_POLL_INTERVAL_MS = 2_000
-_GOES_ON = "PromptLayer cannot cancel a run: it goes on, and is paid for."
 
 
 class TaskParams(types.RequestParams):
@@ -63,7 +61,10 @@ class Tasks:
 
     async def _cancel(self, ctx: ServerRequestContext[Any], params: TaskParams) -> dict[str, Any]:
         _, snapshot = await self._read(ctx, params)
-        return {} if snapshot.complete else {"_meta": {"promptlayer-exec/message": _GOES_ON}}
+        if snapshot.complete:
+            return {}
+        message = "PromptLayer cannot cancel a run: it goes on, and is paid for."
+        return {"_meta": {"promptlayer-exec/message": message}}
 
     async def _read(
         self, ctx: ServerRequestContext[Any], params: TaskParams
@@ -71,6 +72,7 @@ class Tasks:
         if ctx.protocol_version not in MODERN_PROTOCOL_VERSIONS:
             raise MCPError(types.METHOD_NOT_FOUND, "Method not found", ctx.method)
         require_client_extension(ctx, EXTENSION)
+
         execution_id = parse_id(params.task_id)
         if execution_id is None:
             raise MCPError(types.INVALID_PARAMS, f"there is no task {clip(params.task_id, 80)!r}")
@@ -92,7 +94,7 @@ def _task(execution_id: int, status: str, message: str, **more: Any) -> dict[str
         "createdAt": now,
         "lastUpdatedAt": now,
         "ttlMs": None,  # there is no limit
-        "pollIntervalMs": _POLL_INTERVAL_MS,
+        "pollIntervalMs": 2_000,
         **more,
     }
 

@@ -25,19 +25,17 @@ from promptlayer_exec import (
     Workflow,
     WorkflowSummary,
 )
-from promptlayer_exec._integration import DEFINITION_TIMEOUT, ExpiringDict
-from promptlayer_exec.mcp import _arguments as read
-from promptlayer_exec.mcp import _results as results
-from promptlayer_exec.mcp._arguments import Refused
+from promptlayer_exec._integration import ExpiringDict, definition
+from promptlayer_exec.mcp import _tool_arguments as read
+from promptlayer_exec.mcp import _tool_results as results
+from promptlayer_exec.mcp._tool_arguments import CallFailed
+from promptlayer_exec.mcp._tool_values import clean, clip, fitting, show
 from promptlayer_exec.mcp._tools import RUN, WAIT, common_tools, run_tool, run_tool_names
-from promptlayer_exec.mcp._values import clean, clip, fitting, show
 
 Report = Callable[[float, float | None, str | None], Awaitable[None]]
 
 _logger = logging.getLogger("promptlayer_exec")
-_OUTPUT_TIMEOUT = 10.0
 _MOST_WORKFLOWS = 100
-_MOST_KNOWN = 1_000
 
 
 def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
@@ -53,13 +51,23 @@ def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
 
 def _names_of(summary: WorkflowSummary) -> tuple[str, ...]:
     """Return what a workflow can be called by: nothing if it was deleted."""
-    return () if summary.is_deleted else (summary.name, str(summary.id))
+    if summary.is_deleted:
+        return ()
+    return summary.name, str(summary.id)
 
 
 def _absence(name: str, known: Iterable[str]) -> str:
     """Say that there is no workflow of a name, or id, and which were perhaps meant."""
     which = "has the id" if name.isdecimal() else "is named"
     return f"no workflow {which} {read.shown(name)}{read.near(name, known)}"
+
+
+def _strings_among(names: Iterable[str], workflow: Workflow | None) -> list[str]:
+    """Return the names of inputs that a workflow requires as strings."""
+    if workflow is None or workflow.required_inputs is None:
+        return []
+    required = workflow.required_inputs
+    return [name for name in names if required.get(name) == "string"]
 
 
 class Calls:
@@ -70,37 +78,38 @@ class Calls:
         self.allowed = _names(workflows)
         self.run_tools = run_tool_names(self.allowed)  # the workflow of each tool `run_...`
         # Executions that were not complete when last seen, the latest last, with what started them.
-        self.running: ExpiringDict[int, str | None] = ExpiringDict(most=_MOST_KNOWN)
+        self.running: ExpiringDict[int, str | None] = ExpiringDict(most=1_000)
         self._inputs: dict[str, Mapping[str, str]] = {}
 
     async def tools(self) -> list[Tool]:
         """Return the tools, with the inputs of the named workflows as far as they are available."""
-        reads = (self._definition(StartRequest(workflow)) for workflow in self.allowed)
-        run_tools = map(run_tool, self.run_tools, self.allowed, await asyncio.gather(*reads))
-        return [*common_tools(self.allowed), *run_tools]
+        reads = (self._definition(StartRequest(name)) for name in self.allowed)
+        found = await asyncio.gather(*reads)
 
-    async def _definition(self, request: StartRequest) -> Workflow | None:
-        name = request.workflow
+        for name, workflow in zip(self.allowed, found, strict=True):
+            if workflow is not None:
+                self._inputs[name] = workflow.required_inputs or {}
+        return [*common_tools(self.allowed), *map(run_tool, self.run_tools, self.allowed, found)]
+
+    async def _definition(self, request: StartRequest, *, fresh: bool = False) -> Workflow | None:
+        """Return the definition of what is to run; None, and a warning, if it does not come."""
+        name, label, version = request.workflow, request.label, request.version
         try:
-            async with asyncio.timeout(DEFINITION_TIMEOUT):
-                workflow = await self.session.workflow(
-                    name, label=request.label, version=request.version
-                )
-        except (PromptLayerExecError, TimeoutError) as error:
-            why = str(error) or f"there was no answer within {DEFINITION_TIMEOUT:g} s"
-            _logger.warning("the inputs of workflow %r are not known: %s", name, why)
+            return await definition(self.session, name, label=label, version=version, fresh=fresh)
+        except PromptLayerExecError as error:
+            _logger.warning("the inputs of workflow %r are not known: %s", name, error)
             return None
-        self._inputs[str(name)] = workflow.required_inputs or {}
-        return workflow
 
     async def call(self, tool: str, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
         """Call a tool; what is wrong with the call or with the server is a result, too."""
         try:
             if tool in self.run_tools:
                 return await self._run(tool, arguments, report)
-            (schema,) = (it.input_schema for it in common_tools(self.allowed) if it.name == tool)
+            (schema,) = (
+                known.input_schema for known in common_tools(self.allowed) if known.name == tool
+            )
             return await CALLS[tool](self, read.check(arguments, schema), report)
-        except (Refused, PromptLayerExecError) as error:
+        except (CallFailed, PromptLayerExecError) as error:
             return results.error_result(error)
 
     async def start_run(self, tool: str, arguments: Mapping[str, Any]) -> Execution:
@@ -115,7 +124,9 @@ class Calls:
     def close(self) -> None:
         """Log which runs go on, as nothing here can be called any more."""
         for execution_id, workflow in self.running.items():
-            which = "" if workflow is None else f" of workflow {workflow!r:.100}"
+            which = ""
+            if workflow is not None:
+                which = f" of workflow {workflow!r:.100}"
             _logger.warning(
                 "execution %d%s goes on at PromptLayer; follow it with: promptlayer-exec watch %d",
                 execution_id,
@@ -127,6 +138,7 @@ class Calls:
         search = arguments.get("search", "").casefold()
         listed: list[dict[str, Any]] = []
         known: list[str] = []
+
         async with aclosing(self.session.workflows(sort_by="name", sort_order="asc")) as found:
             async for summary in found:
                 names = _names_of(summary)
@@ -143,6 +155,7 @@ class Calls:
                     )
                 if len(listed) > _MOST_WORKFLOWS:
                     break
+
         workflows = fitting(listed[:_MOST_WORKFLOWS])
         if len(workflows) < len(listed):
             message = f"The first {len(workflows)} workflows. There are more: use search."
@@ -156,11 +169,11 @@ class Calls:
     async def describe_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
         request = read.start_request(**arguments)
         try:
-            workflow = await self.session.workflow(
-                request.workflow, label=request.label, version=request.version
+            workflow = await definition(
+                self.session, request.workflow, label=request.label, version=request.version
             )
         except NotFound as error:
-            raise Refused(await self._not_found(request)) from error
+            raise CallFailed(await self._not_found(request)) from error
         return results.tool_result(results.workflow_fields(workflow))
 
     async def start_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
@@ -183,11 +196,12 @@ class Calls:
         execution, snapshot = await self.read(execution_id)
         if node is None:
             return results.tool_result(await self.fields(execution, snapshot, start, length))
-        found = {clean(name): it for name, it in snapshot.nodes.items()}.get(node)
+
+        found = {clean(name): known for name, known in snapshot.nodes.items()}.get(node)
         if found is None:
             few = results.names_of(snapshot.nodes.values())
             what = f"execution {execution_id} has no node {read.shown(node)}; it has: {few}"
-            raise Refused(what + read.near(node, snapshot.nodes))
+            raise CallFailed(what + read.near(node, snapshot.nodes))
         return results.tool_result(results.node_fields(snapshot, found, start, length))
 
     def _run_request(self, tool: str, arguments: Mapping[str, Any]) -> tuple[StartRequest, float]:
@@ -202,6 +216,7 @@ class Calls:
             options = read.check(arguments, RUN)
             seconds = options.pop("timeout", WAIT)
             return read.start_request(name, **options), seconds
+
         inputs, options = dict(arguments), {}
         if "timeout" not in required and "timeout" in inputs:
             options = read.check({"timeout": inputs.pop("timeout")}, RUN)
@@ -219,6 +234,7 @@ class Calls:
         """Start a run, and return it with the server's warning, if any, as a field."""
         name = str(request.workflow)
         await self._refuse_numbers(request)
+
         try:
             execution = await self.session.start(
                 name, request.inputs, label=request.label, version=request.version
@@ -226,52 +242,61 @@ class Calls:
         except ConfigurationError:
             raise
         except (TypeError, ValueError) as error:
-            raise Refused(
+            raise CallFailed(
                 f"{clip(str(error), 2_000)}. No run was started. describe_workflow shows which"
                 " inputs the workflow needs."
             ) from error
         except NotFound as error:
-            raise Refused(await self._not_found(request)) from error
+            raise CallFailed(await self._not_found(request)) from error
         except StartUnknown as error:
-            raise Refused(
+            raise CallFailed(
                 f"{error} Do not call this tool again for the same purpose: ask the user."
             ) from error
+
         self.running.add(execution.id, name)
-        warning = {"warning": clip(execution.warning, 1_000)} if execution.warning else {}
-        return execution, warning
+        if not execution.warning:
+            return execution, {}
+        return execution, {"warning": clip(execution.warning, 1_000)}
 
     async def _refuse_numbers(self, request: StartRequest) -> None:
         """Refuse numbers where the workflow requires strings, before a run is paid for."""
-        numbers = {name: it for name, it in request.inputs.items() if type(it) in (int, float)}
-        workflow = await self._definition(request) if numbers else None
-        if workflow is None:
+        numbers = {
+            name: value for name, value in request.inputs.items() if type(value) in (int, float)
+        }
+        if not numbers:
             return
-        for name, kind in (workflow.required_inputs or {}).items():
-            if kind == "string" and name in numbers:
-                raise Refused(
-                    f"the input {read.shown(name)} must be a string, got the number"
-                    f" {read.shown(numbers[name])}: write it in quotation marks. No run was"
-                    " started."
-                )
+
+        # One that is kept may have changed since, so nothing is refused before it is read again.
+        wrong = _strings_among(numbers, await self._definition(request))
+        if wrong:
+            wrong = _strings_among(numbers, await self._definition(request, fresh=True))
+        for name in wrong:
+            raise CallFailed(
+                f"the input {read.shown(name)} must be a string, got the number"
+                f" {read.shown(numbers[name])}: write it in quotation marks. No run was started."
+            )
 
     async def _not_found(self, request: StartRequest) -> str:
         """Return whether there is no such workflow, or no such version of it."""
         name, known = str(request.workflow), list[str]()
         with suppress(PromptLayerExecError, TimeoutError):
             async with (
-                asyncio.timeout(DEFINITION_TIMEOUT),
+                asyncio.timeout(5.0),
                 aclosing(self.session.workflows()) as found,
             ):
-                known = [it async for summary in found for it in _names_of(summary)]
+                known = [known_name async for summary in found for known_name in _names_of(summary)]
+
         if name in known:
             return (
                 f"workflow {read.shown(name)} has no such version or label (404 Not Found)."
                 " describe_workflow shows the latest version."
             )
-        cause = "" if self.allowed else " list_workflows shows all workflows."
+        absence = _absence(name, known)
         if name in self.allowed:
-            cause = " This server was started with that name: ask the user to correct it."
-        return f"{_absence(name, known)}{cause}"
+            absence += " This server was started with that name: ask the user to correct it."
+        elif not self.allowed:
+            absence += " list_workflows shows all workflows."
+        return absence
 
     async def _wait(self, execution: Execution, seconds: float, report: Report) -> dict[str, Any]:
         reported = -1
@@ -283,12 +308,14 @@ class Calls:
                         reported = count
                         text = f"execution {execution.id}: {results.state_text(snapshot)}"
                         await report(count, len(snapshot.nodes), text)
+
         except ExecutionTimeout as error:
             snapshot = error.last_snapshot or Snapshot(execution.id, False, {})
             message = f"Execution {execution.id} is not complete after {round(seconds, 2):g} s:"
             message += f" {results.state_text(snapshot)}. It goes on. Call wait_execution with"
             message += f" execution_id '{execution.id}' to go on waiting; do not start it again."
             return results.execution_fields(snapshot, message, timed_out=True)
+
         return await self.fields(execution, snapshot)
 
     async def fields(
@@ -300,14 +327,16 @@ class Calls:
             message = f"Execution {execution_id} is not complete: {results.state_text(snapshot)}."
             message += f" Call wait_execution with execution_id '{execution_id}'."
             return results.execution_fields(snapshot, message)
+
         try:
-            value = await execution.output(timeout=_OUTPUT_TIMEOUT)
+            value = await execution.output(timeout=10.0)
         except ExecutionFailed as error:
             return results.execution_fields(snapshot, results.failure_text(execution_id, error))
         except (ExecutionTimeout, RequestError) as error:
             message = f"Execution {execution_id} succeeded, but its output could not be read:"
             message += f" {clip(str(error), 1_000)} Call get_execution for it."
             return results.execution_fields(snapshot, message)
+
         output = show("output", value, start, length)
         message = f"Execution {execution_id} succeeded: {results.state_text(snapshot)}."
         message += results.rest_text(output.get("output_range"), execution_id)

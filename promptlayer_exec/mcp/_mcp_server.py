@@ -15,10 +15,10 @@ from mcp.server import Server, ServerRequestContext
 from mcp.server.stdio import stdio_server
 
 from promptlayer_exec import PromptLayerExecError, Session, __version__
-from promptlayer_exec.mcp._arguments import Refused, parse_id, shown
-from promptlayer_exec.mcp._calls import CALLS, Calls
-from promptlayer_exec.mcp._results import error_result, error_text
-from promptlayer_exec.mcp._tasks import Tasks, declares_tasks
+from promptlayer_exec.mcp._tool_arguments import CallFailed, parse_id, shown
+from promptlayer_exec.mcp._tool_calls import CALLS, Calls
+from promptlayer_exec.mcp._tool_results import error_result, error_text
+from promptlayer_exec.mcp._tool_tasks import Tasks, declares_tasks
 from promptlayer_exec.mcp._tools import INSTRUCTIONS
 
 _SCHEME = "execution://"
@@ -62,6 +62,7 @@ async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> Non
     """
     calls = Calls(session, workflows)
     server = _make_server(calls)
+
     try:
         async with stdio_server(cast("Any", _Lines())) as (given, sent):
             await server.run(given, sent, server.create_initialization_options())
@@ -85,6 +86,7 @@ def _make_server(calls: Calls) -> Server[Any]:
         on_list_resource_templates=handlers.list_templates,
         on_read_resource=handlers.read_resource,
     )
+
     tasks.add_to(server)
     return server
 
@@ -105,11 +107,12 @@ class _Handlers:
         if params.name not in known:
             what = f"there is no tool {shown(params.name)}; the tools are: {', '.join(known)}"
             raise MCPError(types.INVALID_PARAMS, what)
+
         if not (params.name in calls.run_tools and declares_tasks(ctx)):
             return await calls.call(params.name, arguments, ctx.session.report_progress)
         try:
             execution = await calls.start_run(params.name, arguments)
-        except (Refused, PromptLayerExecError) as error:
+        except (CallFailed, PromptLayerExecError) as error:
             return error_result(error)
         return self._tasks.created(execution)
 
@@ -142,14 +145,18 @@ class _Handlers:
         self, _ctx: _Context, params: types.ReadResourceRequestParams
     ) -> types.ReadResourceResult:
         uri = str(params.uri)
-        execution_id = parse_id(uri.removeprefix(_SCHEME)) if uri.startswith(_SCHEME) else None
+        execution_id = None
+        if uri.startswith(_SCHEME):
+            execution_id = parse_id(uri.removeprefix(_SCHEME))
         if execution_id is None:
             what = f"there is no resource {shown(uri)}: an execution is {_SCHEME}{{id}}"
             raise MCPError(types.INVALID_PARAMS, what)
+
         try:
             fields = await self._calls.fields(*await self._calls.read(execution_id))
         except PromptLayerExecError as error:
             raise MCPError(types.INVALID_PARAMS, error_text(error)) from error
+
         text = json.dumps(fields, ensure_ascii=False)
         contents = types.TextResourceContents(uri=uri, mime_type=_JSON, text=text)
         return types.ReadResourceResult(contents=[contents])

@@ -44,15 +44,16 @@ def _object(title: str, /, *, optional: Collection[str] = (), **properties: Any)
     return {"title": title, "type": "object", "required": required, "properties": properties}
 
 
-_TEXT, _NUMBER, _ID = {"type": "string"}, {"type": "number"}, {"type": "string"}
+_TEXT, _NUMBER = {"type": "string"}, {"type": "number"}
 _TIME = {"type": ["number", "null"], "description": "Seconds from the first poll; first seen so."}
 _YES_NO_UNKNOWN = {"type": ["boolean", "null"]}
-_WAITING = {"execution_id": _ID, "type": _TEXT, "message": _TEXT}
-_INTEGER, _OBJECTS = {"type": "integer"}, {"type": "array", "items": {"type": "object"}}
-_IN_SOME = {"detail": _TEXT, "execution_id": _ID, "failed": _OBJECTS, "errors": _OBJECTS}
-_PROBLEM = _object(
-    "Problem", optional=_IN_SOME, type=_TEXT, title=_TEXT, status=_INTEGER, **_IN_SOME
-)
+_INTEGER = {"type": "integer"}
+
+
+def _problem_schema() -> dict[str, Any]:
+    objects = {"type": "array", "items": {"type": "object"}}
+    some = {"detail": _TEXT, "execution_id": _TEXT, "failed": objects, "errors": objects}
+    return _object("Problem", optional=some, type=_TEXT, title=_TEXT, status=_INTEGER, **some)
 
 
 def described(
@@ -61,14 +62,16 @@ def described(
     return {"description": description, "content": {media_type: {"schema": schema}}}
 
 
-_PROBLEMS = described("A problem (RFC 9457)", _PROBLEM, "application/problem+json")
-PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": _PROBLEMS, "5XX": _PROBLEMS}
+PROBLEMS: dict[int | str, dict[str, Any]] = dict.fromkeys(
+    ("4XX", "5XX"),
+    described("A problem (RFC 9457)", _problem_schema(), "application/problem+json"),
+)
 
 
 def snapshot_schema(hidden: Collection[str]) -> dict[str, Any]:
     return _object(
         "Snapshot",
-        execution_id=_ID,
+        execution_id=_TEXT,
         poll=_INTEGER,
         elapsed=_NUMBER,
         complete={"type": "boolean"},
@@ -89,11 +92,14 @@ def event_schema(hidden: Collection[str]) -> dict[str, Any]:
     """Return the schema of the data of an event without hidden fields."""
     snapshot = snapshot_schema(hidden)
     last = {"anyOf": [snapshot, {"type": "null"}]}
-    changed = _object("Changed node", execution_id=_ID, progress=_NUMBER, **_node(hidden))
-    waiting = _object("Waiting", **_WAITING)
-    return {"anyOf": [snapshot, changed, waiting, _object("Failure", **_WAITING, last=last)]}
+    changed = _object("Changed node", execution_id=_TEXT, progress=_NUMBER, **_node(hidden))
+    reason = {"execution_id": _TEXT, "type": _TEXT, "message": _TEXT}
+    waiting, failure = _object("Waiting", **reason), _object("Failure", **reason, last=last)
+    return {"anyOf": [snapshot, changed, waiting, failure]}
 
 
 def started_schema(*, has_ticket: bool) -> dict[str, Any]:
-    ticket = {"ticket": _TEXT} if has_ticket else {}
-    return _object("Started", optional=["warning"], execution_id=_ID, **ticket, warning=_TEXT)
+    properties = {"execution_id": _TEXT}
+    if has_ticket:
+        properties["ticket"] = _TEXT
+    return _object("Started", optional=["warning"], **properties, warning=_TEXT)

@@ -12,7 +12,6 @@ T = TypeVar("T")
 
 # A result has its output twice, as data and as text; both together stay under 100,000 characters.
 LONGEST = 20_000
-_SPACE = 10_000  # characters of JSON for a list
 
 
 def show(name: str, value: Any, start: int = 0, length: int | None = None) -> dict[str, Any]:
@@ -26,16 +25,18 @@ def show(name: str, value: Any, start: int = 0, length: int | None = None) -> di
     is_whole = start == 0 and (length is None or length >= len(text))
     if is_whole and len(encode(value)) <= LONGEST and _is_plain(value):
         return {name: value}
+
     part = text[start:][: LONGEST if length is None else min(length, LONGEST)]
     while (size := len(encode(part)) - 2) > LONGEST:  # escapes take space, too
         part = part[: len(part) * LONGEST // size]
+
     shown = {"start": start, "end": start + len(part), "size": len(text)}
     return {name: part, f"{name}_range": shown}
 
 
 def fitting(entries: Iterable[T]) -> list[T]:
     """Return the first entries, as many as there is space for."""
-    fits, left = [], _SPACE
+    fits, left = [], 10_000  # characters of JSON
     for entry in entries:
         left -= len(encode(entry))
         if left < 0:

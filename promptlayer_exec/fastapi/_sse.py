@@ -19,20 +19,14 @@ from starlette.types import Message, Receive, Scope, Send
 from promptlayer_exec import Execution, NotFound, SessionClosed, Snapshot
 from promptlayer_exec._integration import last_failure
 from promptlayer_exec.fastapi._responses import describe, describe_and_log, dump_json, logger
-from promptlayer_exec.fastapi._shown import (
+from promptlayer_exec.fastapi._visible_fields import (
     DEFAULT_FIELDS,
     hidden_fields,
     shown_node,
     shown_snapshot,
 )
 
-# In milliseconds, as the field `retry` takes them; random, so that browsers do not return together.
-_RETRY = (1_000, 4_000)
-_RETRY_ELSEWHERE = (10_000, 20_000)
-_OPEN_AFTER = 2.0
-_CHECK_INTERVAL = 1.0  # of whether there is another reason to wait
 _SEND_TIMEOUT = 30.0
-_END_TIMEOUT = 0.1
 
 _First = asyncio.Future[Snapshot]
 
@@ -69,11 +63,13 @@ async def execution_events(
     hidden = hidden_fields(fields)
     if last_event_id in (f"{execution.id}:complete", f"{execution.id}:failure"):
         return Response(status_code=204)
+
     snapshots = execution.stream()
     first = asyncio.ensure_future(anext(snapshots))
     first.add_done_callback(lambda _: first.cancelled() or first.exception())  # not to be logged
+
     try:
-        await asyncio.wait([first], timeout=_OPEN_AFTER)
+        await asyncio.wait([first], timeout=2.0)
         if first.done():
             first.result()
     except SessionClosed:
@@ -81,13 +77,14 @@ async def execution_events(
     except BaseException:
         first.cancel()
         raise
+
     return _EventStream(execution, first, snapshots, hidden, heartbeat)
 
 
 def reconnect_later() -> Response:
     """Return a response after which an `EventSource` reconnects; at any other it would give up."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    text = f"retry: {randint(*_RETRY_ELSEWHERE)}\n\n"
+    text = f"retry: {randint(10_000, 20_000)}\n\n"  # milliseconds
     return Response(text, headers=headers, media_type="text/event-stream")
 
 
@@ -126,7 +123,7 @@ class _EventStream(EventSourceResponse):
         else:
             if unfinished:  # the server is shutting down, or the client has disconnected
                 # Servers log an error for every response that does not end.
-                with anyio.move_on_after(_END_TIMEOUT), suppress(OSError):
+                with anyio.move_on_after(0.1), suppress(OSError):
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             if self._first.done():
@@ -142,6 +139,7 @@ async def _events(
     hidden: Collection[str],
 ) -> AsyncGenerator[ServerSentEvent, None]:
     execution_id = str(execution.id)
+
     sent: Snapshot | None = None
     reason: dict[str, str] = {}
     try:
@@ -149,20 +147,24 @@ async def _events(
             if (latest_reason := _reason(execution)) != reason:
                 reason = latest_reason
                 yield _event("waiting", None, reason, retry=True)
-            await asyncio.wait([first], timeout=_CHECK_INTERVAL)
+            await asyncio.wait([first], timeout=1.0)  # then there may be another reason
+
         sent = first.result()
         # The ids must be meaningful to any process, so they refer to no state of this one.
         shown = shown_snapshot(sent, hidden)
         yield _event("snapshot", f"{execution_id}:{sent.poll}", shown, retry=True)
+
         # A slow client makes this wait at a `yield`; everything it missed is then one diff.
         async for latest in snapshots:
             for change in latest.diff(sent):
                 shown = shown_node(latest, change.node.name, hidden)
                 yield _event("node", f"{execution_id}:{latest.poll}", shown)
             sent = latest
+
         yield _event("complete", f"{execution_id}:complete", shown_snapshot(sent, hidden))
     except SessionClosed:
         return
+
     except Exception as error:  # noqa: BLE001 - the status is already sent, so it must be an event
         _, kind, message = describe_and_log(error)
         last = getattr(error, "last_snapshot", None) or sent
@@ -183,5 +185,7 @@ def _reason(execution: Execution) -> dict[str, str]:
 
 
 def _event(kind: str, event_id: str | None, data: Any, *, retry: bool = False) -> ServerSentEvent:
-    delay = randint(*_RETRY) if retry else None
+    delay = None
+    if retry:  # in milliseconds; random, so that browsers do not return together
+        delay = randint(1_000, 4_000)
     return ServerSentEvent(dump_json(data), event=kind, id=event_id, retry=delay, sep="\n")

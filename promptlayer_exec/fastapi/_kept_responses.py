@@ -1,4 +1,4 @@
-"""Answers to `GET /executions/{id}`: one request to PromptLayer for all callers of a moment."""
+"""Responses to `GET /executions/{id}`: one request to PromptLayer for all callers of a moment."""
 
 from __future__ import annotations
 
@@ -12,50 +12,51 @@ import attrs
 from promptlayer_exec import Session
 from promptlayer_exec._integration import ExpiringDict
 from promptlayer_exec.fastapi._responses import dump_json
-from promptlayer_exec.fastapi._shown import shown_snapshot
+from promptlayer_exec.fastapi._visible_fields import shown_snapshot
 
-_MOST_KEPT = 1000
-_LARGEST_KEPT = 2**20  # bytes
 _Key = tuple[Session, int]
-_Answer = tuple[bytes, str | None]  # JSON, and the tag that all complete answers have
+_Body = tuple[bytes, str | None]  # JSON, and the tag that all complete ones have
 
 
 @attrs.define(eq=False)
-class Answers:
-    """Reads executions, and keeps the latest complete answers, because those do not change."""
+class KeptResponses:
+    """Reads executions, and keeps the latest complete responses, which do not change."""
 
     _hidden: Collection[str]
-    _kept: ExpiringDict[_Key, _Answer] = attrs.field(
-        init=False, factory=lambda: ExpiringDict(most=_MOST_KEPT)
+    _kept: ExpiringDict[_Key, _Body] = attrs.field(
+        init=False, factory=lambda: ExpiringDict(most=1_000)
     )
-    _readings: dict[_Key, asyncio.Task[_Answer]] = attrs.field(init=False, factory=dict)
+    _readings: dict[_Key, asyncio.Task[_Body]] = attrs.field(init=False, factory=dict)
 
-    async def get(self, session: Session, execution_id: int) -> _Answer:
+    async def get(self, session: Session, execution_id: int) -> _Body:
         """Return the nodes of an execution as they are now, and a tag if it is complete."""
         key = (session, execution_id)
         if (kept := self._kept.get(key)) is not None:
             return kept
+
         reading = self._readings.get(key)
         if reading is None:
-            reading = asyncio.create_task(self._read(key), name="promptlayer_exec.Answer")
+            reading = asyncio.create_task(self._read(key), name="promptlayer_exec.Response")
             self._readings[key] = reading
             reading.add_done_callback(lambda _: self._readings.pop(key))
             # Not to be logged, even if all callers have left.
             reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+
         await asyncio.wait([reading])  # unlike `await`, it does not pass on a cancellation
         return reading.result()
 
-    async def _read(self, key: _Key) -> _Answer:
+    async def _read(self, key: _Key) -> _Body:
         session, execution_id = key
         snapshot = await session.execution(execution_id).snapshot()
         shown = shown_snapshot(snapshot, self._hidden)
         body = dump_json(shown).encode()
         if not snapshot.complete:
             return body, None
-        answer = body, _tag(shown)
-        if len(body) <= _LARGEST_KEPT:
-            self._kept.add(key, answer)
-        return answer
+
+        tagged = body, _tag(shown)
+        if len(body) <= 2**20:  # 1,000 of them stay under a GiB
+            self._kept.add(key, tagged)
+        return tagged
 
 
 def _tag(shown: dict[str, Any]) -> str:

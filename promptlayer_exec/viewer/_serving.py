@@ -21,11 +21,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from promptlayer_exec import NodeStatus
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.viewer import _routes as routes
-from promptlayer_exec.viewer._batches import HAS_BATCHES, add_batch_routes
+from promptlayer_exec.viewer._batch_pages import HAS_BATCHES, add_batch_routes
 from promptlayer_exec.viewer._board import Board
-from promptlayer_exec.viewer._definitions import Definitions
-from promptlayer_exec.viewer._events import board_events
 from promptlayer_exec.viewer._guard import Address, Guard
+from promptlayer_exec.viewer._live_stream import board_events
 
 _PAGE = Path(__file__).with_name("page")
 _TYPES = {
@@ -34,7 +33,7 @@ _TYPES = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
-_GRACE = 2
+_GRACE = 2  # seconds that open pages have to end
 
 
 def create_app(board: Board, address: Address, token: str) -> ASGIApp:
@@ -46,17 +45,21 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
         token: the token that the page sends; it takes it from the fragment of its URL.
     """
     app = FastAPI(openapi_url=None)
+
     for path in _PAGE.rglob("*"):
         if path.suffix not in _TYPES:
             continue
-        name = "" if path.name == "index.html" else path.relative_to(_PAGE).as_posix()
+        name = path.relative_to(_PAGE).as_posix()
+        if name == "index.html":
+            name = ""
         file = Response(path.read_bytes(), media_type=_TYPES[path.suffix])
         app.routes.append(Route(f"/{name}", file, methods=["GET"]))
+
     script = Response(_statuses_script(), media_type=_TYPES[".js"])
     app.routes.append(Route("/statuses.js", script, methods=["GET"]))
+
     routes.add_execution_routes(app, board)
-    definitions = Definitions(board.session)
-    routes.add_workflow_routes(app, board, definitions)
+    routes.add_workflow_routes(app, board)
     routes.add_start_routes(app, board)
     if HAS_BATCHES:
         add_batch_routes(app, board.session)

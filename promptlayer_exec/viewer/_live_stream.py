@@ -17,12 +17,11 @@ from sse_starlette import ServerSentEvent
 
 from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._integration import base_url, error_details, error_text, indented, node_dict
-from promptlayer_exec.viewer._batches import HAS_BATCHES
+from promptlayer_exec.viewer._batch_pages import HAS_BATCHES
 from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._problems import Problem
 
 _HEARTBEAT = 15.0
-_MAX_TEXT = 10_000
 
 _Shown = tuple[Snapshot | None, Problem | None, bool, str | None]
 
@@ -44,9 +43,10 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
         if board.is_closed:
             yield _event("end", {})
             return
+
         cards = dict(board.cards)
-        listed = [str(one) for one, card in cards.items() if card.is_listed]
-        aside = [str(one) for one, card in cards.items() if not card.is_listed]
+        listed = [str(card_id) for card_id, card in cards.items() if card.is_listed]
+        aside = [str(card_id) for card_id, card in cards.items() if not card.is_listed]
         if order != (order := (listed, aside)):
             board_view = {
                 "instance": board.instance,
@@ -58,17 +58,20 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
                 "aside": aside,
             }
             yield _event("board", board_view)
+
         for card in cards.values():
             before = sent.get(card)
             now = (card.snapshot, card.problem, card.is_lost, card.workflow)
             if before == now:
                 continue
+
             sent[card] = now
             if card.snapshot is not None:
                 view = _nodes_view(card, card.snapshot, before[0] if before else None)
                 if view["nodes"]:
                     yield _event("nodes", view)
             yield _event("execution", _card_view(card))
+
         with anyio.move_on_after(_HEARTBEAT):
             await changed.wait()
         if not changed.is_set():
@@ -92,6 +95,7 @@ def _nodes_view(card: Card, snapshot: Snapshot, previous: Snapshot | None) -> di
     # The page requests values by the node's index, which must be the same in both.
     if previous is not None and [*previous.nodes] != [*snapshot.nodes]:
         previous = None
+
     changed = {change.node.name for change in snapshot.diff(previous)}
     nodes = [
         _node_view(card, snapshot, node, index)
@@ -102,7 +106,10 @@ def _nodes_view(card: Card, snapshot: Snapshot, previous: Snapshot | None) -> di
 
 
 def _card_view(card: Card) -> dict[str, Any]:
-    snapshot = card.snapshot
+    nodes = list[Node]()
+    if card.snapshot is not None:
+        nodes = [*card.snapshot.nodes.values()]
+
     return {
         "execution_id": str(card.execution.id),
         "workflow": card.workflow,
@@ -117,8 +124,8 @@ def _card_view(card: Card) -> dict[str, Any]:
         "problem": None if card.problem is None else attrs.asdict(card.problem),
         "elapsed": _rounded(card.elapsed),
         "duration": _rounded(card.duration),
-        "final": 0 if snapshot is None else sum(n.final for n in snapshot.nodes.values()),
-        "total": 0 if snapshot is None else len(snapshot.nodes),
+        "final": sum(node.final for node in nodes),
+        "total": len(nodes),
     }
 
 
@@ -128,21 +135,28 @@ def _rounded(seconds: float | None) -> float | None:
 
 def _node_view(card: Card, snapshot: Snapshot, node: Node, index: int) -> dict[str, Any]:
     """Return a node as in `Snapshot.to_dict`, with its value and its errors as text to read."""
+    text = ""
     has_value = node.value is not None or node.succeeded
-    is_failed = node.status == NodeStatus.FAILED
-    value = value_text(node.value) if has_value else ""
+    if has_value:
+        text = value_text(node.value)
+
     message, details = error_text(node), error_details(node)
+    if details == message:
+        details = None
+    if not message and node.status == NodeStatus.FAILED:
+        message = "The server gave no reason."
+
     times = card.timeline.nodes.get(node.name, NodeTimes())
     return {
         **node_dict(snapshot, node.name),
         "running": _rounded(times.running),
         "final": _rounded(times.final),
         "index": index,
-        "value": value[:_MAX_TEXT] if has_value else None,
-        "length": len(value),
+        "value": text[:10_000] if has_value else None,  # the page asks for the rest
+        "length": len(text),
         "is_text": isinstance(node.value, str),
-        "error_message": message or ("The server gave no reason." if is_failed else None),
-        "raw_error_message": None if details == message else details,
+        "error_message": message or None,
+        "raw_error_message": details,
     }
 
 

@@ -10,11 +10,7 @@ from mcp.types import CallToolResult, TextContent
 
 from promptlayer_exec import ExecutionFailed, Node, NodeStatus, NotFound, Snapshot, Workflow
 from promptlayer_exec._integration import error_details
-from promptlayer_exec.mcp._values import clean, clip, fitting, show
-
-_ERROR_LENGTH = 1_000
-_WHOLE_ERROR_LENGTH = 5_000
-_MOST_NAMES = 5
+from promptlayer_exec.mcp._tool_values import clean, clip, fitting, show
 
 
 def tool_result(fields: dict[str, Any]) -> CallToolResult:
@@ -40,8 +36,10 @@ def error_text(error: Exception) -> str:
 
 def names_of(nodes: Iterable[Node]) -> str:
     names = [f"{clean(node.name)!r:.80}" for node in nodes]
-    more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more
+    text = ", ".join(names[:5])
+    if len(names) > 5:
+        text += f" and {len(names) - 5:,} more"
+    return text
 
 
 def final_count(snapshot: Snapshot) -> int:
@@ -52,7 +50,9 @@ def state_text(snapshot: Snapshot) -> str:
     """Say in a few words how far an execution is."""
     state = f"{final_count(snapshot)} of {len(snapshot.nodes)} nodes are final"
     running = [node for node in snapshot.nodes.values() if node.status == NodeStatus.RUNNING]
-    return f"{state}, running: {names_of(running)}" if running and not snapshot.complete else state
+    if running and not snapshot.complete:
+        state += f", running: {names_of(running)}"
+    return state
 
 
 def failure_text(execution_id: int, error: ExecutionFailed) -> str:
@@ -77,6 +77,7 @@ def execution_fields(snapshot: Snapshot, message: str, timed_out: bool = False) 
         "timed_out": timed_out,
         "nodes": nodes,
     }
+
     if left_out := len(snapshot.nodes) - len(nodes):
         fields["nodes_left_out"] = left_out
     return fields
@@ -87,11 +88,12 @@ def node_fields(snapshot: Snapshot, node: Node, start: int, length: int | None) 
     name, value = "value", node.value
     if value is None and (details := error_details(node)) is not None:
         name, value = "raw_error_message", details
+
     shown = show(name, value, start, length)
     message = f"Node {clean(node.name)!r:.80} of execution {snapshot.execution_id}:"
     message += f" {clip(str(node.status), 80)}."
     message += rest_text(shown.get(f"{name}_range"), snapshot.execution_id, node.name)
-    entry = _entry(node, _WHOLE_ERROR_LENGTH) | shown
+    entry = _entry(node, 5_000) | shown
     return execution_fields(snapshot, message) | {"nodes": {clip(node.name, 1_000): entry}}
 
 
@@ -102,7 +104,9 @@ def rest_text(shown: dict[str, int] | None, execution_id: int, node: str | None 
     end, size = shown["end"], shown["size"]
     text = f" Shown are the characters {shown['start']:,} to {end:,} of {size:,}."
     if end < size:
-        which = "" if node is None else f", node {clean(node)!r:.200}"
+        which = ""
+        if node is not None:
+            which = f", node {clean(node)!r:.200}"
         text += f" Call get_execution with execution_id '{execution_id}'{which} and start {end}"
         text += " for the next ones."
     return text
@@ -122,7 +126,7 @@ def _entry(node: Node, length: int) -> dict[str, Any]:
 def _nodes(snapshot: Snapshot) -> dict[str, Any]:
     """Return as many nodes as there is space for, but first those that failed."""
     nodes = sorted(snapshot.nodes.values(), key=lambda node: node.status != NodeStatus.FAILED)
-    entries = [(clean(node.name), _entry(node, _ERROR_LENGTH)) for node in nodes]
+    entries = [(clean(node.name), _entry(node, 1_000)) for node in nodes]
     fits = dict(fitting(entries))
     return {name: fits[name] for name in map(clean, snapshot.nodes) if name in fits}
 
@@ -135,6 +139,7 @@ def workflow_fields(workflow: Workflow) -> dict[str, Any]:
         needs = f"It needs the inputs {', '.join(map(repr, inputs)):.2000}."
     else:
         needs = "It needs no inputs."
+
     nodes = fitting(
         {
             "name": clean(node.name),
@@ -144,9 +149,12 @@ def workflow_fields(workflow: Workflow) -> dict[str, Any]:
         }
         for node in workflow.nodes.values()
     )
-    version = "" if workflow.version is None else f", version {workflow.version}"
+    title = f"Workflow {clean(workflow.name)!r:.200}"
+    if workflow.version is not None:
+        title += f", version {workflow.version}"
+
     fields = {
-        "message": f"Workflow {clean(workflow.name)!r:.200}{version}. {needs}",
+        "message": f"{title}. {needs}",
         "id": workflow.id,
         "name": clip(workflow.name, 1_000),
         "version": workflow.version,
@@ -154,6 +162,7 @@ def workflow_fields(workflow: Workflow) -> dict[str, Any]:
         **show("required_inputs", None if inputs is None else dict(inputs)),
         "nodes": nodes,
     }
+
     if left_out := len(workflow.nodes) - len(nodes):
         fields["nodes_left_out"] = left_out
     return fields

@@ -1,0 +1,83 @@
+"""Workflows for the page: the list of them, and one as a graph and as the fields of a form."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from promptlayer_exec import PromptLayerExecError, Session, Workflow, WorkflowSummary
+from promptlayer_exec._integration import ExpiringDict, definition
+from promptlayer_exec.viewer._problems import explain
+
+_LIST_TIMEOUT = 20.0
+
+
+class NoDefinition(Exception):
+    """A definition, or the list of workflows, is not available; the text says why."""
+
+
+async def find_definition(
+    session: Session, workflow: str, label: str | None = None, version: int | None = None
+) -> Workflow:
+    """Return a definition, that of a label or version or the latest; raises `NoDefinition`."""
+    try:
+        return await definition(session, workflow, label=label, version=version)
+    except (PromptLayerExecError, ValueError) as error:
+        raise NoDefinition(explain(error)[1]) from error
+
+
+class WorkflowList:
+    """The workflows that can be started, the latest changed first, requested once a minute."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._kept: ExpiringDict[None, list[WorkflowSummary]] = ExpiringDict(60.0)
+
+    async def get(self) -> list[WorkflowSummary]:
+        """Return them; raises `NoDefinition`."""
+        kept = self._kept.get(None)
+        if kept is not None:
+            return kept
+
+        listed = self._session.workflows(sort_by="updated_at", sort_order="desc")
+        try:
+            async with asyncio.timeout(_LIST_TIMEOUT):
+                found = [summary async for summary in listed if not summary.is_deleted]
+        except PromptLayerExecError as error:
+            raise NoDefinition(explain(error)[1]) from error
+        except TimeoutError:
+            raise NoDefinition(f"it was not sent within {_LIST_TIMEOUT:.0f} s.") from None
+
+        self._kept.add(None, found)
+        return found
+
+
+def graph_view(workflow: Workflow) -> dict[str, Any]:
+    """Return a workflow as the page draws it, with an edge for each dependency."""
+    conditional = {
+        (source, node.name): False
+        for node in workflow.nodes.values()
+        for source in node.dependencies
+    }
+    for edge in workflow.edges:
+        if edge.source in workflow.nodes and edge.target in workflow.nodes:
+            pair = edge.source, edge.target
+            conditional[pair] = conditional.get(pair, False) or edge.conditional
+
+    inputs = workflow.required_inputs
+    return {
+        "id": str(workflow.id),
+        "name": workflow.name,
+        "version": workflow.version,
+        "labels": workflow.labels,
+        "required_inputs": None if inputs is None else dict(inputs),
+        "layers": workflow.layers(),
+        "nodes": {
+            node.name: {"type": node.node_type, "is_output": node.is_output_node}
+            for node in workflow.nodes.values()
+        },
+        "edges": [
+            {"source": source, "target": target, "conditional": is_conditional}
+            for (source, target), is_conditional in conditional.items()
+        ],
+    }
