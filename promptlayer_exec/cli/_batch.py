@@ -67,7 +67,7 @@ async def _run(
             "--out",
             metavar="FILE",
             help="File for the results: JSON Lines, which are continued if it exists, or a table"
-            " that is written at the end if it ends with .csv or .parquet.",
+            " that is written at the end if it ends with .csv.",
             show_default="standard output, which gets all of them",
         ),
     ] = None,
@@ -182,7 +182,7 @@ for _name, _command, *_examples in (
     ("show", operate.show, "batch show item-17"),
     ("recheck", operate.recheck, "batch recheck"),
     ("retry", operate.retry, "batch retry --failed"),
-    ("export", operate.export, "batch export --out results.parquet"),
+    ("export", operate.export, "batch export --out results.csv"),
     ("delete", operate.delete, "batch delete --name night-2026-05-01"),
 ):
     batch_app.command(_name, epilog=help_epilog(*_examples))(_command)

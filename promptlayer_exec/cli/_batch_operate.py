@@ -135,7 +135,7 @@ async def export(
         typer.Option(
             "--out",
             metavar="FILE",
-            help="File to write: a table if it ends with .csv or .parquet, else JSON Lines.",
+            help="File to write: a table if it ends with .csv, else JSON Lines.",
             show_default="JSON Lines on standard output",
         ),
     ] = None,
@@ -148,7 +148,7 @@ async def export(
     """Write the results of all items that have finished so far.
 
     The fields are those of `batch run --out`. In a table, the error has the columns error_type and
-    error_message. An output that is no text is written as JSON; in Parquet, a text is, too.
+    error_message, and an output that is no text is written as JSON.
     """
     _, batch = await batches.chosen_batch(name, database, base_url, same_server=same_server)
     await batch.check_server()  # before the file is made

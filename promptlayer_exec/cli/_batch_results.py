@@ -1,4 +1,4 @@
-"""The results of a batch: lines on standard output or in a file, or a table in CSV or Parquet."""
+"""The results of a batch: lines on standard output or in a file, or a table in CSV."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import json
 import sys
 from collections.abc import AsyncIterable, Iterator
 from contextlib import aclosing, contextmanager, suppress
-from importlib import import_module
 from io import FileIO
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._exit import Misuse
@@ -32,8 +30,6 @@ _COLUMNS = (
     *("key", "execution_id", "succeeded", "output"),
     *("error_type", "error_message", "started", "finished"),
 )
-_CSV, _PARQUET = ".csv", ".parquet"
-_ROW_GROUP = 1000
 
 
 class Result(NamedTuple):
@@ -65,7 +61,7 @@ def open_results(path: Path | None) -> Iterator[Results]:
         yield None
         return
     name = printable(str(path))
-    is_table = path.suffix.lower() in (_CSV, _PARQUET)
+    is_table = path.suffix.lower() == ".csv"
     written = path.with_name(path.name + ".part") if is_table else path
     try:
         if path.is_char_device():  # to read what it has would take for ever
@@ -132,16 +128,13 @@ class LineFile:
 
 
 class TableFile:
-    """Results as a table, CSV or Parquet, which is written as a whole and then put in place."""
+    """Results as a table in CSV, which is written as a whole and then put in place."""
 
     def __init__(self, path: Path, part: Path, name: str) -> None:
         self.name = name
         self._path, self._part = path, part
-        self._is_csv = path.suffix.lower() == _CSV
-        if not self._is_csv:
-            _pyarrow()  # before hours of work, not after them
         try:
-            self.results = set((_read_csv if self._is_csv else _read_parquet)(path))
+            self.results = set(_read_csv(path))
         except FileNotFoundError:
             self.results = set()
         except (OSError, ValueError, KeyError, csv.Error) as error:
@@ -151,7 +144,7 @@ class TableFile:
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
         """Write all results, and then replace the file."""
         try:
-            await (_write_csv if self._is_csv else _write_parquet)(self._part, outcomes)
+            await _write_csv(self._part, outcomes)
             self._part.replace(self._path)
         except OSError as error:
             raise _cannot_write(self.name, error) from error
@@ -160,65 +153,34 @@ class TableFile:
 Results: TypeAlias = LineFile | TableFile | None
 
 
-def _row(outcome: StoredOutcome, output: str | None) -> dict[str, Any]:
-    error_type, error_message = outcome.error or (None, None)
-    times = outcome.started, outcome.finished
-    start = outcome.key, outcome.execution_id, outcome.succeeded, output
-    return dict(zip(_COLUMNS, (*start, error_type, error_message, *times), strict=True))
-
-
 async def _write_csv(path: Path, outcomes: AsyncIterable[StoredOutcome]) -> None:
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(_COLUMNS)
         async for outcome in outcomes:
-            output = outcome.output
-            if outcome.succeeded and not isinstance(output, str):
-                output = json.dumps(output)
-            row = _row(outcome, output) | {"succeeded": json.dumps(outcome.succeeded)}
-            for name in ("started", "finished"):
-                row[name] = row[name] and row[name].isoformat()
-            writer.writerow(row.values())
+            writer.writerow(_cells(outcome))
+
+
+def _cells(outcome: StoredOutcome) -> tuple[object, ...]:
+    output = outcome.output
+    if outcome.succeeded and not isinstance(output, str):
+        output = json.dumps(output)
+
+    return (
+        outcome.key,
+        outcome.execution_id,
+        json.dumps(outcome.succeeded),
+        output,
+        *(outcome.error or (None, None)),
+        outcome.started and outcome.started.isoformat(),
+        outcome.finished.isoformat(),
+    )
 
 
 def _read_csv(path: Path) -> Iterator[Result]:
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             yield Result(row["key"], row["finished"], row["succeeded"] == "true")
-
-
-async def _write_parquet(path: Path, outcomes: AsyncIterable[StoredOutcome]) -> None:
-    arrow = _pyarrow()
-    kinds: dict[str, Any] = dict.fromkeys(_COLUMNS, arrow.string())
-    kinds |= {"execution_id": arrow.int64(), "succeeded": arrow.bool_()}
-    kinds |= dict.fromkeys(("started", "finished"), arrow.timestamp("us", tz="UTC"))
-    schema = arrow.schema(kinds)
-    rows: list[dict[str, Any]] = []
-    with arrow.parquet.ParquetWriter(path, schema) as writer:
-        async for outcome in outcomes:
-            row = _row(outcome, json.dumps(outcome.output) if outcome.succeeded else None)
-            if (text := row["error_message"]) is not None:
-                row["error_message"] = text.encode(errors="backslashreplace").decode()
-            rows.append(row)
-            if len(rows) == _ROW_GROUP:
-                writer.write_table(arrow.Table.from_pylist(rows, schema))
-                rows = []
-        writer.write_table(arrow.Table.from_pylist(rows, schema))
-
-
-def _read_parquet(path: Path) -> Iterator[Result]:
-    with _pyarrow().parquet.ParquetFile(path) as file:
-        for part in file.iter_batches(columns=["key", "finished", "succeeded"]):
-            for row in part.to_pylist():
-                yield Result(row["key"], row["finished"].isoformat(), row["succeeded"])
-
-
-def _pyarrow() -> ModuleType:
-    try:
-        import_module("pyarrow.parquet")  # optional, and slow
-        return import_module("pyarrow")
-    except ModuleNotFoundError as error:
-        raise Misuse("Parquet needs pyarrow: pip install pyarrow") from error
 
 
 def _lock(file: FileIO, path: Path, name: str) -> None:

@@ -541,7 +541,7 @@ def test_results_that_the_database_does_not_know_are_not_run_again(
 def test_items_of_a_csv_file_are_run(sim: Simulator, run: Run, tmp_path: Path) -> None:
     """Its results can be a table, too, which later is exported once more."""
     file = write(tmp_path / "night.csv", "key,n", "a,1", "b,2")
-    assert run("run", file, "--workflow", "echo", "--out", "out.parquet")[0] == 0
+    assert run("run", file, "--workflow", "echo", "--out", "table.csv")[0] == 0
     assert run("export", "--out", "out.csv") == (0, "", "")
     assert (tmp_path / "out.csv").read_text().splitlines()[0].startswith("key,execution_id,")
     code, out, _ = run("export")
