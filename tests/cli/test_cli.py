@@ -755,10 +755,10 @@ class TestProgram:
 
     def test_another_import_error_is_not_hidden(self, start: Start) -> None:
         """Only a missing extra is reported in one line; other errors have a traceback."""
-        call = f"import sys; sys.modules['promptlayer_exec.cli._batch'] = None; {MAIN}"
+        call = f"import sys; sys.modules['promptlayer_exec.cli._batch_commands'] = None; {MAIN}"
         code, out, err = start(program=python(call)).end(traceback=True)
         assert (code, out) == (70, "")
-        assert "import of promptlayer_exec.cli._batch halted" in err
+        assert "import of promptlayer_exec.cli._batch_commands halted" in err
 
     def test_an_interrupt_during_an_import(self, start: Start) -> None:
         """Ctrl-C is exit code 130, without a message, even if an import suppresses exceptions."""

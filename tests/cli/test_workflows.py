@@ -15,8 +15,8 @@ from rich.console import Console
 
 from promptlayer_exec import Node, NodeTimes, Snapshot, Workflow, WorkflowNode, __version__
 from promptlayer_exec.cli import app
+from promptlayer_exec.cli._graph_drawing import draw
 from promptlayer_exec.cli._live import LiveDisplay
-from promptlayer_exec.cli._workflows import draw
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 Call = Callable[..., Any]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._exit import Misuse
-from promptlayer_exec.cli._text import out
+from promptlayer_exec.cli._printing import out
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch, StoredOutcome
@@ -25,12 +25,6 @@ else:
 
 csv.field_size_limit(2**31 - 1)  # a cell can be as long as any output
 
-_RESULT_START = b'{"key": "'
-_COLUMNS = (
-    *("key", "execution_id", "succeeded", "output"),
-    *("error_type", "error_message", "started", "finished"),
-)
-
 
 class Result(NamedTuple):
     """A result that a file has."""
@@ -41,11 +35,12 @@ class Result(NamedTuple):
 
 
 async def write_results(batch: Batch, file: Results, *, until_done: bool) -> None:
-    """Write the results of a batch; `until_done`, also those of the items that end later."""
+    """Write the results of a batch; `until_done`, also those of items that finish later."""
     async with aclosing(batch.outcomes(until_done=until_done)) as outcomes:
         if file is not None:
             await file.write_all(outcomes)
             return
+
         async for outcome in outcomes:
             out(outcome.to_json())
 
@@ -54,31 +49,33 @@ async def write_results(batch: Batch, file: Results, *, until_done: bool) -> Non
 def open_results(path: Path | None) -> Iterator[Results]:
     """Open the results at a path, by its suffix; None stands for standard output.
 
-    The file is locked meanwhile: with two writers, each result would be there twice. One that was
-    made for a command that is then refused is removed.
+    The file is locked meanwhile: with two writers, each result would be there twice. If it is new
+    and nothing writes it, because the command is refused, it is removed.
     """
     if path is None:
         yield None
         return
+
     name = printable(str(path))
     is_table = path.suffix.lower() == ".csv"
     written = path.with_name(path.name + ".part") if is_table else path
     try:
         if path.is_char_device():  # to read what it has would take for ever
             raise Misuse(f"{name} is a device: name a file, or omit --out")
-        is_old = written.exists()
+        is_new = not written.exists()
         opened = written.open("a+b", buffering=0)
     except OSError as error:
         raise _cannot_write(name, error) from error
+
     file: LineFile | TableFile | None = None
     with opened:
-        _lock(opened, written, name)
+        _lock(opened, name)
         try:
             file = TableFile(path, written, name) if is_table else LineFile(path, opened, name)
             yield file
         finally:
             is_written = isinstance(file, LineFile) and file.is_written
-            if is_table or not (is_old or is_written):
+            if is_table or (is_new and not is_written):
                 with suppress(OSError):  # Windows does not remove an open file
                     written.unlink()
 
@@ -92,20 +89,17 @@ class LineFile:
         self.is_written = False
         self._file = file
         self._length = 0  # of the lines of the results, without an incomplete one at the end
+
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 is_whole = line.endswith(b"\n")
+                if not is_whole and _is_cut_off(line):
+                    break
                 try:
                     fields = json.loads(line)
-                    result = Result(
-                        str(fields["key"]), str(fields["finished"]), fields["succeeded"]
-                    )
+                    key, finished = str(fields["key"]), str(fields["finished"])
+                    result = Result(key, finished, fields["succeeded"])
                 except (ValueError, TypeError, KeyError) as error:
-                    # What a power failure cuts off can be zeros.
-                    text = line.rstrip(b"\0")
-                    is_start = text[: len(_RESULT_START)] == _RESULT_START[: len(text)]
-                    if is_start and not is_whole and isinstance(error, ValueError):
-                        break
                     where = f"{name}, line {number}"
                     raise Misuse(f"{where}, is not a result; the file is unchanged") from error
                 if is_whole:
@@ -113,12 +107,13 @@ class LineFile:
                     self._length += len(line)
 
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
-        """Write each result at once, unless the file already contains it."""
+        """Write each result as soon as there is one, unless the file already contains it."""
         self.is_written = True
         self._file.truncate(self._length)
         async for outcome in outcomes:
             if Result(outcome.key, outcome.finished.isoformat(), outcome.succeeded) in self.results:
                 continue
+
             line = outcome.to_json().encode() + b"\n"
             try:
                 while line:  # less than all may be written, for example when the disk gets full
@@ -127,19 +122,32 @@ class LineFile:
                 raise _cannot_write(self.name, error) from error
 
 
+def _is_cut_off(line: bytes) -> bool:
+    """Return True for the start of a result, the rest of which a crash kept from being written."""
+    start = b'{"key": "'
+    if line[: len(start)] != start[: len(line)]:
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
+
+
 class TableFile:
     """Results as a table in CSV, which is written as a whole and then put in place."""
 
     def __init__(self, path: Path, part: Path, name: str) -> None:
         self.name = name
         self._path, self._part = path, part
+
         try:
             self.results = set(_read_csv(path))
         except FileNotFoundError:
             self.results = set()
         except (OSError, ValueError, KeyError, csv.Error) as error:
-            what = f"{name} has no results that can be read: use another file"
-            raise Misuse(what) from error
+            problem = f"{name} has no results that can be read: use another file"
+            raise Misuse(problem) from error
 
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
         """Write all results, and then replace the file."""
@@ -156,7 +164,8 @@ Results: TypeAlias = LineFile | TableFile | None
 async def _write_csv(path: Path, outcomes: AsyncIterable[StoredOutcome]) -> None:
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
+        columns = "key execution_id succeeded output error_type error_message started finished"
+        writer.writerow(columns.split())
         async for outcome in outcomes:
             writer.writerow(_cells(outcome))
 
@@ -183,17 +192,16 @@ def _read_csv(path: Path) -> Iterator[Result]:
             yield Result(row["key"], row["finished"], row["succeeded"] == "true")
 
 
-def _lock(file: FileIO, path: Path, name: str) -> None:
+def _lock(file: FileIO, name: str) -> None:
     try:
         if sys.platform == "win32":  # pragma: no cover
             file.seek(2**62)  # a byte that nobody writes
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.stat()  # another command may just have removed it
     except BlockingIOError as error:
-        what = f"another process is writing to {name}: let it do so, and help it with `batch work`"
-        raise Misuse(f"{what}, or use another --out") from error
+        problem = f"another process is writing to {name}: let it do so, and help it with"
+        raise Misuse(f"{problem} `batch work`, or use another --out") from error
     except OSError as error:
         raise Misuse(f"cannot lock {name}: {error.strerror or error}") from error
 
