@@ -16,12 +16,12 @@ import anyio
 import attrs
 
 from promptlayer_exec.simulator._backend import Backend
-from promptlayer_exec.simulator._centrifugo import Centrifugo
-from promptlayer_exec.simulator._definitions import Workflow
-from promptlayer_exec.simulator._execution import Results
 from promptlayer_exec.simulator._faults import FaultQueue, PostKind
 from promptlayer_exec.simulator._log import Log
+from promptlayer_exec.simulator._push_server import PushServer
+from promptlayer_exec.simulator._run import Results
 from promptlayer_exec.simulator._wire import JSON_TYPE, encode
+from promptlayer_exec.simulator._workflow_bodies import SimulatedWorkflow
 
 _LOGGER = logging.getLogger(__package__)
 _TIMEOUT = aiohttp.ClientTimeout(total=10.0)
@@ -61,7 +61,7 @@ class Notifications:
     """
 
     _backend: Backend
-    _centrifugo: Centrifugo
+    _push_server: PushServer
     _faults: FaultQueue
     _push_limit_bytes: int
     webhook_url: str | None
@@ -69,7 +69,9 @@ class Notifications:
     posts: Log[SimPost] = attrs.field(factory=lambda: Log("webhooks and callbacks"), init=False)
     _tasks: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
 
-    def follow(self, execution_id: int, workflow: Workflow, body: Mapping[str, Any]) -> None:
+    def follow(
+        self, execution_id: int, workflow: SimulatedWorkflow, body: Mapping[str, Any]
+    ) -> None:
         work = self._notify(execution_id, workflow, body)
         task = asyncio.create_task(work, name=f"simulator run {execution_id}")
         self._tasks.add(task)
@@ -80,7 +82,9 @@ class Notifications:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _notify(self, execution_id: int, workflow: Workflow, body: Mapping[str, Any]) -> None:
+    async def _notify(
+        self, execution_id: int, workflow: SimulatedWorkflow, body: Mapping[str, Any]
+    ) -> None:
         webhook_url = self.webhook_url  # of now: to set it concerns later runs
         try:
             results = await self._wait_until_complete(execution_id)
@@ -126,9 +130,11 @@ class Notifications:
             )
             message = _MESSAGE.format(execution_id, encode(explanation), "EXCEEDS_SIZE_LIMIT")
         publication = {"message_name": "SET_WORKFLOW_COMPLETE", "data": message}
-        await self._centrifugo.publish(channel, publication)
+        await self._push_server.publish(channel, publication)
 
-    def _webhook(self, execution_id: int, workflow: Workflow) -> tuple[dict[str, str], str]:
+    def _webhook(
+        self, execution_id: int, workflow: SimulatedWorkflow
+    ) -> tuple[dict[str, str], str]:
         payload = {
             "event_type": "agent_run_finished",
             "details": {

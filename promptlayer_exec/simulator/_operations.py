@@ -14,10 +14,10 @@ from aiohttp import web
 
 from promptlayer_exec.simulator import _wire as wire
 from promptlayer_exec.simulator._backend import Backend
-from promptlayer_exec.simulator._centrifugo import Centrifugo
 from promptlayer_exec.simulator._faults import FaultQueue
 from promptlayer_exec.simulator._log import Log, SimRequest
 from promptlayer_exec.simulator._notifications import Notifications
+from promptlayer_exec.simulator._push_server import PushServer
 
 _WEBSOCKET = "/connection/websocket"
 _TOKEN_LIFETIME = 3600.0  # as announced; a connection lasts as long as the client wants
@@ -44,7 +44,7 @@ class TokenBucket:
 
 
 @attrs.define(eq=False)
-class Api:
+class Operations:
     """Answers every request that reaches the server.
 
     The order is: log, faults, route, key, rate limit, operation.
@@ -54,7 +54,7 @@ class Api:
     _clock: Callable[[], float]
     _backend: Backend
     _log: Log[SimRequest]
-    _centrifugo: Centrifugo
+    _push_server: PushServer
     _notifications: Notifications
     faults: FaultQueue
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
@@ -71,7 +71,7 @@ class Api:
         fault = self.faults.take(lambda fault: fault.concerns(request))
         response = await fault.effect(request, answer) if fault is not None else None
         if response is None and path == _WEBSOCKET:
-            response = await self._centrifugo.serve(request)
+            response = await self._push_server.serve(request)
         return answer() if response is None else response
 
     def _answer(self, request: SimRequest) -> web.Response:
@@ -144,7 +144,7 @@ class Api:
         channels = wire.required_values(request.query, "capability")
         issued = time.time()
         details = {
-            "token": self._centrifugo.issue_token(channels),
+            "token": self._push_server.issue_token(channels),
             "expires": int((issued + _TOKEN_LIFETIME) * 1000),
             "issued": int(issued * 1000),
             "capability": {channel: ["presence", "subscribe"] for channel in channels},
@@ -156,9 +156,9 @@ class Api:
 
 
 _ROUTES: tuple[tuple[re.Pattern[str], str, Callable[..., web.Response]], ...] = (
-    (re.compile("/workflow-version-execution-results"), "GET", Api._results),
-    (re.compile("/workflows"), "GET", Api._workflows),
-    (re.compile("/workflows/([^/]+)"), "GET", Api._workflow),
-    (re.compile("/workflows/([^/]+)/run"), "POST", Api._run),
-    (re.compile("/ws-token-request-library"), "POST", Api._token),
+    (re.compile("/workflow-version-execution-results"), "GET", Operations._results),
+    (re.compile("/workflows"), "GET", Operations._workflows),
+    (re.compile("/workflows/([^/]+)"), "GET", Operations._workflow),
+    (re.compile("/workflows/([^/]+)/run"), "POST", Operations._run),
+    (re.compile("/ws-token-request-library"), "POST", Operations._token),
 )

@@ -87,7 +87,7 @@ class Results:
 
 
 @attrs.define
-class Execution:
+class SimulatedRun:
     """One execution of a scenario, started at the time `started`; all times are of one clock."""
 
     scenario: Scenario

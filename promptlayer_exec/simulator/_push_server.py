@@ -24,7 +24,7 @@ class _Disconnect(Exception):
 
 
 @attrs.define(eq=False)
-class Centrifugo:
+class PushServer:
     """Publishes to the subscribers of channels, each allowed by its token; sends no pings."""
 
     # The channels that each token allows; none expires.
@@ -64,7 +64,7 @@ class Centrifugo:
 class _Connection:
     """One client; `_channels` are those that its token allows, None until it has connected."""
 
-    _centrifugo: Centrifugo
+    _push_server: PushServer
     socket: web.WebSocketResponse
     _channels: frozenset[str] | None = attrs.field(default=None, init=False)
     subscriptions: set[str] = attrs.field(factory=set, init=False)
@@ -87,9 +87,9 @@ class _Connection:
     def _answer(self, request: dict[Any, Any]) -> dict[str, Any]:
         match request:
             case {"connect": {"token": str(token)}} if self._channels is None:
-                if token not in self._centrifugo.tokens:
+                if token not in self._push_server.tokens:
                     raise _Disconnect(3500, "invalid token")
-                self._channels = self._centrifugo.tokens[token]
+                self._channels = self._push_server.tokens[token]
                 return {"connect": {"client": str(uuid4()), "version": ""}}
             case _ if self._channels is None or "connect" in request:
                 raise _Disconnect(3501, "bad request")

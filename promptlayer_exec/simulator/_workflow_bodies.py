@@ -17,7 +17,7 @@ ScenarioSource: TypeAlias = Scenario | Callable[[Mapping[str, Any]], Scenario]
 
 
 @attrs.frozen(kw_only=True)
-class Version:
+class SimulatedVersion:
     """One version of a workflow: what it runs, and how it is described.
 
     Versions that were added later have higher ids.
@@ -44,13 +44,13 @@ class Version:
 
 
 @attrs.define(kw_only=True)
-class Workflow:
+class SimulatedWorkflow:
     """A workflow that can be run; `labels` maps each release label to its version's number."""
 
     id: int
     name: str
     external_ids: Mapping[str, str]
-    versions: list[Version] = attrs.field(factory=list)
+    versions: list[SimulatedVersion] = attrs.field(factory=list)
     labels: dict[str, int] = attrs.field(factory=dict)
 
     def add(self, labels: Iterable[str], **version: Any) -> int:
@@ -58,11 +58,11 @@ class Workflow:
         if isinstance(labels, str):
             raise TypeError(f"labels takes several labels: write labels=[{labels!r}]")
         number = len(self.versions) + 1
-        self.versions.append(Version(number=number, **version))
+        self.versions.append(SimulatedVersion(number=number, **version))
         self.labels.update(dict.fromkeys(labels, number))
         return number
 
-    def select(self, label: str | None, number: int | None) -> Version | None:
+    def select(self, label: str | None, number: int | None) -> SimulatedVersion | None:
         """Return a version by its label or number, and else the latest one."""
         if len(self.versions) == 1 and not self.labels:
             return self.versions[0]  # nothing was declared that could be wrong
@@ -72,7 +72,7 @@ class Workflow:
             return self.versions[-1]
         return next((version for version in self.versions if version.number == number), None)
 
-    def describe(self, version: Version) -> dict[str, Any]:
+    def describe(self, version: SimulatedVersion) -> dict[str, Any]:
         """Return the definition of a version, in the documented shape."""
         description = {
             "success": True,
@@ -133,7 +133,7 @@ class Workflow:
         }
 
 
-_SORT_KEYS: Mapping[str, Callable[[Workflow], Any]] = {
+_SORT_KEYS: Mapping[str, Callable[[SimulatedWorkflow], Any]] = {
     "created_at": lambda it: it.id,
     "updated_at": lambda it: it.versions[-1].id,
     "name": lambda it: it.name,
@@ -141,7 +141,9 @@ _SORT_KEYS: Mapping[str, Callable[[Workflow], Any]] = {
 }
 
 
-def list_workflows(workflows: Iterable[Workflow], query: Mapping[str, str]) -> dict[str, Any]:
+def list_workflows(
+    workflows: Iterable[SimulatedWorkflow], query: Mapping[str, str]
+) -> dict[str, Any]:
     """Return one page of the workflows that a query asks for."""
     query = dict(query.items())  # of a parameter that is repeated, the last counts
     number = parse_integer(query, "page", range(1, 2**63), default=1)
