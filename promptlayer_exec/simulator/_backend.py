@@ -54,11 +54,14 @@ class Backend:
     def add_execution(self, scenario: Scenario, execution_id: int | None = None) -> int:
         with self._lock:
             if execution_id is None:
-                execution_id = next(i for i in self._execution_ids if i not in self.executions)
+                execution_id = next(
+                    number for number in self._execution_ids if number not in self.executions
+                )
             elif not 0 < execution_id < 2**63:
                 raise ValueError(f"execution id must be between 1 and 2**63-1, got {execution_id}")
             elif execution_id in self.executions:
                 raise ValueError(f"execution {execution_id} already exists")
+
             self.executions[execution_id] = SimulatedRun(scenario, self._clock())
             return execution_id
 
@@ -68,6 +71,7 @@ class Backend:
         with self._lock:
             if name in self._workflows:
                 raise ValueError(f"workflow {name!r} already exists")
+
             workflow = SimulatedWorkflow(
                 id=len(self._workflows) + 1, name=name, external_ids=external_ids
             )
@@ -90,14 +94,19 @@ class Backend:
         with self._lock:
             if id_or_name in self._workflows:
                 return self._workflows[id_or_name]
-            return next((w for w in self._workflows.values() if str(w.id) == id_or_name), None)
+            for workflow in self._workflows.values():
+                if str(workflow.id) == id_or_name:
+                    return workflow
+            return None
 
     def run(
         self, workflow: SimulatedWorkflow, version: SimulatedVersion, body: Mapping[str, Any]
     ) -> int:
         inputs = body.get("input_variables", {})
-        source = version.source
-        scenario = source if isinstance(source, Scenario) else source(inputs)
+        scenario = version.source
+        if not isinstance(scenario, Scenario):
+            scenario = scenario(inputs)
+
         with self._lock:
             execution_id = self.add_execution(scenario)
             self.runs.append(SimRun(execution_id, workflow.name, inputs, body))

@@ -20,16 +20,6 @@ We have refunded the second payment of 29.00 EUR; it will reach you within five 
 
 Kind regards, your support team"""
 _NO_INDEX = "The handbook index is not available: HTTP 503 from vector-store"
-_PAGE = '<title>Otters</title><script>alert("a script is only text here")</script>'
-_REPORT = "# Otters of the Danube delta\n\nNumbers have doubled since 2009; two counts agree."
-_CLOSED = "Purchase order PO-4711 is closed: the ERP answered 409 Conflict"
-_TRACEBACK = f"""\
-Traceback (most recent call last):
-  File "/app/nodes/match_order.py", line 41, in run
-    order = erp.reserve(invoice["order"], amount=invoice["total"])
-  File "/app/clients/erp.py", line 118, in reserve
-    raise OrderClosed(message)
-OrderClosed: {_CLOSED}"""
 
 
 def support_agent(
@@ -72,24 +62,34 @@ def support_agent(
 
 def _research_report(inputs: Mapping[str, Any]) -> Scenario:
     topic = inputs.get("topic", "otters")
+    page = '<title>Otters</title><script>alert("a script is only text here")</script>'
+    report = "# Otters of the Danube delta\n\nNumbers have doubled since 2009; two counts agree."
     counts = [{"year": year, "otters": 40 + 7 * (year - 2009)} for year in range(2009, 2026)]
     sources = ["search the web", "search the archive", "query the counts"]
 
     nodes = [
         SimNode("plan", {"topic": topic, "questions": 3}, 1.2),
-        SimNode("search the web", _PAGE, 4.0, after=["plan"]),
+        SimNode("search the web", page, 4.0, after=["plan"]),
         SimNode("search the archive", ["report-2009.pdf", "report-2021.pdf"], 6.5, after=["plan"]),
         SimNode("query the counts", counts, 2.4, after=["plan"]),
         SimNode("weigh the sources", {"agree": 2, "differ": 1}, 5.0, after=sources),
-        SimNode("write the report", _REPORT, 24.0, after=["weigh the sources"]),
+        SimNode("write the report", report, 24.0, after=["weigh the sources"]),
         SimNode("review", {"ok": True}, 6.0, after=["write the report"]),
-        SimNode("final report", _REPORT, 0.5, after=["review"], is_output_node=True),
+        SimNode("final report", report, 0.5, after=["review"], is_output_node=True),
     ]
     return Scenario(nodes)
 
 
 def _invoice_check(inputs: Mapping[str, Any]) -> Scenario:
     invoice = {"invoice": inputs.get("invoice", "INV-2093"), "total": "1,180.00 EUR"}
+    problem = "Purchase order PO-4711 is closed: the ERP answered 409 Conflict"
+    traceback = f"""\
+Traceback (most recent call last):
+  File "/app/nodes/match_order.py", line 41, in run
+    order = erp.reserve(invoice["order"], amount=invoice["total"])
+  File "/app/clients/erp.py", line 118, in reserve
+    raise OrderClosed(message)
+OrderClosed: {problem}"""
 
     nodes = [
         SimNode("read invoice", {**invoice, "order": "PO-4711"}, 1.5),
@@ -99,8 +99,8 @@ def _invoice_check(inputs: Mapping[str, Any]) -> Scenario:
             duration=2.8,
             after=["read invoice"],
             status="FAILED",
-            error_message=_CLOSED,
-            raw_error_message={"raw": _TRACEBACK},
+            error_message=problem,
+            raw_error_message={"raw": traceback},
         ),
         SimNode("book payment", after=["check sender", "match purchase order"]),
         SimNode("receipt", after=["book payment"], is_output_node=True),

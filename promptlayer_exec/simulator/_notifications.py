@@ -24,10 +24,7 @@ from promptlayer_exec.simulator._wire import JSON_TYPE, encode
 from promptlayer_exec.simulator._workflow_bodies import SimulatedWorkflow
 
 _LOGGER = logging.getLogger(__package__)
-_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 _MESSAGE = '{{"workflow_version_execution_id":{},"final_output":{},"result_code":"{}"}}'
-# A clock that stands still just before a node's end must not make the task spin.
-_MIN_SLEEP = 0.005
 
 
 @attrs.frozen
@@ -91,11 +88,13 @@ class Notifications:
         except Exception:
             _LOGGER.exception("execution %d: a function of its scenario failed", execution_id)
             return
+
         suffix, callback_url = body.get("channel_name_suffix"), body.get("callback_url")
         output = results.json(all_outputs=body.get("return_all_outputs", False))
         channel = f"workflow_updates:{execution_id}"
         if suffix is not None:
             channel = f"workflows:{workflow.id}:run:{suffix}"
+
         notifications = [self._publish(execution_id, channel, output)]
         if callback_url is not None:
             text = f'{{"workflow_version_execution_id":{execution_id},"final_output":{output}}}'
@@ -105,6 +104,7 @@ class Notifications:
         if webhook_url is not None:
             headers, text = self._webhook(execution_id, workflow)
             notifications.append(self._post("webhook", execution_id, webhook_url, headers, text))
+
         await asyncio.gather(*notifications)
 
     async def _wait_until_complete(self, execution_id: int) -> Results:
@@ -113,8 +113,7 @@ class Notifications:
         self._backend.wakers[execution_id] = wake
         try:
             while not (results := self._backend.results(execution_id)).complete:
-                sleep = results.seconds_to_change
-                with anyio.move_on_after(None if sleep is None else max(sleep, _MIN_SLEEP)):
+                with anyio.move_on_after(results.seconds_to_change):
                     await changed.wait()
                 changed.clear()
             return results
@@ -146,6 +145,7 @@ class Notifications:
             "workspace_id": 1,
             "timestamp": datetime.now(UTC).isoformat(),
         }
+
         # What is signed is not the text that is sent, but the payload in a form of its own.
         signed = json.dumps(payload, sort_keys=True).encode()
         signature = hmac.new(self._webhook_secret.encode(), signed, "sha256").hexdigest()
@@ -155,15 +155,18 @@ class Notifications:
         self, kind: PostKind, execution_id: int, url: str, headers: dict[str, str], text: str
     ) -> None:
         body = text.encode()
+        timeout = aiohttp.ClientTimeout(total=10.0)
         fault = self._faults.take(lambda fault: fault.concerns_post(kind, execution_id))
+
         for delay in (0.0,) if fault is None else fault.delays:
             await asyncio.sleep(delay)
             status = None
             try:
                 async with aiohttp.request(
-                    "POST", url, data=body, headers=headers, timeout=_TIMEOUT
+                    "POST", url, data=body, headers=headers, timeout=timeout
                 ) as response:
                     status = response.status
             except Exception as error:  # noqa: BLE001 - an arbitrary URL fails in many ways
                 _LOGGER.debug("execution %d: posting to its user failed: %r", execution_id, error)
+
             self.posts.record(SimPost(kind, execution_id, url, headers, body, status))

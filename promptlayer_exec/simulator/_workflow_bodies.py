@@ -74,36 +74,18 @@ class SimulatedWorkflow:
 
     def describe(self, version: SimulatedVersion) -> dict[str, Any]:
         """Return the definition of a version, in the documented shape."""
+        labels = [label for label, number in self.labels.items() if number == version.number]
         description = {
             "success": True,
             "workflow_id": self.id,
             "workflow_name": self.name,
             "version": version.number,
             "workflow_version_id": version.id,
-            "release_labels": [it for it, n in self.labels.items() if n == version.number],
+            "release_labels": labels,
             "created_at": version.created_at.isoformat(),
-            "nodes": [
-                {
-                    "id": str(uuid.uuid4()),
-                    "workflow_version_id": version.id,
-                    "name": node.name,
-                    "node_type": node.node_type,
-                    "is_output_node": bool(node.is_output_node),
-                    "configuration": {},
-                    "dependencies": list(node.after),
-                }
-                for node in version.nodes
-            ],
+            "nodes": [_describe_node(node, version.id) for node in version.nodes],
             "edges": [
-                {
-                    "id": str(uuid.uuid4()),
-                    "source_node_name": before,
-                    "target_node_name": node.name,
-                    "is_and": True,
-                    "conditionals": [] if node.when is None else [{"type": "predicate"}],
-                }
-                for node in version.nodes
-                for before in node.after
+                _describe_edge(before, node) for node in version.nodes for before in node.after
             ],
             # The object of development servers, which production is said to send, too.
             "workflow": {
@@ -115,6 +97,7 @@ class SimulatedWorkflow:
                 "is_deleted": False,
             },
         }
+
         if version.inputs is not None:
             description["required_input_variables"] = dict(version.inputs)
         return description
@@ -128,16 +111,39 @@ class SimulatedWorkflow:
             "latest_version_number": self.versions[-1].number,
             "release_labels": list(self.labels),
             "external_ids": [
-                {"source": source, "external_id": it} for source, it in self.external_ids.items()
+                {"source": source, "external_id": external_id}
+                for source, external_id in self.external_ids.items()
             ],
         }
 
 
+def _describe_node(node: SimNode, version_id: int) -> dict[str, Any]:
+    return {
+        "id": str(uuid.uuid4()),
+        "workflow_version_id": version_id,
+        "name": node.name,
+        "node_type": node.node_type,
+        "is_output_node": bool(node.is_output_node),
+        "configuration": {},
+        "dependencies": list(node.after),
+    }
+
+
+def _describe_edge(source: str, target: SimNode) -> dict[str, Any]:
+    return {
+        "id": str(uuid.uuid4()),
+        "source_node_name": source,
+        "target_node_name": target.name,
+        "is_and": True,
+        "conditionals": [] if target.when is None else [{"type": "predicate"}],
+    }
+
+
 _SORT_KEYS: Mapping[str, Callable[[SimulatedWorkflow], Any]] = {
-    "created_at": lambda it: it.id,
-    "updated_at": lambda it: it.versions[-1].id,
-    "name": lambda it: it.name,
-    "id": lambda it: it.id,
+    "created_at": lambda workflow: workflow.id,
+    "updated_at": lambda workflow: workflow.versions[-1].id,
+    "name": lambda workflow: workflow.name,
+    "id": lambda workflow: workflow.id,
 }
 
 
@@ -145,18 +151,21 @@ def list_workflows(
     workflows: Iterable[SimulatedWorkflow], query: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return one page of the workflows that a query asks for."""
-    query = dict(query.items())  # of a parameter that is repeated, the last counts
     number = parse_integer(query, "page", range(1, 2**63), default=1)
     size = parse_integer(query, "per_page", range(1, 101), default=30)
     sort_by = _one_of(query, "sort_by", _SORT_KEYS, "created_at")
     descending = _one_of(query, "sort_order", ("asc", "desc"), "desc") == "desc"
+
     source, external_id = query.get("external_source"), query.get("external_id")
     if (source is None) != (external_id is None):
         missing = "external_source" if source is None else "external_id"
         raise RequestValidationError("Field required", "missing", "query", missing)
 
-    meant = (it for it in workflows if source is None or it.external_ids.get(source) == external_id)
-    found = sorted(meant, key=_SORT_KEYS[sort_by], reverse=descending)
+    if source is not None:
+        workflows = [
+            workflow for workflow in workflows if workflow.external_ids.get(source) == external_id
+        ]
+    found = sorted(workflows, key=_SORT_KEYS[sort_by], reverse=descending)
     pages = math.ceil(len(found) / size)
     return {
         "items": [workflow.summarize() for workflow in found[(number - 1) * size : number * size]],
