@@ -87,8 +87,10 @@ async def wait_for_batch(name: str | None, database: str | None) -> str:
 
         if attempt == 0:
             wanted = "a batch" if name is None else f"batch '{printable(name)}'"
-            others = f", which has {', '.join(map(printable, found))}" if found else ""
-            err(f"waiting for {wanted} in {shown_database(database)}{others}")
+            message = f"waiting for {wanted} in {shown_database(database)}"
+            if found:
+                message += f", which has {', '.join(map(printable, found))}"
+            err(message)
         await asyncio.sleep(1.0)
     return choose(name, found)
 

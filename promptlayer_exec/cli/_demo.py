@@ -18,8 +18,7 @@ from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._exit import PROGRAM, listening
 from promptlayer_exec.cli._options import demo_session
 from promptlayer_exec.cli._printing import out
-from promptlayer_exec.simulator import Scenario, SimRequest, Simulator
-from promptlayer_exec.simulator import _examples as examples
+from promptlayer_exec.simulator import Scenario, SimRequest, Simulator, examples
 
 if TYPE_CHECKING:
     from promptlayer_exec.viewer import Board, History
@@ -149,7 +148,9 @@ Requests:"""
 
 def _set_variable(name: str, value: str) -> str:
     """Return the line that sets an environment variable in the platform's usual shell."""
-    return f'$env:{name} = "{value}"' if os.name == "nt" else f"export {name}={value}"
+    if os.name == "nt":
+        return f'$env:{name} = "{value}"'
+    return f"export {name}={value}"
 
 
 async def _print_requests(simulator: Simulator, requests: asyncio.Queue[SimRequest]) -> NoReturn:

@@ -251,7 +251,9 @@ def _report(error: Exception, subject: Subject) -> ExitCode:
     code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
     execution_id = subject.execution_id
 
-    message = str(error) if isinstance(error, Misuse) else describe(error)
+    message = describe(error)
+    if isinstance(error, Misuse):
+        message = str(error)
     if execution_id is None and subject.note not in message:
         message = f"{message.rstrip('.')}; {subject.note}"
     message = printable(message)
@@ -303,11 +305,11 @@ def _discard(*streams: Any) -> None:
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[None]:
-    """Report that a server cannot listen; a `UnicodeError` stands for a malformed host name."""
+    """Report that a server cannot listen."""
     try:
         yield
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         # socket.create_server repeats the address after the reason.
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        reason = str(error.strerror or error).partition(" (while")[0]
         hint = "; --port 0 takes a free port" if port else ""
         raise Misuse(f"cannot listen on {host}, port {port}: {reason}{hint}") from None

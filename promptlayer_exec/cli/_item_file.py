@@ -151,10 +151,11 @@ class ItemFile:
                 return
 
             with self._path.open("rb") as file:
+                if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                    file.seek(0)
                 for number, line in enumerate(file, 1):
-                    text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                    if text.strip():
-                        yield number, text
+                    if line.strip():
+                        yield number, line
         except OSError as error:
             raise Misuse(f"cannot read {self._name}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
@@ -198,8 +199,9 @@ def _numbered(numbers: list[int]) -> str:
 
 
 def _digest(line: bytes | dict[str, Any]) -> str:
-    text = line.strip() if isinstance(line, bytes) else json.dumps(line).encode()
-    return hashlib.sha256(text).hexdigest()[:20]
+    if not isinstance(line, bytes):
+        line = json.dumps(line).encode()
+    return hashlib.sha256(line.strip()).hexdigest()[:20]
 
 
 def _meaning(column: str) -> str:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -72,7 +72,9 @@ class LiveDisplay:
         self._live.refresh()
 
     def _render(self) -> RenderableType:
-        warning = [Text(self._warning, style="yellow")] if self._warning else []
+        warning = []
+        if self._warning:
+            warning.append(Text(self._warning, style="yellow"))
         snapshot = self._snapshot
         if snapshot is None:
             return Group(self._spinner, *warning)
@@ -185,7 +187,10 @@ class BatchProgress:
     def shown(self) -> Iterator[None]:
         """Show the bar in this context, and warnings from now on."""
         show_warnings(self._warn)
-        with nullcontext() if self._bar.disable else self._bar:
+        if self._bar.disable:
+            yield
+            return
+        with self._bar:
             yield
 
     def _warn(self, text: str) -> None:

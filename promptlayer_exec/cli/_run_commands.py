@@ -143,7 +143,9 @@ def run(
             err(f"execution {execution.id} started")
             if not watched:
                 execution_id = str(execution.id)
-                out(json.dumps({"execution_id": execution_id}) if as_json else execution_id)
+                if as_json:
+                    execution_id = json.dumps({"execution_id": execution_id})
+                out(execution_id)
                 return ExitCode.SUCCEEDED
 
             snapshot = await _follow(execution, display)
@@ -283,13 +285,13 @@ async def results(
 
 def _print_output(value: Any, *, as_json: bool = False) -> None:
     """Print a string as it is, and any other value as JSON."""
-    if as_json:
-        out(json.dumps(value))
-    elif sys.stdout.isatty():
-        text = value if isinstance(value, str) else indented(value)
-        out(printable(text, keep="\n\t"))
+    is_text = isinstance(value, str)
+    if not as_json and sys.stdout.isatty():
+        out(printable(value if is_text else indented(value), keep="\n\t"))
+    elif is_text and not as_json:
+        out(value)
     else:
-        out(value if isinstance(value, str) else json.dumps(value))
+        out(json.dumps(value))
 
 
 @command

@@ -711,17 +711,13 @@ class TestSimulate:
         assert (code, err) == (0, "")
 
     def test_an_unusable_address_is_exit_code_2(self, sim: Simulator, call: Call) -> None:
-        """A port in use or a malformed host is reported in one line."""
+        """A port in use is reported in one line."""
         port = sim.base_url.rpartition(":")[2]
-        malformed = call("simulate", "--host", "a..b")
         code, out, err = call("simulate", "--port", port)
         assert (code, out) == (2, "")
         assert err.startswith(f"cannot listen on 127.0.0.1, port {port}: ")
         assert err.endswith("; --port 0 takes a free port\n")
         assert err.count("\n") == 1
-        code, out, err = malformed
-        assert (code, out) == (2, "")
-        assert err.startswith("cannot listen on a..b, port 8787: ")
 
 
 class TestProgram:
@@ -818,12 +814,6 @@ class TestExit:
         assert err.count("trying again") == 1
         again = f"again with:\n  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n"
         assert err.endswith(again) is (command[0] == "watch")
-
-    def test_without_standard_output(self, sim: Simulator, start: Start) -> None:
-        """If it is closed from the start, the output is discarded."""
-        execution_id = sim.add_execution(DONE)
-        command = start("watch", execution_id, program=redirected("RUN <&- >&-"))
-        assert command.end() == (0, "", "")
 
     def test_a_full_disk_is_exit_code_74(self, sim: Simulator, start: Start) -> None:
         """Every command reports in one line that standard output cannot be written."""

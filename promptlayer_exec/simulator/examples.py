@@ -1,4 +1,7 @@
-"""Example workflows and executions, for demonstrations and for the README and the tutorial."""
+"""Example workflows and executions, for demonstrations and for the README and the tutorial.
+
+They change with those; the module is not part of the public API.
+"""
 
 from __future__ import annotations
 
