@@ -9,22 +9,22 @@ import traceback
 
 from promptlayer_exec._install import install_hint
 
-_REQUIRED = ("rich", "typer")
-
 
 def main() -> None:
     """Run the command line, or report which extra it needs, and exit."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit_at_once)
+
     try:
         from promptlayer_exec.cli import main as run  # noqa: PLC0415 - an extra
     except ImportError as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and missing.partition(".")[0] in _REQUIRED:
+        if missing is not None and missing.partition(".")[0] in ("rich", "typer"):
             sys.stderr.write(f"the command line needs {install_hint('cli')}\n")
             sys.exit(2)
         traceback.print_exception(error)
         sys.exit(70)  # ExitCode.BUG, which cannot be imported here
+
     try:
         run()
     finally:

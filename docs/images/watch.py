@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from promptlayer_exec import PollPolicy, Session, Snapshot
-from promptlayer_exec.cli._demo import support_agent
 from promptlayer_exec.cli._live import LiveDisplay
 from promptlayer_exec.simulator import Simulator
+from promptlayer_exec.simulator.examples import support_agent
 
 # rich's own format without the font, which would be loaded from the network.
 FORMAT = """\

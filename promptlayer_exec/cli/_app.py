@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from promptlayer_exec import __version__
-from promptlayer_exec.cli._batch import batch_app
-from promptlayer_exec.cli._executions import demo, results, run, watch
+from promptlayer_exec.cli._batch_commands import batch_app
 from promptlayer_exec.cli._exit import PROGRAM, help_epilog, report_crash
-from promptlayer_exec.cli._servers import mcp, simulate, view
-from promptlayer_exec.cli._text import out, prepare_streams
-from promptlayer_exec.cli._workflows import workflow, workflows
+from promptlayer_exec.cli._printing import out, prepare_streams
+from promptlayer_exec.cli._run_commands import demo, results, run, watch
+from promptlayer_exec.cli._server_commands import mcp, simulate, view
+from promptlayer_exec.cli._workflow_commands import workflow, workflows
 
 app = typer.Typer(
     name=PROGRAM,

@@ -23,14 +23,12 @@ import typer
 
 import promptlayer_exec
 from promptlayer_exec._integration import printable
-from promptlayer_exec.cli._text import err, out
+from promptlayer_exec.cli._printing import err, out
 
 P = ParamSpec("P")
 
 PROGRAM = "promptlayer-exec"
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
-# Enough to cancel a start that was not sent yet, and short enough to wait without a message.
-_CANCEL_TIME = 0.3
 _HELP_EPILOG = """\
 \b
 Environment:
@@ -48,7 +46,7 @@ Exit codes:
   130  interrupted
   141  the reader of the output has gone
   143  terminated"""
-# What to do about an error at a command line, where its own advice is for a program.
+# What to do about an error at a command line; the error's own advice is for a program.
 _ADVICE = {
     "ConnectionFailed": "Check the network and --base-url.",
     "RequestTimeout": "Try again.",
@@ -62,7 +60,7 @@ _ADVICE = {
     "ExecutionTimeout": "",
     "ExecutionFailed": "",
 }
-# What a message may name, and the option for that.
+# Arguments that a message may name, and the option that sets each.
 _OPTIONS = {
     "base_url": "--base-url",
     "database_url": "--db",
@@ -93,8 +91,10 @@ class ExitCode(IntEnum):
 
 def help_epilog(*examples: str) -> str:
     """Return the end of a help text: examples, where the key comes from, and the exit codes."""
-    lines = ["\b", "Examples:", *(f"  {PROGRAM} {each}" for each in examples), "", ""]
-    return "\n".join(lines if examples else []) + _HELP_EPILOG
+    if not examples:
+        return _HELP_EPILOG
+    lines = ["\b", "Examples:", *(f"  {PROGRAM} {example}" for example in examples), "", ""]
+    return "\n".join(lines) + _HELP_EPILOG
 
 
 class Misuse(Exception):
@@ -151,7 +151,8 @@ THIS_SUBJECT: ContextVar[Subject] = ContextVar("subject")
 def describe(error: Exception) -> str:
     """Return the text of an error with advice for a command line, and the options it is about."""
     text = describe_stored(type(error).__name__, str(error))
-    if options := sorted({_OPTIONS[what] for what in _NAMED.findall(text)}):
+    options = sorted({_OPTIONS[name] for name in _NAMED.findall(text)})
+    if options:
         text = f"{text.rstrip('.')} ({', '.join(options)})."
     return text
 
@@ -159,8 +160,8 @@ def describe(error: Exception) -> str:
 def describe_stored(kind: str, message: str) -> str:
     """Return the text of an error of that class with advice for a command line."""
     advice = getattr(getattr(promptlayer_exec, kind, None), "advice", "")
-    what = message.removesuffix(advice).rstrip()
-    return printable(f"{what} {_ADVICE.get(kind, advice)}".rstrip())
+    problem = message.removesuffix(advice).rstrip()
+    return printable(f"{problem} {_ADVICE.get(kind, advice)}".rstrip())
 
 
 def command(function: Callable[P, Coroutine[Any, Any, ExitCode | None]]) -> Callable[P, None]:
@@ -192,6 +193,7 @@ async def _until_signal(
     written; and inside the loop, because closing it takes long while a host name is being resolved.
     """
     task = asyncio.ensure_future(work)
+
     with _cancelled_by_signals(task, subject) as received:
         try:
             return await task
@@ -202,9 +204,9 @@ async def _until_signal(
                 raise
             if isinstance(error, OSError):  # as on a terminal that was closed
                 _discard(sys.stdout)
-            is_interrupt = signal.SIGINT in received
-            reason = Interrupted("interrupted") if is_interrupt else Terminated("terminated")
-            return _report(reason, subject)
+            if signal.SIGINT in received:
+                return _report(Interrupted("interrupted"), subject)
+            return _report(Terminated("terminated"), subject)
 
 
 @contextmanager
@@ -225,9 +227,10 @@ def _cancelled_by_signals(task: asyncio.Future[Any], subject: Subject) -> Iterat
 
     def cancel() -> None:
         task.cancel()
-        loop.call_later(_CANCEL_TIME, say_what_takes_long)
+        # Time enough to cancel a start that was not sent yet, and no long wait without a message.
+        loop.call_later(0.3, explain_the_wait)
 
-    def say_what_takes_long() -> None:
+    def explain_the_wait() -> None:
         if subject.stopping and not task.done():
             err(subject.stopping)
 
@@ -246,28 +249,36 @@ def _cancelled_by_signals(task: asyncio.Future[Any], subject: Subject) -> Iterat
 
 def _report(error: Exception, subject: Subject) -> ExitCode:
     code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
-    message = str(error) if isinstance(error, Misuse) else describe(error)
     execution_id = subject.execution_id
+
+    message = describe(error)
+    if isinstance(error, Misuse):
+        message = str(error)
     if execution_id is None and subject.note not in message:
         message = f"{message.rstrip('.')}; {subject.note}"
     message = printable(message)
     err(message)
-    # A server that refused the id or the key would do so again.
-    statuses = promptlayer_exec.RetryPolicy().statuses
-    is_refused = (
-        isinstance(error, promptlayer_exec.StatusError)
-        and error.status not in statuses
-        and error.last_snapshot is None
-    )
-    can_go_on = code is not ExitCode.USAGE and not is_refused
-    if execution_id is not None and subject.resumable and can_go_on:
+
+    if execution_id is not None and subject.resumable and _can_be_resumed(error):
         again = suggest(f"watch {execution_id}", subject.base_url)
         err(f"execution {execution_id} is not affected; pick it up again with:\n  {again}")
+
     if subject.as_json:
         id_text = None if execution_id is None else str(execution_id)
         fields = {"type": type(error).__name__, "message": message, "execution_id": id_text}
         out(json.dumps({"error": fields}))
     return code
+
+
+def _can_be_resumed(error: Exception) -> bool:
+    """Return False if another attempt would end in the same way: the key or the id is refused."""
+    if isinstance(error, Misuse | promptlayer_exec.ConfigurationError):
+        return False
+    return not (
+        isinstance(error, promptlayer_exec.StatusError)
+        and error.status not in promptlayer_exec.RetryPolicy().statuses
+        and error.last_snapshot is None
+    )
 
 
 def report_crash(error: BaseException) -> ExitCode:
@@ -276,12 +287,14 @@ def report_crash(error: BaseException) -> ExitCode:
         traceback.print_exception(error, file=sys.stderr)
         err("this is a bug in promptlayer-exec: please report it with the lines above")
         return ExitCode.BUG
+
+    code = ExitCode.BROKEN_PIPE
     if not isinstance(error, BrokenPipeError):
+        code = ExitCode.OUTPUT_FAILED
         with suppress(OSError):
             err(f"cannot write the output: {error.strerror}")
     _discard(sys.stdout, sys.stderr)
-    is_gone = isinstance(error, BrokenPipeError)
-    return ExitCode.BROKEN_PIPE if is_gone else ExitCode.OUTPUT_FAILED
+    return code
 
 
 def _discard(*streams: Any) -> None:
@@ -292,11 +305,11 @@ def _discard(*streams: Any) -> None:
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[None]:
-    """Report that a server cannot listen; a `UnicodeError` stands for a malformed host name."""
+    """Report that a server cannot listen."""
     try:
         yield
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         # socket.create_server repeats the address after the reason.
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        reason = str(error.strerror or error).partition(" (while")[0]
         hint = "; --port 0 takes a free port" if port else ""
         raise Misuse(f"cannot listen on {host}, port {port}: {reason}{hint}") from None

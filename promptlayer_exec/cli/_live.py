@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -19,7 +19,7 @@ from rich.text import Text
 
 from promptlayer_exec import Node, NodeStatus, Snapshot
 from promptlayer_exec._integration import printable, status_entry
-from promptlayer_exec.cli._text import (
+from promptlayer_exec.cli._printing import (
     duration,
     err,
     failure_reason,
@@ -32,10 +32,6 @@ from promptlayer_exec.cli._text import (
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import BatchStatus
-
-_BAR_WIDTH = 40
-_OTHER_LINES = 4  # of a live display: its progress, an empty line, the header, and the cursor's
-_LINE_INTERVAL = 9.5  # looked at a few times a second: a line comes at least every ten seconds
 
 
 class LiveDisplay:
@@ -52,6 +48,7 @@ class LiveDisplay:
     def waiting(self, text: str) -> Iterator[None]:
         """Draw `text` until the first snapshot; when the context ends, the last one stays."""
         self._spinner = Spinner("line", Text(text))
+
         # A new one each time: it erases as many lines as its last refresh wrote.
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=8)
         self._live.start()
@@ -75,17 +72,22 @@ class LiveDisplay:
         self._live.refresh()
 
     def _render(self) -> RenderableType:
-        warning = [Text(self._warning, style="yellow")] if self._warning else []
+        warning = []
+        if self._warning:
+            warning.append(Text(self._warning, style="yellow"))
         snapshot = self._snapshot
         if snapshot is None:
             return Group(self._spinner, *warning)
-        now = snapshot.elapsed
-        if not snapshot.complete:
-            now += time.monotonic() - self._shown_at
-        lines = sum(len(self._console.render_lines(text)) for text in warning)
-        rows = max(1, self._console.height - _OTHER_LINES - lines)
+
         if snapshot.complete:  # what does not fit scrolls up, where it can be read
+            now = snapshot.elapsed
             rows = len(snapshot.nodes)
+        else:
+            now = snapshot.elapsed + time.monotonic() - self._shown_at
+            # The other lines: the progress, an empty line, the header, and the cursor's line.
+            lines = 4 + sum(len(self._console.render_lines(text)) for text in warning)
+            rows = max(1, self._console.height - lines)
+
         nodes, rest = _in_sight(snapshot, rows)
         table = node_table(snapshot, nodes, now)
         return Group(_progress_line(snapshot, now), *warning, "", table, *rest)
@@ -93,7 +95,7 @@ class LiveDisplay:
 
 def _progress_line(snapshot: Snapshot, now: float) -> Table:
     # Above the table: a terminal with too few lines cuts off the bottom.
-    grid = Table.grid("", Column(max_width=_BAR_WIDTH), "", "", padding=(0, 1))
+    grid = Table.grid("", Column(max_width=40), "", "", padding=(0, 1))
     grid.add_row(
         Text(f"execution {snapshot.execution_id}", style="bold", no_wrap=True),
         ProgressBar(total=1.0, completed=snapshot.progress),
@@ -108,30 +110,38 @@ def node_table(
 ) -> Table:
     """Return a table of nodes, by default of all, without times if `now` is None."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("Node", "Status", *([] if now is None else ["Time"]), "Value"):
-        table.add_column(heading, justify="right" if heading == "Time" else "left")
+    table.add_column("Node")
+    table.add_column("Status")
+    if now is not None:
+        table.add_column("Time", justify="right")
+    table.add_column("Value")
+
     for node in snapshot.nodes.values() if nodes is None else nodes:
-        failed = node.status == NodeStatus.FAILED
-        table.add_row(
+        cells = [
             _cell(printable(node.name)),
             _cell(printable(node.status), status_entry(node.status).style),
-            *([] if now is None else [_cell(running_time(snapshot.times[node.name], now))]),
-            _cell(node_detail(node), "red" if failed else ""),
-        )
+        ]
+        if now is not None:
+            cells.append(_cell(running_time(snapshot.times[node.name], now)))
+        failed = node.status == NodeStatus.FAILED
+        cells.append(_cell(node_detail(node), "red" if failed else ""))
+        table.add_row(*cells)
+
     return table
 
 
 def _in_sight(snapshot: Snapshot, rows: int) -> tuple[list[Node], list[Text]]:
-    """Return the nodes of most interest, in the server's order, and a line that counts the rest."""
+    """Return the most interesting nodes, in the server's order, and a line that counts the rest."""
     nodes = list(snapshot.nodes.values())
     if len(nodes) <= rows:
         return nodes, []
 
     def interest(node: Node) -> tuple[int, float]:
-        # Of nodes in the same status, the latest.
+        # Among nodes in the same status, those that ended last come first.
         return status_entry(node.status).rank, -(snapshot.times[node.name].final or 0.0)
 
     names = {node.name for node in sorted(nodes, key=interest)[: rows - 1]}
+
     rest = Counter(str(node.status) for node in nodes if node.name not in names)
     counts = ", ".join(f"{count} {printable(status)}" for status, count in rest.most_common())
     line = Text(f"… {rest.total()} more: {counts}", style="dim", no_wrap=True, overflow="ellipsis")
@@ -147,6 +157,7 @@ def _summary(snapshot: Snapshot) -> list[Text]:
     for node in snapshot.failed_nodes:
         line = Text.assemble((printable(node.name), "bold red"), ": ")
         lines.append(line.append(printable(failure_reason(node), keep="\n\t")))
+
     result = Text(result_line(snapshot))
     style = "bold green" if snapshot.succeeded else "bold red"
     result.stylize(style, end=result.plain.index(": "))
@@ -176,7 +187,10 @@ class BatchProgress:
     def shown(self) -> Iterator[None]:
         """Show the bar in this context, and warnings from now on."""
         show_warnings(self._warn)
-        with nullcontext() if self._bar.disable else self._bar:
+        if self._bar.disable:
+            yield
+            return
+        with self._bar:
             yield
 
     def _warn(self, text: str) -> None:
@@ -190,18 +204,24 @@ class BatchProgress:
 
     def show(self, status: BatchStatus) -> None:
         self._bar.update(self._bar.task_ids[0], total=status.total, completed=status.finished)
+
         parts = [f"{status.finished}/{status.total} done", f"{status.running} running"]
-        parts += [f"{status.failed} failed"] * (status.failed > 0)
-        parts += [f"{status.unknown} unknown"] * (status.unknown > 0)
+        if status.failed:
+            parts.append(f"{status.failed} failed")
+        if status.unknown:
+            parts.append(f"{status.unknown} unknown")
         if speed := self._bar.tasks[0].speed:
             parts.append(f"{speed:.1f}/s")
             if remaining := status.total - status.finished:
                 parts.append(f"{duration(remaining / speed)} left")
+
         self._show(", ".join(parts), status.finished, status.total)
 
     def _show(self, text: str, done: int, total: int) -> None:
         self._bar.update(self._bar.task_ids[0], total=total, completed=done, description=text)
+
+        # This is called a few times a second, so that a line comes at least every ten seconds.
         now = time.monotonic()
-        if self._bar.disable and now - self._printed_at >= _LINE_INTERVAL:
+        if self._bar.disable and now - self._printed_at >= 9.5:
             self._printed_at = now
             err(text)

@@ -9,9 +9,13 @@ from typing import Any
 
 import attrs
 
-from promptlayer_exec.simulator._definitions import Version, Workflow, list_workflows
-from promptlayer_exec.simulator._execution import Execution, Results
+from promptlayer_exec.simulator._run import Results, SimulatedRun
 from promptlayer_exec.simulator._scenario import Scenario
+from promptlayer_exec.simulator._workflow_bodies import (
+    SimulatedVersion,
+    SimulatedWorkflow,
+    list_workflows,
+)
 
 
 @attrs.frozen
@@ -36,8 +40,8 @@ class Backend:
     """Workflows by name and id, executions by id, and the runs that were started."""
 
     _clock: Callable[[], float]
-    _workflows: dict[str, Workflow] = attrs.field(factory=dict, init=False)
-    executions: dict[int, Execution] = attrs.field(factory=dict, init=False)
+    _workflows: dict[str, SimulatedWorkflow] = attrs.field(factory=dict, init=False)
+    executions: dict[int, SimulatedRun] = attrs.field(factory=dict, init=False)
     runs: list[SimRun] = attrs.field(factory=list, init=False)
     # Each is called, in any thread, when a node is finished or its execution is read complete.
     wakers: dict[int, Callable[[], object]] = attrs.field(factory=dict, init=False)
@@ -50,12 +54,15 @@ class Backend:
     def add_execution(self, scenario: Scenario, execution_id: int | None = None) -> int:
         with self._lock:
             if execution_id is None:
-                execution_id = next(i for i in self._execution_ids if i not in self.executions)
+                execution_id = next(
+                    number for number in self._execution_ids if number not in self.executions
+                )
             elif not 0 < execution_id < 2**63:
                 raise ValueError(f"execution id must be between 1 and 2**63-1, got {execution_id}")
             elif execution_id in self.executions:
                 raise ValueError(f"execution {execution_id} already exists")
-            self.executions[execution_id] = Execution(scenario, self._clock())
+
+            self.executions[execution_id] = SimulatedRun(scenario, self._clock())
             return execution_id
 
     def add_workflow(
@@ -64,7 +71,10 @@ class Backend:
         with self._lock:
             if name in self._workflows:
                 raise ValueError(f"workflow {name!r} already exists")
-            workflow = Workflow(id=len(self._workflows) + 1, name=name, external_ids=external_ids)
+
+            workflow = SimulatedWorkflow(
+                id=len(self._workflows) + 1, name=name, external_ids=external_ids
+            )
             workflow.add(labels, id=next(self._version_ids), **version)
             self._workflows[name] = workflow
             return workflow.id
@@ -80,16 +90,23 @@ class Backend:
         with self._lock:
             return list_workflows(self._workflows.values(), query)
 
-    def find_workflow(self, id_or_name: str) -> Workflow | None:
+    def find_workflow(self, id_or_name: str) -> SimulatedWorkflow | None:
         with self._lock:
             if id_or_name in self._workflows:
                 return self._workflows[id_or_name]
-            return next((w for w in self._workflows.values() if str(w.id) == id_or_name), None)
+            for workflow in self._workflows.values():
+                if str(workflow.id) == id_or_name:
+                    return workflow
+            return None
 
-    def run(self, workflow: Workflow, version: Version, body: Mapping[str, Any]) -> int:
+    def run(
+        self, workflow: SimulatedWorkflow, version: SimulatedVersion, body: Mapping[str, Any]
+    ) -> int:
         inputs = body.get("input_variables", {})
-        source = version.source
-        scenario = source if isinstance(source, Scenario) else source(inputs)
+        scenario = version.source
+        if not isinstance(scenario, Scenario):
+            scenario = scenario(inputs)
+
         with self._lock:
             execution_id = self.add_execution(scenario)
             self.runs.append(SimRun(execution_id, workflow.name, inputs, body))
@@ -112,7 +129,7 @@ class Backend:
         if wake := self.wakers.get(execution_id):
             wake()
 
-    def _find_execution(self, execution_id: int) -> Execution:
+    def _find_execution(self, execution_id: int) -> SimulatedRun:
         if execution_id not in self.executions:
             raise LookupError(f"there is no execution {execution_id}")
         return self.executions[execution_id]

@@ -21,9 +21,6 @@ Answer: TypeAlias = Callable[[], web.Response]
 Effect: TypeAlias = Callable[[web.BaseRequest, Answer], Awaitable[web.StreamResponse | None]]
 
 _HTML = b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"
-_CHUNK = b"a" * 64 * 1024
-_OVERSIZE_HEAD = b'{"Node 1":{"status":"SUCCESS","value":"'
-_OVERSIZE_TAIL = b'","error_message":null,"raw_error_message":null,"is_output_node":true}}\n'
 
 
 def _check_times(_: Fault, __: attrs.Attribute[Any], times: int | None) -> None:
@@ -69,9 +66,11 @@ class Fault:
         """
         if not 200 <= code <= 599:
             raise ValueError(f"the HTTP status must be between 200 and 599, got {code}")
+
         content: Any = body
         if body is None and code >= 400:
             content = error_response(code, responses.get(code, f"Status {code}")).body
+
         all_headers = {**JSON_TYPE, **(headers or {})}
         if isinstance(retry_after, str):
             all_headers["Retry-After"] = retry_after
@@ -149,11 +148,15 @@ class Fault:
         Raises:
             ValueError: `size` is too small for a node map, or `times` is out of range.
         """
-        smallest = len(_OVERSIZE_HEAD) + len(_OVERSIZE_TAIL)
+        head = b'{"Node 1":{"status":"SUCCESS","value":"'
+        tail = b'","error_message":null,"raw_error_message":null,"is_output_node":true}}\n'
+        smallest = len(head) + len(tail)
         if size < smallest:
             raise ValueError(f"size must be at least {smallest} bytes, got {size}")
-        full, rest = divmod(size - smallest, len(_CHUNK))
-        chunks = [_OVERSIZE_HEAD, *repeat(_CHUNK, full), _CHUNK[:rest] + _OVERSIZE_TAIL]
+
+        chunk = b"a" * 64 * 1024
+        full, rest = divmod(size - smallest, len(chunk))
+        chunks = [head, *repeat(chunk, full), chunk[:rest] + tail]
 
         async def oversize(request: web.BaseRequest, _answer: Answer) -> web.StreamResponse:
             return await _send(request, web.StreamResponse(headers=JSON_TYPE), chunks)

@@ -64,10 +64,12 @@ class Log(Generic[T]):
         reached = asyncio.Event()
         loop = asyncio.get_running_loop()
         waiter = (count, partial(loop.call_soon_threadsafe, reached.set))
+
         with self._lock:
             if count <= self.count:
                 return
             self._waiters.append(waiter)
+
         try:
             async with asyncio.timeout(timeout):
                 await reached.wait()

@@ -16,18 +16,15 @@ import anyio
 import attrs
 
 from promptlayer_exec.simulator._backend import Backend
-from promptlayer_exec.simulator._centrifugo import Centrifugo
-from promptlayer_exec.simulator._definitions import Workflow
-from promptlayer_exec.simulator._execution import Results
 from promptlayer_exec.simulator._faults import FaultQueue, PostKind
 from promptlayer_exec.simulator._log import Log
+from promptlayer_exec.simulator._push_server import PushServer
+from promptlayer_exec.simulator._run import Results
 from promptlayer_exec.simulator._wire import JSON_TYPE, encode
+from promptlayer_exec.simulator._workflow_bodies import SimulatedWorkflow
 
 _LOGGER = logging.getLogger(__package__)
-_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 _MESSAGE = '{{"workflow_version_execution_id":{},"final_output":{},"result_code":"{}"}}'
-# A clock that stands still just before a node's end must not make the task spin.
-_MIN_SLEEP = 0.005
 
 
 @attrs.frozen
@@ -61,7 +58,7 @@ class Notifications:
     """
 
     _backend: Backend
-    _centrifugo: Centrifugo
+    _push_server: PushServer
     _faults: FaultQueue
     _push_limit_bytes: int
     webhook_url: str | None
@@ -69,7 +66,9 @@ class Notifications:
     posts: Log[SimPost] = attrs.field(factory=lambda: Log("webhooks and callbacks"), init=False)
     _tasks: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
 
-    def follow(self, execution_id: int, workflow: Workflow, body: Mapping[str, Any]) -> None:
+    def follow(
+        self, execution_id: int, workflow: SimulatedWorkflow, body: Mapping[str, Any]
+    ) -> None:
         work = self._notify(execution_id, workflow, body)
         task = asyncio.create_task(work, name=f"simulator run {execution_id}")
         self._tasks.add(task)
@@ -80,18 +79,22 @@ class Notifications:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _notify(self, execution_id: int, workflow: Workflow, body: Mapping[str, Any]) -> None:
+    async def _notify(
+        self, execution_id: int, workflow: SimulatedWorkflow, body: Mapping[str, Any]
+    ) -> None:
         webhook_url = self.webhook_url  # of now: to set it concerns later runs
         try:
             results = await self._wait_until_complete(execution_id)
         except Exception:
             _LOGGER.exception("execution %d: a function of its scenario failed", execution_id)
             return
+
         suffix, callback_url = body.get("channel_name_suffix"), body.get("callback_url")
         output = results.json(all_outputs=body.get("return_all_outputs", False))
         channel = f"workflow_updates:{execution_id}"
         if suffix is not None:
             channel = f"workflows:{workflow.id}:run:{suffix}"
+
         notifications = [self._publish(execution_id, channel, output)]
         if callback_url is not None:
             text = f'{{"workflow_version_execution_id":{execution_id},"final_output":{output}}}'
@@ -101,6 +104,7 @@ class Notifications:
         if webhook_url is not None:
             headers, text = self._webhook(execution_id, workflow)
             notifications.append(self._post("webhook", execution_id, webhook_url, headers, text))
+
         await asyncio.gather(*notifications)
 
     async def _wait_until_complete(self, execution_id: int) -> Results:
@@ -109,8 +113,7 @@ class Notifications:
         self._backend.wakers[execution_id] = wake
         try:
             while not (results := self._backend.results(execution_id)).complete:
-                sleep = results.seconds_to_change
-                with anyio.move_on_after(None if sleep is None else max(sleep, _MIN_SLEEP)):
+                with anyio.move_on_after(results.seconds_to_change):
                     await changed.wait()
                 changed.clear()
             return results
@@ -126,9 +129,11 @@ class Notifications:
             )
             message = _MESSAGE.format(execution_id, encode(explanation), "EXCEEDS_SIZE_LIMIT")
         publication = {"message_name": "SET_WORKFLOW_COMPLETE", "data": message}
-        await self._centrifugo.publish(channel, publication)
+        await self._push_server.publish(channel, publication)
 
-    def _webhook(self, execution_id: int, workflow: Workflow) -> tuple[dict[str, str], str]:
+    def _webhook(
+        self, execution_id: int, workflow: SimulatedWorkflow
+    ) -> tuple[dict[str, str], str]:
         payload = {
             "event_type": "agent_run_finished",
             "details": {
@@ -140,6 +145,7 @@ class Notifications:
             "workspace_id": 1,
             "timestamp": datetime.now(UTC).isoformat(),
         }
+
         # What is signed is not the text that is sent, but the payload in a form of its own.
         signed = json.dumps(payload, sort_keys=True).encode()
         signature = hmac.new(self._webhook_secret.encode(), signed, "sha256").hexdigest()
@@ -149,15 +155,18 @@ class Notifications:
         self, kind: PostKind, execution_id: int, url: str, headers: dict[str, str], text: str
     ) -> None:
         body = text.encode()
+        timeout = aiohttp.ClientTimeout(total=10.0)
         fault = self._faults.take(lambda fault: fault.concerns_post(kind, execution_id))
+
         for delay in (0.0,) if fault is None else fault.delays:
             await asyncio.sleep(delay)
             status = None
             try:
                 async with aiohttp.request(
-                    "POST", url, data=body, headers=headers, timeout=_TIMEOUT
+                    "POST", url, data=body, headers=headers, timeout=timeout
                 ) as response:
                     status = response.status
             except Exception as error:  # noqa: BLE001 - an arbitrary URL fails in many ways
                 _LOGGER.debug("execution %d: posting to its user failed: %r", execution_id, error)
+
             self.posts.record(SimPost(kind, execution_id, url, headers, body, status))

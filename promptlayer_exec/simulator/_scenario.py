@@ -101,12 +101,14 @@ class Scenario:
             if node.name in by_name:
                 raise ValueError(f"two nodes are named {node.name!r}")
             by_name[node.name] = node
+
         for node in self.nodes:
             for name in node.after:
                 if name not in by_name:
                     raise ValueError(
                         f"node {node.name!r} comes after {name!r}, which is not a node"
                     )
+
         sorter = TopologicalSorter({node.name: node.after for node in self.nodes})
         try:
             return tuple(by_name[name] for name in sorter.static_order())
@@ -119,10 +121,14 @@ class Scenario:
         """Map each node with a function of `Values` to the names of all nodes it depends on."""
         upstream = {}
         for node in self.nodes:
-            if node.when is not None or callable(node.value):
-                found = set(node.after)
-                for other in reversed(self.order):  # each before those that it comes after
-                    if other.name in found:
-                        found.update(other.after)
-                upstream[node.name] = tuple(it.name for it in self.nodes if it.name in found)
+            if node.when is None and not callable(node.value):
+                continue
+
+            found = set(node.after)
+            for earlier in reversed(self.order):  # each before those that it comes after
+                if earlier.name in found:
+                    found.update(earlier.after)
+            names = (candidate.name for candidate in self.nodes)
+            upstream[node.name] = tuple(name for name in names if name in found)
+
         return upstream

@@ -13,14 +13,14 @@ from aiohttp import web
 from anyio.from_thread import start_blocking_portal
 from yarl import URL
 
-from promptlayer_exec.simulator._api import Api, TokenBucket
 from promptlayer_exec.simulator._backend import Backend, SimRun
-from promptlayer_exec.simulator._centrifugo import Centrifugo
-from promptlayer_exec.simulator._definitions import ScenarioSource
 from promptlayer_exec.simulator._faults import Fault, FaultQueue
 from promptlayer_exec.simulator._log import Log, SimRequest
 from promptlayer_exec.simulator._notifications import Notifications, SimPost
+from promptlayer_exec.simulator._operations import Operations, TokenBucket
+from promptlayer_exec.simulator._push_server import PushServer
 from promptlayer_exec.simulator._scenario import Scenario
+from promptlayer_exec.simulator._workflow_bodies import ScenarioSource
 
 
 class Simulator:
@@ -70,16 +70,19 @@ class Simulator:
         self.webhook_secret = webhook_secret
         self._host = host
         self._port = port
+
         self._log = Log("requests", log_requests, on_request)
         self._faults = FaultQueue()
         self._backend = Backend(clock)
-        centrifugo = Centrifugo()
+        push_server = PushServer()
+
         self._notifications = Notifications(
-            self._backend, centrifugo, self._faults, push_limit_bytes, webhook_url, webhook_secret
+            self._backend, push_server, self._faults, push_limit_bytes, webhook_url, webhook_secret
         )
-        self._api = Api(
-            api_key, clock, self._backend, self._log, centrifugo, self._notifications, self._faults
+        self._operations = Operations(
+            api_key, clock, self._backend, self._log, push_server, self._notifications, self._faults
         )
+
         self._running: tuple[asyncio.Server, web.Server] | None = None
         self._thread = ExitStack()
 
@@ -249,10 +252,14 @@ class Simulator:
             ValueError: the node is already final, or ends by itself.
             TypeError: the value is not JSON.
         """
-        given = {"error_message": error_message, "raw_error_message": raw_error_message}
-        ending: dict[str, Any] = {name: it for name, it in given.items() if it is not None}
+        ending: dict[str, Any] = {}
         if value is not ...:
             ending["value"] = value
+        if error_message is not None:
+            ending["error_message"] = error_message
+        if raw_error_message is not None:
+            ending["raw_error_message"] = raw_error_message
+
         self._backend.finish(execution_id, node, status=status, **ending)
 
     def state(self, execution_id: int) -> dict[str, str]:
@@ -294,12 +301,15 @@ class Simulator:
             ValueError: a number is not positive, or `burst` is below 1.
         """
         if requests is None:
-            self._api.bucket = None
+            self._operations.bucket = None
             return
-        burst = max(1, int(requests)) if burst is None else burst
+
+        if burst is None:
+            burst = max(1, int(requests))
         if not (requests > 0 and per > 0 and burst >= 1):
             raise ValueError("requests and per must be positive, and burst at least 1")
-        self._api.bucket = TokenBucket(requests / per, burst)
+
+        self._operations.bucket = TokenBucket(requests / per, burst)
 
     async def wait_for_requests(self, count: int, timeout: float = 10.0) -> None:
         """Wait until there were `count` requests in total.
@@ -332,7 +342,7 @@ class Simulator:
             raise RuntimeError("the simulator is already running")
         loop = asyncio.get_running_loop()
         # Cancelling the handler of a client that disconnects is what ends a stalled answer.
-        server = web.Server(self._api.handle, handler_cancellation=True, access_log=None)
+        server = web.Server(self._operations.handle, handler_cancellation=True, access_log=None)
         self._running = await loop.create_server(server, self._host, self._port), server
         return self
 
@@ -362,6 +372,7 @@ async def _stop(listener: asyncio.Server, server: web.Server) -> None:
     for _ in range(3):
         await asyncio.sleep(0)
     listener.close()
+
     while connections := server.connections:
         for connection in connections:
             if connection.transport is not None:

@@ -13,10 +13,6 @@ from aiohttp import web
 JSON_TYPE = {"Content-Type": "application/json"}
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
-_TRUE = frozenset({"1", "on", "t", "true", "y", "yes"})
-_FALSE = frozenset({"0", "off", "f", "false", "n", "no"})
-_INTEGER = re.compile(r"-?[0-9]{1,19}")
-_URL = re.compile(r"[a-z][a-z0-9+.-]*:.", re.ASCII | re.IGNORECASE)
 # For each field of a run request, its name in errors and its exact types: True is an int, too.
 _RUN_FIELDS: dict[str, tuple[str, set[type]]] = {
     "input_variables": ("dictionary", {dict}),
@@ -56,14 +52,15 @@ def parse_results_query(query: Mapping[str, str]) -> tuple[int, bool]:
     """Return the execution id and `return_all_outputs` of a results request."""
     name = "workflow_version_execution_id"
     required_values(query, name)
-    query = dict(query.items())  # of a parameter that is repeated, the last counts
     number = parse_integer(query, name, range(-(2**63), 2**63))
+
     name = "return_all_outputs"
     word = query.get(name, "false").lower()
-    if word not in _TRUE | _FALSE:
+    is_true = word in {"1", "on", "t", "true", "y", "yes"}
+    if not is_true and word not in {"0", "off", "f", "false", "n", "no"}:
         message = "Input should be a valid boolean, unable to interpret input"
         raise RequestValidationError(message, "bool_parsing", "query", name)
-    return number, word in _TRUE
+    return number, is_true
 
 
 def parse_integer(
@@ -73,7 +70,7 @@ def parse_integer(
     text = query.get(name)
     if text is None:
         return default
-    if not _INTEGER.fullmatch(text) or int(text) not in allowed:
+    if not re.fullmatch(r"-?[0-9]{1,19}", text) or int(text) not in allowed:
         message = f"Input should be an integer from {allowed[0]} to {allowed[-1]}"
         raise RequestValidationError(message, "int_parsing", "query", name)
     return int(text)
@@ -85,17 +82,20 @@ def parse_run(body: bytes) -> dict[str, Any]:
         raise RequestValidationError("Field required", "missing", "body")
     try:
         fields = json.loads(body)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise RequestValidationError("JSON decode error", "json_invalid", "body") from None
+
     if not isinstance(fields, dict):
         raise _wrong_type("dictionary", "body")
     for name, (kind, types) in _RUN_FIELDS.items():
         if name in fields and type(fields[name]) not in types:
             raise _wrong_type(kind, "body", name)
+
     if not all(isinstance(text, str) for text in (fields.get("metadata") or {}).values()):
         raise _wrong_type("dictionary", "body", "metadata")
+
     callback_url = fields.get("callback_url")
-    if callback_url is not None and not _URL.match(callback_url):
+    if callback_url is not None and not re.match("[A-Za-z][A-Za-z0-9+.-]*:.", callback_url):
         raise _wrong_type("URL", "body", "callback_url")
     return fields
 

@@ -16,7 +16,7 @@ from playwright.async_api import Page, async_playwright, expect
 from promptlayer_exec import Observer, PollPolicy, RetryPolicy, Session, StartRequest
 from promptlayer_exec.cli import _demo as demo
 from promptlayer_exec.dbos import Batch
-from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator, examples
 from promptlayer_exec.viewer import Address, Board, History, listen, serve
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
@@ -29,7 +29,7 @@ async def main() -> None:
         directory = Path(stack.enter_context(TemporaryDirectory()))
         os.environ["PROMPTLAYER_EXEC_DB"] = f"sqlite:///{directory / 'batches.sqlite'}"
         sim = await stack.enter_async_context(Simulator(log_requests=False))
-        demo.add_demo_workflows(sim)
+        examples.add_workflows(sim)
         session = _session(sim, lambda event: board.observe(event))  # noqa: PLW0108 - made below
         await stack.enter_async_context(session)
         history = History(directory / "history.sqlite", server=sim.base_url)

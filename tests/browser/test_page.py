@@ -18,7 +18,7 @@ import pytest
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, BrowserContext, Locator, Page, expect
 
-from promptlayer_exec.cli._servers import open_in_browser
+from promptlayer_exec.cli._server_commands import open_in_browser
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")  # one loop, as there is one browser

@@ -1,4 +1,4 @@
-"""The files of a batch: items as JSON Lines and CSV, results as JSON Lines, CSV and Parquet."""
+"""The files of a batch: items as JSON Lines and CSV, results as JSON Lines and CSV."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import resource
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet
 import pytest
 
 from promptlayer_exec import StartRequest
-from promptlayer_exec.cli._batch_items import ItemFile
-from promptlayer_exec.cli._batch_results import Result, open_results
 from promptlayer_exec.cli._exit import Misuse
+from promptlayer_exec.cli._item_file import ItemFile
+from promptlayer_exec.cli._result_file import Result, open_results
 from promptlayer_exec.dbos import StoredError, StoredOutcome
 
 NOW = datetime(2026, 5, 1, 22, 0, tzinfo=UTC)
@@ -150,9 +148,9 @@ async def test_a_file_for_results_is_made_if_there_are_none(tmp_path: Path) -> N
     assert path.read_text() == torn
 
 
-@pytest.mark.parametrize("rest", ["", '{"ke', '{"key": "b", "fini', '{"key": "b\0\0\0', "\0\0\0\0"])
+@pytest.mark.parametrize("rest", ["", '{"ke', '{"key": "b", "fini'])
 async def test_a_last_line_that_a_crash_cut_is_mended(tmp_path: Path, rest: str) -> None:
-    """Also one without its line break, and one that a power failure left as zeros."""
+    """Also one that lacks only its line break."""
     path = tmp_path / "out.jsonl"
     lines = [outcome.to_json() for outcome in OUTCOMES]
     path.write_text(f"{lines[0]}\n{rest or lines[1]}")
@@ -202,43 +200,10 @@ async def test_a_csv_file_of_results(tmp_path: Path) -> None:
     assert not list_parts(tmp_path)
 
 
-async def test_a_parquet_file_of_results(tmp_path: Path) -> None:
-    """Ids are numbers, times are times, and outputs are JSON."""
-    path = tmp_path / "out.parquet"
-    with open_results(path) as file:
-        await file.write_all(each(OUTCOMES))
-    with open_results(path) as file:
-        results = file.results
-    table = pyarrow.parquet.read_table(path).to_pylist()
-    assert [row["key"] for row in table] == ["a", "b", "c"]
-    assert [row["execution_id"] for row in table] == [7, 8, None]
-    assert [row["output"] and json.loads(row["output"]) for row in table] == [
-        *(outcome.output for outcome in OUTCOMES)
-    ]
-    assert [row["started"] for row in table] == [NOW, NOW, None]
-    assert table[2]["error_type"] == "StartUnknown"
-    assert results == {Result(it.key, NOW.isoformat(), it.succeeded) for it in OUTCOMES}
-
-
-@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
-def test_a_table_that_has_no_results_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_table_that_has_no_results_is_refused(tmp_path: Path) -> None:
     """It is not replaced by accident."""
-    path = tmp_path / name
+    path = tmp_path / "out.csv"
     path.write_text("mine\n1\n")
     with pytest.raises(Misuse, match="use another file"), open_results(path):
         pass
     assert path.read_text() == "mine\n1\n"
-
-
-def test_parquet_without_pyarrow_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before anything is run."""
-
-    def missing(_name: str) -> Any:
-        raise ModuleNotFoundError
-
-    monkeypatch.setattr("promptlayer_exec.cli._batch_results.import_module", missing)
-    with pytest.raises(Misuse, match="pip install pyarrow"), open_results(tmp_path / "x.parquet"):
-        pass
-    assert list(tmp_path.iterdir()) == []

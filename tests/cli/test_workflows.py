@@ -15,8 +15,8 @@ from rich.console import Console
 
 from promptlayer_exec import Node, NodeTimes, Snapshot, Workflow, WorkflowNode, __version__
 from promptlayer_exec.cli import app
+from promptlayer_exec.cli._graph_drawing import draw
 from promptlayer_exec.cli._live import LiveDisplay
-from promptlayer_exec.cli._workflows import draw
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 Call = Callable[..., Any]
@@ -246,7 +246,7 @@ def commands() -> Iterator[click.Command]:
 # The options that several commands have, in the order in which every command lists them.
 ORDER = [
     *("--input", "--label", "--version", "--host", "--port", "--out", "--name", "--db"),
-    *("--max-in-flight", "--rate", "--watch", "--timeout", "--restart-unknown", "--no-push"),
+    *("--max-in-flight", "--rate", "--watch", "--timeout", "--no-push"),
     *("--all", "--json", "--base-url", "--outage"),
 ]
 

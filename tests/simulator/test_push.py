@@ -194,7 +194,6 @@ class TestConnection:
         [
             "",
             "{",
-            "[" * 100_000,
             "[]",
             '{"connect":{"token":"?"}}',
             '{"id":1,"connect":{}}',

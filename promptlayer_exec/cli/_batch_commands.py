@@ -1,4 +1,4 @@
-"""The `batch` commands that work on items: `run` and `work`."""
+"""The group `batch`, and its commands that work on items: `run` and `work`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ import attrs
 import typer
 
 from promptlayer_exec._integration import printable
-from promptlayer_exec.cli import _batch_operate as operate
-from promptlayer_exec.cli import _batches as batches
-from promptlayer_exec.cli._arguments import BaseUrl, NoPush, open_session
-from promptlayer_exec.cli._batch_items import ItemFile
-from promptlayer_exec.cli._batch_results import LineFile, TableFile, open_results, write_results
+from promptlayer_exec.cli import _batch_lookup as lookup
+from promptlayer_exec.cli import _batch_management as management
+from promptlayer_exec.cli import _batch_options as options
 from promptlayer_exec.cli._exit import (
     THIS_SUBJECT,
     ExitCode,
@@ -28,7 +26,10 @@ from promptlayer_exec.cli._exit import (
     help_epilog,
     server_option,
 )
-from promptlayer_exec.cli._text import duration, err, quoted, shorten
+from promptlayer_exec.cli._item_file import ItemFile
+from promptlayer_exec.cli._options import BaseUrl, NoPush, open_session
+from promptlayer_exec.cli._printing import duration, err, quoted, shorten
+from promptlayer_exec.cli._result_file import LineFile, TableFile, open_results, write_results
 
 if TYPE_CHECKING:
     from promptlayer_exec.cli._live import BatchProgress
@@ -67,20 +68,19 @@ async def _run(
             "--out",
             metavar="FILE",
             help="File for the results: JSON Lines, which are continued if it exists, or a table"
-            " that is written at the end if it ends with .csv or .parquet.",
+            " that is written at the end if it ends with .csv.",
             show_default="standard output, which gets all of them",
         ),
     ] = None,
-    name: Annotated[str | None, batches.name_option("FILE without its suffix")] = None,
-    database: batches.Database = None,
-    max_in_flight: batches.MaxInFlight = None,
-    rate: batches.Rate = None,
-    restart_unknown: batches.RestartUnknown = False,
-    same_server: batches.SameServer = False,
-    stop_after_failures: batches.StopAfterFailures = None,
+    name: Annotated[str | None, options.name_option("FILE without its suffix")] = None,
+    database: options.Database = None,
+    max_in_flight: options.MaxInFlight = None,
+    rate: options.Rate = None,
+    same_server: options.SameServer = False,
+    stop_after_failures: options.StopAfterFailures = None,
     no_push: NoPush = False,
     base_url: BaseUrl = None,
-    outage: batches.BatchOutage = 600,
+    outage: options.BatchOutage = 600,
 ) -> ExitCode:
     """Run the items of FILE, each once, and write their results.
 
@@ -107,41 +107,37 @@ async def _run(
     error StartUnknown. To let other processes help, see `batch work`.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
     batch_name = name or file.stem
-    session = partial(open_session, base_url, outage, no_push=no_push)
+    make_session = partial(open_session, base_url, outage, no_push=no_push)
     items = ItemFile(file, workflow)
+
     with open_results(results) as result_file:
-        batch = await batches.working_batch(
+        batch = await lookup.working_batch(
             batch_name,
-            session,
+            make_session,
             database_url=database,
             max_in_flight=max_in_flight,
             rate=rate,
-            restart_unknown=restart_unknown,
             same_server=same_server,
         )
+
+        # All checks come first, so that nothing is added or paid for if one fails.
         if result_file is not None:
-            shown = f"batch '{printable(batch_name)}' in {batches.shown_database(database)}"
+            shown = f"batch '{printable(batch_name)}' in {lookup.shown_database(database)}"
             await _refuse_foreign_results(batch, shown, result_file)
-        async with session() as opened:
-            await items.check_inputs(opened, batch, base_url)
+        async with make_session() as session:
+            await items.check_inputs(session, batch, base_url)
+
         new, count = await _add(batch, items), len(items.lines)
         known = f", {count - new} added before" if new < count else ""
-        err(f"batch {printable(batch_name)}: {batches.item_count(count)}{known}")
-        options = await batches.command_options(name, batch_name, database)
-        write = partial(write_results, batch, result_file)
-        is_table = isinstance(result_file, TableFile)
-        code = await _work_on(
-            batch_name,
-            batch,
-            options,
-            base_url,
-            stop_after_failures,
-            *([] if is_table else [partial(write, until_done=True)]),
-            restarts=restart_unknown,
-        )
-        if is_table:
-            await write(until_done=False)
-        return code
+        err(f"batch {printable(batch_name)}: {lookup.item_count(count)}{known}")
+
+        flags = await lookup.command_flags(name, batch_name, database)
+        work = partial(_work_on, batch_name, batch, flags, base_url, stop_after_failures)
+        if isinstance(result_file, TableFile):
+            code = await work()
+            await write_results(batch, result_file, until_done=False)
+            return code
+        return await work(write=partial(write_results, batch, result_file, until_done=True))
 
 
 @batch_app.command(
@@ -149,17 +145,16 @@ async def _run(
 )
 @command
 async def _work(
-    name: Annotated[str | None, batches.name_option("the only batch")] = None,
-    database: batches.Database = None,
-    max_in_flight: batches.MaxInFlight = None,
-    rate: batches.Rate = None,
+    name: Annotated[str | None, options.name_option("the only batch")] = None,
+    database: options.Database = None,
+    max_in_flight: options.MaxInFlight = None,
+    rate: options.Rate = None,
     *,
-    restart_unknown: batches.RestartUnknown = False,
-    same_server: batches.SameServer = False,
-    stop_after_failures: batches.StopAfterFailures = None,
+    same_server: options.SameServer = False,
+    stop_after_failures: options.StopAfterFailures = None,
     no_push: NoPush = False,
     base_url: BaseUrl = None,
-    outage: batches.BatchOutage = 600,
+    outage: options.BatchOutage = 600,
 ) -> ExitCode:
     """Work on a batch until all of its items have finished.
 
@@ -167,43 +162,44 @@ async def _work(
     same time, also on other machines with the same PostgreSQL database. The death of a worker is
     noticed within 30 seconds, and the others take over its items.
     """
-    chosen = await batches.wait_for_batch(name, database)
-    batch = await batches.working_batch(
+    chosen = await lookup.wait_for_batch(name, database)
+
+    batch = await lookup.working_batch(
         chosen,
         partial(open_session, base_url, outage, no_push=no_push),
         database_url=database,
         max_in_flight=max_in_flight,
         rate=rate,
-        restart_unknown=restart_unknown,
         same_server=same_server,
     )
-    options = await batches.command_options(name, chosen, database)
-    return await _work_on(
-        chosen, batch, options, base_url, stop_after_failures, restarts=restart_unknown
-    )
+
+    flags = await lookup.command_flags(name, chosen, database)
+    return await _work_on(chosen, batch, flags, base_url, stop_after_failures)
 
 
-for _name, _command, *_examples in (
-    ("status", operate.status, "batch status"),
-    ("list", operate.list_batches, "batch list"),
-    ("show", operate.show, "batch show item-17"),
-    ("recheck", operate.recheck, "batch recheck"),
-    ("retry", operate.retry, "batch retry --failed"),
-    ("export", operate.export, "batch export --out results.parquet"),
-    ("delete", operate.delete, "batch delete --name night-2026-05-01"),
+for _name, _command, _example in (
+    ("status", management.status, "batch status"),
+    ("list", management.list_batches, "batch list"),
+    ("show", management.show, "batch show item-17"),
+    ("recheck", management.recheck, "batch recheck"),
+    ("retry", management.retry, "batch retry --failed"),
+    ("export", management.export, "batch export --out results.csv"),
+    ("delete", management.delete, "batch delete --name night-2026-05-01"),
 ):
-    batch_app.command(_name, epilog=help_epilog(*_examples))(_command)
+    batch_app.command(_name, epilog=help_epilog(_example))(_command)
 
 
 async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | TableFile) -> None:
     """Refuse to run items whose results are in the file, although the database has none of them."""
     kinds = await batch.kinds({result.key for result in file.results})
+
     # An item that did not succeed may wait again meanwhile; one that succeeded stays as it is.
     foreign = [
         result.key
         for result in file.results
         if result.key not in kinds or (result.succeeded and kinds[result.key] != "succeeded")
     ]
+
     if foreign:
         raise Misuse(
             f"{file.name} has {len(foreign)} results that {shown} does not have, for example of"
@@ -218,6 +214,7 @@ async def _add(batch: Batch, items: ItemFile) -> int:
     before = (await batch.status()).total
     adding = asyncio.create_task(batch.add(items))
     progress = BatchProgress(transient=True)
+
     try:
         with progress.shown():
             while not (await asyncio.wait([adding], timeout=_REFRESH_INTERVAL))[0]:
@@ -233,28 +230,31 @@ async def _add(batch: Batch, items: ItemFile) -> int:
 async def _work_on(
     name: str,
     batch: Batch,
-    options: str,
+    flags: str,
     base_url: str | None,
     stop_after: int | None,
-    *others: Callable[[], Coroutine[Any, Any, None]],
-    restarts: bool,
+    *,
+    write: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> ExitCode:
-    """Work until all items have ended, and print a summary; `others` are done at the same time."""
+    """Work until all items have finished, and print a summary; `write` results meanwhile."""
     from promptlayer_exec.cli._live import BatchProgress  # noqa: PLC0415 - slow to import
 
     subject = THIS_SUBJECT.get()
-    subject.note = f"{_NOTE}; `batch status{options}` shows how far it is"
+    subject.note = f"{_NOTE}; `batch status{flags}` shows how far it is"
     subject.stopping = _STOPPING
+
     status = await batch.status()
-    if status.finished - (status.unknown if restarts else 0) == status.total:
+    if status.finished == status.total:
         err(
             f"all items of batch {printable(name)} have already ended, and none is started again:"
             " for a new night, use `batch run` with another --name"
         )
+
     began = time.monotonic()
     progress = BatchProgress()
     works: list[asyncio.Task[Any]] = [asyncio.create_task(batch.work())]
-    works += [asyncio.create_task(each()) for each in others]
+    if write is not None:
+        works.append(asyncio.create_task(write()))
     following = asyncio.create_task(_follow(batch, progress, stop_after))
     with progress.shown():
         ended: asyncio.Future[Any] = asyncio.gather(*works)
@@ -265,31 +265,40 @@ async def _work_on(
             for task in (*works, following):
                 task.cancel()
             results = await asyncio.gather(*works, following, ended, return_exceptions=True)
+
         for result in results:
             if isinstance(result, Exception):
                 raise result
         if is_stopped:
             err(f"stopped, because {stop_after} items in a row did not succeed; {_NOTE}")
+
         status = await batch.status()
         progress.show(status)
-    lines = [f"{batches.status_line(name, status)}, in {duration(time.monotonic() - began)}"]
+
+    lines = [f"{lookup.status_line(name, status)}, in {duration(time.monotonic() - began)}"]
     lines += await _summary(batch)
-    lines += batches.hint_lines(status, options + server_option(base_url))
+    lines += lookup.hint_lines(status, flags + server_option(base_url))
     err("\n".join(lines))
-    return ExitCode.SUCCEEDED if status.succeeded == status.total else ExitCode.FAILED
+    if status.succeeded < status.total:
+        return ExitCode.FAILED
+    return ExitCode.SUCCEEDED
 
 
 async def _follow(batch: Batch, progress: BatchProgress, stop_after: int | None) -> None:
-    """Show the progress, until so many items in a row did not succeed."""
-    before = await batch.latest_kinds(1)
-    first = before[0][0] if before else 0
+    """Show the progress until `stop_after` items in a row have not succeeded."""
+    # Failures of an earlier command do not count.
+    latest = await batch.latest_kinds(1)
+    last_before = latest[0][0] if latest else 0
+
     while True:
         progress.show(await batch.status())
+
         if stop_after is not None:
             latest = await batch.latest_kinds(stop_after)
-            kinds = [kind for number, kind in latest if number > first]
+            kinds = [kind for number, kind in latest if number > last_before]
             if len(kinds) == stop_after and "succeeded" not in kinds:
                 return
+
         await asyncio.sleep(_REFRESH_INTERVAL)
 
 
@@ -299,6 +308,7 @@ async def _summary(batch: Batch) -> list[str]:
     if durations := await batch.durations():
         median, p95, longest = map(duration, attrs.astuple(durations))
         lines = [f"  a run took {median} (median); 95 % took at most {p95}, the longest {longest}"]
+
     for failure in await batch.failures():
         reason = describe_stored(failure.type, failure.message)
         example = shorten(f"{printable(failure.key)}: {reason}", 160)

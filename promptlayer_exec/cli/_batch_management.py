@@ -13,9 +13,8 @@ import attrs
 import typer
 
 from promptlayer_exec._integration import printable
-from promptlayer_exec.cli import _batches as batches
-from promptlayer_exec.cli._arguments import BaseUrl, JsonLines
-from promptlayer_exec.cli._batch_results import open_results, write_results
+from promptlayer_exec.cli import _batch_lookup as lookup
+from promptlayer_exec.cli import _batch_options as options
 from promptlayer_exec.cli._exit import (
     ExitCode,
     Misuse,
@@ -24,7 +23,9 @@ from promptlayer_exec.cli._exit import (
     describe_stored,
     run_command,
 )
-from promptlayer_exec.cli._text import err, out, preview
+from promptlayer_exec.cli._options import BaseUrl, JsonLines
+from promptlayer_exec.cli._printing import err, out, preview
+from promptlayer_exec.cli._result_file import open_results, write_results
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import StoredItem
@@ -32,96 +33,118 @@ if TYPE_CHECKING:
 
 @command
 async def status(
-    name: Annotated[str | None, batches.name_option("all batches")] = None,
-    database: batches.Database = None,
+    name: Annotated[str | None, options.name_option("all batches")] = None,
+    database: options.Database = None,
     *,
     as_json: JsonLines = False,
 ) -> None:
     """Print the progress of the batches in a database."""
-    found = await batches.names(database, needed=name is not None)
-    for each in found if name is None else [batches.choose(name, found)]:
-        _, batch = await batches.chosen_batch(each, database)
+    batch_names = await lookup.names(database, needed=name is not None)
+    if name is not None:
+        batch_names = [lookup.choose(name, batch_names)]
+
+    for batch_name in batch_names:
+        _, batch = await lookup.chosen_batch(batch_name, database)
         counts = await batch.status()
         if as_json:
-            out(json.dumps({"batch": each, **attrs.asdict(counts)}))
+            out(json.dumps({"batch": batch_name, **attrs.asdict(counts)}))
             continue
-        out(batches.status_line(each, counts))
-        options = await batches.command_options(name, each, database)
-        for line in batches.hint_lines(counts, options):
+
+        out(lookup.status_line(batch_name, counts))
+        flags = await lookup.command_flags(name, batch_name, database)
+        for line in lookup.hint_lines(counts, flags):
             err(line)
 
 
 @command
-async def list_batches(database: batches.Database = None, *, as_json: JsonLines = False) -> None:
+async def list_batches(database: options.Database = None, *, as_json: JsonLines = False) -> None:
     """List the batches in a database, with their settings.
 
     After the counts of its items, a line has the time when the first was added (UTC), and the
     settings: how many items run at most, and how many requests are sent per second at most.
     """
-    found = await batches.names(database, needed=False)
-    if found and database is None and not as_json:
-        err(f"in {batches.shown_database(database)}")
-    for each in found:
-        _, batch = await batches.chosen_batch(each, database)
+    batch_names = await lookup.names(database, needed=False)
+    if batch_names and database is None and not as_json:
+        err(f"in {lookup.shown_database(database)}")
+
+    for batch_name in batch_names:
+        _, batch = await lookup.chosen_batch(batch_name, database)
         settings, counts = await batch.settings(), await batch.status()
         if as_json:
-            row = {"batch": each, **attrs.asdict(settings), **attrs.asdict(counts)}
+            row = {"batch": batch_name, **attrs.asdict(settings), **attrs.asdict(counts)}
             out(json.dumps(row, default=datetime.isoformat))
             continue
+
         created = "-" if settings.created is None else _time(settings.created)
-        rate = f"{settings.rate or batches.DEFAULT_RATE:g}"
+        rate = f"{settings.rate or lookup.DEFAULT_RATE:g}"
         shown = f"max-in-flight {settings.max_in_flight or 100}, rate {rate}"
-        out(f"{batches.status_line(each, counts)}; {created}, {shown}")
+        out(f"{lookup.status_line(batch_name, counts)}; {created}, {shown}")
 
 
 @command
 async def show(
     key: Annotated[str, typer.Argument(metavar="KEY", help="Key of the item.")],
-    name: batches.OnlyBatch = None,
-    database: batches.Database = None,
+    name: options.OnlyBatch = None,
+    database: options.Database = None,
     *,
     as_json: JsonLines = False,
 ) -> None:
     """Print one item: its request, and its history (UTC)."""
-    chosen, batch = await batches.chosen_batch(name, database)
+    chosen, batch = await lookup.chosen_batch(name, database)
     item = await batch.item(key)
     if item is None:
         raise Misuse(f"batch '{printable(chosen)}' has no item '{printable(key)}'")
+
     if as_json:
         outcome = item.outcome and json.loads(item.outcome.to_json())
         attempts = [attrs.asdict(attempt) for attempt in item.attempts]
         fields = {"key": key, "request": item.request, "attempts": attempts, "outcome": outcome}
         out(json.dumps(fields, default=datetime.isoformat))
-    else:
-        for line in _item_lines(chosen, item):
-            out(line)
+        return
+    for line in _item_lines(chosen, item):
+        out(line)
 
 
 def _item_lines(batch: str, item: StoredItem) -> list[str]:
     outcome = item.outcome
-    state = outcome.kind if outcome else item.attempts[-1].state if item.attempts else "stored"
+    state: str = "stored"
+    if outcome is not None:
+        state = outcome.kind
+    elif item.attempts:
+        state = item.attempts[-1].state
     lines = [f"item {printable(item.key)} of batch {printable(batch)}: {state}"]
     for name, value in item.request.items():
         if value is not None:
             shown = value if isinstance(value, str) else preview(value)
             lines.append(f"  {name}: {printable(shown)}")
+
+    lines += [f"  {at}  {event}" for at, event in _events(item)]
+
+    # The outcome comes after everything else, also if the clocks of machines differ.
+    if outcome is not None:
+        lines.append(f"  {_time(outcome.finished)}  {outcome.kind}")
+        if outcome.error is None:
+            lines.append(f"  output: {preview(outcome.output)}")
+        else:
+            lines.append(f"  {outcome.error.type}: {describe_stored(*outcome.error)}")
+    return lines
+
+
+def _events(item: StoredItem) -> list[tuple[str, str]]:
+    """Return what happened to an item before its outcome, and when."""
     events = []
     for attempt in item.attempts:
         events.append((_time(attempt.added), f"attempt {attempt.number} added"))
         if attempt.taken is not None:
             worker = printable(attempt.worker or "")
             events.append((_time(attempt.taken), f"attempt {attempt.number} taken by {worker}"))
+
+    outcome = item.outcome
     if outcome is not None and outcome.started is not None:
         events.append((_time(outcome.started), f"execution {outcome.execution_id} started"))
-    events.sort(key=itemgetter(0))  # within a second, which is what DBOS stores, as they are
-    lines += [f"  {at}  {what}" for at, what in events]
-    if outcome is not None:  # after all else, also if the clocks of machines differ
-        lines.append(f"  {_time(outcome.finished)}  {outcome.kind}")
-        result = f"output: {preview(outcome.output)}"
-        if outcome.error is not None:
-            result = f"{outcome.error.type}: {describe_stored(*outcome.error)}"
-        lines.append(f"  {result}")
-    return lines
+
+    # Events of the same second, the precision of the text, stay in this order.
+    return sorted(events, key=itemgetter(0))
 
 
 def _time(at: datetime) -> str:
@@ -135,22 +158,22 @@ async def export(
         typer.Option(
             "--out",
             metavar="FILE",
-            help="File to write: a table if it ends with .csv or .parquet, else JSON Lines.",
+            help="File to write: a table if it ends with .csv, else JSON Lines.",
             show_default="JSON Lines on standard output",
         ),
     ] = None,
-    name: batches.OnlyBatch = None,
-    database: batches.Database = None,
+    name: options.OnlyBatch = None,
+    database: options.Database = None,
     base_url: BaseUrl = None,
     *,
-    same_server: batches.SameServer = False,
+    same_server: options.SameServer = False,
 ) -> None:
     """Write the results of all items that have finished so far.
 
     The fields are those of `batch run --out`. In a table, the error has the columns error_type and
-    error_message. An output that is no text is written as JSON; in Parquet, a text is, too.
+    error_message, and an output that is no text is written as JSON.
     """
-    _, batch = await batches.chosen_batch(name, database, base_url, same_server=same_server)
+    _, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
     await batch.check_server()  # before the file is made
     with open_results(results) as file:
         await write_results(batch, file, until_done=False)
@@ -158,24 +181,24 @@ async def export(
 
 @command
 async def recheck(
-    name: batches.OnlyBatch = None,
-    database: batches.Database = None,
+    name: options.OnlyBatch = None,
+    database: options.Database = None,
     base_url: BaseUrl = None,
     *,
-    same_server: batches.SameServer = False,
+    same_server: options.SameServer = False,
 ) -> None:
     """Follow every run again that has no output, and start none."""
-    chosen, batch = await batches.chosen_batch(name, database, base_url, same_server=same_server)
-    _report_again(chosen, await batch.recheck(), "followed")
+    chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
+    _report_requeued(chosen, await batch.recheck(), "followed")
 
 
 @command
 async def retry(
-    name: batches.OnlyBatch = None,
-    database: batches.Database = None,
+    name: options.OnlyBatch = None,
+    database: options.Database = None,
     base_url: BaseUrl = None,
     *,
-    same_server: batches.SameServer = False,
+    same_server: options.SameServer = False,
     failed: Annotated[bool, typer.Option("--failed", help="Items that failed.")] = False,
     unknown: Annotated[
         bool, typer.Option("--unknown", help="Unknown items, at the risk of paying for them twice.")
@@ -184,18 +207,21 @@ async def retry(
     """Start items again that did not succeed, once each."""
     if not failed and not unknown:
         raise Misuse("give --failed, --unknown, or both")
-    chosen, batch = await batches.chosen_batch(name, database, base_url, same_server=same_server)
-    _report_again(chosen, await batch.retry(failed=failed, unknown=unknown), "started")
+
+    chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
+    _report_requeued(chosen, await batch.retry(failed=failed, unknown=unknown), "started")
 
 
-def _report_again(batch: str, count: int, what: str) -> None:
-    text = f"batch {printable(batch)}: {batches.item_count(count)} will be {what} again"
-    err(f"{text} by a worker: `batch work`, or the same `batch run`" if count else text)
+def _report_requeued(batch: str, count: int, act: str) -> None:
+    text = f"batch {printable(batch)}: {lookup.item_count(count)} will be {act} again"
+    if count:
+        text += " by a worker: `batch work`, or the same `batch run`"
+    err(text)
 
 
 def delete(
-    name: batches.OnlyBatch = None,
-    database: batches.Database = None,
+    name: options.OnlyBatch = None,
+    database: options.Database = None,
     *,
     is_confirmed: Annotated[
         bool, typer.Option("--yes", help="Do not ask whether to do so.")
@@ -207,25 +233,27 @@ def delete(
     can no longer be found from here.
     """
 
-    async def look() -> None:
+    async def describe() -> None:
         nonlocal name
-        name, batch = await batches.chosen_batch(name, database)
-        err(batches.status_line(name, await batch.status()))
+        name, batch = await lookup.chosen_batch(name, database)
+        err(lookup.status_line(name, await batch.status()))
         if not sys.stdin.isatty():
             raise Misuse("to delete this batch with all its results, give --yes")
 
-    async def work() -> None:
-        chosen, batch = await batches.chosen_batch(name, database)
+    async def delete_chosen() -> None:
+        chosen, batch = await lookup.chosen_batch(name, database)
         try:
             deleted = await batch.delete()
         except RuntimeError as error:
             raise Misuse(str(error)) from error
-        err(f"deleted batch {printable(chosen)} with {batches.item_count(deleted)}")
+        err(f"deleted batch {printable(chosen)} with {lookup.item_count(deleted)}")
 
     if not is_confirmed:
-        if code := run_command(look(), Subject()):
+        if code := run_command(describe(), Subject()):
             raise typer.Exit(code)
-        try:  # not within `run_command`, whose handling of SIGINT waits for the answer
+
+        # Not within `run_command`: after Ctrl-C it would wait for the user's answer.
+        try:
             is_confirmed = typer.confirm("Delete this batch with all its results?", err=True)
         except typer.Abort:
             err("\ninterrupted; nothing was deleted")
@@ -233,4 +261,5 @@ def delete(
         if not is_confirmed:
             err("nothing was deleted")
             raise typer.Exit(ExitCode.FAILED)
-    raise typer.Exit(run_command(work(), Subject()))
+
+    raise typer.Exit(run_command(delete_chosen(), Subject()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
@@ -13,18 +14,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from promptlayer_exec import NotFound, RequestError, Session, StartRequest
 from promptlayer_exec._integration import MAX_ID, definition, printable
-from promptlayer_exec.cli._arguments import needs
 from promptlayer_exec.cli._exit import Misuse, describe, suggest
-from promptlayer_exec.cli._text import err, quoted, shorten
+from promptlayer_exec.cli._options import needs
+from promptlayer_exec.cli._printing import err, quoted, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch
 
 csv.field_size_limit(2**31 - 1)  # a cell can be as long as any input
 
-_MAX_SHOWN = 20  # mistakes
-_MAX_NUMBERS = 3  # of lines with the same mistake
-_BOM = b"\xef\xbb\xbf"
 _FIELDS: dict[str, tuple[Any, str]] = {
     "key": (str, "a string"),
     "inputs": (dict, "an object"),
@@ -35,66 +33,74 @@ _FIELDS: dict[str, tuple[Any, str]] = {
 }
 _METADATA = "metadata."
 _INPUT = "inputs."
-_KEY_LENGTH = 20
 
 
 class ItemFile:
     """The items in a file, checked first. Each iteration reads the file again.
 
-    `workflow` is that of lines that name none.
+    Lines without a workflow get `workflow`.
     """
 
     def __init__(self, path: Path, workflow: str | None) -> None:
         self._path = path
         self._name = printable(str(path))
         self._workflow = workflow
-        self.lines: dict[str, int] = {}  # the number of each, by its key
-        # The numbers of lines by their workflow, label and version, and by the names of inputs.
+        self.lines: dict[str, int] = {}  # line numbers by key
+        # Line numbers by workflow, label and version, and then by the names of the inputs.
         self._starts: dict[Any, dict[tuple[str, ...], list[int]]] = {}
+
         if path.is_fifo() or path.is_char_device():
             raise Misuse(f"{self._name} is read twice: write the items to a regular file first")
+
         problems: dict[int, str] = {}
         for number, line in self._lines():
             try:
-                request = self._request(line)
+                self._note_line(number, line)
             except Misuse as error:
                 problems[number] = str(error)
-                continue
-            first = self.lines.setdefault(request.key, number)
-            if first == number:
-                target = request.workflow, request.label, request.version
-                names = tuple(request.inputs)
-                self._starts.setdefault(target, {}).setdefault(names, []).append(number)
-            elif request.key == _digest(line):
-                what = "a key is missing: without one, this line is the same item as"
-                problems[number] = f"{what} line {first}"
-            else:
-                problems[number] = f"the key {quoted(request.key)} is already used in line {first}"
         self._refuse(problems)
         if not self.lines:
             raise Misuse(f"{self._name} has no items")
 
+    def _note_line(self, number: int, line: bytes | dict[str, Any]) -> None:
+        request = self._request(line)
+
+        first = self.lines.setdefault(request.key, number)
+        if first != number and request.key == _digest(line):
+            problem = "a key is missing: without one, this line is the same item as"
+            raise Misuse(f"{problem} line {first}")
+        if first != number:
+            raise Misuse(f"the key {quoted(request.key)} is already used in line {first}")
+
+        target = request.workflow, request.label, request.version
+        names = tuple(request.inputs)
+        self._starts.setdefault(target, {}).setdefault(names, []).append(number)
+
     def _refuse(self, problems: Mapping[int, str]) -> None:
-        """Raise `Misuse` if something is wrong with lines, by their numbers: once for all alike."""
+        """Raise `Misuse` if there are problems, by the numbers of lines; name each problem once."""
         lines: dict[str, list[int]] = {}
         for number, problem in sorted(problems.items()):
             lines.setdefault(problem, []).append(number)
+
         mistakes = [f"{_numbered(numbers)}: {problem}" for problem, numbers in lines.items()]
+        if not mistakes:
+            return
         if len(mistakes) == 1:
             raise Misuse(f"{self._name}, {mistakes[0]}; nothing was added")
-        for mistake in mistakes[:_MAX_SHOWN]:
+
+        shown, hidden = mistakes[:20], mistakes[20:]
+        for mistake in shown:
             err(mistake)
-        if mistakes:
-            hidden = len(mistakes) - _MAX_SHOWN
-            more = f" ({hidden} more mistakes are not shown)" if hidden > 0 else ""
-            raise Misuse(f"{self._name} has {len(problems)} invalid lines{more}; nothing was added")
+        more = f" ({len(hidden)} more mistakes are not shown)" if hidden else ""
+        raise Misuse(f"{self._name} has {len(problems)} invalid lines{more}; nothing was added")
 
     async def check_inputs(self, session: Session, batch: Batch, base_url: str | None) -> None:
         """Refuse lines that cannot run, unless the batch has them already."""
         problems = await self._find_problems(session, base_url)
         keys = {number: key for key, number in self.lines.items() if number in problems}
         known = await batch.kinds(keys.values())
-        self._refuse({at: problem for at, problem in problems.items() if keys[at] not in known})
+        new = {number: problem for number, problem in problems.items() if keys[number] not in known}
+        self._refuse(new)
 
     async def _find_problems(self, session: Session, base_url: str | None) -> dict[int, str]:
         """Return what is wrong with the workflow or the inputs of lines, by their numbers.
@@ -103,30 +109,31 @@ class ItemFile:
         asked for, and the rest is unchecked: a server that is down would cost seconds for each.
         """
         problems: dict[int, str] = {}
+
         for (workflow, label, version), given in self._starts.items():
             try:
                 found = await definition(session, workflow, label=label, version=version)
             except NotFound:
-                which = "" if label is None else f" with the label {quoted(label)}"
-                which += "" if version is None else f" with a version {version}"
-                command = suggest("workflows", base_url)
-                what = f"there is no {_named(workflow)}{which}; `{command}` lists names and labels"
-                problems |= {number: what for numbers in given.values() for number in numbers}
+                problem = _not_found(workflow, label, version, base_url)
+                for numbers in given.values():
+                    problems |= dict.fromkeys(numbers, problem)
+                continue
             except RequestError as error:
                 err(f"inputs are not checked: {describe(error)}")
                 break
-            else:
-                others = set[str]()
-                for names, numbers in given.items():
-                    try:
-                        found.check_inputs(dict.fromkeys(names))
-                    except ValueError as error:
-                        problems |= dict.fromkeys(numbers, needs(error, workflow, base_url))
-                    else:
-                        others |= {*names} - {*(found.required_inputs or names)}
-                if others:
-                    listed = shorten(", ".join(map(quoted, sorted(others))), 200)
-                    err(f"note: {_named(workflow)} does not require {listed}: sent all the same")
+
+            not_required = set[str]()
+            for names, numbers in given.items():
+                try:
+                    found.check_inputs(dict.fromkeys(names))
+                except ValueError as error:
+                    problems |= dict.fromkeys(numbers, needs(error, workflow, base_url))
+                else:
+                    not_required |= {*names} - {*(found.required_inputs or names)}
+            if not_required:
+                listed = shorten(", ".join(map(quoted, sorted(not_required))), 200)
+                err(f"note: {_named(workflow)} does not require {listed}: sent all the same")
+
         return problems
 
     def __iter__(self) -> Iterator[StartRequest]:
@@ -139,11 +146,13 @@ class ItemFile:
             if self._path.suffix.lower() == ".csv":
                 yield from self._rows()
                 return
+
             with self._path.open("rb") as file:
+                if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                    file.seek(0)
                 for number, line in enumerate(file, 1):
-                    text = line.removeprefix(_BOM) if number == 1 else line
-                    if text.strip():
-                        yield number, text
+                    if line.strip():
+                        yield number, line
         except OSError as error:
             raise Misuse(f"cannot read {self._name}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
@@ -155,13 +164,17 @@ class ItemFile:
         with self._path.open(encoding="utf-8-sig", newline="") as file:
             # Excel writes semicolons where a comma is the decimal mark.
             header = re.sub('"[^"]*("|$)', "", file.readline())
-            separator = next((it for it in ",;\t" if it in header), ",")
+            separator = next((character for character in ",;\t" if character in header), ",")
             file.seek(0)
+
             reader = csv.DictReader(file, strict=True, delimiter=separator)
             columns = reader.fieldnames or []
             meanings = Counter(map(_meaning, columns))
-            if same := {printable(name): 1 for name in columns if meanings[_meaning(name)] > 1}:
-                raise Misuse(f"{self._name} has columns of the same name: {', '.join(same)}")
+            same = [printable(name) for name in columns if meanings[_meaning(name)] > 1]
+            if same:
+                listed = ", ".join(dict.fromkeys(same))
+                raise Misuse(f"{self._name} has columns of the same name: {listed}")
+
             for row in reader:
                 yield reader.line_num, row
 
@@ -174,14 +187,18 @@ class ItemFile:
 
 
 def _numbered(numbers: list[int]) -> str:
-    more = f" and {len(numbers) - _MAX_NUMBERS} more" if len(numbers) > _MAX_NUMBERS else ""
-    shown = ", ".join(map(str, numbers[:_MAX_NUMBERS]))
-    return f"line{'s' * (len(numbers) > 1)} {shown}{more}"
+    """Return `line 7`, `lines 7, 8`, or `lines 7, 8, 9 and 4 more`."""
+    text = "line " if len(numbers) == 1 else "lines "
+    text += ", ".join(map(str, numbers[:3]))
+    if len(numbers) > 3:
+        text += f" and {len(numbers) - 3} more"
+    return text
 
 
 def _digest(line: bytes | dict[str, Any]) -> str:
-    text = line.strip() if isinstance(line, bytes) else json.dumps(line).encode()
-    return hashlib.sha256(text).hexdigest()[:_KEY_LENGTH]
+    if not isinstance(line, bytes):
+        line = json.dumps(line).encode()
+    return hashlib.sha256(line.strip()).hexdigest()[:20]
 
 
 def _meaning(column: str) -> str:
@@ -195,6 +212,7 @@ def _row_fields(row: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of an item from the cells of a row; an empty one is a missing field."""
     if None in row or None in row.values():
         raise Misuse("must have as many cells as the first line has columns")
+
     fields: dict[str, Any] = {"inputs": {}}
     for column, text in row.items():
         name = _meaning(column)
@@ -202,8 +220,10 @@ def _row_fields(row: dict[str, Any]) -> dict[str, Any]:
             fields["inputs"][name.removeprefix(_INPUT)] = text
         elif text and name.startswith(_METADATA):
             fields.setdefault("metadata", {})[name.removeprefix(_METADATA)] = text
+        elif text and name == "version" and text.isdecimal():
+            fields[name] = int(text)
         elif text:
-            fields[name] = int(text) if name == "version" and text.isdecimal() else text
+            fields[name] = text
     return fields
 
 
@@ -212,6 +232,7 @@ def _checked(fields: dict[str, Any]) -> StartRequest:
         if name not in _FIELDS:
             known = ", ".join(_FIELDS)
             raise Misuse(f"{quoted(name)} is not one of {known}")
+
         kind, expected = _FIELDS[name]
         if name == "workflow" and value is None:
             continue
@@ -219,10 +240,12 @@ def _checked(fields: dict[str, Any]) -> StartRequest:
             raise Misuse(f'"{name}" must be {expected}')
         if isinstance(value, int) and not 1 <= value <= MAX_ID:
             raise Misuse(f'"{name}" must be between 1 and 2**63-1')
+
     if not all(isinstance(value, str) for value in fields.get("metadata", {}).values()):
         raise Misuse('"metadata" must be an object of strings')
     if "label" in fields and "version" in fields:
         raise Misuse('use "label" or "version", not both')
+
     request = StartRequest(**fields)
     if request.workflow in (None, ""):
         raise Misuse('no workflow: give --workflow NAME, or a "workflow" in the line')
@@ -239,8 +262,7 @@ def _parse(text: bytes) -> dict[str, Any]:
         raise Misuse(f"not UTF-8 text: byte {error.start + 1} is invalid") from error
     except json.JSONDecodeError as error:
         raise Misuse(f"not valid JSON: {error.msg}, column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
-        raise Misuse(f"cannot be read: {error}") from error
+
     if not isinstance(fields, dict):
         raise Misuse('not a JSON object like {"key": "a", "inputs": {}}')
     return {name: value for name, value in fields.items() if value is not None or name == "inputs"}
@@ -248,6 +270,18 @@ def _parse(text: bytes) -> dict[str, Any]:
 
 def _refuse_constant(constant: str) -> NoReturn:
     raise Misuse(f"{constant} is not a JSON number")
+
+
+def _not_found(
+    workflow: str | int, label: str | None, version: int | None, base_url: str | None
+) -> str:
+    which = ""
+    if label is not None:
+        which = f" with the label {quoted(label)}"
+    if version is not None:
+        which = f" with a version {version}"
+    command = suggest("workflows", base_url)
+    return f"there is no {_named(workflow)}{which}; `{command}` lists names and labels"
 
 
 def _named(workflow: str | int) -> str:

@@ -1,4 +1,4 @@
-"""The results of a batch: lines on standard output or in a file, or a table in CSV or Parquet."""
+"""The results of a batch: lines on standard output or in a file, or a table in CSV."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import json
 import sys
 from collections.abc import AsyncIterable, Iterator
 from contextlib import aclosing, contextmanager, suppress
-from importlib import import_module
 from io import FileIO
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._exit import Misuse
-from promptlayer_exec.cli._text import out
+from promptlayer_exec.cli._printing import out
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch, StoredOutcome
@@ -27,14 +25,6 @@ else:
 
 csv.field_size_limit(2**31 - 1)  # a cell can be as long as any output
 
-_RESULT_START = b'{"key": "'
-_COLUMNS = (
-    *("key", "execution_id", "succeeded", "output"),
-    *("error_type", "error_message", "started", "finished"),
-)
-_CSV, _PARQUET = ".csv", ".parquet"
-_ROW_GROUP = 1000
-
 
 class Result(NamedTuple):
     """A result that a file has."""
@@ -45,11 +35,12 @@ class Result(NamedTuple):
 
 
 async def write_results(batch: Batch, file: Results, *, until_done: bool) -> None:
-    """Write the results of a batch; `until_done`, also those of the items that end later."""
+    """Write the results of a batch; `until_done`, also those of items that finish later."""
     async with aclosing(batch.outcomes(until_done=until_done)) as outcomes:
         if file is not None:
             await file.write_all(outcomes)
             return
+
         async for outcome in outcomes:
             out(outcome.to_json())
 
@@ -58,31 +49,33 @@ async def write_results(batch: Batch, file: Results, *, until_done: bool) -> Non
 def open_results(path: Path | None) -> Iterator[Results]:
     """Open the results at a path, by its suffix; None stands for standard output.
 
-    The file is locked meanwhile: with two writers, each result would be there twice. One that was
-    made for a command that is then refused is removed.
+    The file is locked meanwhile: with two writers, each result would be there twice. If it is new
+    and nothing writes it, because the command is refused, it is removed.
     """
     if path is None:
         yield None
         return
+
     name = printable(str(path))
-    is_table = path.suffix.lower() in (_CSV, _PARQUET)
+    is_table = path.suffix.lower() == ".csv"
     written = path.with_name(path.name + ".part") if is_table else path
     try:
         if path.is_char_device():  # to read what it has would take for ever
             raise Misuse(f"{name} is a device: name a file, or omit --out")
-        is_old = written.exists()
+        is_new = not written.exists()
         opened = written.open("a+b", buffering=0)
     except OSError as error:
         raise _cannot_write(name, error) from error
+
     file: LineFile | TableFile | None = None
     with opened:
-        _lock(opened, written, name)
+        _lock(opened, name)
         try:
             file = TableFile(path, written, name) if is_table else LineFile(path, opened, name)
             yield file
         finally:
             is_written = isinstance(file, LineFile) and file.is_written
-            if is_table or not (is_old or is_written):
+            if is_table or (is_new and not is_written):
                 with suppress(OSError):  # Windows does not remove an open file
                     written.unlink()
 
@@ -96,20 +89,17 @@ class LineFile:
         self.is_written = False
         self._file = file
         self._length = 0  # of the lines of the results, without an incomplete one at the end
+
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 is_whole = line.endswith(b"\n")
+                if not is_whole and _is_cut_off(line):
+                    break
                 try:
                     fields = json.loads(line)
-                    result = Result(
-                        str(fields["key"]), str(fields["finished"]), fields["succeeded"]
-                    )
+                    key, finished = str(fields["key"]), str(fields["finished"])
+                    result = Result(key, finished, fields["succeeded"])
                 except (ValueError, TypeError, KeyError) as error:
-                    # What a power failure cuts off can be zeros.
-                    text = line.rstrip(b"\0")
-                    is_start = text[: len(_RESULT_START)] == _RESULT_START[: len(text)]
-                    if is_start and not is_whole and isinstance(error, ValueError):
-                        break
                     where = f"{name}, line {number}"
                     raise Misuse(f"{where}, is not a result; the file is unchanged") from error
                 if is_whole:
@@ -117,12 +107,13 @@ class LineFile:
                     self._length += len(line)
 
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
-        """Write each result at once, unless the file already contains it."""
+        """Write each result as soon as there is one, unless the file already contains it."""
         self.is_written = True
         self._file.truncate(self._length)
         async for outcome in outcomes:
             if Result(outcome.key, outcome.finished.isoformat(), outcome.succeeded) in self.results:
                 continue
+
             line = outcome.to_json().encode() + b"\n"
             try:
                 while line:  # less than all may be written, for example when the disk gets full
@@ -131,27 +122,37 @@ class LineFile:
                 raise _cannot_write(self.name, error) from error
 
 
+def _is_cut_off(line: bytes) -> bool:
+    """Return True for the start of a result, the rest of which a crash kept from being written."""
+    start = b'{"key": "'
+    if line[: len(start)] != start[: len(line)]:
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
+
+
 class TableFile:
-    """Results as a table, CSV or Parquet, which is written as a whole and then put in place."""
+    """Results as a table in CSV, which is written as a whole and then put in place."""
 
     def __init__(self, path: Path, part: Path, name: str) -> None:
         self.name = name
         self._path, self._part = path, part
-        self._is_csv = path.suffix.lower() == _CSV
-        if not self._is_csv:
-            _pyarrow()  # before hours of work, not after them
+
         try:
-            self.results = set((_read_csv if self._is_csv else _read_parquet)(path))
+            self.results = set(_read_csv(path))
         except FileNotFoundError:
             self.results = set()
         except (OSError, ValueError, KeyError, csv.Error) as error:
-            what = f"{name} has no results that can be read: use another file"
-            raise Misuse(what) from error
+            problem = f"{name} has no results that can be read: use another file"
+            raise Misuse(problem) from error
 
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
         """Write all results, and then replace the file."""
         try:
-            await (_write_csv if self._is_csv else _write_parquet)(self._part, outcomes)
+            await _write_csv(self._part, outcomes)
             self._part.replace(self._path)
         except OSError as error:
             raise _cannot_write(self.name, error) from error
@@ -160,25 +161,29 @@ class TableFile:
 Results: TypeAlias = LineFile | TableFile | None
 
 
-def _row(outcome: StoredOutcome, output: str | None) -> dict[str, Any]:
-    error_type, error_message = outcome.error or (None, None)
-    times = outcome.started, outcome.finished
-    start = outcome.key, outcome.execution_id, outcome.succeeded, output
-    return dict(zip(_COLUMNS, (*start, error_type, error_message, *times), strict=True))
-
-
 async def _write_csv(path: Path, outcomes: AsyncIterable[StoredOutcome]) -> None:
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
+        columns = "key execution_id succeeded output error_type error_message started finished"
+        writer.writerow(columns.split())
         async for outcome in outcomes:
-            output = outcome.output
-            if outcome.succeeded and not isinstance(output, str):
-                output = json.dumps(output)
-            row = _row(outcome, output) | {"succeeded": json.dumps(outcome.succeeded)}
-            for name in ("started", "finished"):
-                row[name] = row[name] and row[name].isoformat()
-            writer.writerow(row.values())
+            writer.writerow(_cells(outcome))
+
+
+def _cells(outcome: StoredOutcome) -> tuple[object, ...]:
+    output = outcome.output
+    if outcome.succeeded and not isinstance(output, str):
+        output = json.dumps(output)
+
+    return (
+        outcome.key,
+        outcome.execution_id,
+        json.dumps(outcome.succeeded),
+        output,
+        *(outcome.error or (None, None)),
+        outcome.started and outcome.started.isoformat(),
+        outcome.finished.isoformat(),
+    )
 
 
 def _read_csv(path: Path) -> Iterator[Result]:
@@ -187,51 +192,16 @@ def _read_csv(path: Path) -> Iterator[Result]:
             yield Result(row["key"], row["finished"], row["succeeded"] == "true")
 
 
-async def _write_parquet(path: Path, outcomes: AsyncIterable[StoredOutcome]) -> None:
-    arrow = _pyarrow()
-    kinds: dict[str, Any] = dict.fromkeys(_COLUMNS, arrow.string())
-    kinds |= {"execution_id": arrow.int64(), "succeeded": arrow.bool_()}
-    kinds |= dict.fromkeys(("started", "finished"), arrow.timestamp("us", tz="UTC"))
-    schema = arrow.schema(kinds)
-    rows: list[dict[str, Any]] = []
-    with arrow.parquet.ParquetWriter(path, schema) as writer:
-        async for outcome in outcomes:
-            row = _row(outcome, json.dumps(outcome.output) if outcome.succeeded else None)
-            if (text := row["error_message"]) is not None:
-                row["error_message"] = text.encode(errors="backslashreplace").decode()
-            rows.append(row)
-            if len(rows) == _ROW_GROUP:
-                writer.write_table(arrow.Table.from_pylist(rows, schema))
-                rows = []
-        writer.write_table(arrow.Table.from_pylist(rows, schema))
-
-
-def _read_parquet(path: Path) -> Iterator[Result]:
-    with _pyarrow().parquet.ParquetFile(path) as file:
-        for part in file.iter_batches(columns=["key", "finished", "succeeded"]):
-            for row in part.to_pylist():
-                yield Result(row["key"], row["finished"].isoformat(), row["succeeded"])
-
-
-def _pyarrow() -> ModuleType:
-    try:
-        import_module("pyarrow.parquet")  # optional, and slow
-        return import_module("pyarrow")
-    except ModuleNotFoundError as error:
-        raise Misuse("Parquet needs pyarrow: pip install pyarrow") from error
-
-
-def _lock(file: FileIO, path: Path, name: str) -> None:
+def _lock(file: FileIO, name: str) -> None:
     try:
         if sys.platform == "win32":  # pragma: no cover
             file.seek(2**62)  # a byte that nobody writes
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.stat()  # another command may just have removed it
     except BlockingIOError as error:
-        what = f"another process is writing to {name}: let it do so, and help it with `batch work`"
-        raise Misuse(f"{what}, or use another --out") from error
+        problem = f"another process is writing to {name}: let it do so, and help it with"
+        raise Misuse(f"{problem} `batch work`, or use another --out") from error
     except OSError as error:
         raise Misuse(f"cannot lock {name}: {error.strerror or error}") from error
 

@@ -24,7 +24,7 @@ class _Disconnect(Exception):
 
 
 @attrs.define(eq=False)
-class Centrifugo:
+class PushServer:
     """Publishes to the subscribers of channels, each allowed by its token; sends no pings."""
 
     # The channels that each token allows; none expires.
@@ -39,6 +39,7 @@ class Centrifugo:
     async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
         # Some clients offer an empty subprotocol: named here, it causes no warning, and no header.
         socket = web.WebSocketResponse(compress=False, protocols=("",))
+
         with suppress(ConnectionError):
             await socket.prepare(request)
             connection = _Connection(self, socket)
@@ -50,13 +51,17 @@ class Centrifugo:
                 await socket.close(code=code, message=reason.encode())
             finally:
                 self._connections.remove(connection)
+
         return socket
 
     async def publish(self, channel: str, data: object) -> None:
         """Send data to every subscriber of a channel; a slow one delays only the caller."""
         push = encode({"push": {"channel": channel, "pub": {"data": data}}})
-        subscribers = [one for one in self._connections if channel in one.subscriptions]
-        sends = [subscriber.socket.send_str(push) for subscriber in subscribers]
+        sends = [
+            connection.socket.send_str(push)
+            for connection in self._connections
+            if channel in connection.subscriptions
+        ]
         await asyncio.gather(*sends, return_exceptions=True)  # some may be gone
 
 
@@ -64,7 +69,7 @@ class Centrifugo:
 class _Connection:
     """One client; `_channels` are those that its token allows, None until it has connected."""
 
-    _centrifugo: Centrifugo
+    _push_server: PushServer
     socket: web.WebSocketResponse
     _channels: frozenset[str] | None = attrs.field(default=None, init=False)
     subscriptions: set[str] = attrs.field(factory=set, init=False)
@@ -73,8 +78,9 @@ class _Connection:
         async for message in self.socket:
             try:
                 commands = [json.loads(line) for line in message.data.strip().split("\n")]
-            except (ValueError, RecursionError):
+            except ValueError:
                 raise _Disconnect(3501, "bad request") from None
+
             for command in commands:
                 match command:
                     case {"id": int(number), **request} if number > 0:
@@ -87,16 +93,20 @@ class _Connection:
     def _answer(self, request: dict[Any, Any]) -> dict[str, Any]:
         match request:
             case {"connect": {"token": str(token)}} if self._channels is None:
-                if token not in self._centrifugo.tokens:
+                if token not in self._push_server.tokens:
                     raise _Disconnect(3500, "invalid token")
-                self._channels = self._centrifugo.tokens[token]
+                self._channels = self._push_server.tokens[token]
                 return {"connect": {"client": str(uuid4()), "version": ""}}
+
             case _ if self._channels is None or "connect" in request:
                 raise _Disconnect(3501, "bad request")
+
             case {"subscribe": {"channel": str(channel)}} if channel in self._channels:
                 self.subscriptions.add(channel)
                 return {"subscribe": {}}
+
             case {"unsubscribe": {"channel": str(channel)}}:
                 self.subscriptions.discard(channel)
                 return {"unsubscribe": {}}
+
         return {"error": {"code": 103, "message": "permission denied"}}

@@ -14,13 +14,10 @@ from aiohttp import web
 
 from promptlayer_exec.simulator import _wire as wire
 from promptlayer_exec.simulator._backend import Backend
-from promptlayer_exec.simulator._centrifugo import Centrifugo
 from promptlayer_exec.simulator._faults import FaultQueue
 from promptlayer_exec.simulator._log import Log, SimRequest
 from promptlayer_exec.simulator._notifications import Notifications
-
-_WEBSOCKET = "/connection/websocket"
-_TOKEN_LIFETIME = 3600.0  # as announced; a connection lasts as long as the client wants
+from promptlayer_exec.simulator._push_server import PushServer
 
 
 @attrs.define
@@ -44,7 +41,7 @@ class TokenBucket:
 
 
 @attrs.define(eq=False)
-class Api:
+class Operations:
     """Answers every request that reaches the server.
 
     The order is: log, faults, route, key, rate limit, operation.
@@ -54,7 +51,7 @@ class Api:
     _clock: Callable[[], float]
     _backend: Backend
     _log: Log[SimRequest]
-    _centrifugo: Centrifugo
+    _push_server: PushServer
     _notifications: Notifications
     faults: FaultQueue
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
@@ -68,17 +65,23 @@ class Api:
         seen = SimRequest(request.method, path, request.query, request.headers, body, at)
         self._log.record(seen)
         answer = partial(self._answer, seen)
+
         fault = self.faults.take(lambda fault: fault.concerns(request))
-        response = await fault.effect(request, answer) if fault is not None else None
-        if response is None and path == _WEBSOCKET:
-            response = await self._centrifugo.serve(request)
-        return answer() if response is None else response
+        if fault is not None:
+            response = await fault.effect(request, answer)
+            if response is not None:
+                return response
+
+        if path == "/connection/websocket":
+            return await self._push_server.serve(request)
+        return answer()
 
     def _answer(self, request: SimRequest) -> web.Response:
         for pattern, method, operation in _ROUTES:
             match = pattern.fullmatch(request.path)
             if match is None:
                 continue
+
             if request.method != method:
                 return wire.error_response(405, "Method Not Allowed", Allow=method)
             if request.headers.get("X-API-KEY") != self._api_key:
@@ -86,10 +89,12 @@ class Api:
             if self.bucket is not None and (wait := self.bucket.take(self._clock())):
                 seconds = f"{math.ceil(wait * 1000) / 1000:.12g}"
                 return wire.error_response(429, "Too Many Requests", **{"Retry-After": seconds})
+
             try:
                 return operation(self, request, *map(unquote, match.groups()))
             except wire.RequestValidationError as error:
                 return wire.json_response(422, wire.encode({"detail": error.detail}))
+
         return wire.error_response(404, "Not Found")
 
     def _results(self, request: SimRequest) -> web.Response:
@@ -98,18 +103,22 @@ class Api:
             results = self._backend.results(execution_id)
         except LookupError:
             return wire.error_response(404, "Workflow version execution not found")
+
         body = results.json(all_outputs=all_outputs)
         return wire.json_response(200 if results.complete else 202, body)
 
     def _workflow(self, request: SimRequest, id_or_name: str) -> web.Response:
         workflow = self._backend.find_workflow(id_or_name)
-        query = dict(request.query.items())
-        label, number = query.get("label"), wire.parse_integer(query, "version", range(1, 2**63))
+        label = request.query.get("label")
+        number = wire.parse_integer(request.query, "version", range(1, 2**63))
         if label is not None and number is not None:
             message = "label and version are mutually exclusive"
             raise wire.RequestValidationError(message, "value_error", "query", "label")
-        version = None if workflow is None else workflow.select(label, number)
-        if workflow is None or version is None:
+
+        if workflow is None:
+            return wire.error_response(404, "Workflow not found")
+        version = workflow.select(label, number)
+        if version is None:
             return wire.error_response(404, "Workflow not found")
         return wire.json_response(200, wire.encode(workflow.describe(version)))
 
@@ -120,6 +129,7 @@ class Api:
         workflow = self._backend.find_workflow(id_or_name)
         if workflow is None:
             return wire.error_response(404, "Workflow not found")
+
         body = wire.parse_run(request.body)
         label, number = body.get("workflow_label_name"), body.get("workflow_version_number")
         if label is not None and number is not None:
@@ -129,6 +139,7 @@ class Api:
         version = workflow.select(label, number)
         if version is None:
             return wire.error_response(404, "Workflow version not found")
+
         execution_id = self._backend.run(workflow, version, body)
         self._notifications.follow(execution_id, workflow, body)
         answer = {
@@ -137,6 +148,7 @@ class Api:
             "warning": version.warning_for(body.get("input_variables", {})),
             "workflow_version_execution_id": execution_id,
         }
+
         status = 201 if body.get("callback_url") is None else 202
         return wire.json_response(status, wire.encode(answer))
 
@@ -144,21 +156,23 @@ class Api:
         channels = wire.required_values(request.query, "capability")
         issued = time.time()
         details = {
-            "token": self._centrifugo.issue_token(channels),
-            "expires": int((issued + _TOKEN_LIFETIME) * 1000),
+            "token": self._push_server.issue_token(channels),
+            # Only announced: a connection lasts as long as the client wants.
+            "expires": int((issued + 3600.0) * 1000),
             "issued": int(issued * 1000),
             "capability": {channel: ["presence", "subscribe"] for channel in channels},
             "clientId": "1",
         }
+
         # Without the backend's name, older versions of the vendor's SDK use Ably.
         answer = {"success": True, "messaging_backend": "centrifugo", "token_details": details}
         return wire.json_response(201, wire.encode(answer))
 
 
 _ROUTES: tuple[tuple[re.Pattern[str], str, Callable[..., web.Response]], ...] = (
-    (re.compile("/workflow-version-execution-results"), "GET", Api._results),
-    (re.compile("/workflows"), "GET", Api._workflows),
-    (re.compile("/workflows/([^/]+)"), "GET", Api._workflow),
-    (re.compile("/workflows/([^/]+)/run"), "POST", Api._run),
-    (re.compile("/ws-token-request-library"), "POST", Api._token),
+    (re.compile("/workflow-version-execution-results"), "GET", Operations._results),
+    (re.compile("/workflows"), "GET", Operations._workflows),
+    (re.compile("/workflows/([^/]+)"), "GET", Operations._workflow),
+    (re.compile("/workflows/([^/]+)/run"), "POST", Operations._run),
+    (re.compile("/ws-token-request-library"), "POST", Operations._token),
 )

@@ -1,4 +1,4 @@
-"""Arguments and options that commands share, and what they say: inputs, and a session."""
+"""Arguments and options that commands share, and what is made of them: inputs, and a session."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ import typer
 from promptlayer_exec import ConfigurationError, Observer, PollPolicy, RetryPolicy, Session
 from promptlayer_exec._integration import MAX_ID, printable
 from promptlayer_exec.cli._exit import suggest
-from promptlayer_exec.cli._text import err, quoted, shorten, show_warnings
+from promptlayer_exec.cli._printing import err, quoted, shorten, show_warnings
 
 if TYPE_CHECKING:
     from promptlayer_exec.simulator import Simulator
 
-_STDIN = "-"
-# The modules whose warnings the commands show; of the others, they say the same in their own words.
+# The modules whose warnings the commands show; they report those of others in their own words.
 _SHOWN = ("definitions", "channels", "retry")
 
 
@@ -36,8 +35,8 @@ def seconds(text: str, *, default: bool | str = True) -> Any:
 
 def parse_id(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MAX_ID:
-        what = "must be an execution id, a number such as the 787 that `run` prints"
-        raise typer.BadParameter(f"{what}, got {shorten(printable(text), 40)!r}")
+        expected = "must be an execution id, a number such as the 787 that `run` prints"
+        raise typer.BadParameter(f"{expected}, got {shorten(printable(text), 40)!r}")
     return int(text)
 
 
@@ -88,6 +87,7 @@ def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
         match = re.fullmatch(r"(?!=)([^=@]*)([=@])(.*)", argument, re.DOTALL)
         if match is None:
             _refuse(f"{quoted(argument)} is not KEY=VALUE, KEY@FILE or @FILE")
+
         key, separator, rest = match.groups()
         if separator == "=":
             inputs[key] = _parse_value(key, rest)
@@ -95,6 +95,7 @@ def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
             inputs[key] = _read_text(rest)
         else:
             inputs |= _read_object(rest)
+
     return inputs
 
 
@@ -119,15 +120,13 @@ def _parse_value(key: str, text: str) -> Any:
                 f" sent as text: {error}"
             )
         return text
-    except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
-        _refuse(f"the value of {quoted(key)} cannot be read: {error}")
 
 
 def _read_object(path: str) -> dict[str, Any]:
     name = _file_name(path)
     try:
         value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         _refuse(f"{name} is not valid JSON: {error}")
     if not isinstance(value, dict):
         start = quoted(json.dumps(value))
@@ -137,7 +136,7 @@ def _read_object(path: str) -> dict[str, Any]:
 
 def _read_text(path: str) -> str:
     try:
-        data = sys.stdin.buffer.read() if path == _STDIN else Path(path).read_bytes()
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return data.decode("utf-8-sig")
     except OSError as error:
         _refuse(f"cannot read {_file_name(path)}: {error.strerror or error}")
@@ -146,7 +145,7 @@ def _read_text(path: str) -> str:
 
 
 def _file_name(path: str) -> str:
-    return "standard input" if path == _STDIN else quoted(path)
+    return "standard input" if path == "-" else quoted(path)
 
 
 def _refuse(message: str, option: str = "--input") -> NoReturn:
@@ -154,7 +153,7 @@ def _refuse(message: str, option: str = "--input") -> NoReturn:
 
 
 def needs(error: ValueError, workflow: str | int, base_url: str | None) -> str:
-    """Say that inputs are missing, and how to find out which there are."""
+    """Return the message that inputs are missing, and how to find out which there are."""
     command = suggest(f"workflow {shlex.quote(str(workflow))}", base_url)
     return f"{error}; `{command}` shows what it needs"
 
@@ -171,8 +170,8 @@ def open_session(
 ) -> Session:
     """Return a session with the key from the environment.
 
-    `outage` is that of watches and, up to `longest_retry`, of single requests. `warn` is called
-    when an outage begins, and with an input of a doubtful type.
+    Watches survive an `outage` of that length, and so do single requests, up to `longest_retry`.
+    `warn` is called when an outage begins, and with an input of a doubtful type.
     """
     if not os.environ.get("PROMPTLAYER_API_KEY"):
         raise ConfigurationError(
@@ -181,8 +180,13 @@ def open_session(
         )
     if warn is not None:
         show_warnings(warn, of=_SHOWN)
-    retry = RetryPolicy() if outage is None else RetryPolicy(outage=outage, watch_outage=outage)
+
+    retry = RetryPolicy()
+    if outage is not None:
+        retry = RetryPolicy(outage=outage, watch_outage=outage)
     retry = attrs.evolve(retry, outage=min(retry.outage, longest_retry))
+
+    # A warning about a setting reads like any other message, without a line of Python code.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         session = Session(
@@ -194,6 +198,7 @@ def open_session(
         )
     for warning in caught:
         err(f"warning: {printable(str(warning.message))}")
+
     return session
 
 

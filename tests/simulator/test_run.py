@@ -10,32 +10,32 @@ from typing import Any
 import pytest
 
 from promptlayer_exec.simulator import Scenario, SimNode
-from promptlayer_exec.simulator._execution import Execution
+from promptlayer_exec.simulator._run import SimulatedRun
 
 
-def run(*nodes: SimNode) -> Execution:
+def run(*nodes: SimNode) -> SimulatedRun:
     """Return an execution that started at the time 0."""
-    return Execution(Scenario(nodes), 0.0)
+    return SimulatedRun(Scenario(nodes), 0.0)
 
 
-def statuses(execution: Execution, now: float) -> dict[str, str]:
+def statuses(execution: SimulatedRun, now: float) -> dict[str, str]:
     """Return every node's status at a time."""
     return {name: state.status for name, state in execution.results(now).states.items()}
 
 
-def output(execution: Execution, now: float) -> Any:
+def output(execution: SimulatedRun, now: float) -> Any:
     """Return the decoded main output at a time, or `...` if there is none."""
     text = execution.results(now).main_output()
     return ... if text is None else json.loads(text)
 
 
-def nodes_json(execution: Execution, now: float) -> dict[str, Any]:
+def nodes_json(execution: SimulatedRun, now: float) -> dict[str, Any]:
     """Return the decoded node map at a time."""
     decoded: dict[str, Any] = json.loads(execution.results(now).node_map())
     return decoded
 
 
-def finish(execution: Execution, name: str, now: float, **ending: Any) -> None:
+def finish(execution: SimulatedRun, name: str, now: float, **ending: Any) -> None:
     """Finish a held node; it succeeds by default."""
     execution.finish(name, now, **{"status": "SUCCESS", **ending})
 

@@ -55,20 +55,29 @@ class Results:
 
     def json(self, *, all_outputs: bool) -> str:
         """Return the body of the results operation."""
-        main = self.main_output() if self.complete and not all_outputs else None
-        return self.node_map() if main is None else main
+        if self.complete and not all_outputs:
+            main = self.main_output()
+            if main is not None:
+                return main
+        return self.node_map()
 
     def node_map(self) -> str:
         nodes = []
         for name, state in self.states.items():
-            node, failed = state.node, state.status in FAILED
+            node = state.node
+            message = raw_message = None
+            if state.status in FAILED:
+                message, raw_message = node.error_message, node.raw_error_message
+
+            # By hand, because the value is already encoded.
             nodes.append(
                 f'{encode(name)}:{{"status":{encode(state.status)}'
                 f',"value":{state.value_json}'
-                f',"error_message":{encode(node.error_message if failed else None)}'
-                f',"raw_error_message":{encode(node.raw_error_message if failed else None)}'
+                f',"error_message":{encode(message)}'
+                f',"raw_error_message":{encode(raw_message)}'
                 f',"is_output_node":{encode(node.is_output_node)}}}'
             )
+
         return "{" + ",".join(nodes) + "}"
 
     def main_output(self) -> str | None:
@@ -78,16 +87,18 @@ class Results:
         is the value of the node that succeeded last.
         """
         marked = [state for state in self.states.values() if state.node.is_output_node]
-        candidates = [one for one in marked or self.states.values() if one.status == SUCCESS]
+        candidates = [state for state in marked or self.states.values() if state.status == SUCCESS]
         if not candidates:
             return None
-        at = attrgetter("at")
-        chosen = min(candidates, key=at) if marked else max(reversed(candidates), key=at)
-        return chosen.value_json
+
+        time = attrgetter("at")
+        if marked:
+            return min(candidates, key=time).value_json
+        return max(reversed(candidates), key=time).value_json
 
 
 @attrs.define
-class Execution:
+class SimulatedRun:
     """One execution of a scenario, started at the time `started`; all times are of one clock."""
 
     scenario: Scenario
@@ -105,6 +116,7 @@ class Execution:
                 if state.final:
                     self._final[node.name] = state
                 states[node.name] = state
+
         return Results({node.name: states[node.name] for node in self.scenario.nodes}, now)
 
     def finish(self, name: str, now: float, **ending: Any) -> None:
@@ -117,6 +129,7 @@ class Execution:
             raise ValueError(
                 f"node {name!r} ends by itself: only one with duration=None can be finished"
             )
+
         state = self.results(now).states[name]
         if state.final:
             raise ValueError(f"node {name!r} is already final: {state.status}")
@@ -126,9 +139,11 @@ class Execution:
         dependencies = [states[name] for name in node.after]
         if not all(dependency.final for dependency in dependencies):
             return NodeState(node, "QUEUED", self.started)
+
         ready = max((dependency.at for dependency in dependencies), default=self.started)
         if self._is_skipped(node, dependencies):
             return NodeState(node, SKIPPED, ready)
+
         if node.duration is not None:
             end, ended = ready + node.duration, node
         elif node.name in self._finished:
@@ -136,6 +151,7 @@ class Execution:
             end = max(ready, finished_at)
         else:
             return NodeState(node, "RUNNING", ready)
+
         if now < end:
             return NodeState(node, "RUNNING", ready, ends=end)
         return self._ended(ended, end)
@@ -154,7 +170,10 @@ class Execution:
     def _ended(self, node: SimNode, end: float) -> NodeState:
         if node.status != SUCCESS:
             return NodeState(node, node.status, end)
-        value = node.value(self._values(node)) if callable(node.value) else node.value
+
+        value = node.value
+        if callable(value):
+            value = value(self._values(node))
         return NodeState(node, SUCCESS, end, value, node.value_json or encode(value))
 
     def _values(self, node: SimNode) -> dict[str, Any]:

@@ -17,7 +17,7 @@ ScenarioSource: TypeAlias = Scenario | Callable[[Mapping[str, Any]], Scenario]
 
 
 @attrs.frozen(kw_only=True)
-class Version:
+class SimulatedVersion:
     """One version of a workflow: what it runs, and how it is described.
 
     Versions that were added later have higher ids.
@@ -44,13 +44,13 @@ class Version:
 
 
 @attrs.define(kw_only=True)
-class Workflow:
+class SimulatedWorkflow:
     """A workflow that can be run; `labels` maps each release label to its version's number."""
 
     id: int
     name: str
     external_ids: Mapping[str, str]
-    versions: list[Version] = attrs.field(factory=list)
+    versions: list[SimulatedVersion] = attrs.field(factory=list)
     labels: dict[str, int] = attrs.field(factory=dict)
 
     def add(self, labels: Iterable[str], **version: Any) -> int:
@@ -58,11 +58,11 @@ class Workflow:
         if isinstance(labels, str):
             raise TypeError(f"labels takes several labels: write labels=[{labels!r}]")
         number = len(self.versions) + 1
-        self.versions.append(Version(number=number, **version))
+        self.versions.append(SimulatedVersion(number=number, **version))
         self.labels.update(dict.fromkeys(labels, number))
         return number
 
-    def select(self, label: str | None, number: int | None) -> Version | None:
+    def select(self, label: str | None, number: int | None) -> SimulatedVersion | None:
         """Return a version by its label or number, and else the latest one."""
         if len(self.versions) == 1 and not self.labels:
             return self.versions[0]  # nothing was declared that could be wrong
@@ -72,38 +72,20 @@ class Workflow:
             return self.versions[-1]
         return next((version for version in self.versions if version.number == number), None)
 
-    def describe(self, version: Version) -> dict[str, Any]:
+    def describe(self, version: SimulatedVersion) -> dict[str, Any]:
         """Return the definition of a version, in the documented shape."""
+        labels = [label for label, number in self.labels.items() if number == version.number]
         description = {
             "success": True,
             "workflow_id": self.id,
             "workflow_name": self.name,
             "version": version.number,
             "workflow_version_id": version.id,
-            "release_labels": [it for it, n in self.labels.items() if n == version.number],
+            "release_labels": labels,
             "created_at": version.created_at.isoformat(),
-            "nodes": [
-                {
-                    "id": str(uuid.uuid4()),
-                    "workflow_version_id": version.id,
-                    "name": node.name,
-                    "node_type": node.node_type,
-                    "is_output_node": bool(node.is_output_node),
-                    "configuration": {},
-                    "dependencies": list(node.after),
-                }
-                for node in version.nodes
-            ],
+            "nodes": [_describe_node(node, version.id) for node in version.nodes],
             "edges": [
-                {
-                    "id": str(uuid.uuid4()),
-                    "source_node_name": before,
-                    "target_node_name": node.name,
-                    "is_and": True,
-                    "conditionals": [] if node.when is None else [{"type": "predicate"}],
-                }
-                for node in version.nodes
-                for before in node.after
+                _describe_edge(before, node) for node in version.nodes for before in node.after
             ],
             # The object of development servers, which production is said to send, too.
             "workflow": {
@@ -115,6 +97,7 @@ class Workflow:
                 "is_deleted": False,
             },
         }
+
         if version.inputs is not None:
             description["required_input_variables"] = dict(version.inputs)
         return description
@@ -128,33 +111,61 @@ class Workflow:
             "latest_version_number": self.versions[-1].number,
             "release_labels": list(self.labels),
             "external_ids": [
-                {"source": source, "external_id": it} for source, it in self.external_ids.items()
+                {"source": source, "external_id": external_id}
+                for source, external_id in self.external_ids.items()
             ],
         }
 
 
-_SORT_KEYS: Mapping[str, Callable[[Workflow], Any]] = {
-    "created_at": lambda it: it.id,
-    "updated_at": lambda it: it.versions[-1].id,
-    "name": lambda it: it.name,
-    "id": lambda it: it.id,
+def _describe_node(node: SimNode, version_id: int) -> dict[str, Any]:
+    return {
+        "id": str(uuid.uuid4()),
+        "workflow_version_id": version_id,
+        "name": node.name,
+        "node_type": node.node_type,
+        "is_output_node": bool(node.is_output_node),
+        "configuration": {},
+        "dependencies": list(node.after),
+    }
+
+
+def _describe_edge(source: str, target: SimNode) -> dict[str, Any]:
+    return {
+        "id": str(uuid.uuid4()),
+        "source_node_name": source,
+        "target_node_name": target.name,
+        "is_and": True,
+        "conditionals": [] if target.when is None else [{"type": "predicate"}],
+    }
+
+
+_SORT_KEYS: Mapping[str, Callable[[SimulatedWorkflow], Any]] = {
+    "created_at": lambda workflow: workflow.id,
+    "updated_at": lambda workflow: workflow.versions[-1].id,
+    "name": lambda workflow: workflow.name,
+    "id": lambda workflow: workflow.id,
 }
 
 
-def list_workflows(workflows: Iterable[Workflow], query: Mapping[str, str]) -> dict[str, Any]:
+def list_workflows(
+    workflows: Iterable[SimulatedWorkflow], query: Mapping[str, str]
+) -> dict[str, Any]:
     """Return one page of the workflows that a query asks for."""
-    query = dict(query.items())  # of a parameter that is repeated, the last counts
     number = parse_integer(query, "page", range(1, 2**63), default=1)
     size = parse_integer(query, "per_page", range(1, 101), default=30)
     sort_by = _one_of(query, "sort_by", _SORT_KEYS, "created_at")
     descending = _one_of(query, "sort_order", ("asc", "desc"), "desc") == "desc"
+
     source, external_id = query.get("external_source"), query.get("external_id")
     if (source is None) != (external_id is None):
         missing = "external_source" if source is None else "external_id"
         raise RequestValidationError("Field required", "missing", "query", missing)
 
-    meant = (it for it in workflows if source is None or it.external_ids.get(source) == external_id)
-    found = sorted(meant, key=_SORT_KEYS[sort_by], reverse=descending)
+    if source is not None:
+        workflows = [
+            workflow for workflow in workflows if workflow.external_ids.get(source) == external_id
+        ]
+    found = sorted(workflows, key=_SORT_KEYS[sort_by], reverse=descending)
     pages = math.ceil(len(found) / size)
     return {
         "items": [workflow.summarize() for workflow in found[(number - 1) * size : number * size]],

@@ -1,26 +1,18 @@
-"""What commands write: safe text, warnings of the library, and the lines of an execution."""
+"""What commands print: safe text, warnings of the library, and lines about an execution."""
 
 from __future__ import annotations
 
 import io
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-import attrs
+from typing import Any
 
 from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._integration import error_text, printable
 
-if TYPE_CHECKING:
-    from promptlayer_exec.cli._live import LiveDisplay
-
-_PREVIEW = 200
-_MAX_NAME_WIDTH = 24
+_PREVIEW = 200  # characters of a value
 
 
 def shorten(text: str, limit: int = _PREVIEW) -> str:
@@ -37,11 +29,13 @@ def preview(value: Any) -> str:
     """Return the start of a value as one line of JSON, at the same cost for values of any size."""
     if isinstance(value, str):
         value = value[: _PREVIEW + 1]
+
     text = ""
     for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
         text += part
         if len(text) > _PREVIEW:
             break
+
     return shorten(printable(text))
 
 
@@ -59,7 +53,8 @@ def running_time(times: NodeTimes, now: float) -> str:
     """Return how long a node ran, or has run until `now`; empty if it was never seen running."""
     if times.running is None:
         return ""
-    return duration((now if times.final is None else times.final) - times.running)
+    end = now if times.final is None else times.final
+    return duration(end - times.running)
 
 
 def node_detail(node: Node) -> str:
@@ -80,11 +75,17 @@ def result_line(snapshot: Snapshot, *, timed: bool = True) -> str:
 
     There is no time if no node was seen running: the execution may have ended long before.
     """
-    verdict = "succeeded" if snapshot.succeeded else "failed"
-    if not (snapshot.succeeded or snapshot.failed_nodes):
+    if snapshot.succeeded:
+        verdict = "succeeded"
+    elif snapshot.failed_nodes:
+        verdict = "failed"
+    else:
         verdict = "failed (no output node succeeded)"
-    timed = timed and any(times.running is not None for times in snapshot.times.values())
-    time = f" after {duration(snapshot.elapsed)}" if timed else ""
+
+    time = ""
+    if timed and any(times.running is not None for times in snapshot.times.values()):
+        time = f" after {duration(snapshot.elapsed)}"
+
     counts = [f"{count} {printable(status)}" for status, count in snapshot.counts.items()]
     nodes = ", ".join(counts) or "no nodes"
     return f"execution {snapshot.execution_id} {verdict}{time}: {nodes}"
@@ -97,12 +98,8 @@ def final_count(snapshot: Snapshot) -> str:
 
 def prepare_streams() -> None:
     """Make the standard streams accept any text: characters that an encoding lacks are escaped."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by what started the program
-            null = os.open(os.devnull, os.O_WRONLY)
-            setattr(sys, name, os.fdopen(null, "w", closefd=False))
-        elif isinstance(stream, io.TextIOWrapper):
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
@@ -133,47 +130,3 @@ class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if not self._of or record.module in self._of:
             self._write(printable(record.getMessage()))
-
-
-@attrs.define
-class LineDisplay:
-    """Writes what changes to standard output, as text or as JSON; warnings to standard error."""
-
-    _as_json: bool
-    _previous: Snapshot | None = attrs.field(init=False, default=None)
-
-    def waiting(self, _text: str) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def warn(self, text: str) -> None:
-        err(text)
-
-    def show(self, snapshot: Snapshot) -> None:
-        """Write what changed since the last snapshot, and how the execution ended."""
-        is_first, changes = self._previous is None, snapshot.diff(self._previous)
-        self._previous = snapshot
-        if self._as_json:
-            if is_first or changes or snapshot.complete:
-                out(json.dumps(snapshot.to_dict()))
-            return
-        names = [len(printable(name)) for name in snapshot.nodes]
-        width = min(max(names, default=0), _MAX_NAME_WIDTH)
-        for node in (change.node for change in changes):
-            columns = f"{printable(node.name):<{width}}  {printable(node.status):<7}"
-            out(f"{snapshot.elapsed:7.1f} s  {columns}  {node_detail(node)}".rstrip())
-        if snapshot.complete:
-            out(result_line(snapshot))
-
-
-Display: TypeAlias = "LineDisplay | LiveDisplay"
-
-
-def choose_display(*, as_json: bool) -> Display:
-    if not as_json and sys.stdout.isatty():
-        from rich.console import Console  # noqa: PLC0415 - slow to import
-
-        from promptlayer_exec.cli._live import LiveDisplay  # noqa: PLC0415
-
-        if (console := Console()).is_interactive:
-            return LiveDisplay(console)
-    return LineDisplay(as_json)

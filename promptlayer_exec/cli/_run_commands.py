@@ -24,7 +24,7 @@ from promptlayer_exec import (
     StartUnknown,
 )
 from promptlayer_exec._integration import encode_inputs, indented, printable
-from promptlayer_exec.cli import _arguments as arguments
+from promptlayer_exec.cli import _options as options
 from promptlayer_exec.cli._exit import (
     THIS_SUBJECT,
     ExitCode,
@@ -35,9 +35,7 @@ from promptlayer_exec.cli._exit import (
     run_command,
     suggest,
 )
-from promptlayer_exec.cli._text import (
-    Display,
-    choose_display,
+from promptlayer_exec.cli._printing import (
     err,
     failure_reason,
     final_count,
@@ -46,14 +44,15 @@ from promptlayer_exec.cli._text import (
     result_line,
     shorten,
 )
+from promptlayer_exec.cli._watch_display import Display, choose_display
 
 _MAY_HAVE_STARTED = "the run may have started; waiting for its id (interrupt again to stop waiting)"
-_START_ERRORS = (RequestError, StartUnknown, ExecutionTimeout)  # which say if there is a run
+_START_ERRORS = (RequestError, StartUnknown, ExecutionTimeout)  # they tell whether a run exists
 
 
 def run(
     context: typer.Context,
-    workflow: arguments.WorkflowName,
+    workflow: options.WorkflowName,
     *,
     inputs: Annotated[
         list[str],
@@ -61,8 +60,8 @@ def run(
             "--input", "-i", metavar="KEY=VALUE", help="Input, as described above; repeatable."
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
-    label: arguments.Label = None,
-    version: arguments.Version = None,
+    label: options.Label = None,
+    version: options.Version = None,
     metadata: Annotated[
         list[str], typer.Option(metavar="KEY=TEXT", help="Text to keep with the run; repeatable.")
     ] = [],  # noqa: B006 - Typer's way to declare a list
@@ -74,12 +73,12 @@ def run(
         ),
     ] = True,
     timeout: Annotated[
-        float, arguments.seconds("Maximum time to wait for the start, and then for the execution.")
+        float, options.seconds("Maximum time to wait for the start, and then for the execution.")
     ] = 3600,
-    no_push: arguments.NoPush = False,
-    as_json: arguments.JsonLines = False,
-    base_url: arguments.BaseUrl = None,
-    outage: arguments.Outage = None,
+    no_push: options.NoPush = False,
+    as_json: options.JsonLines = False,
+    base_url: options.BaseUrl = None,
+    outage: options.Outage = None,
 ) -> None:
     """Start a run of a workflow, and watch it until it is complete.
 
@@ -113,11 +112,16 @@ def run(
     if context.args:
         given = quoted(context.args[0])
         raise typer.BadParameter(f"{given} is not expected; inputs are given with -i: -i {given}")
-    variables = arguments.read_inputs(inputs)
-    texts = arguments.read_metadata(metadata) or None
+
+    request = StartRequest(
+        workflow,
+        options.read_inputs(inputs),
+        label=label,
+        version=version,
+        metadata=options.read_metadata(metadata) or None,
+    )
     display = choose_display(as_json=as_json)
     subject = Subject(base_url=base_url, resumable=True, note="no run was started", as_json=as_json)
-    request = StartRequest(workflow, variables, label=label, version=version, metadata=texts)
 
     def observe(event: Event) -> None:
         # Also when the command was interrupted meanwhile, and only the session reads the answer.
@@ -127,19 +131,23 @@ def run(
             subject.note = describe(event.error)
 
     async def work() -> ExitCode:
-        async with arguments.open_session(
+        async with options.open_session(
             base_url, outage, display.warn, wait_timeout=timeout, no_push=no_push, observer=observe
         ) as session:
             subject.stopping = _MAY_HAVE_STARTED
             execution = await _start(session, request, display, base_url)
             subject.stopping = ""
+
             if execution.warning:
                 err(f"warning: {printable(execution.warning)}")
             err(f"execution {execution.id} started")
             if not watched:
-                fields = {"execution_id": str(execution.id)}
-                out(json.dumps(fields) if as_json else fields["execution_id"])
+                execution_id = str(execution.id)
+                if as_json:
+                    execution_id = json.dumps({"execution_id": execution_id})
+                out(execution_id)
                 return ExitCode.SUCCEEDED
+
             snapshot = await _follow(execution, display)
         if not snapshot.succeeded:
             return ExitCode.FAILED
@@ -156,6 +164,7 @@ async def _start(
         encode_inputs(session, request)
     except (TypeError, ValueError) as error:
         raise Misuse(str(error)) from error
+
     try:
         with display.waiting(f"workflow {shorten(printable(str(request.workflow)), 40)}: starting"):
             return await session.start(
@@ -168,16 +177,16 @@ async def _start(
     except ConfigurationError:
         raise
     except ValueError as error:
-        raise Misuse(arguments.needs(error, request.workflow, base_url)) from error
+        raise Misuse(options.needs(error, request.workflow, base_url)) from error
 
 
 @command
 async def watch(
-    execution_id: arguments.ExecutionId,
-    timeout: Annotated[float, arguments.seconds("Maximum time to wait.")] = 3600,
-    as_json: arguments.JsonLines = False,
-    base_url: arguments.BaseUrl = None,
-    outage: arguments.Outage = None,
+    execution_id: options.ExecutionId,
+    timeout: Annotated[float, options.seconds("Maximum time to wait.")] = 3600,
+    as_json: options.JsonLines = False,
+    base_url: options.BaseUrl = None,
+    outage: options.Outage = None,
 ) -> ExitCode:
     """Watch an execution until it is complete.
 
@@ -204,11 +213,13 @@ async def watch(
     """  # noqa: D301 - \b is Typer's mark for preformatted text
     subject = THIS_SUBJECT.get()
     subject.execution_id, subject.base_url, subject.resumable = execution_id, base_url, True
+
     display = choose_display(as_json=as_json)
-    async with arguments.open_session(
+    async with options.open_session(
         base_url, outage, display.warn, wait_timeout=timeout
     ) as session:
         snapshot = await _follow(session.execution(execution_id), display)
+
     return ExitCode.SUCCEEDED if snapshot.succeeded else ExitCode.FAILED
 
 
@@ -223,13 +234,13 @@ async def _follow(execution: Execution, display: Display) -> Snapshot:
 
 @command
 async def results(
-    execution_id: arguments.ExecutionId,
+    execution_id: options.ExecutionId,
     all_nodes: Annotated[bool, typer.Option("--all", help="Print every node.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write one line of JSON, even for a string.")
     ] = False,
-    base_url: arguments.BaseUrl = None,
-    outage: arguments.Outage = None,
+    base_url: options.BaseUrl = None,
+    outage: options.Outage = None,
 ) -> ExitCode:
     """Print the results of an execution as they are now.
 
@@ -243,7 +254,8 @@ async def results(
     subject = THIS_SUBJECT.get()
     subject.execution_id, subject.base_url = execution_id, base_url
     subject.as_json = as_json and all_nodes
-    async with arguments.open_session(base_url, outage, err) as session:
+
+    async with options.open_session(base_url, outage, err) as session:
         execution = session.execution(execution_id)
         snapshot = await execution.snapshot()
         if all_nodes and (as_json or not sys.stdout.isatty()):
@@ -252,17 +264,20 @@ async def results(
             from promptlayer_exec.cli._live import node_table  # noqa: PLC0415 - slow to import
 
             Console().print(node_table(snapshot))
+
         if not snapshot.complete:
             state = f"not complete yet, {final_count(snapshot)} nodes are final"
             follow = suggest(f"watch {execution_id}", base_url)
             err(f"execution {execution_id} is {state}; follow it with:\n  {follow}")
             return ExitCode.TIMED_OUT
+
         if not snapshot.succeeded:
             for node in snapshot.failed_nodes:
                 reason = printable(failure_reason(node), keep="\n\t")
                 err(f"{printable(node.name)}: {reason}")
             err(result_line(snapshot, timed=False))
             return ExitCode.FAILED
+
         if not all_nodes:
             _print_output(await execution.output(), as_json=as_json)
     return ExitCode.SUCCEEDED
@@ -270,12 +285,13 @@ async def results(
 
 def _print_output(value: Any, *, as_json: bool = False) -> None:
     """Print a string as it is, and any other value as JSON."""
-    is_text = isinstance(value, str) and not as_json
-    if as_json or not sys.stdout.isatty():
-        out(value if is_text else json.dumps(value))
+    is_text = isinstance(value, str)
+    if not as_json and sys.stdout.isatty():
+        out(printable(value if is_text else indented(value), keep="\n\t"))
+    elif is_text and not as_json:
+        out(value)
     else:
-        text = value if is_text else indented(value)
-        out(printable(text, keep="\n\t"))
+        out(json.dumps(value))
 
 
 @command
@@ -290,17 +306,15 @@ async def demo(
     """
     display = choose_display(as_json=as_json)
     from promptlayer_exec.cli import _demo  # noqa: PLC0415 - slow to import
-    from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
 
     if not as_json:
         out("A support agent with ten nodes answers a letter, on a simulated PromptLayer.\n")
-    async with Simulator() as simulator, arguments.demo_session(simulator, display.warn) as session:
-        simulator.add_execution(_demo.support_agent(), execution_id=_demo.DEMO_ID)
-        execution = session.execution(_demo.DEMO_ID)
+    async with _demo.watched_agent(display.warn) as execution:
         await _follow(execution, display)
         output = await execution.output()
+
     if not as_json:
         out("\nThe main output, from execution.output():\n")
         _print_output(output)
         out("\nThis program does the same for an execution of yours, given its id:\n")
-        out(_demo.DEMO_PROGRAM)
+        out(_demo.program(execution.id))

@@ -20,29 +20,24 @@ from anyio import create_task_group, move_on_after, to_thread
 
 from promptlayer_exec._integration import base_url as session_base_url
 from promptlayer_exec._integration import install_hint
-from promptlayer_exec.cli import _arguments as arguments
+from promptlayer_exec.cli import _options as options
 from promptlayer_exec.cli._exit import Misuse, Subject, command, listening, run_command
-from promptlayer_exec.cli._text import err, out, show_warnings
+from promptlayer_exec.cli._printing import err, out, show_warnings
 
 TOKEN = "PROMPTLAYER_EXEC_VIEW_TOKEN"  # noqa: S105 - the name of a variable
-_PAGE = '<meta http-equiv="refresh" content="0;url={url}"><a href="{url}">Open the page</a>'
-# A start, and any other single request, ends before the client gives up, often after 60 s.
-_REQUEST_TIME = 45.0
-# A client waits about two seconds for the process to end, and then kills it.
-_CLOSE_TIME = 0.5
 
 
 @command
 async def view(
     execution_ids: Annotated[
         list[int] | None,
-        typer.Argument(metavar="ID", parser=arguments.parse_id, help="Ids of the executions."),
+        typer.Argument(metavar="ID", parser=options.parse_id, help="Ids of the executions."),
     ] = None,
     *,
-    host: arguments.Host = "127.0.0.1",
-    port: arguments.Port = 0,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 0,
     is_demo: Annotated[bool, typer.Option("--demo", help="Show simulated executions.")] = False,
-    is_opened: Annotated[
+    open_browser: Annotated[
         bool, typer.Option("--open", help="Open the page in your browser, too.")
     ] = False,
     has_history: Annotated[
@@ -51,8 +46,8 @@ async def view(
             "--history/--no-history", help="Remember executions for later visits, on this machine."
         ),
     ] = True,
-    base_url: arguments.BaseUrl = None,
-    outage: arguments.Outage = None,
+    base_url: options.BaseUrl = None,
+    outage: options.Outage = None,
 ) -> None:
     """Show executions in the browser, as they run.
 
@@ -68,37 +63,40 @@ async def view(
     """
     if is_demo and (execution_ids or base_url is not None):
         raise Misuse("--demo cannot be combined with ID or --base-url")
+
     try:
         import platformdirs  # noqa: PLC0415 - an extra
 
         from promptlayer_exec.viewer import Address, Board, History, listen, serve  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise Misuse(f"the viewer needs {install_hint('viewer')}") from error
+
     board: Board  # made once the session is open
     token = _token()
     show_warnings(err)
+
     async with AsyncExitStack() as stack:
         if is_demo:
             from promptlayer_exec.cli import _demo as demo  # noqa: PLC0415 - slow to import
-            from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
 
-            simulator = await stack.enter_async_context(Simulator(log_requests=False))
-            demo.add_demo_workflows(simulator)
-            session = arguments.demo_session(simulator, err)
+            simulator = await stack.enter_async_context(demo.simulator_with_workflows())
+            session = options.demo_session(simulator, err)
             directory = Path(stack.enter_context(TemporaryDirectory()))
         else:
             directory = platformdirs.user_state_path("promptlayer-exec", appauthor=False)
             # The page shows an error soon, and a person can try again.
-            session = arguments.open_session(
+            session = options.open_session(
                 base_url,
                 outage,
                 longest_retry=10.0,
                 observer=lambda event: board.observe(event),  # noqa: PLW0108 - made below
             )
         await stack.enter_async_context(session)
+
         with listening(host, port):
             listener = stack.enter_context(listen(host, port))
         address = Address(host, listener.getsockname()[1])
+
         history = None
         if has_history:
             history = History(directory / "history.sqlite", server=session_base_url(session))
@@ -108,11 +106,14 @@ async def view(
         await stack.enter_async_context(board)
         for execution_id in execution_ids or ():
             board.follow(execution_id)
+
         url = f"{address.base_url}/#token={token}"
         _print_url(url, is_loopback=address.is_loopback)
+
+        # Ctrl-C is the usual end.
         with suppress(asyncio.CancelledError):
             async with create_task_group() as tasks:
-                if is_opened:
+                if open_browser:
                     tasks.start_soon(open_in_browser, url, board.opened)
                 if is_demo:
                     tasks.start_soon(demo.start_runs, board)
@@ -141,8 +142,8 @@ def _print_url(url: str, *, is_loopback: bool) -> None:
 
 @command
 async def simulate(
-    host: arguments.Host = "127.0.0.1",
-    port: arguments.Port = 8787,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8787,
     webhook_url: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Post a signed webhook there when a run is complete."),
@@ -167,11 +168,11 @@ def mcp(
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
     *,
-    no_push: arguments.NoPush = False,
-    base_url: arguments.BaseUrl = None,
+    no_push: options.NoPush = False,
+    base_url: options.BaseUrl = None,
     outage: Annotated[
         float,
-        arguments.seconds(
+        options.seconds(
             "Maximum time to keep retrying while the server is unreachable or failing; short,"
             " because an MCP client waits only about a minute for an answer."
         ),
@@ -193,20 +194,23 @@ def mcp(
     async def work() -> None:
         if not all(workflows):
             raise Misuse("--workflow must not be empty")
+
         try:
             from promptlayer_exec.mcp import serve_stdio  # noqa: PLC0415 - an extra
         except ModuleNotFoundError as error:
             raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
+
         show_warnings(err)
-        session = arguments.open_session(
-            base_url, outage, wait_timeout=_REQUEST_TIME, no_push=no_push
-        )
+        # Clients often give up after 60 s; a start, or another single request, ends before that.
+        session = options.open_session(base_url, outage, wait_timeout=45.0, no_push=no_push)
         if sys.stdin.isatty():
             err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
+
         try:
             await serve_stdio(session, workflows=workflows)
         finally:
-            with move_on_after(_CLOSE_TIME):
+            # A client waits about two seconds for the process to end, and then kills it.
+            with move_on_after(0.5):
                 await session.aclose()
 
     code = run_command(work(), Subject())
@@ -222,10 +226,16 @@ async def open_in_browser(url: str, opened: asyncio.Event) -> None:
     gets the name of a file that only this user can read, and that leads to the URL with its token;
     the file is deleted once the page is `opened`.
     """
+    target = html.escape(url)
+    page = (
+        f'<meta http-equiv="refresh" content="0;url={target}"><a href="{target}">Open the page</a>'
+    )
+
     with TemporaryDirectory(prefix="promptlayer-exec-") as directory:
         path = Path(directory) / "open.html"
         with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-            file.write(_PAGE.format(url=html.escape(url)))
+            file.write(page)
+
         is_open = await to_thread.run_sync(webbrowser.open, path.as_uri(), abandon_on_cancel=True)
         if not is_open:
             err("there is no browser that could be opened here: open the page yourself")

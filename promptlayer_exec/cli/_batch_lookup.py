@@ -1,0 +1,148 @@
+"""Finds the batch that a command names, and describes it in lines."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from promptlayer_exec import Session
+from promptlayer_exec._integration import install_hint, printable
+from promptlayer_exec.cli._exit import Misuse
+from promptlayer_exec.cli._printing import err
+
+if TYPE_CHECKING:
+    from promptlayer_exec.dbos import Batch, BatchStatus
+
+DEFAULT_RATE = 100.0
+
+
+def dbos() -> ModuleType:
+    try:
+        from promptlayer_exec import dbos  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise Misuse(f"batches need {install_hint('cli', 'dbos')}") from error
+    return dbos
+
+
+async def working_batch(
+    name: str, session: Callable[[], Session], *, rate: float | None, **settings: Any
+) -> Batch:
+    """Return a batch to work on, with the command's default for a rate that nobody has set."""
+    session()  # reports a missing key before anything is stored
+
+    make = partial(dbos().Batch, name, session=session, **settings)
+    batch: Batch = make(rate=rate)
+    await batch.check_server()
+    if rate is None and (await batch.settings()).rate is None:
+        batch = make(rate=DEFAULT_RATE)
+    return batch
+
+
+async def chosen_batch(
+    name: str | None, database: str | None, base_url: str | None = None, **options: Any
+) -> tuple[str, Batch]:
+    """Return the name of an existing batch, of the only one for None, and the batch."""
+    chosen = choose(name, await names(database))
+    session = partial(Session, base_url=base_url)
+    return chosen, dbos().Batch(chosen, database_url=database, session=session, **options)
+
+
+def choose(name: str | None, found: list[str]) -> str:
+    """Return the name of a batch that exists."""
+    if name is None and len(found) == 1:
+        return found[0]
+    if name in found:
+        return name
+
+    problem = "give --name"
+    if name is not None:
+        problem = f"there is no batch '{printable(name)}'"
+    known = ", ".join(map(printable, found))
+    raise Misuse(f"{problem}; batches in the database: {known}")
+
+
+async def names(database: str | None, *, needed: bool = True) -> list[str]:
+    """Return the names of the batches in a database; say if there are none."""
+    found: list[str] = await dbos().batch_names(database)
+    if not found:
+        problem = f"there is no batch in {shown_database(database)}"
+        if needed:
+            raise Misuse(problem)
+        err(problem)
+    return found
+
+
+async def wait_for_batch(name: str | None, database: str | None) -> str:
+    """Return the name of a batch as soon as it exists; the only one for None."""
+    for attempt in count():
+        found = await dbos().batch_names(database)
+        if name in found or (name is None and found):
+            break
+
+        if attempt == 0:
+            wanted = "a batch" if name is None else f"batch '{printable(name)}'"
+            message = f"waiting for {wanted} in {shown_database(database)}"
+            if found:
+                message += f", which has {', '.join(map(printable, found))}"
+            err(message)
+        await asyncio.sleep(1.0)
+    return choose(name, found)
+
+
+def shown_database(database: str | None) -> str:
+    """Return the URL of the database, without its password."""
+    return printable(dbos().shown_database_url(database))
+
+
+async def command_flags(name: str | None, chosen: str, database: str | None) -> str:
+    """Return the flags that another command needs to find a batch; `name` was given for it."""
+    flags = ""
+    if name is not None or len(await names(database)) > 1:
+        flags += f" --name {shlex.quote(chosen)}"
+    if database and database != os.environ.get("PROMPTLAYER_EXEC_DB"):
+        flags += f" --db {shlex.quote(shown_database(database))}"
+    return printable(flags)
+
+
+def status_line(name: str, status: BatchStatus) -> str:
+    counts = []
+    if status.finished < status.total:
+        counts += [f"{status.waiting} waiting", f"{status.running} running"]
+    counts += [f"{status.succeeded} succeeded", f"{status.failed} failed"]
+    counts.append(f"{status.unknown} unknown")
+    return f"batch {printable(name)}: {item_count(status.total)}: {', '.join(counts)}"
+
+
+def item_count(count: int) -> str:
+    """Return `1 item`, `2 items` and so on."""
+    return f"{count} item" if count == 1 else f"{count} items"
+
+
+def hint_lines(status: BatchStatus, flags: str) -> list[str]:
+    """Return, for each kind of items without an output, the commands that continue with them."""
+    lines = []
+    if status.finished < status.total and not status.workers:
+        lines.append(
+            f"nobody works on the items that wait or are running: `batch work{flags}`, or the"
+            " same `batch run` again, goes on"
+        )
+
+    if status.failed:
+        lines.append(
+            f"failed: `batch retry --failed{flags}` starts those again whose run failed or did"
+            f" not start; `batch recheck{flags}` asks again how runs ended, and starts nothing"
+        )
+
+    if status.unknown:
+        lines.append(
+            "unknown: these runs may have started and be billed: look in PromptLayer, then start"
+            f" them again with `batch retry --unknown{flags}`, or leave them"
+        )
+
+    return lines

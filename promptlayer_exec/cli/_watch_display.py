@@ -1,0 +1,68 @@
+"""How a command shows an execution that it watches: as lines, or as a live table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, TypeAlias
+
+import attrs
+
+from promptlayer_exec import Snapshot
+from promptlayer_exec._integration import printable
+from promptlayer_exec.cli._printing import err, node_detail, out, result_line
+
+if TYPE_CHECKING:
+    from promptlayer_exec.cli._live import LiveDisplay
+
+
+@attrs.define
+class LineDisplay:
+    """Writes what changes to standard output, as text or as JSON; warnings to standard error."""
+
+    _as_json: bool
+    _previous: Snapshot | None = attrs.field(init=False, default=None)
+
+    def waiting(self, _text: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def warn(self, text: str) -> None:
+        err(text)
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Write what changed since the last snapshot, and how the execution ended."""
+        is_first = self._previous is None
+        changes = snapshot.diff(self._previous)
+        self._previous = snapshot
+
+        if self._as_json:
+            if is_first or changes or snapshot.complete:
+                out(json.dumps(snapshot.to_dict()))
+            return
+
+        # Names are aligned, but a very long one moves only its own line.
+        longest = max((len(printable(name)) for name in snapshot.nodes), default=0)
+        width = min(longest, 24)
+        for change in changes:
+            node = change.node
+            columns = f"{printable(node.name):<{width}}  {printable(node.status):<7}"
+            out(f"{snapshot.elapsed:7.1f} s  {columns}  {node_detail(node)}".rstrip())
+
+        if snapshot.complete:
+            out(result_line(snapshot))
+
+
+Display: TypeAlias = "LineDisplay | LiveDisplay"
+
+
+def choose_display(*, as_json: bool) -> Display:
+    """Return a live table on a terminal, otherwise lines."""
+    if not as_json and sys.stdout.isatty():
+        from rich.console import Console  # noqa: PLC0415 - slow to import
+
+        from promptlayer_exec.cli._live import LiveDisplay  # noqa: PLC0415
+
+        if (console := Console()).is_interactive:
+            return LiveDisplay(console)
+    return LineDisplay(as_json)

@@ -1,0 +1,184 @@
+"""The commands `workflows` and `workflow`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import aclosing
+from typing import Annotated, Any, Literal
+
+import attrs
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from promptlayer_exec import Workflow, WorkflowNode, WorkflowSummary
+from promptlayer_exec._integration import printable
+from promptlayer_exec.cli import _options as options
+from promptlayer_exec.cli._exit import Misuse, command
+from promptlayer_exec.cli._graph_drawing import draw, in_encoding
+from promptlayer_exec.cli._printing import err, out, shorten
+
+
+@command
+async def workflows(
+    sort_by: Annotated[
+        Literal["created_at", "updated_at", "name", "id"], typer.Option(help="Field to sort by.")
+    ] = "name",
+    sort_order: Annotated[Literal["asc", "desc"], typer.Option(help="Order to sort in.")] = "asc",
+    as_json: options.JsonLines = False,
+    base_url: options.BaseUrl = None,
+    outage: options.Outage = None,
+) -> None:
+    """List the workflows of the workspace.
+
+    On a terminal, the list is a table. Otherwise each workflow is written as one line with its id,
+    its latest version, its name and its labels, separated by tabs.
+
+    With --json, each is written as one line of ASCII JSON:
+
+    \b
+      {"id": 3, "name": "support-agent", "labels": ["prod"], "latest_version": 7,
+       "is_deleted": false}
+    """  # noqa: D301 - \b is Typer's mark for preformatted text
+    is_table = sys.stdout.isatty() and not as_json
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("Id", "Version", "Name", "Labels"):
+        table.add_column(heading, overflow="fold")
+
+    async with (
+        options.open_session(base_url, outage, err) as session,
+        aclosing(session.workflows(sort_by=sort_by, sort_order=sort_order)) as found,
+    ):
+        async for summary in found:
+            if is_table:
+                table.add_row(*map(Text, _columns(summary)))
+            elif as_json:
+                out(json.dumps(attrs.asdict(summary)))
+            else:
+                out("\t".join(_columns(summary)))
+
+    if table.row_count:
+        Console().print(table)
+    elif is_table:
+        err("the workspace has no workflows")
+
+
+def _columns(summary: WorkflowSummary) -> tuple[str, str, str, str]:
+    version = "" if summary.latest_version is None else str(summary.latest_version)
+    labels = list(summary.labels)
+    if summary.is_deleted:
+        labels.append("(deleted)")
+    return str(summary.id), version, printable(summary.name), printable(", ".join(labels))
+
+
+@command
+async def workflow(
+    workflow: options.WorkflowName,
+    *,
+    label: options.Label = None,
+    version: options.Version = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write one line of JSON.")] = False,
+    base_url: options.BaseUrl = None,
+    outage: options.Outage = None,
+) -> None:
+    """Show what a workflow requires, its labels and its graph.
+
+    Without --label and --version, it is the latest version. In the graph, each node comes below
+    those that it depends on; an output node is marked with ◎.
+
+    With --json, the workflow is written as one line of ASCII JSON with the keys "id", "name",
+    "version", "labels", "required_inputs", "nodes", "edges" and "layers".
+    """
+    async with options.open_session(base_url, outage, err) as session:
+        try:
+            found = await session.workflow(workflow, label=label, version=version)
+        except (TypeError, ValueError) as error:
+            raise Misuse(str(error)) from error
+
+    if as_json:
+        out(json.dumps(_fields(found)))
+        return
+    for line in _description(found):
+        if sys.stdout.isatty():
+            Console(highlight=False).print(line, no_wrap=True, overflow="ellipsis")
+        else:
+            out(line.plain)
+
+
+def _fields(found: Workflow) -> dict[str, Any]:
+    inputs = found.required_inputs
+    return {
+        "id": found.id,
+        "name": found.name,
+        "version": found.version,
+        "labels": found.labels,
+        "required_inputs": None if inputs is None else dict(inputs),
+        "nodes": [attrs.asdict(node) for node in found.nodes.values()],
+        "edges": [attrs.asdict(edge) for edge in found.edges],
+        "layers": found.layers(),
+    }
+
+
+def _description(found: Workflow) -> Iterator[Text]:
+    version = "" if found.version is None else f", version {found.version}"
+    yield Text.assemble((printable(found.name), "bold"), f" (workflow {found.id}{version})")
+    if found.labels:
+        yield Text(f"labels: {printable(', '.join(found.labels))}")
+
+    inputs = found.required_inputs
+    if inputs is not None:
+        yield Text("inputs:" if inputs else "inputs: none required")
+        width = max((len(printable(name)) for name in inputs), default=0)
+        for name, kind in inputs.items():
+            yield Text.assemble(f"  {printable(name):<{width}}  ", (printable(kind), "dim"))
+
+    yield Text("")
+    if found.nodes:
+        yield from _graph(found)
+    else:
+        yield Text("The server did not describe its nodes.")
+
+
+def _graph(found: Workflow) -> Iterator[Text]:
+    lines = draw(found)
+    width = max((len(line) for line, _ in lines), default=0)
+
+    # The other half of the terminal is for what a node is.
+    if width > shutil.get_terminal_size().columns / 2:
+        yield from _list(found, [name for layer in found.layers() for name in layer])
+        return
+
+    for line, node in lines:
+        drawn = in_encoding(f"{line:<{width}}  ")
+        if node is None:
+            yield Text(drawn.rstrip())
+        else:
+            yield Text(drawn) + _details(found, node)
+
+    names = {node for _, node in lines}
+    if cycle := [name for name in found.nodes if name not in names]:
+        yield Text("In a cycle, or after one:")
+        yield from _list(found, cycle)
+
+
+def _list(found: Workflow, names: list[str]) -> Iterator[Text]:
+    """Yield a line for each node that cannot be drawn, or not on this terminal."""
+    for name in names:
+        after = ", ".join(map(printable, found.nodes[name].dependencies))
+        yield _details(found, name) + Text(f"  after {shorten(after, 60)}" if after else "")
+
+
+def _details(found: Workflow, name: str) -> Text:
+    node: WorkflowNode = found.nodes[name]
+    facts = []
+    if node.node_type:
+        facts.append(printable(node.node_type))
+    if node.is_output_node:
+        facts.append("output")
+    if any(edge.conditional and edge.target == name for edge in found.edges):
+        facts.append("conditional")
+    return Text.assemble(printable(name), (f"  {', '.join(facts)}" if facts else "", "dim"))
