@@ -134,7 +134,7 @@ class Transport:
             timeout = StartTimeout(until)
             body = StartBody(request.body or b"", start)
             if pool.is_borrowed:
-                # aiohttp pools connections by this name, too, so no other request shares them.
+                # aiohttp also pools connections by this name, so no other request shares this one.
                 server_hostname = url.raw_host
 
         received = _Received()
@@ -158,7 +158,7 @@ class Transport:
                     server_hostname=server_hostname,
                 )
                 if start is not None and not start.sent:
-                    # A mock has answered, or a middleware of http= has sent another body.
+                    # A mock has responded, or a middleware of http= has sent another body.
                     start.mark_sent()
 
                 limit = _ERROR_BODY_BYTES
