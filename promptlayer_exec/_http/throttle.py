@@ -10,7 +10,6 @@ from contextlib import nullcontext
 import anyio
 import attrs
 
-from promptlayer_exec._errors import PromptLayerExecError
 from promptlayer_exec._policies import Limiter, or_infinity
 
 
@@ -119,10 +118,7 @@ class Throttle:
             async with nullcontext() if priority else self._queue, self._lock:
                 await self._wait()
                 for limiter in self._limiters:
-                    try:
-                        await limiter.acquire()
-                    except PromptLayerExecError as error:  # it would be taken for the server's
-                        raise RuntimeError(f"the limiter raised {error!r:.200}") from error
+                    await limiter.acquire()
                     await self._wait()  # a 429 may have arrived meanwhile
 
                 now = self._clock()
