@@ -207,7 +207,8 @@ class Pools:
 def _slots(connections: int) -> tuple[Slots, Slots, Slots]:
     """Divide connections between reads, starts and control requests.
 
-    If there are one or two, there is one more for control requests. Reads and starts share one.
+    One or two are not divided with control requests, which get one more. A single one serves both
+    reads and starts.
     """
     control = min(max(connections // 8, 1), 4)  # control requests are few
     if connections > 2:
