@@ -15,7 +15,7 @@ V = TypeVar("V")
 
 @attrs.define(eq=False)
 class ExpiringDict(Generic[K, V]):
-    """The latest entries, by key: so many at most, each for a number of seconds."""
+    """The latest entries by key: at most `most` of them, and each expires after `seconds`."""
 
     _seconds: float = math.inf
     _most: int = 10_000
@@ -29,7 +29,7 @@ class ExpiringDict(Generic[K, V]):
             del self._entries[next(iter(self._entries))]
 
     def get(self, key: K) -> V | None:
-        """Return an entry; None if there is none, or it is too old."""
+        """Return an entry; None if there is none, or if it has expired."""
         value, at = self._entries.get(key, (None, -math.inf))
         return value if time.monotonic() - at < self._seconds else None
 
@@ -39,7 +39,7 @@ class ExpiringDict(Generic[K, V]):
         return value
 
     def items(self) -> list[tuple[K, V]]:
-        """Return all entries, the oldest first, those that are too old among them."""
+        """Return all entries, the oldest first, including those that have expired."""
         return [(key, value) for key, (value, _) in self._entries.items()]
 
     def __iter__(self) -> Iterator[K]:

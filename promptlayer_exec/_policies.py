@@ -20,27 +20,21 @@ from promptlayer_exec._errors import (
 
 def check_seconds(name: str, value: Any, *, zero: bool = True) -> float:
     """Return a setting in seconds as a float, or raise `ConfigurationError`."""
-    seconds = _number(value)
-    if seconds is None or not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
-        least = "of at least 0" if zero else "greater than 0"
-        raise ConfigurationError(f"{name} must be a finite number {least}, got {value!r:.100}")
-    return seconds
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
+    if _is_number(value) and math.isfinite(value) and (value > 0 or (value == 0 and zero)):
         return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
+    least = "of at least 0" if zero else "greater than 0"
+    raise ConfigurationError(f"{name} must be a finite number {least}, got {value!r:.100}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @attrs.frozen
 class PollPolicy:
     """When to poll an execution again.
 
-    A watch polls at once, and then after delays between `floor` and `ceiling`. The delay grows
+    A watch polls immediately, and then after delays between `floor` and `ceiling`. The delay grows
     slowly with the age of the watch. Once the first nodes are final, it is at most a sixth of the
     time that the others are expected to need; for the last node it is half of a delay that grows
     slowly with the time since the last change.
@@ -48,8 +42,9 @@ class PollPolicy:
     Args:
         floor: the shortest delay in seconds; greater than 0.
         ceiling: the longest delay in seconds, before the jitter.
-        jitter: a random part of each delay, as a fraction of it and at most that many seconds, so
-            that executions that were started together are not polled together.
+        jitter: how much each delay is lengthened at random: at most this fraction of the delay, and
+            at most this number of seconds. It keeps executions that were started together from
+            being polled together.
 
     Raises:
         ConfigurationError: a value is out of range.
@@ -101,12 +96,14 @@ class PollPolicy:
         """
         remaining = nodes - final
         changed_at = elapsed - unchanged
+
         if not final or changed_at <= 0:  # nothing yet to judge the pace of the nodes by
             delay = self._growing(elapsed)
         elif remaining > 1:
             delay = min(remaining * changed_at / final / 6, self._growing(elapsed))
         else:
             delay = self._growing(max(unchanged, changed_at / final)) / 2
+
         delay = min(max(delay, self.floor), self.ceiling)
         return max(delay + self.jitter * min(delay, 1.0) * chance, retry_after)
 
@@ -115,7 +112,7 @@ class PollPolicy:
         return 1.6 * self.floor * math.sqrt(math.sqrt(1.0 + seconds))
 
 
-# 520 to 530 are Cloudflare's, for what is wrong between it and the server.
+# 520 to 530 are Cloudflare's, for failures between it and the server.
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 531)})
 
 
@@ -169,7 +166,7 @@ class RetryPolicy:
             check_seconds(f"RetryPolicy.{name}", getattr(self, name))
         if self.watch_outage is not None:
             check_seconds("RetryPolicy.watch_outage", self.watch_outage)
-        if unknown := [s for s in self.statuses if s not in range(300, 600)]:
+        if unknown := [status for status in self.statuses if status not in range(300, 600)]:
             raise ConfigurationError(
                 f"RetryPolicy.statuses must be HTTP statuses from 300 to 599, got {unknown!r:.100}"
             )
@@ -189,7 +186,7 @@ class RetryPolicy:
         """Return the seconds to wait because the server asked for it.
 
         Args:
-            retry_after: the seconds that the server asked for, if it did.
+            retry_after: the seconds that the server asked for; None if it did not ask.
 
         Returns:
             At most `retry_after_ceiling`; 0 if the server did not ask.
@@ -206,7 +203,7 @@ class Limiter(Protocol):
 
 @attrs.frozen
 class Deadline:
-    """The time `at` which a wait ends, whatever it waits for; infinity for no limit."""
+    """The time `at` which a wait ends; infinity if it has no limit."""
 
     timeout: float | None
     at: float
@@ -218,17 +215,18 @@ class Deadline:
 
 
 def or_infinity(limit: float | None) -> float:
-    """Return a limit as a number; None stands for no limit."""
+    """Return a limit as a number; None means no limit."""
     return math.inf if limit is None else limit
 
 
 def check_timeout(timeout: Any) -> float | EllipsisType | None:
-    """Return a timeout in seconds; None and infinity stand for no limit, `...` for the default."""
+    """Return a timeout in seconds; None and infinity mean no limit, `...` the default."""
     if timeout is None or timeout is ...:
         return timeout
-    seconds = _number(timeout)
-    if seconds is None:
+    if not _is_number(timeout):
         raise TypeError(f"timeout must be a number of seconds or None, got {timeout!r:.100}")
-    if not seconds >= 0:
+    if not timeout >= 0:
         raise ValueError(f"timeout must not be negative or NaN, got {timeout!r:.100}")
-    return None if seconds == math.inf else seconds
+    if timeout == math.inf:
+        return None
+    return float(timeout)

@@ -1,4 +1,4 @@
-"""Connection pools, our own or borrowed: nothing is sent twice, and no answers are mixed up."""
+"""Connection pools, our own or borrowed: nothing is sent twice, no responses are mixed up."""
 
 from __future__ import annotations
 
@@ -30,29 +30,26 @@ _HEADERS = {
     "Accept": "application/json",
     "User-Agent": f"promptlayer-exec/{__version__} aiohttp/{aiohttp.__version__}",
 }
-# At most a quarter of the connections of a borrowed client session, if those are limited.
+# WebSockets of one session. Of a borrowed session with a limit, they get at most a quarter of it.
 _MOST_SOCKETS = 20
-_MOST_CONTROL = 4
-# How many pooled connections are tried for one request before the attempt fails.
-_CONNECTIONS_TRIED = 10
 
 
 class _CleanConnector(aiohttp.TCPConnector):
     """Gives out no connection on which the server has sent bytes unasked.
 
-    aiohttp's pool would give those bytes to the next request as its answer, and then each answer to
-    the request after that.
+    aiohttp's pool would take those bytes for the response to the next request, and would be one
+    response behind from then on.
     """
 
     async def connect(
         self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
     ) -> aiohttp.connector.Connection:
-        for _ in range(_CONNECTIONS_TRIED):
+        for _ in range(10):  # even new connections may have such bytes, from another protocol
             connection = await super().connect(req, traces, timeout)
             if not _has_spoken(connection):
                 return connection
             connection.close()
-            await asyncio.sleep(0)  # the loop sees which others were closed while it was busy
+            await asyncio.sleep(0)  # the loop learns which others were closed while it was busy
         raise aiohttp.ClientConnectionError("the server sends bytes that no request asked for")
 
 
@@ -77,9 +74,9 @@ def _is_readable(transport: asyncio.Transport) -> bool:
 async def _no_hidden_retry(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
-    """Keep aiohttp from sending a request again by itself: repeated, or to where it is redirected.
+    """Keep aiohttp from sending a request again by itself, as a retry or after a redirect.
 
-    It would be unthrottled, uncounted and unobserved; and `ws_connect` follows redirects.
+    That request would bypass the rate and the observers. Only `ws_connect` follows redirects.
     """
     try:
         response = await handler(request)
@@ -87,6 +84,7 @@ async def _no_hidden_retry(
         raise
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
         raise aiohttp.ClientConnectionError(reason_of(error)) from error
+
     if "Upgrade" in request.headers and 300 <= response.status < 400:
         response.close()
         raise aiohttp.WSServerHandshakeError(
@@ -98,7 +96,7 @@ async def _no_hidden_retry(
 class Slots(AbstractAsyncContextManager[None]):
     """The right to use one of a number of connections; `async with` waits in order of arrival.
 
-    With `priority`, a request waits for at most one ordinary request, and for others of priority.
+    With `priority`, a request waits for at most one ordinary request, and for others with priority.
     """
 
     def __init__(self, connections: int) -> None:
@@ -123,10 +121,10 @@ class Slots(AbstractAsyncContextManager[None]):
 
 @attrs.frozen(eq=False)
 class Pool:
-    """Connections for one kind of request, and slots for as many requests.
+    """Connections for one kind of request, and one slot for each of them.
 
-    The key is in `headers` and never set on `http`, as aiohttp sends a session's headers to a
-    proxy, too. Connections that are borrowed belong to the caller, who may also use them.
+    The key is in `headers` and never set on `http`, because aiohttp also sends the headers of a
+    session to a proxy. Borrowed connections belong to the caller, who may use them, too.
     """
 
     http: aiohttp.ClientSession
@@ -142,16 +140,16 @@ class Pool:
 
 @attrs.frozen(eq=False)
 class Pools:
-    """The connections of a session: shares for reads, for starts, and for control requests.
+    """The connections of a session, divided between reads, starts and control requests.
 
-    None of these keeps another waiting. Each start gets a new connection: a reused one might be
-    closing, and the start would be lost needlessly.
+    So one kind of request never waits for another. Each start gets a new connection: the server
+    might be closing a reused one, and the start would be lost needlessly.
     """
 
     reads: Pool
     starts: Pool
     control: Pool  # for the requests of push and for definitions
-    sockets: int  # how many WebSockets there may be, beside all requests
+    sockets: int  # how many WebSockets there may be, in addition to all requests
 
     @classmethod
     def open(
@@ -161,6 +159,7 @@ class Pools:
         key = {"X-API-KEY": api_key}
         if settings.http is not None:
             return cls._borrow(settings.http, settings, _HEADERS | key)
+
         reads, starts, control = _slots(settings.max_connections)
         pools: list[Pool] = []
         for slots, force_close in ((reads, False), (starts, True)):
@@ -173,6 +172,7 @@ class Pools:
             )
             resources.push_async_callback(http.close)
             pools.append(Pool(http, slots, CIMultiDict(key)))
+
         own, closing = pools
         return cls(own, closing, attrs.evolve(own, slots=control), _MOST_SOCKETS)
 
@@ -181,12 +181,18 @@ class Pools:
         cls, http: aiohttp.ClientSession, settings: Settings, headers: dict[str, str]
     ) -> Self:
         """Divide the connections of the caller's client session."""
-        connector = http.connector
-        limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
-        most = min((limit for limit in limits if limit), default=math.inf)
-        sockets = 0 if settings.push is False else int(min(_MOST_SOCKETS, most // 4))
+        limits: tuple[int, ...] = ()
+        if http.connector is not None:
+            limits = http.connector.limit, http.connector.limit_per_host
+        most = min((limit for limit in limits if limit), default=math.inf)  # 0 means no limit
+
+        sockets = 0
+        if settings.push is not False:
+            sockets = int(min(_MOST_SOCKETS, most // 4))
+
         if "User-Agent" in http.headers:
             del headers["User-Agent"]
+
         reads, starts, control = _slots(int(min(settings.max_connections, most - sockets)))
         pool = Pool(http, reads, CIMultiDict(headers), is_borrowed=True)
         closing = CIMultiDict(headers, Connection="close")
@@ -201,21 +207,25 @@ class Pools:
 def _slots(connections: int) -> tuple[Slots, Slots, Slots]:
     """Divide connections between reads, starts and control requests.
 
-    Of very few, a single one serves reads and starts, and there is one more for control requests.
+    One or two are not divided with control requests, which get one more. A single one serves both
+    reads and starts.
     """
-    control = min(max(connections // 8, 1), _MOST_CONTROL)
+    control = min(max(connections // 8, 1), 4)  # control requests are few
     if connections > 2:
         connections -= control
+
     starts = max(connections // 4, 1)
     reads = Slots(max(connections - starts, 1))
-    return reads, reads if connections == 1 else Slots(starts), Slots(control)
+    if connections == 1:
+        return reads, reads, Slots(control)
+    return reads, Slots(starts), Slots(control)
 
 
 class StartBody(aiohttp.Payload):
     """The body of a start, which reports when it and its headers are about to be sent.
 
     aiohttp holds the headers back until the body is written. So this is the one place where "sent"
-    is exact, also with a borrowed session.
+    is exact, even with a borrowed session.
     """
 
     def __init__(self, body: bytes, start: AtMostOnce) -> None:
@@ -242,29 +252,25 @@ class StartBody(aiohttp.Payload):
         self._writing = asyncio.current_task()
         await self._start.before_send()
         self._start.mark_sent()
-        if isinstance(writer, aiohttp.http.StreamWriter):  # no mock; do not reuse the connection
+
+        # No other request may use the connection. A mock has none.
+        if isinstance(writer, aiohttp.http.StreamWriter):
             cast("ResponseHandler", writer.protocol).force_close()
         await writer.write(self._body)
 
     async def ended(self) -> None:
-        """End `before_send`: aiohttp calls it in a task of its own, which may still run."""
+        """End `write`: aiohttp calls it in a separate task, which may still wait for permission."""
         writing = self._writing
         if writing is not None and writing is not asyncio.current_task() and not writing.done():
             writing.cancel()
             await asyncio.wait([writing])
 
 
-# A timer that is so many seconds late shows that the loop was blocked; then so many more let the
-# loop read what has arrived.
-_LATE = 0.002
-_READING = 0.02
-
-
 class StartTimeout:
-    """`asyncio.timeout_at` for a start; an answer that has arrived is read before it expires.
+    """`asyncio.timeout_at` for a start, which first reads a response that has arrived.
 
-    If the loop was blocked past the time, `asyncio.timeout_at` would cancel before the answer is
-    read, and the id of a paid run would be lost.
+    If the loop was blocked past the time, `asyncio.timeout_at` would cancel the start before its
+    response is read, and the id of a paid run would be lost.
     """
 
     def __init__(self, at: float) -> None:
@@ -277,9 +283,8 @@ class StartTimeout:
         self._handle = asyncio.get_running_loop().call_at(self._at, self._expire)
 
     def _expire(self) -> None:
-        loop = asyncio.get_running_loop()
-        delay = _READING if loop.time() - self._at > _LATE else 0.0
-        self._handle = loop.call_later(delay, self._timeout.reschedule, loop.time())
+        # In 20 ms, every event loop reads what is in its sockets.
+        self._timeout.reschedule(asyncio.get_running_loop().time() + 0.02)
 
     async def __aexit__(
         self,

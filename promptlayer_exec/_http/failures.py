@@ -1,4 +1,4 @@
-"""What is wrong with a connection, in words, and whether waiting may help."""
+"""Explains in words why a connection failed, and tells whether waiting may help."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from yarl import URL
 
 from promptlayer_exec._api.redaction import CREDENTIALS
 
-# Alerts of a server that refuses the handshake. Under TLS 1.3 they come after our last message.
+# Alerts of a server that refuses the handshake. With TLS 1.3 they arrive after our last message.
 _REFUSED_HANDSHAKE = re.compile("ALERT.*(CERTIFICATE|UNKNOWN_CA|HANDSHAKE|ACCESS_DENIED)")
 
 
@@ -23,26 +23,27 @@ def is_permanent(error: BaseException) -> bool:
 
 
 def is_tls_failure(error: BaseException | None) -> bool:
-    """Return True if no TLS connection can be made, so that the server has read nothing."""
+    """Return True if no TLS connection can be made; then the server has read nothing."""
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         return not isinstance(error.os_error, ssl.SSLEOFError)  # the server disconnected
     if isinstance(error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch)):
         return True
     if isinstance(error, ssl.SSLError):
         return _REFUSED_HANDSHAKE.search(str(error.reason)) is not None
-    # aiohttp reports a connection that was lost with the alert as the cause.
+    # For aiohttp, such an alert is the cause of a lost connection.
     return isinstance(error, aiohttp.ClientError) and is_tls_failure(error.__cause__)
 
 
 def tls_peer(error: BaseException, base_url: str) -> str:
     """Return the peer of a failed handshake: the server, or the https proxy in aiohttp's error."""
     url, host, port = URL(base_url), getattr(error, "host", None), getattr(error, "port", None)
-    is_server = host is None or (host, port) == (url.raw_host, url.port)
-    return base_url if is_server else f"the proxy {host}:{port}"
+    if host is None or (host, port) == (url.raw_host, url.port):
+        return base_url
+    return f"the proxy {host}:{port}"
 
 
 def reason_of(error: BaseException) -> str:  # noqa: PLR0911 - a table
-    """Return what an error says, without the password of a proxy and the quoted bytes of a peer."""
+    """Return an error's message, without the password of a proxy and the quoted bytes of a peer."""
     if is_tls_failure(error):
         return _tls_reason(error)
     if isinstance(error, aiohttp.ClientHttpProxyError):
@@ -53,17 +54,18 @@ def reason_of(error: BaseException) -> str:  # noqa: PLR0911 - a table
         return "the URL of the proxy is not valid: it must be like http://user:password@host:port"
     if isinstance(error, aiohttp.ClientConnectorError):
         return _connect_reason(error)
+
     if isinstance(error, aiohttp.ClientResponseError):
         return f"not a valid HTTP response: {_unquoted(error.message)}"
     if isinstance(error, aiohttp.ClientOSError) and error.errno is None and error.__cause__:
-        return reason_of(error.__cause__)  # aiohttp's text for a failed write does not say why
+        return reason_of(error.__cause__)  # aiohttp's text for a failed write lacks the reason
     if isinstance(error, aiohttp.ServerDisconnectedError):
-        return "Server disconnected"  # its own text may show the head of an answer
+        return "Server disconnected"  # its own text may show the head of a response
     return _unquoted(CREDENTIALS.sub("", str(error))) or type(error).__name__
 
 
 def _tls_reason(error: BaseException) -> str:
-    """Return what is wrong with a TLS connection, and what to do about it."""
+    """Return why there is no TLS connection, and what to do about it."""
     cause: BaseException = error
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         cause = error.certificate_error
@@ -71,12 +73,14 @@ def _tls_reason(error: BaseException) -> str:
         cause = error.os_error
     elif not isinstance(error, ssl.SSLError) and error.__cause__ is not None:
         return _tls_reason(error.__cause__)
+
     if isinstance(cause, ssl.SSLCertVerificationError):
         said = str(cause.verify_message).rstrip(".")
         return (
             f"the server's certificate is not valid: {said}; if a private authority issued it, set"
             " SSL_CERT_FILE to that authority's certificate, or pass http= with an SSL context"
         )
+
     name = getattr(cause, "reason", None) or str(cause)
     if name == "WRONG_VERSION_NUMBER":
         return f"the server does not speak TLS on this port ({name}): check base_url"
@@ -92,7 +96,9 @@ def _connect_reason(error: aiohttp.ClientConnectorError) -> str:
         return f"the name of the host {error.host} cannot be resolved: {error.os_error.strerror}"
     if error.errno is None:
         return str(error.os_error) or "the connection was closed while it was being made"
-    return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+    if error.errno > 0:
+        return os.strerror(error.errno)
+    return str(error.strerror)
 
 
 def _unquoted(text: str) -> str:

@@ -8,53 +8,65 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import anyio
+import attrs
 
-from promptlayer_exec._errors import PromptLayerExecError
 from promptlayer_exec._policies import Limiter, or_infinity
 
-# What a 429 leaves of the rate. With less, a lone session uses less of the server's limit; with
-# more, sessions that share the limit get unequal parts for longer, and more is refused.
-_DECREASE = 0.7
-# The rate grows by this part of itself each second. A higher value means more 429s.
-_GROWTH = 0.02
-# It grows by at least so many requests per second each second: slower sessions catch up, and one
-# that is refused everything still asks every few seconds.
-_MIN_GROWTH = 0.06
-# After so many seconds without a 429 it grows twice as fast, then three times.
-_ACCELERATION = 15.0
-# More than one process can send: a session without `rate` slows down from this rate.
-_UNLIMITED = 1000.0
-# After a timer that fired late, at most this many unused seconds are made up for.
-_CATCH_UP = 0.1
+
+@attrs.frozen
+class RatePolicy:
+    """The dials of a rate that follows the server's limit, which nobody announces.
+
+    The rate adapts as TCP's does: each 429 takes a part of it, and it grows steadily in between.
+
+    Args:
+        decrease: what a 429 leaves of the rate. With less, a lone session wastes the limit; with
+            more, sessions that share it get unequal parts for longer, and more is refused.
+        growth: the part of itself by which the rate grows each second; more means more 429s.
+        least_growth: requests per second that it gains each second at least: slow sessions catch
+            up, and one that is refused everything still tries every few seconds.
+        acceleration: seconds without a 429 until the rate grows twice as fast; after as many
+            again, it grows three times as fast.
+        unlimited: more than one process can send: a session without `rate` slows down from here.
+    """
+
+    decrease: float = 0.7
+    growth: float = 0.02
+    least_growth: float = 0.06
+    acceleration: float = 15.0
+    unlimited: float = 1000.0
 
 
 class Rate:
-    """Requests per second, slowed down by 429s; the time is an argument.
+    """Requests per second, slowed down by 429s; the time is an argument."""
 
-    The rate adapts as TCP's does, by additive increase and multiplicative decrease.
-    """
+    _policy = RatePolicy()
 
     def __init__(self, most: float) -> None:
         self._most = self._now = most
         self._refused_at = self._grown_at = -math.inf
         self._growing = 0.0  # seconds since the last decrease, less those without requests
-        self._before = 0.0  # after the first of the 429s since the last good answer; 0: none
+        self._before = 0.0  # after the first of the 429s since the last good response; 0: none
 
     def at(self, now: float) -> float:
         """Return the rate for a request that is sent now."""
-        if self._now < self._most:
-            # Time without requests says nothing about the server, so the rate does not grow in it.
-            passed = min(now - self._grown_at, 2.0 / self._now)
-            self._grown_at = now
-            self._growing += passed
-            speed = 1.0 + self._growing / _ACCELERATION
-            self._now += max(_GROWTH * self._now, _MIN_GROWTH) * speed * passed
-            if self._now > min(self._most, _UNLIMITED):
-                self._now = self._most
+        if self._now >= self._most:
+            return self._now
+
+        # Time without requests says nothing about the server, so the rate does not grow in it.
+        passed = min(now - self._grown_at, 2.0 / self._now)
+        self._grown_at = now
+        self._growing += passed
+
+        policy = self._policy
+        speed = 1.0 + self._growing / policy.acceleration
+        self._now += max(policy.growth * self._now, policy.least_growth) * speed * passed
+        if self._now > min(self._most, policy.unlimited):
+            self._now = self._most
         return self._now
 
     def accepted(self) -> None:
-        """Record an answer other than 429."""
+        """Record a response other than 429."""
         # Several 429s in a row were an outage or the rest of a fixed window, not a lower limit.
         if self._now < self._before:
             self._now = math.sqrt(self._now * self._before)
@@ -64,7 +76,7 @@ class Rate:
         """Record a 429, and return the rate after it."""
         # A request that was sent before the last 429 arrived says nothing new about the rate.
         if sent_at > self._refused_at:
-            self._now = _DECREASE * min(self._now, _UNLIMITED)
+            self._now = self._policy.decrease * min(self._now, self._policy.unlimited)
             self._before = self._before or self._now
             self._refused_at = self._grown_at = now
             self._growing = 0.0
@@ -74,9 +86,9 @@ class Rate:
 class Throttle:
     """Lets HTTP attempts go one after the other, by rate and then by limiters.
 
-    Attempts go in order of arrival, except for those with priority: the polls of watches that were
-    woken, the requests of push, and those for definitions. A 429 stops all attempts for as long as
-    the server asked. The sequence of limiters may change.
+    Attempts go in order of arrival, except for those with priority: control requests, and the polls
+    of watches that were woken. A 429 stops all attempts for as long as the server asked. The
+    sequence of limiters may change.
     """
 
     def __init__(self, rate: float | None, limiters: Sequence[Limiter] = ()) -> None:
@@ -85,7 +97,7 @@ class Throttle:
         self._limiters = limiters
         self._queue = asyncio.Lock()
         self._lock = asyncio.Lock()
-        # The lock alone does not say so: it is free for a moment between two waiting attempts.
+        # The lock does not tell: it is free for a moment between two waiting attempts.
         self._waiting = 0
         self._next_at = -math.inf
 
@@ -99,17 +111,16 @@ class Throttle:
         if not waits and not self._limiters:
             self._take(now, waited=False)
             return now
+
         self._waiting += 1
         try:
             # Of those without priority, only one at a time waits for the lock.
             async with nullcontext() if priority else self._queue, self._lock:
                 await self._wait()
                 for limiter in self._limiters:
-                    try:
-                        await limiter.acquire()
-                    except PromptLayerExecError as error:  # it would be taken for the server's
-                        raise RuntimeError(f"the limiter raised {error!r:.200}") from error
+                    await limiter.acquire()
                     await self._wait()  # a 429 may have arrived meanwhile
+
                 now = self._clock()
                 self._take(now, waited=waits)
         finally:
@@ -121,14 +132,19 @@ class Throttle:
             await anyio.sleep(wait)
 
     def _take(self, now: float, *, waited: bool) -> None:
-        # Only a request that had to wait makes up for lost time: an idle session has lost none.
-        at = max(self._next_at, now - _CATCH_UP) if waited else now
+        at = now
+        if waited:
+            # A timer that fired late lost time. At most a tenth of a second of it is made up for,
+            # and an idle session has lost none.
+            at = max(self._next_at, now - 0.1)
         self._next_at = at + 1.0 / self.rate.at(now)
 
     def refused(self, sent_at: float, announced: float) -> float:
         """Record a 429, and return the seconds until the next request may be sent.
 
-        `announced` is the seconds that the server asked to wait; 0 if it named none.
+        Args:
+            sent_at: when the refused request was sent, on the event loop's clock.
+            announced: the seconds that the server asked to wait; 0 if it did not ask.
         """
         now = self._clock()
         rate = self.rate.refused(sent_at, now)

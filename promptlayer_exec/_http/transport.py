@@ -40,22 +40,19 @@ from promptlayer_exec._settings import Settings
 
 T = TypeVar("T")
 
+# What aiohttp raises if it cannot send a request or read its response. An HttpProcessingError comes
+# from its parser in Python; every TimeoutError is an OSError; a ValueError is about settings of
+# http=, such as a header that cannot be encoded.
+_FAILURES = (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError)
 # aiohttp's timeout is off: one of ours limits the whole attempt, body included.
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 # Only people read the body of a refusal.
 _ERROR_BODY_BYTES = 64 * 1024
-# More than aiohttp's default of 8 KiB: large headers must not cost us the id of a started run.
-_LONGEST_HEADER = 32 * 1024
-# As much as asyncio reads at once: with less, a large body pauses its connection at each read.
-_READ_BUFFER = 256 * 1024
-# The closing handshake of a WebSocket; a session that closes waits for it.
-_CLOSE_SECONDS = 0.1
-_ParserError = aiohttp.http.HttpProcessingError  # of aiohttp's parser in Python
 
 
 @attrs.define(eq=False)
-class _Answer:
-    """What arrived in one attempt, and why it ended early."""
+class _Received:
+    """What arrived in one attempt, and why it stopped early."""
 
     response: aiohttp.ClientResponse | None = None
     pieces: list[bytes] = attrs.field(factory=list)
@@ -72,7 +69,7 @@ class Transport:
     redactor: Redactor
     _throttle: Throttle
     _emit: Emit
-    # Asking for the running loop takes a system call on Python 3.11.
+    # Looking up the running loop takes a system call on Python 3.11.
     _clock: Callable[[], float] = attrs.field(
         init=False, factory=lambda: asyncio.get_running_loop().time
     )
@@ -82,7 +79,7 @@ class Transport:
     ) -> Reply[T]:
         """Send a request once, when a connection is free and the rate allows it.
 
-        The waiting has no time limit of its own; the attempt itself has `request_timeout` seconds.
+        `request_timeout` limits the attempt, but not the wait for it.
         Raises a `RequestError`, or `SessionClosed` if the borrowed client session is closed.
         """
         pool, redactor = self._pool(attempt), self.redactor
@@ -92,12 +89,12 @@ class Transport:
         async with pool.slots.priority if attempt.priority else pool.slots:
             sent_at = await self._throttle.acquire(priority=attempt.priority or attempt.is_control)
             until = sent_at + self._settings.request_timeout
-            answer = await self._exchange(pool, request, attempt.start, until)
+            received = await self._exchange(pool, request, attempt.start, until)
         duration = self._clock() - sent_at
         lateness = max(sent_at - attempt.due, 0.0)
 
         try:
-            response = self._response(answer, attempt.start, redactor)
+            response = self._response(received, attempt.start, redactor)
             self._adapt_rate(response, sent_at, request.execution_id)
             value = _read(read, response, redactor)
         except RequestError as error:
@@ -123,17 +120,27 @@ class Transport:
 
     async def _exchange(
         self, pool: Pool, request: Request, start: AtMostOnce | None, until: float
-    ) -> _Answer:
-        """Send a request, and return what arrived of the answer, and the failure."""
+    ) -> _Received:
+        """Send a request, and return what arrived of its response, and the failure."""
         pool.check_open()
         url = URL(self.base_url + request.target, encoded=True)
-        body = None if start is None else StartBody(request.body or b"", start)
-        # aiohttp pools connections by this name, too: starts share none with other requests.
-        own_pool = url.raw_host if start is not None and pool.is_borrowed else None
-        answer = _Answer()
+
+        body: StartBody | None = None
+        server_hostname: str | None = None
+        timeout: asyncio.Timeout | StartTimeout
+        if start is None:
+            timeout = asyncio.timeout_at(until)
+        else:
+            timeout = StartTimeout(until)
+            body = StartBody(request.body or b"", start)
+            if pool.is_borrowed:
+                # aiohttp also pools connections by this name, so no other request shares this one.
+                server_hostname = url.raw_host
+
+        received = _Received()
         try:
-            async with asyncio.timeout_at(until) if start is None else StartTimeout(until):
-                answer.response = await pool.http.request(
+            async with timeout:
+                received.response = await pool.http.request(
                     request.method,
                     url,
                     headers=pool.headers,
@@ -142,44 +149,50 @@ class Transport:
                     allow_redirects=False,
                     raise_for_status=False,
                     auto_decompress=True,
-                    max_line_size=_LONGEST_HEADER,
-                    max_field_size=_LONGEST_HEADER,
-                    read_bufsize=_READ_BUFFER,
-                    server_hostname=own_pool,
+                    # More than 8 KiB, the default: large headers must not cost us a run's id.
+                    max_line_size=32 * 1024,
+                    max_field_size=32 * 1024,
+                    # As much as asyncio reads at once. With less, aiohttp pauses the connection
+                    # at each read of a large body.
+                    read_bufsize=256 * 1024,
+                    server_hostname=server_hostname,
                 )
                 if start is not None and not start.sent:
-                    # A mock has answered, or a middleware of http= has sent another body.
+                    # A mock has responded, or a middleware of http= has sent another body.
                     start.mark_sent()
-                is_good = answer.response.status < 300
-                limit = self._settings.max_response_bytes if is_good else _ERROR_BODY_BYTES
-                await _read_body(answer.response, answer.pieces, limit)
-        # Every TimeoutError is an OSError.
-        # A ValueError is about settings of http=, such as a header that cannot be encoded.
-        except (aiohttp.ClientError, _ParserError, OSError, ValueError) as error:
-            answer.failure = error
+
+                limit = _ERROR_BODY_BYTES
+                if received.response.status < 300:
+                    limit = self._settings.max_response_bytes
+                await _read_body(received.response, received.pieces, limit)
+        except _FAILURES as error:
+            received.failure = error
         finally:
             if body is not None:
                 await body.ended()
-        return answer
+        return received
 
     async def open_websocket(self, path: str) -> aiohttp.ClientWebSocketResponse:
         """Open a WebSocket, without the key, before ordinary requests; raises as `send` does."""
         pool = self.pools.reads
         pool.check_open()
         sent_at = await self._throttle.acquire(priority=True)
+
         # With https in place of wss, aiohttp finds the same proxy as for requests.
         url = URL(self.base_url + path, encoded=True)
         failure: Exception
         try:
             return await pool.http.ws_connect(
                 url,
-                timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_SECONDS),
+                # A session that closes waits for the closing handshake.
+                timeout=aiohttp.ClientWSTimeout(ws_close=0.1),
                 max_msg_size=self._settings.max_response_bytes,
-                # A borrowed session follows redirects; over TLS, they can lead to no other host.
+                # A borrowed session follows redirects. Over TLS, this name keeps them to our host.
                 server_hostname=url.raw_host,
             )
-        except (aiohttp.ClientError, _ParserError, OSError, ValueError) as error:
+        except _FAILURES as error:
             failure = error
+
         if isinstance(failure, aiohttp.WSServerHandshakeError) and failure.status != 101:
             headers = failure.headers or CIMultiDict[str]()
             location = self.redactor.redact(headers.get("Location", ""))
@@ -189,10 +202,13 @@ class Transport:
             check_status(response)
         raise self._failure(failure, None, b"", self.redactor)
 
-    def _response(self, answer: _Answer, start: AtMostOnce | None, redactor: Redactor) -> Response:
+    def _response(
+        self, received: _Received, start: AtMostOnce | None, redactor: Redactor
+    ) -> Response:
         """Return the response of one attempt, or raise its failure."""
-        body = b"".join(answer.pieces)
-        response, failure = answer.response, answer.failure
+        body = b"".join(received.pieces)
+        response, failure = received.response, received.failure
+
         is_cut = failure is not None and response is not None and response.status < 300
         if is_cut and start is not None and is_object(body):
             is_cut = False  # the id of a paid run counts, even if the connection broke after it
@@ -200,8 +216,9 @@ class Transport:
             if start is not None and start.sent and is_tls_failure(failure):
                 start.mark_rejected()  # the handshake was refused, so the server read nothing
             raise self._failure(failure or TimeoutError(), response, body, redactor)
+
         location = None
-        if response.status >= 300:  # a part of the body is enough: the status says what is wrong
+        if response.status >= 300:  # a part of the body is enough: the status tells what is wrong
             body = redactor.redact_bytes(body[:_ERROR_BODY_BYTES])
             location = redactor.redact(response.headers.get("Location", ""))
         elif too_large := oversize_reason(body, self._settings.max_response_bytes):
@@ -211,9 +228,9 @@ class Transport:
                 status=response.status,
                 excerpt=redactor.redact(excerpt(body)),
             )
-        return Response(
-            response.status, body, location, read_retry_after(response.headers, now=time.time())
-        )
+
+        retry_after = read_retry_after(response.headers, now=time.time())
+        return Response(response.status, body, location, retry_after)
 
     def _failure(
         self,
@@ -222,11 +239,13 @@ class Transport:
         body: bytes,
         redactor: Redactor,
     ) -> RequestError:
+        """Return the error for a failure of aiohttp."""
         reason = redactor.redact(reason_of(failure))
         if isinstance(failure, ValueError) and not isinstance(failure, aiohttp.ClientError):
             raise ConfigurationError(
                 f"the client session of http= could not send the request: {reason}"
             )
+
         error: RequestError
         if is_tls_failure(failure):
             peer = tls_peer(failure, self.base_url)
@@ -248,6 +267,7 @@ class Transport:
                 excerpt=redactor.redact(excerpt(body)),
                 reason=reason,
             )
+
         error.is_permanent = is_permanent(failure)
         # aiohttp's own errors show request headers, with the key, and the URL of a proxy.
         error.__cause__ = aiohttp.ClientError(f"{type(failure).__name__}: {reason}")
@@ -261,10 +281,12 @@ async def _read_body(response: aiohttp.ClientResponse, pieces: list[bytes], limi
         while size <= limit and (piece := await content.readany()):
             pieces.append(piece)
             size += len(piece)
-        if not pieces and content.total_bytes:  # a middleware or a trace of http= has read it
+
+        # A middleware or a trace of http= may have read it. `read` would fail then.
+        if not pieces and content.total_bytes:
             pieces.append((await response.text("latin-1")).encode("latin-1"))
     finally:
-        if response.connection is not None:  # the body was not read to its end
+        if response.connection is not None:  # a part of the body was not read
             response.close()
 
 
@@ -273,6 +295,8 @@ def _read(read: Callable[[Response], T], response: Response, redactor: Redactor)
         return read(response)
     except RequestError as error:
         failure = error
+
+    # The error may quote the body: read it again, without secrets.
     body = redactor.redact_bytes(response.body)
     if body == response.body:
         raise failure

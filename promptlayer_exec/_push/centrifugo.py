@@ -16,16 +16,24 @@ import attrs
 
 from promptlayer_exec._events import logger
 
-_TOKEN_EXPIRED = 109
-_ALREADY_SUBSCRIBED = 105
-# Codes with which a server ends a connection for good, and from which an unsubscription is for now.
-_FINAL = (range(3500, 4000), range(4500, 5000))
-_RESUBSCRIBE = 2500
-# Seconds by which the server's ping may be late before the connection counts as dead.
-_PING_DELAY = 10.0
-# A token is renewed after this part of its lifetime; a server may say that a token lives for 0 s.
-_RENEWAL = 0.8
-_SHORTEST = 1.0
+
+@attrs.frozen
+class SubscriptionPolicy:
+    """The dials of a subscription: how long the server may be silent, and when to renew a token.
+
+    Args:
+        ping_delay: seconds by which the server's ping may be late before the connection counts as
+            dead.
+        renewal: the part of a token's lifetime after which it is renewed.
+        shortest: the fewest seconds between two renewals, even if the server names no lifetime.
+    """
+
+    ping_delay: float = 10.0
+    renewal: float = 0.8
+    shortest: float = 1.0
+
+
+_POLICY = SubscriptionPolicy()
 
 
 class SubscriptionLost(Exception):
@@ -49,7 +57,7 @@ class Subscription:
     on_subscribed: Callable[[], object]
     on_message: Callable[[Any], object]
     _numbers: itertools.count[int] = attrs.field(init=False, factory=lambda: itertools.count(1))
-    # What waits for the reply to each command, by its number.
+    # One future for the reply to each command, by the command's number.
     _replies: dict[int, asyncio.Future[dict[str, Any]]] = attrs.field(init=False, factory=dict)
     _patience: float | None = attrs.field(init=False, default=None)  # seconds without a frame
 
@@ -59,25 +67,29 @@ class Subscription:
         Raises `SubscriptionLost`, `SubscriptionRefused`, or what `get_token` raised.
         """
         work = self._read(), self._subscribe(token)
-        tasks = [asyncio.create_task(each, name="promptlayer_exec.Push") for each in work]
+        tasks = [asyncio.create_task(part, name="promptlayer_exec.Push") for part in work]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         finally:
             for task in tasks:
                 task.cancel()
-            ends = await asyncio.gather(*tasks, return_exceptions=True)
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             await self._socket.close()
-        raise next(end for end in ends if isinstance(end, Exception))
+
+        raise next(outcome for outcome in outcomes if isinstance(outcome, Exception))
 
     async def _subscribe(self, token: str) -> None:
-        """Connect, subscribe, and renew the token for as long as the server wants that."""
+        """Connect, subscribe, and renew the token while the server lets it expire."""
         reply = await self._ask("connect", token=token, name="promptlayer_exec")
         if ping := _seconds(reply, "ping"):
-            self._patience = ping + _PING_DELAY
+            self._patience = ping + _POLICY.ping_delay
+
         await self._ask("subscribe", channel=self.channel)
         self.on_subscribed()
+
         while reply.get("expires"):
-            await asyncio.sleep(max(_seconds(reply, "ttl") * _RENEWAL, _SHORTEST))
+            lifetime = _seconds(reply, "ttl")
+            await asyncio.sleep(max(lifetime * _POLICY.renewal, _POLICY.shortest))
             reply = await self._ask("refresh", token=await self.get_token())
 
     async def _ask(self, command: str, **fields: str) -> dict[str, Any]:
@@ -85,15 +97,16 @@ class Subscription:
         replied = self._replies[number] = asyncio.get_running_loop().create_future()
         await self._send({"id": number, command: fields})
         reply = await replied
+
         match reply.get("error"):
-            case {"code": code, **error} if code != _ALREADY_SUBSCRIBED:
+            case {"code": code, **error} if code != 105:  # already subscribed
                 text = f"{error.get('message')} ({code})"
-                if code == _TOKEN_EXPIRED or error.get("temporary"):
+                if code == 109 or error.get("temporary"):  # the token has expired
                     raise SubscriptionLost(text)
                 raise SubscriptionRefused(f"the server refused to {command}: {text}")
-            case _:
-                result = reply.get(command)
-                return result if isinstance(result, dict) else {}
+
+        result = reply.get(command)
+        return result if isinstance(result, dict) else {}
 
     async def _send(self, frame: dict[str, Any]) -> None:
         try:
@@ -107,20 +120,22 @@ class Subscription:
                 frame = await self._socket.receive(self._patience)
             except TimeoutError:
                 raise SubscriptionLost(f"the server was silent for {self._patience:g} s") from None
+
             if frame.type is aiohttp.WSMsgType.TEXT:
-                # Not splitlines: JSON may have other line separators in its strings.
+                # Not splitlines: strings in JSON may contain other line separators.
                 for line in frame.data.split("\n"):
                     await self._handle(line)
             elif frame.type is not aiohttp.WSMsgType.BINARY:
                 self._end(frame)
 
     async def _handle(self, line: str) -> None:
-        """Handle one line of a frame; what cannot be read is ignored."""
+        """Handle one line of a frame; ignore it if it is not JSON, or of an unknown kind."""
         try:
             message: Any = json.loads(line) if line else None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             logger.debug("push: a line is not JSON (%s)", type(error).__name__)
             return
+
         match message:
             case {"id": int(number)}:
                 replied = self._replies.pop(number, None)
@@ -130,7 +145,9 @@ class Subscription:
                 self.on_message(data)
             case {"push": {"channel": self.channel, "unsubscribe": {"code": int(code), **more}}}:
                 text = f"the server ended the subscription: {more.get('reason')} ({code})"
-                raise SubscriptionLost(text) if code >= _RESUBSCRIBE else SubscriptionRefused(text)
+                if code >= 2500:  # the client may subscribe again
+                    raise SubscriptionLost(text)
+                raise SubscriptionRefused(text)
             case dict() if not message:  # a ping
                 await self._send({})
 
@@ -139,7 +156,7 @@ class Subscription:
             raise SubscriptionLost(f"the connection broke: {frame.data}")
         code = self._socket.close_code or 0
         text = f"the server ended the connection: {frame.extra or 'no reason'} ({code})"
-        if any(code in codes for codes in _FINAL):
+        if 3500 <= code < 4000 or 4500 <= code < 5000:  # the client must not reconnect
             raise SubscriptionRefused(text)
         raise SubscriptionLost(text)
 

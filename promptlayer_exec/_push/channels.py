@@ -1,7 +1,7 @@
 """PromptLayer's push channel, as a hint that an execution is complete.
 
-A message wakes the watch of its execution, and is never an answer: the poll that follows is. What
-push does not announce, or announces wrongly, costs a poll or a few seconds, and never a result.
+A message only wakes the watch of its execution, which then polls. So a message that is lost or
+wrong costs a poll or a few seconds, but never a result.
 """
 
 from __future__ import annotations
@@ -33,23 +33,34 @@ from promptlayer_exec._text import printable
 
 T = TypeVar("T")
 
-# Seconds to become subscribed for the first time, and after a connection was lost.
-_HANDSHAKE = 10.0
-_RECONNECT = 60.0
-# Seconds after which a subscription that no watch needs is dropped.
-_IDLE = 60.0
-# A completion that a poll found, and no message announced within so many seconds, is silence.
-_SILENCE = 2.0
-# So many completions in silence, one after the other, and push is given up.
-_MOST_SILENT = 3
-# Seconds until push is tried again, for the first time, the second, and from then on.
-_PAUSES = (60.0, 300.0, 900.0)
-# Seconds until a request or a connection that failed is tried again: doubling between these.
-_RETRY = 0.5
-_LONGEST_RETRY = 10.0
+
+@attrs.frozen
+class ChannelPolicy:
+    """The dials of one channel: how long it is tried, and when push is given up. Times in seconds.
+
+    Args:
+        handshake: how long a first subscription may take.
+        reconnect: how long the next one may take after a connection was lost.
+        idle: how long a subscription is kept that no watch needs.
+        silence: how late a message may be after a poll has found the completion; later is silence.
+        most_silent: silent completions in a row after which push is given up.
+        pauses: how long it is given up for: the first time, the second time, and from then on.
+        retry: the pause after the first request or connection that failed; it doubles.
+        longest_retry: the longest of these pauses; an attempt that lasted longer did succeed.
+    """
+
+    handshake: float = 10.0
+    reconnect: float = 60.0
+    idle: float = 60.0
+    silence: float = 2.0
+    most_silent: int = 3
+    pauses: tuple[float, ...] = (60.0, 300.0, 900.0)
+    retry: float = 0.5
+    longest_retry: float = 10.0
+
+
+_POLICY = ChannelPolicy()
 _FALLBACK = FallbackPolicy()
-_COMPLETION = "SET_WORKFLOW_COMPLETE"
-_LONGEST_REASON = 1000
 
 
 def _now() -> float:
@@ -63,6 +74,7 @@ def token_request(channel: str) -> Request:
 def read_token(response: Response) -> str:
     if response.status != 201:
         check_status(response)
+
     body = decode(response)
     details = body.get("token_details") if isinstance(body, dict) else None
     token = details.get("token") if isinstance(details, dict) else None
@@ -73,12 +85,12 @@ def read_token(response: Response) -> str:
 
 def read_completion(data: Any) -> int | None:
     """Return the execution id in a published message; None if it announces no completion."""
-    if not isinstance(data, dict) or data.get("message_name") != _COMPLETION:
+    if not isinstance(data, dict) or data.get("message_name") != "SET_WORKFLOW_COMPLETE":
         return None
     try:
         completion = json.loads(data.get("data", ""))
         return check_execution_id(completion["workflow_version_execution_id"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         logger.debug("push: a completion cannot be read (%s)", type(error).__name__)
         return None
 
@@ -87,82 +99,100 @@ def read_completion(data: Any) -> int | None:
 class Push:
     """The channels of an open session, and the runs that use them.
 
-    There is a channel for each name or id with which runs are started; those of one workflow get
-    the same messages.
+    There is one channel for each name or id that runs are started with. A name and the id of the
+    same workflow have two channels, which get the same messages.
     """
 
-    suffix: str  # what each start carries, and the name of each channel ends in
-    # Whether to subscribe at the first start of a workflow, and to warn where push is not possible.
+    suffix: str  # each start sends it, and the name of each channel ends with it
+    # Whether to subscribe at the first start of a workflow, and to warn if push is unavailable.
     is_eager: bool
     free_sockets: int
     call: SendControlRequest
     connect: Callable[[], Awaitable[aiohttp.ClientWebSocketResponse]]
-    find_id: Callable[[str], Awaitable[int]]  # of the workflow with a name
+    find_id: Callable[[str], Awaitable[int]]  # the workflow's id, by its name
     _wake: Callable[[int], object]
     _early_wake_ups: ExpiringDict[int, WakeSource]
-    _redact: Callable[[str], str]  # what the server says may have the API key
+    _redact: Callable[[str], str]  # the server's text may contain the API key
     spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     has_announced: bool = attrs.field(init=False, default=False)
     _has_reported: bool = attrs.field(init=False, default=False)
     _channels: dict[str | int, Channel] = attrs.field(init=False, factory=dict)
-    # Of each run that was started here and has not ended.
+    # The runs that were started here and are not complete, by execution id.
     runs: ExpiringDict[int, PushedRun] = attrs.field(init=False, factory=ExpiringDict)
 
     def started(
         self, workflow: str | int, execution_id: int, *, sent_at: float, waited: float
     ) -> None:
-        """Record a run, whose start was sent at a time, after it waited for so many seconds."""
-        if (channel := self._channels.get(workflow)) is None:
+        """Record a run that was started.
+
+        Args:
+            workflow: the name or id that it was started with.
+            execution_id: the run's id.
+            sent_at: when its start was sent, on the event loop's clock.
+            waited: the seconds that the start waited for a connection or the rate.
+        """
+        channel = self._channels.get(workflow)
+        if channel is None:
             channel = self._channels[workflow] = Channel(self, workflow)
+
         run = PushedRun(execution_id, channel, sent_at, waited)
-        # Its message may have come before the answer to its start.
+        # Its message may have arrived before the response to its start.
         run.is_announced = self._early_wake_ups.get(execution_id) == "push"
         self.runs.add(execution_id, run)
         channel.started()
 
     def receive(self, data: Any) -> None:
         """Wake the watch that a message is for."""
-        if (execution_id := read_completion(data)) is not None:
-            if (run := self.runs.get(execution_id)) is not None:
-                run.is_announced = True
-            self._wake(execution_id)
+        execution_id = read_completion(data)
+        if execution_id is None:
+            return
+        if (run := self.runs.get(execution_id)) is not None:
+            run.is_announced = True
+        self._wake(execution_id)
 
     def report(self, workflow: str | int, reason: str) -> None:
         """Log that push is given up for a workflow; the first line of a session is the loudest."""
         level = logging.WARNING if self.is_eager else logging.INFO
+        if self._has_reported:
+            level -= 10
+
         logger.log(
-            level - 10 if self._has_reported else level,
+            level,
             "push is not used for workflow %.100r, only polling: %s; it is tried again in a while",
             workflow,
-            printable(self._redact(reason)[:_LONGEST_REASON]),
+            printable(self._redact(reason)[:1000]),
         )
         self._has_reported = True
 
 
 @attrs.define(eq=False)
 class Channel:
-    """The subscription for the runs of one workflow: kept while needed, given up, tried again."""
+    """The subscription for the runs of one workflow.
+
+    It is kept while a watch needs it. If push does not work, the channel gives it up for a while.
+    """
 
     _push: Push
-    workflow: str | int  # as the runs are started with
-    # Since when the subscription stands, on the loop's clock.
+    workflow: str | int  # the name or id that the runs are started with
+    # When the subscription became active, on the loop's clock; None: it is not active.
     since: float | None = attrs.field(init=False, default=None)
-    is_starting: bool = attrs.field(init=False, default=False)  # for the first time
+    # Whether it is about to subscribe for the first time.
+    is_starting: bool = attrs.field(init=False, default=False)
     _is_running: bool = attrs.field(init=False, default=False)
     _starts: int = attrs.field(init=False, default=0)
-    # What each watch of its runs computes again when the state of the channel has changed.
+    # One function for each watch of its runs, called when the state of the channel has changed.
     _watches: set[Callable[[], None]] = attrs.field(init=False, factory=set)
     _silent: int = attrs.field(init=False, default=0)
     _failures: int = attrs.field(init=False, default=0)
     _not_before: float = attrs.field(init=False, default=-math.inf)
-    # Ends the subscription, and why: None, because nobody needs it.
+    # What ends the subscription, and why: None if it is no longer needed.
     _limit: asyncio.Timeout = attrs.field(init=False)
     _reason: str | None = attrs.field(init=False)
     _last_error: str = attrs.field(init=False)
 
     @property
     def has_announced(self) -> bool:
-        """Whether push has announced a completion that was true, of any workflow."""
+        """Whether push has announced a real completion, of any workflow."""
         return self._push.has_announced
 
     def started(self) -> None:
@@ -187,22 +217,25 @@ class Channel:
 
     def need(self) -> None:
         """Begin to subscribe, unless push was given up for now, or has too many WebSockets."""
-        if not self._is_running and self._push.free_sockets and _now() >= self._not_before:
-            self._is_running = self.is_starting = True
-            self._push.free_sockets -= 1
-            self._push.spawn(self._run()).add_done_callback(self._ended)
+        if self._is_running or not self._push.free_sockets or _now() < self._not_before:
+            return
+        self._is_running = self.is_starting = True
+        self._push.free_sockets -= 1
+        self._push.spawn(self._run()).add_done_callback(self._ended)
 
     async def _run(self) -> None:
         self._last_error, self._silent = "", 0
         try:
             async with asyncio.timeout(None) as self._limit:
-                self._expect_subscription(_HANDSHAKE)
+                self._expect_subscription(_POLICY.handshake)
                 await self._stay_subscribed()
         except Exception as error:  # noqa: BLE001 - it would end the session
             if not self._limit.expired():
                 self._reason, self._last_error = _describe(error), ""
+
         if self._reason is not None:
-            self._not_before = _now() + _PAUSES[min(self._failures, len(_PAUSES) - 1)]
+            pauses = _POLICY.pauses
+            self._not_before = _now() + pauses[min(self._failures, len(pauses) - 1)]
             self._failures += 1
             self._push.report(self.workflow, self._reason + self._last_error)
 
@@ -235,8 +268,8 @@ class Channel:
             self._lose()
 
     async def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Return what an attempt returns; after failures that may pass, there is another one."""
-        pause = _RETRY
+        """Return what an attempt returns; repeat it after each failure that may pass."""
+        pause = _POLICY.retry
         while True:
             began = _now()
             try:
@@ -245,16 +278,19 @@ class Channel:
                 if isinstance(error, RequestError) and not is_transient(error):
                     raise
                 self._last_error = f"; last failure: {_describe(error)}"
-            if self.is_starting:  # no first poll waits for the next attempt
+
+            # The first polls of runs wait for the first attempt, but not for the next one.
+            if self.is_starting:
                 self.is_starting = False
                 self._changed()
-            if _now() - began > _LONGEST_RETRY:
-                pause = _RETRY  # it went well for a while
+
+            if _now() - began > _POLICY.longest_retry:
+                pause = _POLICY.retry  # it succeeded for a while
             await asyncio.sleep(pause * (0.5 + random() / 2))
-            pause = min(pause * 2, _LONGEST_RETRY)
+            pause = min(pause * 2, _POLICY.longest_retry)
 
     def _begin(self) -> None:
-        """Record that every completion from now on will be published to us."""
+        """Record that from now on, every completion will be published to us."""
         self.since = _now()
         self.is_starting = False
         self._last_error = ""
@@ -262,18 +298,22 @@ class Channel:
         self._changed()
 
     def _lose(self) -> None:
-        """Record that completions are missed from now on."""
+        """Record that from now on, messages may be missed."""
         if self.since is not None:
             self.since = None
-            self._expect_subscription(_RECONNECT)
+            self._expect_subscription(_POLICY.reconnect)
             self._changed()
 
     def _expect_subscription(self, seconds: float) -> None:
         self._end_after(seconds, f"there was no subscription within {seconds:g} s")
 
     def _limit_idleness(self) -> None:
-        if self.since is not None:
-            self._end_after(None if self._watches else _IDLE, None)
+        if self.since is None:
+            return
+        if self._watches:
+            self._end_after(None, None)
+        else:
+            self._end_after(_POLICY.idle, None)
 
     def _end_after(self, seconds: float | None, reason: str | None) -> None:
         if not self._limit.expired():
@@ -281,23 +321,25 @@ class Channel:
             self._limit.reschedule(None if seconds is None else _now() + seconds)
 
     def completed(self, run: PushedRun, *, expected: bool) -> None:
+        """Record that a poll found a run complete, and whether push should have announced it."""
         if run.is_announced or not expected:
             self._conclude(run)
         else:  # its message may still be on the way
             check = partial(self._check_silence, run, self.since)
-            asyncio.get_running_loop().call_later(_SILENCE, check)
+            asyncio.get_running_loop().call_later(_POLICY.silence, check)
 
     def _check_silence(self, run: PushedRun, since: float | None) -> None:
         self._conclude(run)
         if run.is_announced or self.since != since:
             return
+
         self._silent += 1
-        if self._silent >= _MOST_SILENT:
+        if self._silent >= _POLICY.most_silent:
             self._push.has_announced = False
-            self._end_after(0.0, f"it did not announce the last {_MOST_SILENT} completions")
+            self._end_after(0.0, f"it did not announce the last {_POLICY.most_silent} completions")
 
     def _conclude(self, run: PushedRun) -> None:
-        """Forget a run that is complete; if a message said so, push can be trusted."""
+        """Forget a run that is complete; if a message announced it, push can be trusted."""
         self._push.runs.pop(run.execution_id)
         if run.is_announced:
             self._push.has_announced = True
@@ -306,38 +348,42 @@ class Channel:
 
 @attrs.define(eq=False)
 class PushedRun:
-    """What polls and messages have said of one run that was started with push.
+    """What is known of one run that was started with push, from polls and messages.
 
-    It outlives its watches. Polls are seldom only while the subscription has stood since the run
-    was last known to go on: since its start was sent, or a poll that found it incomplete.
+    It outlives the run's watches. Polls are rare only if the subscription was already active when
+    the run was last known to be running: when its start was sent, or a poll that found it
+    incomplete.
     """
 
     execution_id: int
     channel: Channel
-    _known_at: float
-    _waited: float  # the last request, for a connection or the rate
+    _known_at: float  # when the last request was sent that showed the run to be running
+    _waited: float  # how long that request waited for a connection or the rate
     is_announced: bool = attrs.field(init=False, default=False)  # its completion, by push
-    _polls: int = attrs.field(init=False, default=0)  # in a row, while the subscription stood
+    _polls: int = attrs.field(init=False, default=0)  # in a row, under an active subscription
     _is_complete: bool = attrs.field(init=False, default=False)
     _is_doubted: bool = attrs.field(init=False, default=False)  # a wake-up was false
 
     def next_poll(self, scheduled: float, *, floor: float, deadlines: Iterable[Deadline]) -> float:
-        """Return when to poll, where a watch without push would poll when `scheduled`."""
+        """Return when to poll; `scheduled` is when the run would be polled without push."""
         if self._is_doubted or self._is_complete:
             return scheduled
+
+        # Until push has announced anything, nobody knows whether it will: the gaps do not grow.
+        polls = self._polls if self.channel.has_announced else 0
         return _FALLBACK.next_poll(
             scheduled,
             floor=floor,
             known_at=self._known_at,
             subscribed_at=self.channel.since,
             is_subscribing=self.channel.is_starting,
-            polls=self._polls if self.channel.has_announced else 0,
+            polls=polls,
             waited=self._waited,
             deadlines=deadlines,
         )
 
     def polled(self, sent_at: float, *, waited: float, complete: bool, false_wake: bool) -> None:
-        """Record a good poll; it is a `false_wake` if a wake-up led to it, and nothing ended."""
+        """Record a good poll; `false_wake` if a wake-up led to it, but the run still runs."""
         since = self.channel.since
         is_covered = since is not None and since <= self._known_at
         if not complete:
@@ -352,7 +398,7 @@ class PushedRun:
 
 
 def _describe(error: BaseException) -> str:
-    """Return what an error says; of a foreign one only its type, as its text may be secret."""
+    """Return an error's message, or the type of a foreign one, whose text may be secret."""
     if isinstance(error, RequestError | SubscriptionLost | SubscriptionRefused):
         return str(error.args[0])
     return type(error).__name__

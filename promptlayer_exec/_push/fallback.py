@@ -1,4 +1,4 @@
-"""When to poll a run whose completion is pushed: seldom, and never on trust alone."""
+"""When to poll a run whose completion is pushed: rarely, since push may fail."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class FallbackPolicy:
     """The dials of polling while push is active: times in seconds, and arithmetic alone.
 
     Args:
-        first: between two polls while the subscription stands; doubles with each of them.
+        first: the gap between two polls under an active subscription; it doubles with each poll.
         longest: the longest of these gaps.
-        times_waited: where requests wait for the rate, more polls would make all wait longer: a gap
-            is at least this many times as long as the last request waited.
-        last_call: so long before a deadline there is a poll, so that its error has a snapshot.
-        subscribing: so long a first poll waits for the first subscription, which then makes that
+        times_waited: a gap is at least this many times as long as the last request waited for the
+            rate, because more polls would make all requests wait longer.
+        last_call: how long before a deadline there is a poll, so that its error has a snapshot.
+        subscribing: how long a first poll waits for the first subscription, which then makes that
             poll unnecessary.
     """
 
@@ -46,19 +46,19 @@ class FallbackPolicy:
         Args:
             scheduled: when it would be polled without push.
             floor: the shortest delay of the session's poll policy.
-            known_at: when the last request was sent that showed the run to be going on.
-            subscribed_at: since when completions are announced; None: they are not.
-            is_subscribing: whether that is about to begin, for the first time.
-            polls: the polls in a row since then that push made unnecessary.
+            known_at: when the last request was sent that showed the run to be running.
+            subscribed_at: when the subscription became active; None: it is not active.
+            is_subscribing: whether the first subscription is about to become active.
+            polls: how many polls in a row, under this subscription, found the run incomplete.
             waited: how long the last request waited for a connection or the rate.
-            deadlines: of those who wait for the completion.
+            deadlines: the deadlines of those who wait for the completion.
         """
         if subscribed_at is None:
             if is_subscribing:
                 return max(scheduled, known_at + min(floor, self.subscribing))
             return scheduled
 
-        # The run may have ended before the subscription: one poll makes up for that.
+        # The run may have completed before the subscription: one poll finds that out.
         if subscribed_at > known_at:
             return min(scheduled, known_at + min(floor, self.first))
 

@@ -99,24 +99,25 @@ async def test_the_rate_is_fully_used_and_never_exceeded(
 
 
 @in_virtual_time
-async def test_what_goes_first_waits_for_one_other_at_most() -> None:
-    """And for what came before it and goes first, too; the others keep their order."""
+async def test_a_request_with_priority_waits_for_one_other_at_most() -> None:
+    """It also waits for earlier requests with priority; the others keep their order."""
     throttle = Throttle(100.0)
     await throttle.acquire()
     order: list[str] = []
 
-    async def acquire(name: str, *, first: bool = False) -> None:
-        await throttle.acquire(first=first)
+    async def acquire(name: str, *, priority: bool = False) -> None:
+        await throttle.acquire(priority=priority)
         order.append(name)
 
     others = [acquire(name) for name in ("one", "two", "three")]
-    await asyncio.gather(*others, acquire("a", first=True), acquire("b", first=True))
+    urgent = [acquire(name, priority=True) for name in ("a", "b")]
+    await asyncio.gather(*others, *urgent)
     assert order == ["one", "a", "b", "two", "three"]
 
 
 @in_virtual_time
-async def test_what_goes_first_starves_nobody() -> None:
-    """Of ten that always go first, each gets one slot before one that does not."""
+async def test_priority_starves_nobody() -> None:
+    """Ten senders with priority get one slot each before one without it."""
     throttle = Throttle(100.0)
 
     async def flood() -> None:

@@ -461,7 +461,7 @@ class TestWhenItPays:
         log: Log,
     ) -> None:
         """A watched run needs it for any time; the next run that goes on subscribes anew."""
-        monkeypatch.setattr(channels, "_IDLE", 0.05)
+        monkeypatch.setattr(channels, "_POLICY", channels.ChannelPolicy(idle=0.05))
         session = open_pushed(push=None, poll=OFTEN)
         for number in (1, 2):
             execution = await session.start("w")
@@ -503,7 +503,8 @@ class TestDelivery:
         self, open_pushed: Callable[..., Session], server: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A connection that is frozen is replaced, and what it did not announce is polled."""
-        monkeypatch.setattr(centrifugo, "_PING_DELAY", 0.01)
+        policy = centrifugo.SubscriptionPolicy(ping_delay=0.01)
+        monkeypatch.setattr(centrifugo, "_POLICY", policy)
         server.replies["connect"] = {"connect": {"client": "c", "ping": 0.05, "pong": True}}
         execution = await open_pushed(poll=OFTEN).start("w")
         await server.subscribed()
@@ -594,7 +595,7 @@ class TestDelivery:
         self, pushed: Session, server: Server, monkeypatch: pytest.MonkeyPatch, log: Log
     ) -> None:
         """The run may be complete before its id is known here, and is no silence of push."""
-        monkeypatch.setattr(channels, "_SILENCE", 0.0)
+        monkeypatch.setattr(channels, "_POLICY", channels.ChannelPolicy(silence=0.0))
         server.before_start_is_answered = server.finish
         for polls in (1, 2, 3):
             execution = await pushed.start("w")
@@ -711,7 +712,7 @@ class TestFaults:
         path: str,
     ) -> None:
         """A limiter that raises does not end the session; its text may be secret."""
-        monkeypatch.setattr(channels, "_RETRY", 0.01)
+        monkeypatch.setattr(channels, "_POLICY", channels.ChannelPolicy(retry=0.01))
         server.statuses[path] = 503
         limiter = BrokenLimiter()
         execution = await open_pushed(poll=OFTEN, limiter=limiter).start("w")
@@ -733,7 +734,7 @@ class TestFaults:
     ) -> None:
         """Neither the start nor the result waits for it, and in the end it is given up."""
         server.hold = {held}
-        monkeypatch.setattr(channels, "_HANDSHAKE", 0.2)
+        monkeypatch.setattr(channels, "_POLICY", channels.ChannelPolicy(handshake=0.2))
         session = open_pushed(poll=OFTEN, request_timeout=0.2)
         execution = await session.start("w")
         await polled_to_the_end(server, execution)
@@ -781,7 +782,7 @@ class TestFaults:
         log: Log,
     ) -> None:
         """Three completions in a row that no message announced, and push is given up."""
-        monkeypatch.setattr(channels, "_SILENCE", 0.01)
+        monkeypatch.setattr(channels, "_POLICY", channels.ChannelPolicy(silence=0.01))
         for silent in [execution, await session.start("w"), await session.start("w")]:
             assert log.warnings == []
             await polled_to_the_end(server, silent)
@@ -798,7 +799,7 @@ class TestFaults:
         status: int,
     ) -> None:
         """The token goes to the server of `base_url` only."""
-        monkeypatch.setattr(channels, "_HANDSHAKE", 0.5)
+        monkeypatch.setattr(channels, "_POLICY", channels.ChannelPolicy(handshake=0.5))
         other = Server()
         await other.start()
         server.redirects["/connection/websocket"] = status, f"ws://localhost:{other.port}/"
@@ -841,7 +842,7 @@ class TestFaults:
         log: Log,
     ) -> None:
         """A stream is often faster than the message; that alone says nothing against push."""
-        monkeypatch.setattr(channels, "_SILENCE", 0.05)
+        monkeypatch.setattr(channels, "_POLICY", channels.ChannelPolicy(silence=0.05))
         for _ in range(4):
             server.complete.add(execution.id)
             async with aclosing(execution.stream()) as snapshots:
@@ -857,7 +858,7 @@ class TestFaults:
         self, session: Session, server: Server, monkeypatch: pytest.MonkeyPatch, log: Log
     ) -> None:
         """Only completions in a row count."""
-        monkeypatch.setattr(channels, "_SILENCE", 0.0)
+        monkeypatch.setattr(channels, "_POLICY", channels.ChannelPolicy(silence=0.0))
         for is_announced in (False, False, True, False, False):
             execution = await session.start("w")
             if is_announced:
@@ -971,7 +972,8 @@ class TestFaults:
         self, open_pushed: Callable[..., Session], server: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The session asks for another one, and the subscription stands all the while."""
-        monkeypatch.setattr(centrifugo, "_SHORTEST", 0.0)
+        policy = centrifugo.SubscriptionPolicy(shortest=0.0)
+        monkeypatch.setattr(centrifugo, "_POLICY", policy)
         server.ttl = 0.05
         session = open_pushed()
         execution = await session.start("w")
@@ -1022,7 +1024,7 @@ class TestFaults:
         status: int,
     ) -> None:
         """A 503, or the page of a gateway, is no reason to give up push: it is asked for again."""
-        monkeypatch.setattr(channels, "_RETRY", 0.01)
+        monkeypatch.setattr(channels, "_POLICY", channels.ChannelPolicy(retry=0.01))
         server.statuses[path] = status
         execution = await session.start("w")
         await server.until(lambda: server.count(path) >= 1)
@@ -1036,9 +1038,8 @@ class TestFaults:
         self, session: Session, server: Server, monkeypatch: pytest.MonkeyPatch, log: Log
     ) -> None:
         """Later attempts are logged below WARNING; when one succeeds, runs are pushed again."""
-        monkeypatch.setattr(channels, "_HANDSHAKE", 0.2)
-        monkeypatch.setattr(channels, "_RETRY", 0.01)
-        monkeypatch.setattr(channels, "_PAUSES", (0.01, 0.02))
+        policy = channels.ChannelPolicy(handshake=0.2, retry=0.01, pauses=(0.01, 0.02))
+        monkeypatch.setattr(channels, "_POLICY", policy)
         server.statuses[WORKFLOW] = 503
         execution = await session.start("w")
         waiting = asyncio.create_task(execution.output(timeout=10))  # each poll asks for push
@@ -1056,7 +1057,7 @@ class TestFaults:
         self, execution: Execution, server: Server, monkeypatch: pytest.MonkeyPatch, log: Log
     ) -> None:
         """After a minute; until then the session tries to connect."""
-        monkeypatch.setattr(channels, "_RECONNECT", 0.3)
+        monkeypatch.setattr(channels, "_POLICY", channels.ChannelPolicy(reconnect=0.3))
         server.statuses[WEBSOCKET] = 500
         await server.drop()
         await log.given_up()

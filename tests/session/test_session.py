@@ -25,7 +25,6 @@ from promptlayer_exec import (
     PollPolicy,
     RequestRetried,
     RetryPolicy,
-    ServerError,
     Session,
     SessionClosed,
     Snapshot,
@@ -459,27 +458,6 @@ async def test_a_borrowed_client_session_that_waits_for_100_continue_is_refused(
     async with aiohttp.ClientSession(headers={"expect": "100-continue"}) as http:
         with pytest.raises(ConfigurationError, match="http= must not have the header Expect"):
             Session("key", http=http)
-
-
-async def test_an_error_of_ours_that_a_limiter_raises_is_not_taken_for_the_server_s(
-    sim: Simulator, open_session: Callable[..., Session]
-) -> None:
-    """It is not retried, and a start that it prevented is not unknown."""
-    calls = 0
-
-    class Refusing:
-        async def acquire(self) -> None:
-            nonlocal calls
-            calls += 1
-            raise ServerError("over budget", status=503, server_message="over budget")
-
-    session = open_session(limiter=Refusing())
-    for call in (session.get_results(787), session.start("name"), session.execution(7).wait()):
-        with pytest.raises(RuntimeError, match="the limiter raised ServerError") as caught:
-            await call
-        assert isinstance(caught.value.__cause__, ServerError)
-    assert calls == 3
-    assert sim.requests == []
 
 
 async def test_the_base_url_s_path_prefix_is_kept(
