@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 
@@ -30,6 +31,10 @@ from promptlayer_exec._policies import Deadline
 from promptlayer_exec._text import short_repr
 
 StartOutcome = StartResponse | BaseException
+
+
+class StartTaken(Exception):
+    """Somebody else sends this start, so `SendHooks.before_send` does not allow it."""
 
 
 class SendHooks(Protocol):
@@ -197,7 +202,8 @@ class Start:
 
         if isinstance(outcome, BaseException):
             self._outcome.set_exception(outcome)
-            self._emit(StartFailed(None, self._request, outcome, duration, self._base_url))
+            if not isinstance(outcome, StartTaken):  # the caller goes on with the other's run
+                self._emit(StartFailed(None, self._request, outcome, duration, self._base_url))
         elif self._lifetime.is_closing() and not self._is_abandoned:
             self._is_abandoned = True
             self._outcome.set_exception(SessionClosed(execution_id=outcome.execution_id))
@@ -263,7 +269,7 @@ class Start:
         return error
 
     def _unknown(self, reason: str, cause: BaseException | None = None) -> StartUnknown:
-        error = start_unknown(self._request.workflow, reason, self.secret)
+        error = start_unknown(self._request.workflow, reason, self.secret, key=self._request.key)
         error.__cause__ = cause
         return error
 
@@ -303,13 +309,27 @@ def log_unknown(error: StartUnknown, request: StartRequest) -> None:
     logger.warning("%s%s", error, _key(request))
 
 
+def report_unrecorded(execution_id: int, subject: str) -> None:
+    """Say which run was started if the database cannot record it yet: the id must not get lost."""
+    text = (
+        f"execution {execution_id} was started for {subject}, but the database could not record"
+        " it yet: keep this line"
+    )
+    logger.error("%s", text)
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - logging may be off
+
+
 def start_unknown(
-    workflow: str | int, reason: str, token: str | None, since: str = ""
+    workflow: str | int, reason: str, token: str | None, since: str = "", *, key: Any = None
 ) -> StartUnknown:
     """Return the error for a lost response; `since` says what has happened since."""
+    which = f"a run of workflow {workflow!r:.100}"
+    if key is not None:
+        which += f" with the key {short_repr(key)}"
     return StartUnknown(
-        f"it is not known whether a run of workflow {workflow!r:.100} started: {reason}{since}",
+        f"it is not known whether {which} started: {reason}{since}",
         workflow=workflow,
         reason=reason,
         callback_token=token,
+        key=key,
     )

@@ -1,0 +1,287 @@
+"""Starts that have a key: each happens once, over all processes that share a store. No HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import attrs
+
+from promptlayer_exec._api.runs import StartResponse
+from promptlayer_exec._engine.lifetime import DeadlinePassed, Lifetime
+from promptlayer_exec._engine.start import (
+    SendHooks,
+    StartOutcome,
+    StartTaken,
+    report_unrecorded,
+    start_unknown,
+)
+from promptlayer_exec._errors import (
+    ConfigurationError,
+    ExecutionTimeout,
+    KeyConflict,
+    StartUnknown,
+    copy_error,
+)
+from promptlayer_exec._events import Emit, StartFailed, logger
+from promptlayer_exec._models import StartRequest
+from promptlayer_exec._policies import Deadline
+from promptlayer_exec._starts import StartClaim, StartStore, StoredStart, differences
+from promptlayer_exec._text import short_repr
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class _RecordPolicy:
+    """How long a start waits until its end is recorded, in seconds.
+
+    An id that is not in the database after a moment goes to the log, and the caller gets its handle
+    a little later. Recording goes on beside it until the session closes, which tries once more.
+    """
+
+    until_reported: float = 1.0
+    until_delivered: float = 5.0
+    one_try: float = 5.0
+    between_tries: float = 0.5
+
+
+_RECORD = _RecordPolicy()
+
+
+@attrs.define(eq=False, kw_only=True)
+class KeyedStarts:
+    """Starts each key once: it asks the store, and sends only what nobody has sent.
+
+    The row in the store decides between processes. Within one session, calls with one key share
+    what they learn: one of them asks or sends, and the others wait for it.
+    """
+
+    _store: StartStore
+    _server: str
+    _request_timeout: float
+    _is_recoverable: Callable[[str], bool]  # whether a callback can come for a token
+    _lifetime: Lifetime
+    _emit: Emit
+    _sending: dict[str, asyncio.Event] = attrs.field(init=False, factory=dict)
+    _looking_up: dict[str, asyncio.Task[StoredStart | None]] = attrs.field(init=False, factory=dict)
+
+    async def start(
+        self,
+        request: StartRequest,
+        fingerprint: str,
+        token: str,
+        send: Callable[[SendHooks, str], Awaitable[T]],
+        deadline: Deadline,
+    ) -> T | StoredStart:
+        """Return what `send` returns, or the record of the run that the key has started already.
+
+        Args:
+            request: the start, with a key.
+            fingerprint: what it asks for, for comparison with the record.
+            token: identifies the start if this call sends it.
+            send: sends the start with hooks and the token.
+            deadline: until when to wait for a start in flight elsewhere.
+
+        Raises:
+            KeyConflict: the key stands for another request.
+            StartUnknown: it is not known whether the key has started a run.
+            ExecutionTimeout: the start in flight has no response yet; this call sent nothing.
+            ConfigurationError: the store cannot be used; no run was started.
+        """
+        key: str = request.key
+        claim = StartClaim(key, token, self._server, fingerprint, self._request_timeout)
+        pause = 0.02
+
+        while True:
+            try:
+                stored = await self._find(request, deadline)
+                if stored is not None:
+                    self._check(stored, claim)
+            except Exception as error:
+                self._emit(StartFailed(None, request, error))
+                raise
+
+            if stored is not None and stored.state == "started":
+                return stored
+            if stored is not None and stored.state == "sending":
+                await self._wait(request, deadline, asyncio.sleep(pause))
+                pause = min(2 * pause, 0.5)
+            elif key not in self._sending:
+                with suppress(StartTaken):  # another process was quicker
+                    return await self._send_one(claim, send)
+
+    async def _find(self, request: StartRequest, deadline: Deadline) -> StoredStart | None:
+        """Return what is recorded for a key, once no call of this session is sending its start."""
+        while (sending := self._sending.get(request.key)) is not None:
+            await self._wait(request, deadline, sending.wait())
+
+        looking_up = self._looking_up.get(request.key)
+        if looking_up is None:
+            find = self._store.find(request.key, patience=self._patience())
+            looking_up = self._lifetime.spawn(find, name="promptlayer_exec.StartLookup")
+            self._looking_up[request.key] = looking_up
+            looking_up.add_done_callback(lambda _: self._looking_up.pop(request.key))
+
+        await self._wait(request, deadline, asyncio.wait([looking_up]))
+        try:
+            return looking_up.result()
+        except ConfigurationError as error:
+            raise _nothing_started(copy_error(error)) from error
+
+    async def _wait(
+        self, request: StartRequest, deadline: Deadline, what: Coroutine[Any, Any, object]
+    ) -> None:
+        try:
+            async with self._lifetime.call(deadline):
+                await what
+        except DeadlinePassed:
+            timeout = deadline.timeout or 0.0
+            raise ExecutionTimeout(
+                f"the start with the key {short_repr(request.key)} is in flight in another call,"
+                f" and had no response within {timeout:g} s; this call sent nothing",
+                timeout=timeout,
+            ) from None
+        finally:
+            what.close()
+
+    def _check(self, stored: StoredStart, claim: StartClaim) -> None:
+        """Raise an error if a record stands for another start, or for one that may be lost."""
+        key = short_repr(claim.key)
+        if stored.server != claim.server:
+            raise KeyConflict(
+                f"the key {key} belongs to a start on another server, {stored.server}; nothing was"
+                " sent",
+                key=claim.key,
+            )
+
+        if differing := differences(stored.request, claim.request):
+            raise KeyConflict(
+                f"the key {key} belongs to another request, which differs in"
+                f" {', '.join(differing)}; nothing was sent",
+                key=claim.key,
+            )
+
+        if stored.state == "unknown" and not stored.replaceable:
+            raise start_unknown(
+                stored.workflow,
+                "an earlier call with this key got no response, or was killed before it recorded"
+                " one; nothing was sent now",
+                stored.token if self._is_recoverable(stored.token) else None,
+                key=claim.key,
+            )
+
+    async def _send_one(
+        self, claim: StartClaim, send: Callable[[SendHooks, str], Awaitable[T]]
+    ) -> T:
+        sending = self._sending[claim.key] = asyncio.Event()
+        try:
+            return await send(_ClaimedStart(self._store, claim, self._lifetime), claim.token)
+        finally:
+            del self._sending[claim.key]
+            sending.set()
+
+    def _patience(self) -> float:
+        return store_patience(self._request_timeout)
+
+
+def store_patience(request_timeout: float) -> float:
+    """Return for how long one call of a store may take before a start is sent.
+
+    There are two, and both together must leave most of the time to the request itself.
+    """
+    return request_timeout / 6
+
+
+def _nothing_started(error: ConfigurationError) -> ConfigurationError:
+    error.args = (f"no run was started: {error.args[0]}",)
+    return error
+
+
+@attrs.define(eq=False)
+class _ClaimedStart:
+    """The hooks of one start: they claim its key, and record or release it."""
+
+    _store: StartStore
+    _claim: StartClaim
+    _lifetime: Lifetime
+    _may_be_claimed: bool = attrs.field(init=False, default=False)
+    _closing: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
+
+    async def before_send(self) -> None:
+        self._may_be_claimed = True
+        patience = store_patience(self._claim.request_timeout)
+        try:
+            in_the_way = await self._store.claim(self._claim, patience=patience)
+        except ConfigurationError as error:
+            raise _nothing_started(error) from error.__cause__
+
+        if in_the_way is not None:
+            self._may_be_claimed = False
+            raise StartTaken
+
+    async def not_sent(self) -> None:
+        if self._may_be_claimed:
+            await self._persist(self._release)
+
+    async def ended(self, outcome: StartOutcome) -> None:
+        """Record how the start ended, and return once that is done or takes too long."""
+        if isinstance(outcome, StartResponse):
+            execution_id = outcome.execution_id
+            await self._persist(lambda: self._record(execution_id), execution_id)
+        elif isinstance(outcome, StartUnknown):
+            await self._persist(lambda: self._record(None))
+        elif self._may_be_claimed:
+            await self._persist(self._release)
+
+    async def _persist(
+        self, write: Callable[[], Awaitable[None]], execution_id: int | None = None
+    ) -> None:
+        """Write to the store, beside the caller if the store is away."""
+        writing = self._lifetime.spawn(
+            self._write(write), name="promptlayer_exec.StartRecord", cancel=self._closing.set
+        )
+        await asyncio.wait([writing], timeout=_RECORD.until_reported)
+        if not writing.done() and execution_id is not None:
+            report_unrecorded(execution_id, f"the key {self._claim.key!r}")
+
+        rest = _RECORD.until_delivered - _RECORD.until_reported
+        await asyncio.wait([writing], timeout=rest)
+
+    async def _write(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Write, again and again while the store is away; closing allows one more try."""
+        is_last = False
+        while True:
+            try:
+                await write()
+            except ConfigurationError as error:
+                if is_last:
+                    logger.error("key %.100r: %s", self._claim.key, error)
+                    return
+            else:
+                return
+
+            is_last = self._closing.is_set()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_RECORD.between_tries):
+                    await self._closing.wait()
+
+    async def _record(self, execution_id: int | None) -> None:
+        claim = self._claim
+        recorded = await self._store.record(
+            claim.key, claim.token, execution_id, patience=_RECORD.one_try
+        )
+        if not recorded and execution_id is not None:
+            logger.warning(
+                "execution %d was started for the key %.100r, which stands for another run now;"
+                " follow it by its id",
+                execution_id,
+                claim.key,
+            )
+
+    async def _release(self) -> None:
+        claim = self._claim
+        await self._store.release(claim.key, claim.token, patience=_RECORD.one_try)
+        self._may_be_claimed = False
