@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
 _KEY_VARIABLE = "PROMPTLAYER_API_KEY"
 _URL_VARIABLE = "PROMPTLAYER_BASE_URL"
-_PUSH_VARIABLE = "PROMPTLAYER_EXEC_PUSH"
-_TRUST_VARIABLE = "PROMPTLAYER_EXEC_TRUST_ENV"
-_YES = ("1", "true", "yes", "on")
-_NO = ("0", "false", "no", "off")
 
 
 def find_api_key(api_key: str | None) -> str | None:
@@ -114,22 +110,17 @@ def _matches(pattern: str, value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def _read_switch(variable: str) -> bool | None:
-    """Return what an environment variable says; None if it is not set."""
-    text = os.environ.get(variable, "").lower()
-    if text not in ("", *_YES, *_NO):
-        raise ConfigurationError(f"{variable} must be 1 or 0, got {text!r:.100}")
-    return text in _YES if text else None
-
-
-def _find_trust_env(trust_env: Any) -> Any:
-    is_off = _read_switch(_TRUST_VARIABLE) is False
-    return False if is_off and trust_env is True else trust_env
-
-
 def _find_push(push: Any) -> Any:
-    variable = _read_switch(_PUSH_VARIABLE)
-    return variable if push is None or (push is True and variable is False) else push
+    """Return the argument, else the environment variable; but the variable can turn push off."""
+    text = os.environ.get("PROMPTLAYER_EXEC_PUSH", "").lower()
+
+    if text in ("1", "true", "yes", "on"):
+        return True if push is None else push
+    if text in ("0", "false", "no", "off"):
+        return False if push is None or push is True else push
+    if text:
+        raise ConfigurationError(f"PROMPTLAYER_EXEC_PUSH must be 1 or 0, got {text!r:.100}")
+    return push
 
 
 def find_proxy(settings: Settings, base_url: str) -> str | None:
@@ -152,7 +143,7 @@ def find_proxy(settings: Settings, base_url: str) -> str | None:
     if not is_valid:  # not shown: it may have a password
         raise ConfigurationError(
             f"{url.scheme.upper()}_PROXY must be a URL like http://user:password@host:port; set"
-            f" {_TRUST_VARIABLE}=0 or pass trust_env=False to use no proxy"
+            " NO_PROXY=* or pass trust_env=False to use no proxy"
         )
     return str(parsed)
 
@@ -249,7 +240,7 @@ class Settings:
         validator=_is(bool, "None, True or False", optional=True), converter=_find_push
     )
     check_inputs: bool = attrs.field(validator=_is(bool, "True or False"))
-    trust_env: bool = attrs.field(validator=_is(bool, "True or False"), converter=_find_trust_env)
+    trust_env: bool = attrs.field(validator=_is(bool, "True or False"))
     callbacks: Callbacks | None = attrs.field(
         validator=_is(Callbacks, "a promptlayer_exec.webhooks.Callbacks", optional=True)
     )
