@@ -1,4 +1,4 @@
-"""How to install an extra. A release on an index has to change nothing else in the code."""
+"""How to install an extra. Once the package is on an index, only this module changes."""
 
 from __future__ import annotations
 
