@@ -170,7 +170,7 @@ class _Acquirable:
         ("observers", [_Acquirable().acquire], "observers must be callables that are not async"),
         ("limiter", threading.Semaphore(), "limiter must be an object with `async def acquire"),
         ("observers", print, "observers must be a list of callables, got <built-in"),
-        ("observers", "abc", "observers must be a list of callables, got 'abc'"),
+        ("observers", "abc", "observers must be callables that are not async, got 'a'"),
         ("trust_env", "no", "trust_env must be True or False, got 'no'"),
         ("push", 1, "push must be None, True or False, got 1"),
         ("check_inputs", 1, "check_inputs must be True or False, got 1"),
