@@ -144,6 +144,8 @@ def find_proxy(settings: Settings, base_url: str) -> str | None:
     try:
         parsed = URL(proxy)
         is_valid = parsed.scheme in ("http", "https") and bool(parsed.host)
+        # aiohttp encodes the password so, and its error at each request would show it.
+        (parsed.password or "").encode("latin-1")
     except ValueError:
         is_valid = False
     if not is_valid:
