@@ -1,4 +1,4 @@
-"""Checks of arguments: bad input is named before any I/O."""
+"""Checks of arguments, before any I/O. Each error names the argument."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_ID = 2**63 - 1
 
-# Names of arguments in other clients, such as the vendor's SDK and API, and what to say.
+# Names of arguments in other clients, such as the vendor's SDK and API, and the hint for each.
 _OTHER_NAMES = {
     "workflow_name": "it is workflow= here",
     "workflow_id": "it is workflow= here",
@@ -43,18 +43,15 @@ def check_execution_id(value: Any) -> int:
     package's own JSON.
     """
     if isinstance(value, str) and value.isascii() and value.isdigit():
-        value = int(value[:20])  # more digits are out of range in any case
+        value = int(value)
     return positive_int64("execution id", value, "an int or a string of its digits")
 
 
 def positive_int64(name: str, value: Any, expected: str) -> int:
     """Return an argument that must be an int from 1 to 2**63-1."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
         raise TypeError(f"{name} must be {expected}, got {value!r:.100}")
+    number = operator.index(value)
     if not 1 <= number <= MAX_ID:
         raise ValueError(f"{name} must be between 1 and 2**63-1, got {number}")
     return number
@@ -75,7 +72,7 @@ def check_count(name: str, value: Any) -> int:
 
 
 def naming_arguments(function: F) -> F:
-    """Make a function answer another client's argument names with an error that names ours."""
+    """Make a function refuse another client's argument names with an error that names ours."""
     known = function.__code__.co_varnames
 
     @wraps(function)
@@ -89,4 +86,6 @@ def naming_arguments(function: F) -> F:
     async def checked_coroutine(*args: Any, **kwargs: Any) -> Any:
         return await checked(*args, **kwargs)
 
-    return cast(F, checked_coroutine if iscoroutinefunction(function) else checked)
+    if iscoroutinefunction(function):
+        return cast(F, checked_coroutine)
+    return cast(F, checked)

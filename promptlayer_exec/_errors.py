@@ -24,7 +24,7 @@ class PromptLayerExecError(Exception):
     """
 
     advice: ClassVar[str] = ""
-    _advice_without_id: ClassVar[str | None] = None  # if it is another one
+    _advice_without_id: ClassVar[str | None] = None  # if it differs from `advice`
 
     def __init__(
         self,
@@ -42,10 +42,14 @@ class PromptLayerExecError(Exception):
         return str(self.args[0]).rstrip(" \n.!?,;:")  # often the server's own sentence
 
     def __str__(self) -> str:
-        subject, advice = f"execution {self.execution_id}: ", self.advice
-        if self.execution_id is None:
+        advice = self.advice
+        if self.execution_id is not None:
+            subject = f"execution {self.execution_id}: "
+        else:
             subject = ""
-            advice = advice if self._advice_without_id is None else self._advice_without_id
+            if self._advice_without_id is not None:
+                advice = self._advice_without_id
+
         return printable(f"{subject}{self._what()}. {advice}".rstrip())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -103,8 +107,9 @@ class RequestError(PromptLayerExecError):
         self.reason = reason
 
     def _what(self) -> str:
-        tried = "" if self.attempts == 1 else f" ({self.attempts} attempts)"
-        return f"{super()._what()}{tried}"
+        if self.attempts == 1:
+            return super()._what()
+        return f"{super()._what()} ({self.attempts} attempts)"
 
 
 class ConnectionFailed(RequestError, ConnectionError):
@@ -125,8 +130,8 @@ class InvalidResponse(RequestError):
     Attributes:
         status: the HTTP status of the response.
         excerpt: the start of the body.
-        path: the place of the mistake in the body, such as `$["Node 1"].status`; None if the body
-            is cut short or not JSON.
+        path: where the mistake is in the body, such as `$["Node 1"].status`; None if the body is
+            cut short or not JSON.
     """
 
     advice = "Check that base_url is the PromptLayer API; if it is, report the excerpt."
@@ -146,8 +151,9 @@ class InvalidResponse(RequestError):
         self.path = path
 
     def _what(self) -> str:
-        seen = f"the body starts with {self.excerpt!r}" if self.excerpt else "the body is empty"
-        return f"{super()._what()}; {seen}"
+        if self.excerpt:
+            return f"{super()._what()}; the body starts with {self.excerpt!r}"
+        return f"{super()._what()}; the body is empty"
 
 
 class ResponseTooLarge(InvalidResponse):
@@ -176,14 +182,14 @@ class FieldError:
 
 
 class StatusError(RequestError):
-    """The server answered with an error status or a redirect.
+    """The server responded with an error status or a redirect.
 
     Attributes:
         status: the HTTP status.
         message: the server's error message, or the name of the status if there is none.
-        body: the decoded JSON body, or the text of a body that is not JSON; of a body over 64 KiB,
-            the start.
-        retry_after: the seconds to wait before the next request, if the server asked for that.
+        body: the decoded JSON body, or the text of a body that is not JSON. A body over 64 KiB is
+            cut.
+        retry_after: seconds to wait before the next request, if the server asked for that.
     """
 
     advice = "Check base_url and the arguments."
@@ -259,8 +265,8 @@ class StartUnknown(PromptLayerExecError):
     Attributes:
         workflow: the name or id of the workflow.
         reason: what happened to the response.
-        callback_token: identifies the start in its callback URL, if it had one of its own; keep it
-            secret. `Session.recover` needs nothing else.
+        callback_token: identifies the start in its own callback URL, if it had one; keep it secret.
+            `Session.recover` needs nothing else.
     """
 
     advice = (
@@ -317,7 +323,7 @@ class InvalidOutput(PromptLayerExecError):
     """The output does not have the type given as `into=`.
 
     Attributes:
-        path: the place of the mismatch in the output, such as `$.items[3].price`.
+        path: where the mismatch is in the output, such as `$.items[3].price`.
         value: the output as the server sent it.
         reason: what was expected at that place.
     """

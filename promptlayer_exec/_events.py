@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from promptlayer_exec._models import Snapshot, StartRequest
 
 
-# It has no NullHandler: if logging is not set up, Python prints warnings to standard error, so that
-# outages are seen.
+# It has no NullHandler: if a program does not configure logging, Python prints warnings to standard
+# error, and its users see outages.
 logger = logging.getLogger("promptlayer_exec")
 
 
@@ -52,8 +52,8 @@ class Polled(Event):
         lateness: seconds by which the request was sent after its scheduled time, because it waited
             for a connection or the rate.
         body_bytes: the size of the body in bytes, after decompression.
-        shared: whether another process sent the request, and the `backplane` handed the answer on;
-            duration and lateness are then 0.
+        shared: whether another process sent the request, and the `backplane` passed its response
+            on; duration and lateness are then 0.
     """
 
     snapshot: Snapshot
@@ -73,7 +73,7 @@ class RequestRetried(Event):
 
 @attrs.frozen
 class Throttled(Event):
-    """The server answered 429: after a delay in seconds, the session's requests are slower."""
+    """The server responded 429: the session pauses for a delay in seconds, then sends slower."""
 
     delay: float
 
@@ -116,7 +116,7 @@ class ExecutionStarted(Event):
         abandoned: whether the caller was cancelled before the response arrived.
         duration: seconds from the call to the response, or to the callback if `recovered`.
         recovered: whether the response was lost (`StartUnknown`), and a callback to the start's own
-            URL has proved that the run started. `request` then has no inputs.
+            URL proved that the run started. `request` then has no inputs.
         base_url: the server's URL.
     """
 
@@ -131,16 +131,16 @@ class ExecutionStarted(Event):
 class StartFailed(Event):
     """A start raised an error, whether or not its caller still waited for it.
 
-    Each start emits either this or `ExecutionStarted`, once. If a callback proves later that a run
-    started all the same, an `ExecutionStarted` with `recovered` follows.
+    Each start emits either this or `ExecutionStarted`, once. If a callback proves later that the
+    run started after all, an `ExecutionStarted` with `recovered` follows.
 
     Attributes:
         request: the request that was to be sent.
         error: what was raised; a `CancelledError` if the caller was cancelled and no run
             was started.
         duration: seconds from the call to the error.
-        base_url: the server's URL; empty if the request could not be prepared, or the session not
-            be opened.
+        base_url: the server's URL; empty if the session could not prepare the request, or could
+            not be opened.
     """
 
     request: StartRequest
@@ -152,10 +152,10 @@ class StartFailed(Event):
 class Observer(Protocol):
     """A callable that receives the events of a session.
 
-    It is called in the event loop, so it must not block. All events of a watch are emitted in the
-    task of that watch, in the `contextvars` context of the call that started it; the events of a
-    start are emitted in a task of their own, in the context of the caller; only `ExecutionStarted`
-    is emitted in the caller's task, if the caller still waits.
+    The session calls it in its event loop, so it must not block. It emits all events of a watch in
+    that watch's task, in the `contextvars` context of the call that started the watch. It emits the
+    events of a start in a separate task, in the caller's context. Only `ExecutionStarted` is
+    emitted in the caller's task, if the caller still waits.
     """
 
     def __call__(self, event: Event, /) -> None:

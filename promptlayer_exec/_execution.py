@@ -24,15 +24,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LONGEST_WARNING = 1000  # in a log line
-
 
 class Execution:
     """The handle of one execution, returned by `Session.execution` and `Session.start`.
 
     All calls of `stream`, `finished_nodes`, `wait` and `output` in one session share one poller.
-    A complete snapshot does not change: once a handle has one, these calls and `snapshot` answer
-    from it, without a request. Handles are equal if they have the same session and id. An unpickled
+    A complete snapshot does not change: once a handle has one, these calls and `snapshot` return
+    it without a request. Handles are equal if they have the same session and id. An unpickled
     handle has no session, but it keeps its id.
 
     Attributes:
@@ -52,7 +50,7 @@ class Execution:
     ) -> None:
         self._session = session
         self._last: Snapshot | None = None
-        self._main_output: tuple[Any] | None = None  # as the server decided, if it was asked
+        self._main_output: tuple[Any] | None = None  # the server's decision, once it was asked
         self.id = execution_id
         self.workflow = workflow
         self.warning = warning
@@ -74,8 +72,8 @@ class Execution:
         """Yield a snapshot on every poll, the complete one last.
 
         The first snapshot is the latest available. A consumer slower than the polls gets the latest
-        and skips older ones. Wrap the generator in `contextlib.aclosing`, so that polling stops at
-        once when you stop early.
+        and skips older ones. Wrap the generator in `contextlib.aclosing`, so that polling stops
+        immediately when you stop early.
 
         Args:
             timeout: seconds from the first `anext`; `...` means the session's `wait_timeout`,
@@ -147,18 +145,21 @@ class Execution:
         value = await self._main_output_of(snapshot, deadline)
         if into is None:
             return value
+
         converter = self._require_session()._settings.converter
         return _structuring.structure_output(value, into, converter, snapshot)
 
     async def _main_output_of(self, snapshot: Snapshot, deadline: Deadline) -> Any:
-        """Return the main output; the server is asked where the snapshot does not decide."""
+        """Return the main output; asks the server if the snapshot does not decide."""
         snapshot.raise_for_failure()
         succeeded = [node for node in snapshot.output_nodes if node.succeeded]
         if len(succeeded) == 1:
             return succeeded[0].value
+
         if self._main_output is None:
             self._main_output = (await self._client().ask_main_output(snapshot, deadline),)
         (value,) = self._main_output
+
         # The server sends the node map if there is no main output.
         if not succeeded and same_json(value, snapshot.raw):
             raise ExecutionFailed(
@@ -172,6 +173,7 @@ class Execution:
     async def _completed(self, deadline: Deadline) -> Snapshot:
         if self._last is not None and self._last.complete:
             return self._last
+
         watch = self._client().watch(self.id)
         waiter = watch.join(deadline)
         try:
@@ -203,10 +205,12 @@ class Execution:
         if self._last is not None and self._last.complete:
             yield self._last
             return
+
         client = self._client()
         deadline = deadline or client.deadline(timeout)
         watch = client.watch(self.id)
         waiter = watch.join(deadline, streams=True)
+
         try:
             snapshot: Snapshot | None = None
             while snapshot is None or not snapshot.complete:
@@ -246,8 +250,9 @@ class Execution:
                 "execution %d of workflow %.100r: the server warns: %s",
                 self.id,
                 self.workflow,
-                printable(self.warning[:_LONGEST_WARNING]),
+                printable(self.warning[:1000]),
             )
+
         try:
             return await self._output(deadline, into)
         except PromptLayerExecError:  # it has the id
@@ -287,8 +292,9 @@ class Execution:
         return hash((id(self._session), self.id))
 
     def __repr__(self) -> str:
-        workflow = "" if self.workflow is None else f" of {self.workflow!r:.100}"
-        return f"<Execution {self.id}{workflow}>"
+        if self.workflow is None:
+            return f"<Execution {self.id}>"
+        return f"<Execution {self.id} of {self.workflow!r:.100}>"
 
     def __copy__(self) -> Self:
         return self

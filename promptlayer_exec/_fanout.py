@@ -1,11 +1,11 @@
-"""Many executions at once: bounded, lazy, each outcome as it arrives."""
+"""Many executions in parallel: bounded, lazy, each outcome as soon as there is one."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
-from contextlib import aclosing, nullcontext, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -81,6 +81,7 @@ def outcomes_of(
         raise TypeError(f"items must be an iterable or async iterable, not {items!r:.100}")
     if into is not None:
         _structuring.check_type(into, session._settings.converter)
+
     slots = anyio.Semaphore(check_count("max_in_flight", max_in_flight))
     return _FanOut(session, items, slots, check_timeout(timeout), into).outcomes()
 
@@ -102,7 +103,7 @@ async def collected(
 
 
 def _report_abandoned(outcome: Outcome[Any, Any]) -> None:
-    """Log a run that was or may have been started, if its outcome will not be delivered."""
+    """Log a run that was or may have been started, because nobody will get its outcome."""
     if not isinstance(outcome.item, StartRequest):
         return
     if outcome.execution is not None:
@@ -119,10 +120,17 @@ class _Item(Generic[ItemT]):
     item: ItemT
     execution: Execution | None = None
 
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The last snapshot of its execution, if there is one."""
+        if self.execution is None:
+            return None
+        return self.execution._last
+
 
 @attrs.define(eq=False)
 class _FanOut(Generic[ItemT]):
-    """One task takes items while a slot is free; each item runs in a task of its own."""
+    """One task takes items while a slot is free. Each item runs in its own task."""
 
     _session: Session
     _items: Iterable[ItemT] | AsyncIterable[ItemT]
@@ -138,11 +146,12 @@ class _FanOut(Generic[ItemT]):
     _tasks: set[asyncio.Task[Any]] = attrs.field(init=False, factory=set)
 
     async def outcomes(self) -> AsyncGenerator[Outcome[ItemT, Any], None]:
-        """Yield each outcome as it arrives; errors are those of `Session.as_completed`."""
+        """Yield each outcome as soon as there is one; raises the errors of `as_completed`."""
         lifetime = self._session._open().lifetime
         taking = lifetime.spawn(self._take(), name="promptlayer_exec.items")
         self._tasks.add(taking)
         taking.add_done_callback(self._taken)
+
         try:
             while (outcome := await self._outcomes.get()) is not None:
                 self._slots.release()
@@ -153,15 +162,17 @@ class _FanOut(Generic[ItemT]):
             await self._abandon()
 
     async def _take(self) -> None:
-        """Take items, and run each in a task of its own."""
+        """Take items, and run each in its own task."""
         async with aclosing(each(self._items)) as items:
             indexes = itertools.count()
             while True:
+                # The slot comes first: an item that cannot run yet stays in its iterable.
                 await self._slots.acquire()
                 try:
                     item = _Item(next(indexes), await anext(items))
                 except StopAsyncIteration:
                     return
+
                 task = self._session._open().lifetime.spawn(
                     self._run(item), name="promptlayer_exec.item", cancel=lambda: None
                 )
@@ -187,6 +198,7 @@ class _FanOut(Generic[ItemT]):
     def _ended(self, item: _Item[ItemT], task: asyncio.Task[Any]) -> None:
         output: Any = None
         error: Exception | None = None
+
         if task.cancelled():
             error = self._end_error(item)
         elif (failure := task.exception()) is None:
@@ -196,8 +208,8 @@ class _FanOut(Generic[ItemT]):
             if isinstance(error, Unauthorized | SessionClosed) and self._error is None:
                 self._error = copy_error(error)  # no later item could succeed
                 self._cancel()
-        snapshot = None if item.execution is None else item.execution._last
-        outcome = Outcome(item.index, item.item, item.execution, snapshot, output, error)
+
+        outcome = Outcome(item.index, item.item, item.execution, item.snapshot, output, error)
         if self._is_abandoned:
             _report_abandoned(outcome)
         else:
@@ -225,29 +237,41 @@ class _FanOut(Generic[ItemT]):
 
     def _end_error(self, item: _Item[ItemT]) -> PromptLayerExecError:
         """Return the error of an item that is cancelled because the fan-out cannot continue."""
-        if item.execution is None and not isinstance(item.item, StartRequest):
-            with suppress(TypeError, ValueError):  # it was cancelled before its first step
+        is_start = isinstance(item.item, StartRequest)
+        # The task was cancelled before its first step, which makes the handle.
+        if item.execution is None and not is_start:
+            with suppress(TypeError, ValueError):
                 item.execution = _handle(self._session, item.item)
-        cause = self._error if isinstance(self._error, PromptLayerExecError) else SessionClosed()
-        error = cast(PromptLayerExecError, copy_error(cause))
-        if isinstance(error, Unauthorized):  # its text may say that no run was started
+
+        error: PromptLayerExecError = SessionClosed()
+        if isinstance(self._error, PromptLayerExecError):
+            error = cast(PromptLayerExecError, copy_error(self._error))
+
+        # The text of the 401 is about the other item, and may say that no run was started.
+        if isinstance(error, Unauthorized):
             what = "this item was given up, because another failed"
-            if item.execution is None and isinstance(item.item, StartRequest):
+            if item.execution is None and is_start:
                 what += " (if its start was sent already, its id is in the log)"
             error.args = (f"{what}: {error.args[0]}",)
-        error.execution_id = None if item.execution is None else item.execution.id
-        error.last_snapshot = None if item.execution is None else item.execution._last
+
+        error.execution_id = None
+        if item.execution is not None:
+            error.execution_id = item.execution.id
+        error.last_snapshot = item.snapshot
         return error
 
 
 async def each(items: Iterable[ItemT] | AsyncIterable[ItemT]) -> AsyncGenerator[ItemT, None]:
-    """Yield the items of an iterable or async iterable; an async generator is closed at the end."""
+    """Yield the items of an iterable or async iterable; closes an async generator at the end."""
     if not isinstance(items, AsyncIterable):
         for item in items:
             yield item
         return
-    iterator = aiter(items)
-    async with aclosing(iterator) if isinstance(iterator, AsyncGenerator) else nullcontext():
+
+    async with AsyncExitStack() as stack:
+        iterator = aiter(items)
+        if isinstance(iterator, AsyncGenerator):
+            await stack.enter_async_context(aclosing(iterator))
         async for item in iterator:
             yield item
 
@@ -262,6 +286,7 @@ def _handle(session: Session, item: Any) -> Execution:
                 "an item must be an execution id, an Execution or a StartRequest,"
                 f" not {item!r:.100}"
             ) from None
+
     if item._session is None:  # it was unpickled
         return Execution(session, item.id, item.workflow, item.warning)
     if item._session is not session:

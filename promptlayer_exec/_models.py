@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 V = TypeVar("V")
 
-# An error names so many nodes at most: their names can be as long as a body, and a million.
-_SHOWN_NODES = 20
-
 
 @attrs.frozen(eq=False, repr=False)
 class FrozenMap(Mapping[str, V]):
@@ -42,7 +39,7 @@ class FrozenMap(Mapping[str, V]):
     def __len__(self) -> int:
         return len(self._items)
 
-    # The views of `Mapping` make a Python call for each item; those of dict do not.
+    # The views of `Mapping` make a Python call for each item, and those of dict do not.
     def keys(self) -> KeysView[str]:
         return self._items.keys()
 
@@ -113,7 +110,9 @@ class NodeChange:
 
 def frozen_map(items: Any) -> Any:
     """Return a mapping as a `FrozenMap`."""
-    return items if isinstance(items, FrozenMap) else FrozenMap(dict(items))
+    if isinstance(items, FrozenMap):
+        return items
+    return FrozenMap(dict(items))
 
 
 def _counts(nodes: Mapping[str, Node]) -> Mapping[str, int]:
@@ -177,23 +176,30 @@ class Snapshot:
 
         If no node is marked as output: whether it is complete and no node failed.
         """
+        if not self.complete:
+            return False
         outputs = self.output_nodes
         if not outputs:
-            return self.complete and not self.failed_nodes
-        return self.complete and any(node.succeeded for node in outputs)
+            return not self.failed_nodes
+        return any(node.succeeded for node in outputs)
 
     def diff(self, previous: Snapshot | None) -> tuple[NodeChange, ...]:
         """Return the nodes whose status or value changed since `previous`, in the server's order.
 
         None stands for a snapshot without nodes. A node that only `previous` has is not a change.
         """
+        earlier: Mapping[str, Node] = {}
+        if previous is not None:
+            earlier = previous.nodes
+
         changes = []
         for name, node in self.nodes.items():
-            before = previous.nodes.get(name) if previous is not None else None
+            before = earlier.get(name)
             if before is None:
                 changes.append(NodeChange(node, None))
             elif before.status != node.status or not same_json(before.value, node.value):
                 changes.append(NodeChange(node, before.status))
+
         return tuple(changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,12 +214,16 @@ class Snapshot:
             where `nodes` maps each name to `{"name", "status", "value", "error_message",
             "raw_error_message", "is_output_node", "running", "final"}`.
         """
+        succeeded = None
+        if self.complete:
+            succeeded = self.succeeded
+
         return {
             "execution_id": str(self.execution_id),
             "poll": self.poll,
             "elapsed": round(self.elapsed, 3),
             "complete": self.complete,
-            "succeeded": self.succeeded if self.complete else None,
+            "succeeded": succeeded,
             "progress": self.progress,
             "nodes": {name: node_dict(self, name) for name in self.nodes},
         }
@@ -234,15 +244,21 @@ class Snapshot:
         if not self.complete:
             raise ValueError(f"execution {self.execution_id} is not complete: it has no output yet")
         self.raise_for_failure()
+
         succeeded = [node for node in self.output_nodes if node.succeeded]
         if len(succeeded) != 1:
-            why = "several output nodes succeeded" if succeeded else "no node is marked as output"
+            why = "no node is marked as output"
+            if succeeded:
+                why = "several output nodes succeeded"
             raise ValueError(
                 f"only the server knows the output of execution {self.execution_id}, because"
                 f" {why}: use Execution.output"
             )
+
         value = succeeded[0].value
-        return value if into is None else _structuring.structure_output(value, into, None, self)
+        if into is None:
+            return value
+        return _structuring.structure_output(value, into, None, self)
 
     def _repr_html_(self) -> str:
         """Return a table of the nodes, for notebooks."""
@@ -252,25 +268,37 @@ class Snapshot:
         """Raise an `ExecutionFailed` if the execution is complete and did not succeed."""
         if not self.complete or self.succeeded:
             return
-        failed = self.failed_nodes
-        shown = failed or self.output_nodes
-        states = "; ".join(
-            f"{node.name!r:.100} {node.status:.100}"
-            + (f" ({text:.200})" if (text := error_text(node)) else "")
-            for node in shown[:_SHOWN_NODES]
-        )
-        if len(shown) > _SHOWN_NODES:
-            states += f"; and {len(shown) - _SHOWN_NODES:,} more"
-        what = "it failed" if failed else "it is complete, but no output node succeeded"
+
+        what = "it failed"
+        failed = blamed = self.failed_nodes
+        if not failed:
+            what = "it is complete, but no output node succeeded"
+            blamed = self.output_nodes
+
+        # A workflow may have any number of nodes, and an error has to stay readable.
+        most = 20
+        states = "; ".join(map(_state, blamed[:most]))
+        if len(blamed) > most:
+            states += f"; and {len(blamed) - most:,} more"
+
         raise ExecutionFailed(
             f"{what}: {states}", failed=failed, execution_id=self.execution_id, last_snapshot=self
         )
+
+
+def _state(node: Node) -> str:
+    """Return a node's name, its status and why it failed, for an error message."""
+    state = f"{node.name!r:.100} {node.status:.100}"
+    if text := error_text(node):
+        state += f" ({text:.200})"
+    return state
 
 
 def node_dict(snapshot: Snapshot, name: str) -> dict[str, Any]:
     """Return one node of a snapshot in the form of `Snapshot.to_dict`."""
     node = snapshot.nodes[name]
     times = snapshot.times.get(name, NodeTimes())
+
     return {
         "name": node.name,
         "status": str(node.status),
@@ -278,9 +306,16 @@ def node_dict(snapshot: Snapshot, name: str) -> dict[str, Any]:
         "error_message": node.error_message,
         "raw_error_message": node.raw_error_message,
         "is_output_node": node.is_output_node,
-        "running": None if times.running is None else round(times.running, 3),
-        "final": None if times.final is None else round(times.final, 3),
+        "running": _milliseconds(times.running),
+        "final": _milliseconds(times.final),
     }
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    """Return seconds rounded to milliseconds."""
+    if seconds is None:
+        return None
+    return round(seconds, 3)
 
 
 def same_json(left: Any, right: Any) -> bool:
@@ -291,26 +326,27 @@ def same_json(left: Any, right: Any) -> bool:
     # Stacks, because JSON may be nested deeper than Python can recurse.
     lefts, rights = [left], [right]
     while lefts:
-        one, other = lefts.pop(), rights.pop()
-        if one is other:
+        left, right = lefts.pop(), rights.pop()
+        if left is right:
             continue
 
-        kind = type(one)
-        if kind is not type(other):
+        kind = type(left)
+        if kind is not type(right):
             return False
 
         if kind is dict:
-            if one.keys() != other.keys():
+            if left.keys() != right.keys():
                 return False
-            lefts.extend(one.values())
-            rights.extend(map(other.__getitem__, one))
+            lefts.extend(left.values())
+            rights.extend(map(right.__getitem__, left))
         elif kind is list:
-            if len(one) != len(other):
+            if len(left) != len(right):
                 return False
-            lefts.extend(one)
-            rights.extend(other)
-        elif one != other and not (one != one and other != other):  # noqa: PLR0124 - NaN
+            lefts.extend(left)
+            rights.extend(right)
+        elif left != right and not (left != left and right != right):  # noqa: PLR0124 - NaN
             return False
+
     return True
 
 
@@ -337,7 +373,8 @@ class MainOutput:
 class StartRequest:
     """A run to start; its attributes are the arguments of `Session.start`.
 
-    Only `key` is not one of them: any value of yours to recognise the item by, which is never sent.
+    Only `key` is not one of them: it is any value that you recognise the item by, and it is never
+    sent.
     """
 
     workflow: str | int = attrs.field(repr=short_repr)

@@ -94,8 +94,8 @@ class Session:
             at once, with a warning where push cannot be used; False, never.
             `$PROMPTLAYER_EXEC_PUSH` has the default, 1 or 0; 0 wins.
         check_inputs: whether a start raises a `ValueError` if required inputs are missing.
-        trust_env: whether to use HTTP_PROXY, HTTPS_PROXY and NO_PROXY, read when the session opens;
-            `$PROMPTLAYER_EXEC_TRUST_ENV=0` turns it off. A borrowed `http` has its own setting.
+        trust_env: whether to use HTTP_PROXY, HTTPS_PROXY and NO_PROXY, read when the session opens.
+            A borrowed `http` has its own setting.
         callbacks: gives each start a callback URL of its own, so that `recover` can find it.
         backplane: shares watches, starts, wake-ups and callbacks with the sessions of other
             processes: a `promptlayer_exec.redis.RedisBackplane`.

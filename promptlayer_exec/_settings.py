@@ -28,12 +28,6 @@ if TYPE_CHECKING:
     from promptlayer_exec._backplane import Backplane
 
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
-_KEY_VARIABLE = "PROMPTLAYER_API_KEY"
-_URL_VARIABLE = "PROMPTLAYER_BASE_URL"
-_PUSH_VARIABLE = "PROMPTLAYER_EXEC_PUSH"
-_TRUST_VARIABLE = "PROMPTLAYER_EXEC_TRUST_ENV"
-_YES = ("1", "true", "yes", "on")
-_NO = ("0", "false", "no", "off")
 
 
 def find_api_key(api_key: str | None) -> str | None:
@@ -43,10 +37,11 @@ def find_api_key(api_key: str | None) -> str | None:
     """
     source = "api_key"
     if api_key is None:
-        source = _KEY_VARIABLE
-        api_key = os.environ.get(_KEY_VARIABLE) or None
+        source = "PROMPTLAYER_API_KEY"
+        api_key = os.environ.get(source) or None
     if api_key is None:
         return None
+
     if not _matches(r"[\x21-\x7e]+", api_key):
         raise ConfigurationError(
             f"{source} must be a non-empty string of visible ASCII characters: "
@@ -62,31 +57,35 @@ def find_base_url(base_url: str | None) -> str:
     """
     source = "base_url"
     if base_url is None:
-        source = _URL_VARIABLE
-        base_url = os.environ.get(_URL_VARIABLE) or DEFAULT_BASE_URL
+        source = "PROMPTLAYER_BASE_URL"
+        base_url = os.environ.get(source) or DEFAULT_BASE_URL
+
     if not _matches(r"[^\s\x00-\x20\x7f]+", base_url):
         raise ConfigurationError(f"{source} must be a URL without white space or line breaks")
     try:
         url = URL(base_url)
         port_is_valid = url.port is not None
-        # `host` raises if the name cannot be decoded. Name resolution encodes the other form.
+        # `host` raises if the name cannot be decoded. Name resolution encodes `raw_host`.
         if url.host and url.raw_host:
             url.raw_host.encode("idna")
     except ValueError:
         # The cause would show the URL, with any password.
         raise ConfigurationError(f"{source} must be a valid URL") from None
+
     if url.raw_user is not None or url.raw_password is not None:
         raise ConfigurationError(f"{source} must not contain a user name or password")
     if url.scheme not in ("http", "https") or not url.host or not port_is_valid:
         raise ConfigurationError(
             f"{source} must be an http:// or https:// URL with a host, got {base_url!r}"
         )
+    # aiohttp would refuse `127.1` at each request, and blame the URL of a proxy.
     if _matches(r"[\d.]+", url.host) and _ip_address(url.host) is None:
-        raise ConfigurationError(  # aiohttp would refuse it at each request
+        raise ConfigurationError(
             f"{source} must have the name or the complete IP address of a host, got {base_url!r}"
         )
     if url.raw_query_string or url.raw_fragment:
         raise ConfigurationError(f"{source} must not have a query or fragment, got {base_url!r}")
+
     return str(url).rstrip("/")
 
 
@@ -114,22 +113,17 @@ def _matches(pattern: str, value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def _read_switch(variable: str) -> bool | None:
-    """Return what an environment variable says; None if it is not set."""
-    text = os.environ.get(variable, "").lower()
-    if text not in ("", *_YES, *_NO):
-        raise ConfigurationError(f"{variable} must be 1 or 0, got {text!r:.100}")
-    return text in _YES if text else None
-
-
-def _find_trust_env(trust_env: Any) -> Any:
-    is_off = _read_switch(_TRUST_VARIABLE) is False
-    return False if is_off and trust_env is True else trust_env
-
-
 def _find_push(push: Any) -> Any:
-    variable = _read_switch(_PUSH_VARIABLE)
-    return variable if push is None or (push is True and variable is False) else push
+    """Return the argument, else the environment variable; but the variable can turn push off."""
+    text = os.environ.get("PROMPTLAYER_EXEC_PUSH", "").lower()
+
+    if text in ("1", "true", "yes", "on"):
+        return True if push is None else push
+    if text in ("0", "false", "no", "off"):
+        return False if push is None or push is True else push
+    if text:
+        raise ConfigurationError(f"PROMPTLAYER_EXEC_PUSH must be 1 or 0, got {text!r:.100}")
+    return push
 
 
 def find_proxy(settings: Settings, base_url: str) -> str | None:
@@ -140,20 +134,27 @@ def find_proxy(settings: Settings, base_url: str) -> str | None:
     url = URL(base_url)
     if not settings.trust_env or _is_loopback(url.host or ""):
         return None
+
     proxy = getproxies().get(url.scheme)
     if not proxy or proxy_bypass(f"{url.host}:{url.port}"):
         return None
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
+
     try:
-        parsed = URL(proxy if "://" in proxy else f"http://{proxy}")
+        parsed = URL(proxy)
         is_valid = parsed.scheme in ("http", "https") and bool(parsed.host)
-        (parsed.password or "").encode("latin-1")  # as aiohttp does
+        # aiohttp encodes the password so, and its error at each request would show it.
+        (parsed.password or "").encode("latin-1")
     except ValueError:
         is_valid = False
-    if not is_valid:  # not shown: it may have a password
+    if not is_valid:
+        # The error does not show the URL, which may contain a password.
         raise ConfigurationError(
             f"{url.scheme.upper()}_PROXY must be a URL like http://user:password@host:port; set"
-            f" {_TRUST_VARIABLE}=0 or pass trust_env=False to use no proxy"
+            " NO_PROXY=* or pass trust_env=False to use no proxy"
         )
+
     return str(parsed)
 
 
@@ -182,11 +183,6 @@ def _is_http(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None:
     import aiohttp  # noqa: PLC0415 - slow: otherwise, the session imports it when it opens
 
     _is(aiohttp.ClientSession, "an aiohttp.ClientSession")(owner, setting, value)
-    if "Expect" in value.headers:
-        raise ConfigurationError(
-            "http= must not have the header Expect: the server would read a start's headers"
-            " before its body is sent, and it would not be known whether the run started"
-        )
 
 
 def _seconds(_: Any, setting: attrs.Attribute[Any], value: Any) -> None:
@@ -195,7 +191,9 @@ def _seconds(_: Any, setting: attrs.Attribute[Any], value: Any) -> None:
 
 
 def _none_if_infinite(timeout: float | None) -> float | None:
-    return None if timeout == math.inf else timeout
+    if timeout == math.inf:
+        return None
+    return timeout
 
 
 def _count(_: Any, setting: attrs.Attribute[Any], value: Any) -> None:
@@ -212,7 +210,7 @@ def _acquirable(_: Any, __: Any, value: Any) -> None:
 
 
 def _callables(_: Any, __: Any, value: Any) -> None:
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if not isinstance(value, Sequence):
         raise ConfigurationError(f"observers must be a list of callables, got {value!r:.100}")
     for observer in value:
         if not callable(observer) or iscoroutinefunction(observer):
@@ -225,7 +223,7 @@ def _callables(_: Any, __: Any, value: Any) -> None:
 class Settings:
     """The checked settings of a session; `Session` documents them."""
 
-    # Both are read again on opening: the environment may be set after the session was created.
+    # The session reads both again on opening: a program may set its environment after creating one.
     api_key: str | None = attrs.field(repr=False)
     base_url: str | None
     poll: PollPolicy = attrs.field(
@@ -249,7 +247,7 @@ class Settings:
         validator=_is(bool, "None, True or False", optional=True), converter=_find_push
     )
     check_inputs: bool = attrs.field(validator=_is(bool, "True or False"))
-    trust_env: bool = attrs.field(validator=_is(bool, "True or False"), converter=_find_trust_env)
+    trust_env: bool = attrs.field(validator=_is(bool, "True or False"))
     callbacks: Callbacks | None = attrs.field(
         validator=_is(Callbacks, "a promptlayer_exec.webhooks.Callbacks", optional=True)
     )

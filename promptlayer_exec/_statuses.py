@@ -1,4 +1,4 @@
-"""The statuses of a node in one table, which models, notebook, terminal and page read."""
+"""The one table of a node's statuses, for models, notebooks, the terminal and the viewer."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class StatusEntry:
     mark: str
     colour: str  # of the mark in a notebook; it suits light and dark pages
     style: str  # of the name in a terminal, as rich spells it
-    rank: int  # where not all nodes can be shown, those of rank 0 come first
+    rank: int  # if not all nodes fit, those of rank 0 come first
 
 
-# The page has its own icons, in index.html, and its own colours, in its style sheets.
+# The viewer's page has its own icons (index.html) and colours (style sheets).
 STATUS_TABLE: Mapping[str, StatusEntry] = {
     NodeStatus.QUEUED: StatusEntry(False, "○", "#8a8a8a", "dim", 3),
     NodeStatus.RUNNING: StatusEntry(False, "●", "#3b82d6", "yellow", 1),
@@ -42,7 +42,7 @@ STATUS_TABLE: Mapping[str, StatusEntry] = {
 UNKNOWN_STATUS = StatusEntry(False, "?", "#c27d0e", "magenta", 1)
 
 FINAL = tuple(status for status, entry in STATUS_TABLE.items() if entry.final)
-# PromptLayer has documented FAILED as FAILURE, too.
+# PromptLayer has documented FAILED as FAILURE as well.
 STATUSES: Mapping[str, NodeStatus] = {**NodeStatus.__members__, "FAILURE": NodeStatus.FAILED}
 
 

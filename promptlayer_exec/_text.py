@@ -1,4 +1,4 @@
-"""Values in words, as short reprs and as JSON for people: short, whatever a server puts in them."""
+"""Short texts for people: reprs, kinds of values, indented JSON, and nothing unprintable."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from types import NoneType
 from typing import Any
 from unicodedata import category
 
-LONGEST = 80
-_MOST_STATUSES = 8
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel = 3
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = LONGEST
+_short = reprlib.Repr()
+_short.maxlevel = 3
+_short.maxstring = _short.maxother = _short.maxlong = 80
 
 
 def short_repr(value: Any) -> str:
     """Return the repr of a value in at most 80 characters, with the keys of dicts sorted."""
-    text = _SHORT.repr(value)
-    half = (LONGEST - 3) // 2
-    return text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}"
+    text = _short.repr(value)
+    if len(text) > 80:
+        text = f"{text[:38]}...{text[-38:]}"
+    return text
 
 
 def counts_repr(counts: Mapping[str, int]) -> str:
     """Return the number of nodes with each status, such as `<3 SUCCESS, 1 RUNNING>`."""
-    shown = [f"{count} {status!s:.40}" for status, count in islice(counts.items(), _MOST_STATUSES)]
-    if len(counts) > _MOST_STATUSES:
+    # There are five known statuses; a server may send any number of others.
+    most = 8
+    shown = [f"{count} {status!s:.40}" for status, count in islice(counts.items(), most)]
+    if len(counts) > most:
         shown.append("...")
     return f"<{', '.join(shown) or 'no nodes'}>"
 
@@ -49,22 +48,25 @@ JSON_KINDS: dict[type, str] = {
 def json_kind(value: Any) -> str:
     """Return the kind of a value in words for an error message, such as "null" or "a datetime"."""
     if isinstance(value, bool):
-        return "true" if value else "false"
+        return str(value).lower()
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if type(value) in JSON_KINDS:
+        return JSON_KINDS[type(value)]
+
     name = type(value).__name__
-    article = "an" if name[0] in "AEIOUaeiou" else "a"
-    return JSON_KINDS.get(type(value), f"{article} {name}")
-
-
-_LONGEST_TO_INDENT = 1_000_000
+    if name[0] in "AEIOUaeiou":
+        return f"an {name}"
+    return f"a {name}"
 
 
 def indented(value: Any) -> str:
-    """Return a value as JSON to be read by people; on one line if it is very long or deep."""
+    """Return a value as JSON for people; on one line if it is very long or deep."""
     compact = json.dumps(value, ensure_ascii=False)
+
+    # Indenting is slow, and recursive in Python: a megabyte takes a noticeable time.
     with suppress(RecursionError):
-        if len(compact) <= _LONGEST_TO_INDENT:
+        if len(compact) <= 1_000_000:
             return json.dumps(value, ensure_ascii=False, indent=2)
     return compact
 
@@ -73,9 +75,11 @@ def printable(text: str, *, keep: str = "") -> str:
     """Escape what does not print, such as control characters that could steer a terminal."""
     if text.isprintable():
         return text
-    return "".join(
-        char
-        if char.isprintable() or char in keep or category(char) == "Zs"  # spaces of all kinds
-        else char.encode("unicode_escape").decode()
-        for char in text
-    )
+
+    characters = []
+    for character in text:
+        if character.isprintable() or character in keep or category(character) == "Zs":  # a space
+            characters.append(character)
+        else:
+            characters.append(character.encode("unicode_escape").decode())
+    return "".join(characters)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from itertools import islice
 from typing import Any
 
 import attrs
@@ -13,10 +12,6 @@ from promptlayer_exec import _structuring
 from promptlayer_exec._display import workflow_html
 from promptlayer_exec._models import FrozenMap, frozen_map
 from promptlayer_exec._text import printable
-
-_MOST_NAMED = 20  # unknown inputs in an error
-_MOST_COMPARED = 200  # names; a definition may have any number, of any length
-_LONGEST_COMPARED = 50  # characters
 
 
 @attrs.frozen
@@ -95,22 +90,27 @@ class Workflow:
 
         position = {name: index for index, name in enumerate(self.nodes)}
         graph = {
-            name: [it for it in node.dependencies if it in position]
+            name: [source for source in node.dependencies if source in position]
             for name, node in self.nodes.items()
         }
         for edge in self.edges:
             if edge.source in position and edge.target in position:
                 graph[edge.target].append(edge.source)
+
         sorter = TopologicalSorter(graph)
-        with suppress(CycleError):  # it can be used up to the cycle all the same
+        with suppress(CycleError):  # the sorter still yields the nodes before the cycle
             sorter.prepare()
+
         layers = []
         while ready := sorter.get_ready():
             layers.append(tuple(sorted(ready, key=position.__getitem__)))
             sorter.done(*ready)
+
         sorted_names = {name for layer in layers for name in layer}
         rest = tuple(name for name in self.nodes if name not in sorted_names)
-        return (*layers, rest) if rest else tuple(layers)
+        if rest:
+            layers.append(rest)
+        return tuple(layers)
 
     def check_inputs(self, inputs: Any) -> None:
         """Check that all required inputs are there; others are allowed, and types are not checked.
@@ -127,22 +127,30 @@ class Workflow:
             return
         given = _names({} if inputs is None else inputs)
         missing = {name: kind for name, kind in self.required_inputs.items() if name not in given}
-        if missing:
-            named = ", ".join(f"{name!r} ({kind})" for name, kind in missing.items())
-            s, are = ("s", "are") if len(missing) > 1 else ("", "is")
-            what = f"workflow {self.name!r:.100} needs the input{s} {named}, which {are} missing"
-            if unknown := sorted(given - self.required_inputs.keys()):
-                more = f" and {len(unknown) - _MOST_NAMED} more" * (len(unknown) > _MOST_NAMED)
-                guesses = ", ".join(_guesses(unknown[:_MOST_NAMED], missing))
-                what += f"; it does not require {guesses}{more}"
-            raise ValueError(printable(what))
+        if not missing:
+            return
+
+        named = ", ".join(f"{name!r} ({kind})" for name, kind in missing.items())
+        what = f"workflow {self.name!r:.100} needs the input {named}, which is missing"
+        if len(missing) > 1:
+            what = f"workflow {self.name!r:.100} needs the inputs {named}, which are missing"
+
+        if unknown := sorted(given - self.required_inputs.keys()):
+            # A row of a table may have many more columns than the workflow has inputs.
+            most = 20
+            what += f"; it does not require {', '.join(_guesses(unknown[:most], missing))}"
+            if len(unknown) > most:
+                what += f" and {len(unknown) - most} more"
+        raise ValueError(printable(what))
 
     def _repr_html_(self) -> str:
         """Return the required inputs and the graph, for notebooks."""
         return workflow_html(self)
 
     def __repr__(self) -> str:
-        version = "" if self.version is None else f" version {self.version}"
+        version = ""
+        if self.version is not None:
+            version = f" version {self.version}"
         return f"<Workflow {self.id} {self.name!r:.100}{version}, {len(self.nodes)} nodes>"
 
 
@@ -153,19 +161,20 @@ def _names(inputs: Any) -> set[str]:
 
 
 def _guesses(given: Iterable[str], missing: Iterable[str]) -> list[str]:
-    """Return each given name, and the missing one that it resembles, if any."""
-    found = [(name, near(name, missing, 1)) for name in given]
-    found.sort(key=lambda it: not it[1])  # those that were probably meant come first
-    return [
-        f"{name:.100} (did you mean {likely[0]!r:.100}?)" if likely else f"{name:.100}"
-        for name, likely in found
-    ]
+    """Return each given name, with the missing one that it resembles; those with one come first."""
+    misspelt, others = [], []
+    for name in given:
+        if likely := near(name, missing, 1):
+            misspelt.append(f"{name:.100} (did you mean {likely[0]!r:.100}?)")
+        else:
+            others.append(f"{name:.100}")
+    return misspelt + others
 
 
 def near(name: str, known: Iterable[str], most: int) -> list[str]:
-    """Return the names that this one resembles in their beginnings, of the first 200."""
+    """Return up to `most` of the known names that resemble a name, ignoring case."""
     from difflib import get_close_matches  # noqa: PLC0415 - rarely needed
 
-    folded = {it[:_LONGEST_COMPARED].casefold(): it for it in islice(known, _MOST_COMPARED)}
-    close = get_close_matches(name[:_LONGEST_COMPARED].casefold(), folded, n=most)
-    return [folded[it] for it in close]
+    folded = {candidate.casefold(): candidate for candidate in known}
+    close = get_close_matches(name.casefold(), folded, n=most)
+    return [folded[match] for match in close]

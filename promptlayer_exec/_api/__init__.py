@@ -1,1 +1,1 @@
-"""What is asked of the server and what it answers, as plain data: no I/O."""
+"""Requests to the server and its responses, as plain data without I/O."""

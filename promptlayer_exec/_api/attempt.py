@@ -1,4 +1,4 @@
-"""The interface of `_engine` and `_http`: one attempt, and a start, sent at most once."""
+"""The interface between `_engine` and `_http`: one attempt to send a request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AtMostOnce(Protocol):
 
     @property
     def secret(self) -> str | None:
-        """The part of its body that no error and no log line may show."""
+        """The part of its body that errors and log lines must not show."""
 
     @property
     def sent(self) -> bool:
@@ -28,13 +28,13 @@ class AtMostOnce(Protocol):
         """Whether it must no longer be sent."""
 
     async def before_send(self) -> None:
-        """Wait for permission to send; the connection is made, and the rate allows the request."""
+        """Wait for permission to send, once connected and once the rate allows the request."""
 
     async def not_sent(self) -> None:
         """Handle an attempt that started nothing, before the next one."""
 
     def mark_sent(self) -> None:
-        """Record that it is about to be sent; raises `OSError` if it must not be sent."""
+        """Record that it is about to be sent, or raise an `OSError` if it must not be."""
 
     def mark_rejected(self) -> None:
         """Record that the server refused the request or the TLS handshake, and started nothing."""
@@ -47,8 +47,8 @@ class Attempt:
     due: float  # on the event loop's clock
     priority: bool = False  # before ordinary requests, as a poll after a wake-up
     start: AtMostOnce | None = None  # which must not be sent twice
-    # A request of push or for a definition. It has priority, and connections that no other kind of
-    # request uses: while there is no response to it, nothing else waits for it.
+    # A request of push or for a definition. It has priority and its own connections, so that no
+    # other kind of request waits while its response is late.
     is_control: bool = False
 
 

@@ -1,7 +1,7 @@
 """Building the requests for workflows and reading their responses, without I/O.
 
-Every documented shape is read: the one of the reference, that of its example, which has
-`version_number`, and that of a development server, which has `workflow` with an object in it.
+They read every documented shape: the reference's, its example's (`version_number`), and that of a
+development server (an object in `workflow`).
 
 https://docs.promptlayer.com/reference/get-workflow
 https://docs.promptlayer.com/reference/list-workflows
@@ -11,21 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import attrs
 from cattrs import override
 
 from promptlayer_exec._api.messages import Request, Response, decode, invalid_shape
-from promptlayer_exec._api.runs import path_segment, percent_encoded, version_selection
+from promptlayer_exec._api.runs import path_segment, version_selection
 from promptlayer_exec._api.status import check_status
 from promptlayer_exec._api.structuring import documented, structured
 from promptlayer_exec._arguments import optional_str
 from promptlayer_exec._structuring._mismatch import exact
 from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
-
-_SORT_KEYS = ("created_at", "updated_at", "name", "id")
-_SORT_ORDERS = ("asc", "desc")
-_PAGE_SIZE = 100  # the most that the server allows
 
 
 def workflow_request(workflow: Any, label: Any, version: Any) -> Request:
@@ -39,14 +36,11 @@ def workflows_filter(
     sort_by: Any, sort_order: Any, external_source: Any, external_id: Any
 ) -> dict[str, str | None]:
     """Return the checked parameters of a list of workflows."""
-    for name, value, known in (
-        ("sort_by", sort_by, _SORT_KEYS),
-        ("sort_order", sort_order, _SORT_ORDERS),
-    ):
-        if value is not None and value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r:.100}")
+    _check_choice("sort_by", sort_by, ("created_at", "updated_at", "name", "id"))
+    _check_choice("sort_order", sort_order, ("asc", "desc"))
     if (external_source is None) != (external_id is None):
         raise ValueError("pass external_source and external_id together")
+
     return {
         "sort_by": sort_by,
         "sort_order": sort_order,
@@ -55,15 +49,22 @@ def workflows_filter(
     }
 
 
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.100}")
+
+
 def workflows_request(page: int, parameters: Mapping[str, str | None]) -> Request:
-    query = _query(page=page, per_page=_PAGE_SIZE, **parameters)
+    # The server allows at most 100 workflows a page.
+    query = _query(page=page, per_page=100, **parameters)
     return Request("GET", f"/workflows{query}")
 
 
 def _query(**parameters: Any) -> str:
     given = {name: value for name, value in parameters.items() if value is not None}
-    query = "&".join(f"{name}={percent_encoded(name, str(value))}" for name, value in given.items())
-    return f"?{query}" if query else ""
+    if not given:
+        return ""
+    return "?" + urlencode(given, quote_via=quote)
 
 
 @attrs.frozen
@@ -76,7 +77,7 @@ class _Names:
 
 @attrs.frozen
 class _Definition:
-    """The body of one version of a workflow; a server sends some of the fields."""
+    """The body of one version of a workflow; a server sends only some of these fields."""
 
     workflow_id: int | None = None
     workflow_name: str | None = None
@@ -120,18 +121,16 @@ def read_workflow(response: Response) -> Workflow:
     check_status(response)
     raw = decode(response)
     body = structured(response, raw, _Definition)
-    workflow_id, name = body.workflow_id, body.workflow_name
-    if workflow_id is None or name is None:
-        if body.workflow is None:
-            lacking = "workflow_id" if workflow_id is None else "workflow_name"
-            invalid_shape(response, f"$.{lacking}", "is missing")
-        inner = structured(response, body.workflow, _Names, "workflow")
-        workflow_id = inner.id if workflow_id is None else workflow_id
-        name = inner.name if name is None else name
+
+    names = _names(response, body)
+    version = body.version
+    if version is None:
+        version = body.version_number
+
     return Workflow(
-        id=workflow_id,
-        name=name,
-        version=body.version_number if body.version is None else body.version,
+        id=names.id,
+        name=names.name,
+        version=version,
         labels=body.release_labels,
         required_inputs=body.required_input_variables,
         nodes=_nodes(body),
@@ -140,15 +139,37 @@ def read_workflow(response: Response) -> Workflow:
     )
 
 
+def _names(response: Response, body: _Definition) -> _Names:
+    workflow_id, name = body.workflow_id, body.workflow_name
+    if workflow_id is not None and name is not None:
+        return _Names(workflow_id, name)
+
+    if body.workflow is None:
+        lacking = "workflow_name"
+        if workflow_id is None:
+            lacking = "workflow_id"
+        invalid_shape(response, f"$.{lacking}", "is missing")
+
+    inner = structured(response, body.workflow, _Names, "workflow")
+    if workflow_id is None:
+        workflow_id = inner.id
+    if name is None:
+        name = inner.name
+    return _Names(workflow_id, name)
+
+
 def _nodes(body: _Definition) -> dict[str, WorkflowNode]:
+    """Return the nodes by name; their dependencies include the sources of their edges."""
     nodes = {node.name: node for node in body.nodes}
+
     # Dicts, because they are ordered sets.
     dependencies = {name: dict.fromkeys(node.dependencies) for name, node in nodes.items()}
     for edge in body.edges:
         if edge.target in dependencies:
             dependencies[edge.target][edge.source] = None
+
     return {
-        name: attrs.evolve(node, dependencies=tuple(it for it in dependencies[name] if it in nodes))
+        name: attrs.evolve(node, dependencies=tuple(filter(nodes.__contains__, dependencies[name])))
         for name, node in nodes.items()
     }
 
@@ -160,5 +181,11 @@ class WorkflowsPage:
         check_status(response)
         body = structured(response, decode(response), _Page)
         self.summaries = body.items
-        has_next = page < body.pages if body.has_next is None else body.has_next
-        self.following = page + 1 if has_next else None
+
+        has_next = body.has_next
+        if has_next is None:
+            has_next = page < body.pages
+
+        self.following: int | None = None
+        if has_next:
+            self.following = page + 1

@@ -16,11 +16,6 @@ from promptlayer_exec._errors import InvalidResponse
 
 T = TypeVar("T")
 
-_EXCERPT = 200
-# Bounds the memory of a decoded body: at most one value per this many bytes of the limit.
-_BYTES_PER_VALUE = 64
-_NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
-
 
 @attrs.frozen
 class Request:
@@ -37,7 +32,7 @@ class Request:
 
 @attrs.define
 class Response:
-    """A response of the server; the body is decompressed, and `retry_after` in seconds."""
+    """A response of the server, with its body decompressed and `retry_after` in seconds."""
 
     status: int
     body: bytes
@@ -49,8 +44,8 @@ class Response:
 class Reply(Generic[T]):
     """The value of a successful response, with the measurements of `Polled`.
 
-    `sent_at` is when the rate allowed the request, on the event loop's clock. A `shared` one is an
-    answer to another process.
+    `sent_at` is when the rate allowed the request, on the event loop's clock. A `shared` reply is
+    from another process, which sent the request.
     """
 
     value: T
@@ -68,14 +63,13 @@ def decode(response: Response) -> Any:
         return loads(response.body)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         what = f"the {response.status} response is not JSON ({error})"
-        if isinstance(error, json.JSONDecodeError):
-            error.doc = ""  # it is the whole body, at up to four bytes per character
         raise invalid(response, what, reason=str(error)) from error
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
         invalid_shape(response, "$", f"the JSON cannot be read ({error})", error)
 
 
 def is_object(body: bytes) -> bool:
+    """Return whether a body is a JSON object."""
     try:
         return isinstance(loads(body), dict)
     except (ValueError, RecursionError):
@@ -84,13 +78,15 @@ def is_object(body: bytes) -> bool:
 
 def oversize_reason(body: bytes, limit: int) -> str:
     """Return how a JSON body exceeds a limit in bytes, in words; empty if it does not."""
-    # A decoded body takes up to fifty times its size, so one under a sixth of the limit takes less
-    # than nine times the limit, and is not counted.
+    # A decoded body takes up to fifty times its size. One under a sixth of the limit takes less
+    # than nine times the limit, so its values are not counted.
     if len(body) <= limit // 6:
         return ""
     if len(body) > limit:
         return f"is larger than {limit} bytes"
-    values = max(limit // _BYTES_PER_VALUE, 1000)
+
+    # With one value per 64 bytes of the limit, a decoded body takes about 20 times the limit.
+    values = max(limit // 64, 1000)
     if sum(map(body.count, (b",", b"[", b"{"))) > values:
         return f"holds more than {values:,} values, the most for {limit} bytes"
     return ""
@@ -105,11 +101,13 @@ def invalid_shape(
 
 
 def invalid(response: Response, what: str, **fields: Any) -> InvalidResponse:
+    """Return an `InvalidResponse` with the start of the body."""
     return InvalidResponse(what, status=response.status, excerpt=excerpt(response.body), **fields)
 
 
 def excerpt(body: bytes) -> str:
-    return body[:_EXCERPT].decode("utf-8", "replace")
+    """Return the start of a body, for an error."""
+    return body[:200].decode("utf-8", "replace")
 
 
 def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
@@ -122,18 +120,26 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
     milliseconds = headers.get("retry-after-ms")
     if milliseconds and (number := _number(milliseconds)) is not None:
         return number / 1000
-    if not (value := headers.get("Retry-After")):
+
+    value = headers.get("Retry-After")
+    if not value:
         return None
     if (seconds := _number(value)) is not None:
         return seconds
+
     try:
         date = parsedate_to_datetime(value)
-        at = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+        if date.tzinfo is None:
+            date = date.replace(tzinfo=UTC)
+        at = date.timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
     return max(at - now, 0.0)
 
 
 def _number(value: str) -> float | None:
-    value = value.strip()  # `float` does not strip all the white space that this does
-    return float(value) if _NUMBER.fullmatch(value) else None
+    """Return a decimal number, or None for what else `float` reads, such as `nan` and `1e9`."""
+    value = value.strip()
+    if re.fullmatch(r"\d+(\.\d*)?|\.\d+", value, re.ASCII):
+        return float(value)
+    return None

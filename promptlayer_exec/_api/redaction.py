@@ -6,9 +6,6 @@ import re
 
 import attrs
 
-# A shorter secret is a test's, and may be a word of ordinary messages.
-_LEAST_LENGTH = 6
-
 # The user and the password in a URL, such as that of a proxy, or in the quoted part of one.
 CREDENTIALS = re.compile(r"(?<=[/'])[^/\s@']*@")
 
@@ -20,11 +17,15 @@ class Redactor:
     _secrets: tuple[str, ...] = attrs.field(repr=False)
 
     def also(self, secret: str | None) -> Redactor:
-        return self if secret is None else Redactor((*self._secrets, secret))
+        """Return a redactor that replaces one more secret."""
+        if secret is None:
+            return self
+        return Redactor((*self._secrets, secret))
 
     def redact(self, text: str) -> str:
         for secret in self._secrets:
-            if len(secret) >= _LEAST_LENGTH:
+            # A shorter one is a test's, and may be a word of ordinary messages.
+            if len(secret) >= 6:
                 text = text.replace(secret, "***")
         return text
 

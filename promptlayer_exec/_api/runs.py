@@ -32,13 +32,11 @@ from promptlayer_exec._structuring._mismatch import exact
 from promptlayer_exec._text import json_kind
 
 _ID_FIELD = "workflow_version_execution_id"
-_REPORTED_AT_MOST = 100
-_LONGEST_STATUS = 100
 
 
 def results_request(execution_id: int, *, return_all_outputs: bool) -> Request:
     """Return the request for all nodes of an execution, or for its main output alone."""
-    flag = "true" if return_all_outputs else "false"
+    flag = str(return_all_outputs).lower()
     return Request(
         "GET",
         f"/workflow-version-execution-results?{_ID_FIELD}={execution_id}&return_all_outputs={flag}",
@@ -51,22 +49,26 @@ def run_request(
 ) -> Request:
     """Return the request that starts a run with `inputs`, plain JSON values, not `start.inputs`.
 
-    The completion of a run with a `channel_suffix` is pushed to the channel of that suffix.
+    PromptLayer pushes the completion of a run with a `channel_suffix` to the channel of that
+    suffix.
 
-    All other fields of `start` are checked; raises `TypeError` or `ValueError`.
+    Checks all other fields of `start`, and raises `TypeError` or `ValueError`.
     """
     label, version = version_selection(start.label, start.version)
     callback_url = optional_str("callback_url", start.callback_url)
-    body = {
+
+    body: dict[str, Any] = {
         "input_variables": inputs,
         "metadata": _metadata(start.metadata),
         "workflow_label_name": label,
         "workflow_version_number": version,
         "callback_url": callback_url,
-        # The documented callback is that of such a start: it has the node map.
-        "return_all_outputs": None if callback_url is None else True,
         "channel_name_suffix": channel_suffix,
     }
+    if callback_url is not None:
+        # The documented callback, with the node map, is that of such a start.
+        body["return_all_outputs"] = True
+
     given = {name: value for name, value in body.items() if value is not None}
     return Request(
         "POST",
@@ -79,16 +81,9 @@ def version_selection(label: Any, version: Any) -> tuple[str | None, int | None]
     """Return the checked label or version that selects one version of a workflow."""
     if label is not None and version is not None:
         raise ValueError("pass either label or version, not both")
-    version = None if version is None else positive_int64("version", version, "an int")
+    if version is not None:
+        version = positive_int64("version", version, "an int")
     return optional_str("label", label), version
-
-
-def percent_encoded(name: str, text: str) -> str:
-    """Return a text percent-encoded as a whole; `name` is for the error."""
-    try:
-        return quote(text, safe="")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} must be valid Unicode text, got {text!r:.100}") from error
 
 
 def path_segment(workflow: Any) -> str:
@@ -97,9 +92,11 @@ def path_segment(workflow: Any) -> str:
         return str(positive_int64("workflow", workflow, "a name or an int id"))
     if not workflow:
         raise ValueError("workflow name must not be empty")
-    segment = percent_encoded("workflow", workflow)
-    # Many servers resolve a segment of dots as a relative path, some even if it is encoded.
-    return segment.replace(".", "%2E") if set(segment) == {"."} else segment
+    segment = quote(workflow, safe="")
+    # Many servers resolve a segment of dots as a relative path.
+    if set(segment) == {"."}:
+        return segment.replace(".", "%2E")
+    return segment
 
 
 def _metadata(metadata: Any) -> dict[str, str] | None:
@@ -107,6 +104,7 @@ def _metadata(metadata: Any) -> dict[str, str] | None:
         return None
     if not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must map str to str, got {metadata!r:.100}")
+
     for name, value in metadata.items():
         if not isinstance(name, str):
             raise TypeError(f"metadata must map str to str, got the key {name!r:.100}")
@@ -130,8 +128,9 @@ def _read_id(value: Any, _: Any) -> int:
 
 
 def _read_warning(value: Any, _: Any) -> str | None:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text or None
+    if not isinstance(value, str):
+        value = json.dumps(value)
+    return value or None
 
 
 def _read_status(value: Any, _: Any) -> str:
@@ -176,42 +175,46 @@ class NodeMapReader:
         """
         if before is not None and before.source == (response.status, response.body):
             return before
+
         check_status(response)
         raw = decode(response)
         if not isinstance(raw, dict):
             invalid_shape(response, "$", f"expected an object of nodes, got {json_kind(raw)}")
+
         changed = raw
         if before is not None:
-            changed = {name: it for name, it in raw.items() if not _is_unchanged(before, name, it)}
+            changed = {
+                name: body
+                for name, body in raw.items()
+                if name not in before.raw or not same_json(before.raw[name], body)
+            }
+
         nodes = {}
         for name, body in changed.items():
-            named = {**body, "name": name} if isinstance(body, dict) else body
+            named = body
+            if isinstance(body, dict):
+                named = {**body, "name": name}
             nodes[name] = node = structured(response, named, Node, name)
             if node.status not in STATUSES:
                 self._report(execution_id, node)
+
+        # Snapshots share the unchanged nodes, so that a watch does not keep each body in memory.
         if before is not None:
             raw.update({name: before.raw[name] for name in raw if name not in changed})
             nodes = {name: nodes.get(name) or before.nodes[name] for name in raw}
-        return NodeMap(
-            response.status == 200, FrozenMap(nodes), raw, (response.status, response.body)
-        )
+
+        source = (response.status, response.body)
+        return NodeMap(response.status == 200, FrozenMap(nodes), raw, source)
 
     def _report(self, execution_id: int, node: Node) -> None:
-        status = node.status[:_LONGEST_STATUS]
-        if status not in self._reported and len(self._reported) < _REPORTED_AT_MOST:
-            self._reported.add(status)
+        if node.status not in self._reported:
+            self._reported.add(node.status)
             logger.warning(
                 "execution %d: node %.100r has the unknown status %.100r; it counts as not final",
                 execution_id,
                 node.name,
-                status,
+                node.status,
             )
-
-
-def _is_unchanged(before: NodeMap, name: str, body: Any) -> bool:
-    # Whoever got the last snapshot may have changed its `raw`.
-    earlier = before.raw.get(name)
-    return earlier is not None and name in before.nodes and same_json(earlier, body)
 
 
 def read_main_output(response: Response, execution_id: int) -> MainOutput:

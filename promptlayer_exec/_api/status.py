@@ -10,9 +10,6 @@ from promptlayer_exec import _errors
 from promptlayer_exec._api.messages import Response, invalid
 from promptlayer_exec._errors import FieldError, StatusError
 
-_LONGEST_QUOTE = 200
-_LONGEST_MESSAGE = 500
-
 _CLASSES: dict[int, type[StatusError]] = {
     400: _errors.BadRequest,
     401: _errors.Unauthorized,
@@ -38,18 +35,26 @@ def status_error(response: Response) -> StatusError:
     status = response.status
     name = status_name(status)
     body = _decoded(response.body)
-    message = shown = _server_message(body)
+    message = _server_message(body)
+
+    shown = message
     if status < 400 and response.location:
-        target = response.location[:_LONGEST_QUOTE]
+        target = response.location[:200]
         shown = f"a redirect to {target}, not followed because the key is for base_url alone"
-    if shown == responses.get(status):
-        shown = ""  # it only repeats the name
-    cls = _CLASSES.get(status, _errors.ServerError if status >= 500 else StatusError)
-    extra: dict[str, Any] = (
-        {"details": _details(body)} if cls is _errors.UnprocessableEntity else {}
-    )
+
+    what = f"the server answered {name}"
+    if shown and shown != responses.get(status):  # which would only repeat the name
+        what += f": {_one_line(shown)}"
+
+    cls = _CLASSES.get(status, StatusError)
+    if status >= 500:
+        cls = _errors.ServerError
+    extra: dict[str, Any] = {}
+    if cls is _errors.UnprocessableEntity:
+        extra["details"] = _details(body)
+
     return cls(
-        f"the server answered {name}" + (f": {_one_line(shown)}" if shown else ""),
+        what,
         status=status,
         server_message=message or name,
         body=body,
@@ -74,10 +79,13 @@ def _decoded(body: bytes) -> Any:
 def _server_message(body: Any) -> str:
     """Return the server's error message, or an empty string if the body has none."""
     if isinstance(body, str):
-        text = body[:_LONGEST_QUOTE].strip()
-        return "" if "<" in text else text  # HTML of a proxy says less than the status
+        text = body[:200].strip()
+        if "<" in text:  # the HTML of a proxy tells less than the status
+            return ""
+        return text
     if not isinstance(body, dict):
         return ""
+
     for key in ("message", "error", "detail"):
         if isinstance(message := body.get(key), str) and message.strip():
             return message.strip()
@@ -86,20 +94,28 @@ def _server_message(body: Any) -> str:
 
 def _one_line(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= _LONGEST_MESSAGE else f"{line[:_LONGEST_MESSAGE]}..."
+    if len(line) > 500:
+        line = f"{line[:500]}..."
+    return line
 
 
 def _details(body: Any) -> tuple[FieldError, ...]:
-    """Return FastAPI's list of invalid parameters; items of another shape are left out."""
-    items = body.get("detail") if isinstance(body, dict) else None
-    if not isinstance(items, list):
+    """Return FastAPI's list of invalid parameters, without items of another shape."""
+    if not isinstance(body, dict) or not isinstance(body.get("detail"), list):
         return ()
     return tuple(
         FieldError(
-            loc=tuple(part if type(part) is int else str(part) for part in item["loc"]),
+            loc=tuple(map(_step, item["loc"])),
             msg=str(item.get("msg") or ""),
             type=str(item.get("type") or ""),
         )
-        for item in items
+        for item in body["detail"]
         if isinstance(item, dict) and isinstance(item.get("loc"), list)
     )
+
+
+def _step(part: Any) -> int | str:
+    """Return one step of a path: an index or a name."""
+    if type(part) is int:
+        return part
+    return str(part)

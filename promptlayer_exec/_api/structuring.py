@@ -1,7 +1,7 @@
 """Structuring responses into attrs classes with cattrs, by the strict rules of `into=`.
 
-A class is the documented shape: a field without a default must be there, null is the same as
-missing, and unknown fields are let through.
+A class is the documented shape: a body needs all fields without a default, null is the same as
+missing, and unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LONGEST_STEP = 1000
 _OVERRIDES: dict[type, dict[str, Any]] = {}
 
 
 def documented(kind: type, **overrides: Any) -> None:
-    """Say which fields of a class have other names in bodies, or are read in another way."""
+    """Register the fields of a class that have other names in bodies, or need another hook."""
     _OVERRIDES[kind] = overrides
 
 
@@ -38,7 +37,7 @@ def structured(response: Response, value: Any, kind: type[T], *keys: str) -> T:
         return converter.structure(value, kind)
     except (cattrs.BaseValidationError, TypeError, ValueError) as error:
         place, reason, _ = locate(error, value, converter)
-        before = "".join(step(key[:_LONGEST_STEP]) for key in keys)
+        before = "".join(step(key) for key in keys)
         invalid_shape(response, f"${before}{place[1:]}", reason)
 
 
@@ -48,7 +47,8 @@ def _wire_converter() -> cattrs.Converter:
     from promptlayer_exec._structuring._rules import is_union, strict_converter  # noqa: PLC0415
 
     converter = strict_converter()
-    for kind in (str, bool, int):  # the rules for them know subclasses, and take longer
+    # The strict rules for these support subclasses, and are slower.
+    for kind in (str, bool, int):
         converter.register_structure_hook(kind, exact)
     converter.register_structure_hook_factory(attrs.has, _object)
     converter.register_structure_hook_factory(
@@ -71,4 +71,10 @@ def _object(kind: Any, converter: cattrs.Converter) -> Hook:
 def _optional(kind: Any, converter: cattrs.Converter) -> Hook:
     (member,) = (member for member in get_args(kind) if member is not NoneType)
     hook = converter.get_structure_hook(member)
-    return lambda value, _: None if value is None else hook(value, member)
+
+    def structure(value: Any, _: Any) -> Any:
+        if value is None:
+            return None
+        return hook(value, member)
+
+    return structure

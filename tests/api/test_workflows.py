@@ -240,7 +240,7 @@ def test_the_request_for_a_workflow(
         ((True, None, None), TypeError, "a name or an int id"),
         (("w", "prod", 1), ValueError, "either label or version"),
         (("w", 1, None), TypeError, "label must be a str"),
-        (("w", "\ud800", None), ValueError, "label must be valid Unicode text"),
+        (("w", "\ud800", None), ValueError, "surrogates not allowed"),
         (("w", None, 0), ValueError, "version must be between"),
     ],
 )

@@ -732,13 +732,13 @@ class TestProgram:
             assert "must be an execution id, a number such as the 787 that `run` prints" in err
 
     def test_proxies_of_the_environment(self, call: Call) -> None:
-        """They are used, unless PROMPTLAYER_EXEC_TRUST_ENV is 0."""
+        """They are used, unless NO_PROXY names the server."""
         results = ("results", 787, "--outage", "0")
         env = PROXIES | {"PROMPTLAYER_BASE_URL": "https://api.invalid"}
         code, _, err = call(*results, **env)
         assert code == 4
         assert "no connection to the proxy 127.0.0.1:9" in err
-        code, _, err = call(*results, **env, PROMPTLAYER_EXEC_TRUST_ENV="0")
+        code, _, err = call(*results, **env, NO_PROXY="*")
         assert code == 4
         assert "proxy" not in err
 

@@ -220,8 +220,6 @@ async def test_starts_and_watches_go_through_the_proxy_of_the_environment(
         ({"NO_PROXY": "test"}, False),
         ({"NO_PROXY": "*"}, False),
         ({"NO_PROXY": "127.0.0.0/8,other.example"}, True),
-        ({"PROMPTLAYER_EXEC_TRUST_ENV": "0"}, False),
-        ({"PROMPTLAYER_EXEC_TRUST_ENV": "1"}, True),
         ({"trust_env": False}, False),
         ({"HTTP_PROXY": "", "HTTPS_PROXY": "URL", "ALL_PROXY": "URL"}, False),
     ],
