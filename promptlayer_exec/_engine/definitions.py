@@ -40,7 +40,7 @@ class Definitions:
     _warned: set[tuple[int, str]] = attrs.field(init=False, factory=set)
 
     async def check(self, request: StartRequest, inputs: Mapping[str, Any]) -> None:
-        """Raise a `ValueError` for missing inputs, if the server names those required in time."""
+        """Raise `InvalidInputs` for missing ones, if the server names those required in time."""
         key = request.workflow, request.label, request.version
         if (kept := self._kept.get(key)) is not None:
             with suppress(ValueError):  # it may have changed since, so it is read once more

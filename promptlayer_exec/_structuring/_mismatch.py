@@ -10,7 +10,6 @@ import cattrs
 
 from promptlayer_exec._text import JSON_KINDS, json_kind
 
-
 T = TypeVar("T")
 
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Scope
 
-from promptlayer_exec import Execution, PromptLayerExecError, Session
+from promptlayer_exec import Execution, InvalidInputs, PromptLayerExecError, Session
 from promptlayer_exec._integration import MAX_ID, check_count, note_start, report_undelivered
 from promptlayer_exec.fastapi._answers import Answers
 from promptlayer_exec.fastapi._events import execution_events, reconnect_later
@@ -262,9 +262,11 @@ def _add_start(
         try:
             start = session.start(body.workflow, body.inputs)
             started = await _unless_disconnected(request, start)
+        except InvalidInputs as error:
+            raise HTTPException(422, str(error)) from error
         except PromptLayerExecError:
             raise
-        except (TypeError, ValueError) as error:  # an input is missing, or is no JSON, such as NaN
+        except (TypeError, ValueError) as error:  # an input is no JSON, such as NaN
             raise HTTPException(422, str(error)) from error
         # Relative, so that it is correct under any prefix that a proxy removes.
         location = f"executions/{started.id}"

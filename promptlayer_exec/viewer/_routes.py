@@ -13,7 +13,7 @@ from fastapi import Body, FastAPI, Path, Query
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from promptlayer_exec import PromptLayerExecError, StartUnknown, Workflow
+from promptlayer_exec import InvalidInputs, PromptLayerExecError, StartUnknown, Workflow
 from promptlayer_exec._integration import MAX_ID
 from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._definitions import Definitions, NoDefinition, definition_view
@@ -183,13 +183,13 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
                 version=int(version) if version else None,
                 metadata=metadata,
             )
-        except PromptLayerExecError as error:
+        except (PromptLayerExecError, TypeError, ValueError) as error:
+            if isinstance(error, InvalidInputs) or not isinstance(error, PromptLayerExecError):
+                return refuse(str(error), 422, "inputs")
             kind, message = explain(error)
             if kind == "missing":
                 return refuse(message, 404, "workflow")
             return refuse(message, 502, is_unknown=isinstance(error, StartUnknown))
-        except (TypeError, ValueError) as error:
-            return refuse(str(error), 422, "inputs")
         return _json({"execution_id": str(execution.id)}, 201)
 
 

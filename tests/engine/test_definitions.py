@@ -12,6 +12,7 @@ import pytest
 from promptlayer_exec import (
     ExecutionStarted,
     ExecutionTimeout,
+    InvalidInputs,
     Session,
     SessionClosed,
     StartFailed,
@@ -48,7 +49,7 @@ async def test_a_misspelt_input_starts_nothing(
     with pytest.raises(ValueError, match=MISSPELT):
         outcome.result()
     assert sim.runs == []
-    assert [type(event.error) for event in recorder.of(StartFailed)] == [ValueError] * 3
+    assert [type(event.error) for event in recorder.of(StartFailed)] == [InvalidInputs] * 3
     assert recorder.of(ExecutionStarted) == []
 
 
