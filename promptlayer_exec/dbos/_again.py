@@ -20,9 +20,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import exc
 
+from promptlayer_exec.dbos._records import Ending, StoredOutcome, start_record
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import callbacks, called_back, items, lock_batch
-from promptlayer_exec.dbos._values import Ending, StoredOutcome, start_result
 
 _AT_ONCE = 500
 _item = items.c
@@ -97,7 +97,7 @@ def _begin(
         started = None
         if execution_id is not None and not (starts and has_failed):
             at = outcome.started or outcome.finished
-            started = json.dumps(start_result(execution_id, at=at))
+            started = json.dumps(start_record(execution_id, at=at))
         if starts or started is not None:
             chosen.append((row, started))
     if chosen:

@@ -21,10 +21,10 @@ from promptlayer_exec.dbos._liveness import count_workers
 from promptlayer_exec.dbos._location import database_url as locate
 from promptlayer_exec.dbos._location import prepare_default, shown
 from promptlayer_exec.dbos._rate import SharedRate
+from promptlayer_exec.dbos._records import BatchStatus, Kind, StoredOutcome
 from promptlayer_exec.dbos._reports import BatchSettings, Durations, Failure, StoredItem
 from promptlayer_exec.dbos._requests import Row, by_key, encode
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._values import BatchStatus, Kind, StoredOutcome
 from promptlayer_exec.dbos._worker import Worker
 
 T = TypeVar("T")

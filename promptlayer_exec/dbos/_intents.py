@@ -46,7 +46,7 @@ _RECORD_START = (
 _TAKE_BACK = sa.update(items).where(the_attempt, _item.intent == _token).values(intent=None)
 
 
-class Started(NamedTuple):
+class StartResult(NamedTuple):
     """The result of the start that a worker sent, as JSON, with the token of its intent."""
 
     key: str
@@ -153,7 +153,7 @@ def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
     return [intent.token in recorded for intent in intents]
 
 
-def write_started(store: Store, batch: str, starts: Sequence[Started]) -> list[bool]:
+def write_started(store: Store, batch: str, starts: Sequence[StartResult]) -> list[bool]:
     """Record the results of starts; return for each whether it is recorded now.
 
     One is not recorded if the item has an outcome, another worker's intent, or a later attempt.

@@ -52,16 +52,16 @@ from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos._breaker import Breaker
 from promptlayer_exec.dbos._groups import Group
-from promptlayer_exec.dbos._intents import Intent, IntentRefused, Item, PendingStart, Started
-from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import workflow_id
-from promptlayer_exec.dbos._values import (
+from promptlayer_exec.dbos._intents import Intent, IntentRefused, Item, PendingStart, StartResult
+from promptlayer_exec.dbos._records import (
     Ending,
-    StartResult,
+    StartRecord,
     StoredError,
     StoredOutcome,
-    start_result,
+    start_record,
 )
+from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._tables import workflow_id
 
 logger = logging.getLogger("promptlayer_exec")
 # Seconds for which the server may answer 404 for an execution that was started.
@@ -100,7 +100,7 @@ class Items:
     _pending: set[PendingStart] = attrs.field(init=False, factory=set)
     _intents: Group[Intent, bool] = attrs.field(init=False)
     _read: Group[tuple[str, int], Item | None] = attrs.field(init=False)
-    _started: Group[Started, bool] = attrs.field(init=False)
+    _started: Group[StartResult, bool] = attrs.field(init=False)
     _endings: Group[Ending, bool] = attrs.field(init=False)
     _starts: Breaker = attrs.field(init=False)
     _patience: float = attrs.field(init=False)
@@ -175,17 +175,17 @@ class Items:
         if self._is_closing:
             raise _Closing
 
-    async def _start(self, item: Item) -> StartResult | None:
+    async def _start(self, item: Item) -> StartRecord | None:
         """Return the result of the start, a new one or an earlier one."""
         if item.started is not None:
-            return cast("StartResult", json.loads(item.started))
+            return cast("StartRecord", json.loads(item.started))
         if item.intent is not None:  # of a worker that may have sent the start
             if item.called_back is not None:  # it has
-                return await self._record(item, item.intent, start_result(item.called_back))
+                return await self._record(item, item.intent, start_record(item.called_back))
             if not self._restart_unknown:
                 text = "the worker that sent the start stopped before it recorded the answer"
                 workflow = json.loads(item.request)["workflow"]
-                return start_result(error=StartUnknown(text, workflow=workflow, reason=text))
+                return start_record(error=StartUnknown(text, workflow=workflow, reason=text))
         token = integration.start_token(self._session)
         intent = Intent(item.key, item.attempt, token, item.intent)
         task = self.active[workflow_id(self._batch, item.key, item.attempt)]
@@ -199,9 +199,9 @@ class Items:
         finally:
             self._pending.discard(pending)
 
-    async def _record(self, item: Item, token: str, result: StartResult) -> StartResult | None:
+    async def _record(self, item: Item, token: str, result: StartRecord) -> StartRecord | None:
         """Record the id of a run; return None if the item goes on with another one."""
-        row = Started(item.key, item.attempt, token, json.dumps(result))
+        row = StartResult(item.key, item.attempt, token, json.dumps(result))
         recording = asyncio.ensure_future(self._started.add(row))
         try:
             await asyncio.wait([recording], timeout=_LOOK_AFTER)
@@ -227,7 +227,7 @@ class Items:
         self._report_unrecorded(item, result)
         return None
 
-    async def _send(self, item: Item, pending: PendingStart, token: str) -> StartResult:
+    async def _send(self, item: Item, pending: PendingStart, token: str) -> StartRecord:
         """Send a start, in a slot of its own each time, until it has a result."""
         request = self._to_send(item)
         while True:
@@ -245,19 +245,19 @@ class Items:
                         return result
                 else:
                     self._starts.succeeded()
-                    return start_result(execution.id)
+                    return start_record(execution.id)
             await asyncio.sleep(_FIRST_DELAY)
 
     async def _judge(
         self, item: Item, pending: PendingStart, error: Exception, since: float
-    ) -> StartResult | None:
+    ) -> StartRecord | None:
         """Return the result of a start that failed; None if it is to be tried again."""
         if isinstance(error, StartUnknown):
             cause = error.__cause__
             self._starts.failed(cause if isinstance(cause, RequestError) else error, since=since)
-            return start_result(error=error)
+            return start_record(error=error)
         if isinstance(error, SessionClosed) and error.execution_id is not None:
-            return start_result(error.execution_id)
+            return start_record(error.execution_id)
         with suppress(ConfigurationError):  # then the item is unknown
             await pending.not_sent()
         if isinstance(error, ExecutionTimeout):  # not sent within the session's `wait_timeout`
@@ -279,7 +279,7 @@ class Items:
             self._starts.succeeded()
         elif not await integration.cannot_be_sent(self._session, self._to_send(item)):
             raise error
-        return start_result(error=error)
+        return start_record(error=error)
 
     def _to_send(self, item: Item) -> StartRequest:
         """Return a stored request with metadata by which its run can be found in PromptLayer."""
@@ -287,7 +287,7 @@ class Items:
         ours = {"promptlayer_exec.batch": self._batch, "promptlayer_exec.key": item.key}
         return attrs.evolve(stored, metadata={**(stored.metadata or {}), **ours})
 
-    def _report_unrecorded(self, item: Item, result: StartResult) -> None:
+    def _report_unrecorded(self, item: Item, result: StartRecord) -> None:
         execution_id = result["execution_id"]
         if execution_id is None or execution_id in self._reported:
             return
@@ -299,7 +299,7 @@ class Items:
         logger.error("%s", text)
         print(text, file=sys.stderr, flush=True)  # noqa: T201 - the id must not get lost
 
-    async def _follow(self, item: Item, started: StartResult) -> StoredOutcome:
+    async def _follow(self, item: Item, started: StartRecord) -> StoredOutcome:
         key = item.key
         at = datetime.fromisoformat(started["at"])
         execution_id = started["execution_id"]

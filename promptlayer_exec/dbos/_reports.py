@@ -10,9 +10,9 @@ from typing import Any
 import attrs
 import sqlalchemy as sa
 
+from promptlayer_exec.dbos._records import Kind, StoredError, StoredOutcome
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import batches, items, key_and_attempt
-from promptlayer_exec.dbos._values import Kind, StoredError, StoredOutcome
 
 _item = items.c
 
@@ -34,7 +34,7 @@ class BatchSettings:
 
 
 @attrs.frozen
-class Attempt:
+class RunAttempt:
     """One attempt to run an item; a retry begins the next one.
 
     Attributes:
@@ -65,7 +65,7 @@ class StoredItem:
 
     key: str
     request: dict[str, Any]
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[RunAttempt, ...]
     outcome: StoredOutcome | None
 
 
@@ -126,10 +126,10 @@ def item(store: Store, batch: str, key: str) -> StoredItem | None:
     return None
 
 
-def _attempt(workflow: Any) -> Attempt:
+def _attempt(workflow: Any) -> RunAttempt:
     states = {"ENQUEUED": "waiting", "DELAYED": "waiting", "PENDING": "running"}
     taken = workflow.dequeued_at
-    return Attempt(
+    return RunAttempt(
         key_and_attempt(workflow.workflow_id)[1],
         datetime.fromtimestamp(workflow.created_at / 1000, UTC),
         None if taken is None else datetime.fromtimestamp(taken / 1000, UTC),

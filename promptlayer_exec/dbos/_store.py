@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 
 from promptlayer_exec.dbos._database import Database
+from promptlayer_exec.dbos._records import BatchStatus, Ending
 from promptlayer_exec.dbos._requests import Row, another_request, by_key
 from promptlayer_exec.dbos._tables import (
     APPLICATION,
@@ -39,7 +40,6 @@ from promptlayer_exec.dbos._tables import (
 from promptlayer_exec.dbos._tables import batches as _batches
 from promptlayer_exec.dbos._tables import items as _items
 from promptlayer_exec.dbos._tables import workers as _workers
-from promptlayer_exec.dbos._values import BatchStatus, Ending
 
 # DBOS gives an item only to workers of the same version.
 VERSION = "3"

@@ -17,7 +17,7 @@ from dbos import DBOS, DBOSPortableJSONSerializer
 
 from promptlayer_exec import ConfigurationError, Session
 from promptlayer_exec import _integration as integration
-from promptlayer_exec.dbos._engine import log_quietly
+from promptlayer_exec.dbos._dbos_calls import log_quietly
 from promptlayer_exec.dbos._items import Items
 from promptlayer_exec.dbos._liveness import Liveness, release
 from promptlayer_exec.dbos._store import VERSION, Store

@@ -21,8 +21,8 @@ from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._records import Ending
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._values import Ending
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 _SETTINGS = ("database_url", "max_in_flight", "rate", "restart_unknown", "same_server", "session")

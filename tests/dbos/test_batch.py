@@ -51,15 +51,15 @@ from promptlayer_exec.dbos import (
 )
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _batch as batches
-from promptlayer_exec.dbos import _engine as internals
+from promptlayer_exec.dbos import _dbos_calls as internals
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _rate as rates
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._rate import SharedRate
+from promptlayer_exec.dbos._records import Ending
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._values import Ending
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 # Sessions that send only what a test asks for: starts and polls.
@@ -848,18 +848,18 @@ def puts_items_of_dead_workers_back(url: str) -> None:
     ],
 )
 def test_dbos_still_has(what_it_does: Callable[[str], None], url: str) -> None:
-    """DBOS's reference documents none of these; see `_engine` for why they are used."""
+    """DBOS's reference documents none of these; see `_dbos_calls` for why they are used."""
     what_it_does(url)
 
 
 def test_other_modules_use_only_what_dbos_documents() -> None:
-    """Undocumented names are in `_engine`, where each has its reason and the test above."""
+    """Undocumented names are in `_dbos_calls`, where each has its reason and the test above."""
     documented = {
         *("destroy", "executor_id", "launch", "listen_queues", "run_step_async"),
         *("workflow", "workflow_id"),
     }
     for path in Path(internals.__file__).parent.glob("*.py"):
-        if path.stem == "_engine":
+        if path.stem == "_dbos_calls":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dbos"):

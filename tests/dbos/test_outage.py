@@ -42,8 +42,8 @@ from promptlayer_exec.dbos import _rate as rates
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._records import Ending, StoredOutcome
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._values import Ending, StoredOutcome
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 COUNT = 60
@@ -357,7 +357,7 @@ async def test_an_item_whose_ending_is_refused_is_followed_as_it_is_stored(
 
     def record_first(store: Store, batch: str, endings: Any) -> Any:
         monkeypatch.setattr(Store, "finish", finish)
-        intents_.write_started(store, batch, [intents_.Started("0", 1, "of another", started)])
+        intents_.write_started(store, batch, [intents_.StartResult("0", 1, "of another", started)])
         return finish(store, batch, endings)
 
     await batch_of().add(requests(1))

@@ -20,9 +20,9 @@ from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent
 from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._records import Ending, StoredError, StoredOutcome
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._values import Ending, StoredError, StoredOutcome
 
 
 @pytest.fixture

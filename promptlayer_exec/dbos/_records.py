@@ -127,7 +127,7 @@ class Ending:
         return cls(outcome.key, attempt, outcome.kind, outcome.to_json(), seconds, has_run)
 
 
-class StartResult(TypedDict):
+class StartRecord(TypedDict):
     """The stored result of a start; one without an id has the type and the text of an error."""
 
     execution_id: int | None
@@ -135,11 +135,11 @@ class StartResult(TypedDict):
     error: list[str] | None
 
 
-def start_result(
+def start_record(
     execution_id: int | None = None,
     error: Exception | None = None,
     at: datetime | None = None,
-) -> StartResult:
+) -> StartRecord:
     """Return the result of a start that ended at `at`, or just now."""
     what = None if error is None else [type(error).__name__, str(error)]
     ended = at or datetime.now(UTC)
