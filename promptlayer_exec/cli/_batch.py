@@ -75,7 +75,6 @@ async def _run(
     database: batches.Database = None,
     max_in_flight: batches.MaxInFlight = None,
     rate: batches.Rate = None,
-    restart_unknown: batches.RestartUnknown = False,
     same_server: batches.SameServer = False,
     stop_after_failures: batches.StopAfterFailures = None,
     no_push: NoPush = False,
@@ -116,7 +115,6 @@ async def _run(
             database_url=database,
             max_in_flight=max_in_flight,
             rate=rate,
-            restart_unknown=restart_unknown,
             same_server=same_server,
         )
         if result_file is not None:
@@ -137,7 +135,6 @@ async def _run(
             base_url,
             stop_after_failures,
             *([] if is_table else [partial(write, until_done=True)]),
-            restarts=restart_unknown,
         )
         if is_table:
             await write(until_done=False)
@@ -154,7 +151,6 @@ async def _work(
     max_in_flight: batches.MaxInFlight = None,
     rate: batches.Rate = None,
     *,
-    restart_unknown: batches.RestartUnknown = False,
     same_server: batches.SameServer = False,
     stop_after_failures: batches.StopAfterFailures = None,
     no_push: NoPush = False,
@@ -174,13 +170,10 @@ async def _work(
         database_url=database,
         max_in_flight=max_in_flight,
         rate=rate,
-        restart_unknown=restart_unknown,
         same_server=same_server,
     )
     options = await batches.command_options(name, chosen, database)
-    return await _work_on(
-        chosen, batch, options, base_url, stop_after_failures, restarts=restart_unknown
-    )
+    return await _work_on(chosen, batch, options, base_url, stop_after_failures)
 
 
 for _name, _command, *_examples in (
@@ -237,7 +230,6 @@ async def _work_on(
     base_url: str | None,
     stop_after: int | None,
     *others: Callable[[], Coroutine[Any, Any, None]],
-    restarts: bool,
 ) -> ExitCode:
     """Work until all items have ended, and print a summary; `others` are done at the same time."""
     from promptlayer_exec.cli._live import BatchProgress  # noqa: PLC0415 - slow to import
@@ -246,7 +238,7 @@ async def _work_on(
     subject.note = f"{_NOTE}; `batch status{options}` shows how far it is"
     subject.stopping = _STOPPING
     status = await batch.status()
-    if status.finished - (status.unknown if restarts else 0) == status.total:
+    if status.finished == status.total:
         err(
             f"all items of batch {printable(name)} have already ended, and none is started again:"
             " for a new night, use `batch run` with another --name"

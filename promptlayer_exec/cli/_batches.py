@@ -59,12 +59,6 @@ Rate = Annotated[
         show_default="as stored, at first 100",
     ),
 ]
-RestartUnknown = Annotated[
-    bool,
-    typer.Option(
-        "--restart-unknown", help="Start unknown items again, at the risk of paying for them twice."
-    ),
-]
 StopAfterFailures = Annotated[
     int | None,
     typer.Option(

@@ -362,8 +362,8 @@ def test_usage_errors_are_exit_code_2(
     assert (tmp_path / "good").stat().st_size > 0
 
 
-def test_unknown_items_are_restarted_on_request(sim: Simulator, run: Run, tmp_path: Path) -> None:
-    """Each has a second result."""
+def test_unknown_items_are_retried_on_request(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """Each gets a second result from the next `batch run`."""
     file = write(tmp_path / "night", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
     command = ("run", file, "--out", "out")
     sim.inject(on("POST", "/", Fault.disconnect()))
@@ -371,7 +371,8 @@ def test_unknown_items_are_restarted_on_request(sim: Simulator, run: Run, tmp_pa
     assert code == 1
     assert "unknown: these runs may have started and be billed: look in PromptLayer" in err
     sim.clear_faults()
-    assert run(*command, "--restart-unknown")[0] == 0
+    assert run("retry", "--unknown")[0] == 0
+    assert run(*command)[0] == 0
     lines = results(tmp_path / "out")
     assert [(line["key"], line["succeeded"]) for line in lines] == [("a", False), ("a", True)]
 

@@ -246,7 +246,7 @@ def commands() -> Iterator[click.Command]:
 # The options that several commands have, in the order in which every command lists them.
 ORDER = [
     *("--input", "--label", "--version", "--host", "--port", "--out", "--name", "--db"),
-    *("--max-in-flight", "--rate", "--watch", "--timeout", "--restart-unknown", "--no-push"),
+    *("--max-in-flight", "--rate", "--watch", "--timeout", "--no-push"),
     *("--all", "--json", "--base-url", "--outage"),
 ]
 
