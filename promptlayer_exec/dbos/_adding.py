@@ -11,13 +11,14 @@ from collections.abc import (
     Hashable,
     Iterable,
     Iterator,
+    Mapping,
 )
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from typing import Any
 
 import attrs
 
-from promptlayer_exec import InvalidInputs, Session, SessionClosed, StartRequest
+from promptlayer_exec import ExecutionTimeout, InvalidInputs, Session, SessionClosed, StartRequest
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._requests import Row, by_key, encode
 from promptlayer_exec.dbos._store import Store
@@ -152,19 +153,33 @@ class Addition:
         if not (rows and settings.check_inputs and has_key):
             return
 
-        keys: dict[Sample, str] = {}
+        # The first item of each sample, by the definition that it needs.
+        keys: dict[Hashable, dict[Sample, str]] = {}
         for row in rows:
-            keys.setdefault(self._sample_of[row.key], row.key)
+            sample = self._sample_of[row.key]
+            request = sample.request
+            of_definition = keys.setdefault((request.workflow, request.label, request.version), {})
+            of_definition.setdefault(sample, row.key)
 
-        # If the session is closed meanwhile, they are checked when they are started.
-        with suppress(SessionClosed):
-            async with self._open_session() as session:
-                for sample, key in keys.items():
-                    try:
-                        await integration.check_inputs(session, sample.request, sample.inputs)
-                    except InvalidInputs as error:
-                        text = f"item {key!r:.100}: {error}; it was not added"
-                        raise InvalidInputs(text, missing=error.missing) from error
+        async with self._open_session() as session:
+            # All at once: if the server is away, each definition takes seconds.
+            checks = [_check(session, samples) for samples in keys.values()]
+            for error in await asyncio.gather(*checks):
+                if error is not None:
+                    raise error
+
+
+async def _check(session: Session, samples: Mapping[Sample, str]) -> InvalidInputs | None:
+    """Check samples that need one definition, which is read once; return the first error."""
+    for sample, key in samples.items():
+        try:
+            await integration.check_inputs(session, sample.request, sample.inputs)
+        except InvalidInputs as error:
+            text = f"item {key!r:.100}: {error}; it was not added"
+            return InvalidInputs(text, missing=error.missing)
+        except (SessionClosed, ExecutionTimeout):  # they are checked when they are started
+            break
+    return None
 
 
 def _portions(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -134,9 +134,9 @@ async def test_the_work_does_not_end_while_an_item_pauses(
     adjust: Callable[..., None],
 ) -> None:
     """Although no other item can be read, and none comes meanwhile."""
-    adjust(requeue, "RESTART_PAUSES", first=1.0)
+    adjust(requeue, "RESTART_PAUSES", first=1.5)
     flaky.update(a=1)
-    batch = batch_of(attempts=2, watch_outage=0.2)
+    batch = batch_of(attempts=2, watch_outage=0.6)
     await batch.add([StartRequest("held", {"n": "h"}, key="h")])
     working = asyncio.create_task(batch.work())
     await sim.wait_for_requests(2)  # its start, and a poll
