@@ -121,9 +121,12 @@ class Batch:
         """
         async with self._open() as store:
             adding = Addition(store, self._name, self._session, self._checking_session)
+
+            # Those that come later cannot be checked before the first is added.
             if isinstance(requests, AsyncIterable):
                 await self._claim(store)
                 return await adding.add_as_they_come(requests)
+
             return await adding.add_all(requests, before=partial(self._claim, store))
 
     async def work(self, *, until_done: bool = True) -> BatchStatus:
@@ -154,6 +157,7 @@ class Batch:
             async with self._open() as store:
                 await self._claim(store)
                 await self._requeue(store, Reason.CALLBACK, kinds=["unknown"])
+
                 # While a worker ends, a callback may make one more item unfinished.
                 while not until_done or not await self._is_finished(store):
                     await self._work(store, until_done=until_done)
@@ -208,6 +212,7 @@ class Batch:
         last = 0
         async with self._open() as store:
             await self._check_owner(store)
+
             is_last = False
             while not is_last:
                 # Asked before the last look: what is stored in between is yielded.
@@ -361,6 +366,7 @@ class Batch:
         if not isinstance(token, str):
             raise TypeError(f"token must be a str, got {token!r:.100}")
         execution_id = integration.check_execution_id(execution_id)
+
         async with self._open() as store:
             return await store.run_in_thread(
                 requeue.record_callback, store, self._name, token, execution_id
@@ -374,6 +380,7 @@ class Batch:
         """Yield the database, one for all that is done with the batch at the same time."""
         if self._store is None or self._store.ended.is_set():
             self._store = Store(self._url)
+
         store = self._store
         store.users += 1
         try:
@@ -434,6 +441,7 @@ async def batch_names(database_url: str | None = None) -> list[str]:
         with suppress(OSError):  # opening the file says why
             if not await anyio.Path(str(url.database)).exists():
                 return []
+
     prepare_default(url)
     with closing(Store(url)) as store:
         await store.run_in_thread(store.prepare)

@@ -249,6 +249,7 @@ class Items:
     async def _send(self, item: Item, pending: PendingStart, token: str) -> StartRecord:
         """Send a start, in a slot of its own each time, until it has a result."""
         request = self._to_send(item)
+
         while True:
             async with self._starts.slot() as since:
                 self._check_open()
@@ -265,6 +266,8 @@ class Items:
                 else:
                     self._starts.succeeded()
                     return start_record(execution.id)
+
+            # Others may have the slot meanwhile.
             await asyncio.sleep(PATIENCE.first_delay)
 
     async def _judge(

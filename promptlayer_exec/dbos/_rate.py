@@ -11,7 +11,7 @@ from promptlayer_exec.dbos._store import Store
 
 
 @attrs.frozen
-class Slots:
+class Reservation:
     """How a worker takes its share of the rate, in seconds.
 
     It reserves the slots of at most `reserved` seconds at once, and uses a slot at most `late`
@@ -24,7 +24,7 @@ class Slots:
     step: float = 0.5
 
 
-SLOTS = Slots()
+RESERVATION = Reservation()
 
 
 @attrs.define(eq=False)
@@ -50,20 +50,20 @@ class SharedRate:
                 self._slots.clear()
                 self._slots_rate = rate
 
-            while self._slots and (wait := self._slots[0] - clock()) <= SLOTS.step:
+            while self._slots and (wait := self._slots[0] - clock()) <= RESERVATION.step:
                 self._slots.popleft()
-                if wait >= -SLOTS.late:
+                if wait >= -RESERVATION.late:
                     await asyncio.sleep(max(wait, 0.0))
                     return
                 missed = True
             if self._slots:
-                await asyncio.sleep(SLOTS.step)
+                await asyncio.sleep(RESERVATION.step)
                 continue
 
             if missed:
                 self._size = 1
             else:
-                self._size = min(2 * self._size, max(1, int(rate * SLOTS.reserved)))
+                self._size = min(2 * self._size, max(1, int(rate * RESERVATION.reserved)))
             size = self._size
             delay = await asyncio.to_thread(self._store.reserve, self._batch, size, rate)
             first = clock() + delay

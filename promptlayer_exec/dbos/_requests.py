@@ -43,9 +43,11 @@ def another_request(batch: str, row: Row, stored: str) -> KeyConflict:
     """
     before, after = json.loads(stored), json.loads(row.request)
     names = [path for name in _IDENTITY for path in _paths(name, before[name], after[name])]
+
     what = ", ".join(names[:5])
     if len(names) > 5:
         what += f" and {len(names) - 5} more"
+
     return KeyConflict(
         f"the key {row.key!r:.100} of batch {batch!r} stands for another request ({what} differs):"
         " give this one another key, or add it to another batch; it was not added",

@@ -393,6 +393,7 @@ class Store(Database):
         length = float(slots) / sa.func.coalesce(_batches.c.rate, rate)
         # By how much the clock was put back since the last reservation: the next slot moves along.
         put_back = latest(sa.func.coalesce(_batches.c.reserved_at, now) - now, 0.0)
+
         update = (
             update_batch(batch)
             .values(

@@ -650,7 +650,7 @@ async def test_a_rate_that_is_raised_counts_at_once(
     sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for a request that already waits for its slot."""
-    monkeypatch.setattr(rates, "SLOTS", rates.Slots(step=0.01))
+    monkeypatch.setattr(rates, "RESERVATION", rates.Reservation(step=0.01))
     monkeypatch.setattr(batches, "SETTINGS_INTERVAL", 0.01)
     await batch_of(rate=0.01).add(request(f"{n}", n) for n in range(5))
     working = asyncio.create_task(batch_of().work())

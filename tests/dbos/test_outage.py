@@ -511,7 +511,7 @@ async def test_a_shared_rate_without_its_database_ends_the_work_with_the_databas
         return 0.0
 
     monkeypatch.setattr(Store, "reserve", reserve)
-    monkeypatch.setattr(rates, "SLOTS", rates.Slots(reserved=0.0))
+    monkeypatch.setattr(rates, "RESERVATION", rates.Reservation(reserved=0.0))
     batch = batch_of(rate=50.0)
     await batch.add(requests(2))
     with pytest.raises(ConfigurationError, match="the database cannot be used: away"):
