@@ -76,6 +76,36 @@ class ConfigurationError(PromptLayerExecError, ValueError):
     """A setting is missing or malformed; nothing was sent."""
 
 
+class InvalidInputs(PromptLayerExecError, ValueError):
+    """Inputs that the workflow requires are missing; nothing was started.
+
+    Attributes:
+        missing: their names.
+    """
+
+    def __init__(self, message: str, *, missing: tuple[str, ...] = (), **context: Any) -> None:
+        super().__init__(message, **context)
+        self.missing = missing
+
+    def __str__(self) -> str:
+        return super().__str__().removesuffix(".")  # callers add how to find out what there is
+
+
+class KeyConflict(PromptLayerExecError, ValueError):
+    """A key stands for another request than the one it was given with; nothing was sent.
+
+    Attributes:
+        key: the key.
+    """
+
+    def __init__(self, message: str, *, key: str, **context: Any) -> None:
+        super().__init__(message, **context)
+        self.key = key
+
+    def __str__(self) -> str:
+        return super().__str__().removesuffix(".")  # the message says what to do
+
+
 class SessionClosed(PromptLayerExecError):
     """The session was closed before the call was finished."""
 

@@ -102,22 +102,22 @@ def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
     return inputs
 
 
+def is_open(session: Session) -> bool:
+    """Return True if a session is open, in whatever event loop."""
+    return session._client is not None
+
+
 def server_of(session: Session) -> tuple[str, str | None]:
     """Return the URL of the server that a session uses, and its API key, if it has one."""
     return base_url(session), find_api_key(session._settings.api_key)
 
 
-async def cannot_be_sent(session: Session, request: StartRequest) -> bool:
-    """Return True if the request itself is refused: its inputs have no JSON, or some are missing.
-
-    A limiter can raise the same errors.
-    """
-    try:
-        client = session._open()
-        await client.check_inputs(request, encode_inputs(session, request), client.deadline())
-    except (TypeError, ValueError):
-        return True
-    return False
+async def check_inputs(session: Session, request: StartRequest, inputs: dict[str, Any]) -> None:
+    """Raise `InvalidInputs` as `Session.start` does; `inputs` are the request's in JSON form."""
+    client = session._open()
+    await client.check_inputs(
+        request, inputs, client.deadline(10.0)
+    )  # a definition takes at most 5 s
 
 
 async def definition(

@@ -93,7 +93,7 @@ class Session:
             a workflow's run is not complete at its first poll, or a second one is started; True,
             at once, with a warning where push cannot be used; False, never.
             `$PROMPTLAYER_EXEC_PUSH` has the default, 1 or 0; 0 wins.
-        check_inputs: whether a start raises a `ValueError` if required inputs are missing.
+        check_inputs: whether a start raises `InvalidInputs` if required inputs are missing.
         trust_env: whether to use HTTP_PROXY, HTTPS_PROXY and NO_PROXY, read when the session opens.
             A borrowed `http` has its own setting.
         callbacks: gives each start a callback URL of its own, so that `recover` can find it.
@@ -381,7 +381,8 @@ class Session:
 
         Raises:
             TypeError: an argument or a value in the inputs has an unsupported type.
-            ValueError: an argument or a value in the inputs cannot be sent, or inputs are missing.
+            ValueError: an argument or a value in the inputs cannot be sent.
+            InvalidInputs: inputs that the workflow requires are missing.
             StartUnknown: the answer was lost, so the run may have started; it is never repeated.
             StatusError: the server refused.
             ConnectionFailed: the server could not be reached.

@@ -10,6 +10,7 @@ import attrs
 
 from promptlayer_exec import _structuring
 from promptlayer_exec._display import workflow_html
+from promptlayer_exec._errors import InvalidInputs
 from promptlayer_exec._models import FrozenMap, frozen_map
 from promptlayer_exec._text import printable
 
@@ -119,7 +120,7 @@ class Workflow:
             inputs: as for `Session.start`.
 
         Raises:
-            ValueError: inputs are missing. The message names all of them, and suggests those that
+            InvalidInputs: some are missing. The message names all of them, and suggests those that
                 may be misspelt: `it does not require topik (did you mean 'topic'?)`.
             TypeError: `inputs` is of another type.
         """
@@ -141,7 +142,7 @@ class Workflow:
             what += f"; it does not require {', '.join(_guesses(unknown[:most], missing))}"
             if len(unknown) > most:
                 what += f" and {len(unknown) - most} more"
-        raise ValueError(printable(what))
+        raise InvalidInputs(printable(what), missing=tuple(missing))
 
     def _repr_html_(self) -> str:
         """Return the required inputs and the graph, for notebooks."""

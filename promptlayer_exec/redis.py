@@ -38,22 +38,34 @@ __all__ = ["RedisBackplane"]
 
 _logger = logging.getLogger("promptlayer_exec")
 
-# Seconds for which a session may poll without a sign of life. It gives one every `_RENEWAL` while
-# it sleeps, and with each poll, but not during a poll: one that hangs is taken over.
-_LEASE = 10.0
-_RENEWAL = 3.0
-# A hint may be lost: everybody looks at the lease again after so many seconds.
-_LOOK = 5.0
-# Seconds for one command, and between two signs of life of Redis.
-_COMMAND = 1.0
-# Seconds until Redis is tried again.
-_PAUSE = 1.0
-# Larger answers are not shared.
-_MOST_BYTES = 1024 * 1024
-# Seconds for which answers are kept: complete ones, and others after the last sign of life.
-_COMPLETE = 300.0
-_INCOMPLETE = 60.0
-_CALLBACK = 3600.0
+
+@attrs.frozen
+class Terms:
+    """For how long what is in Redis counts, and how long this waits for Redis, in seconds.
+
+    A session may poll for `lease` without a sign of life. It gives one every `renewal` while it
+    sleeps, and with each poll, but not during a poll: one that hangs is taken over. Hints may be
+    lost, so everybody looks at the lease again after `recheck`.
+
+    A command may take `command`, which is also the longest silence of Redis. Once that cannot be
+    used, it is tried again every `pause`.
+
+    Answers of over `most_bytes` are not shared. Those of complete runs are kept for `complete`,
+    others for `incomplete` after the last sign of life, callbacks for `callback`.
+    """
+
+    lease: float = 10.0
+    renewal: float = 3.0
+    recheck: float = 5.0
+    command: float = 1.0
+    pause: float = 1.0
+    most_bytes: int = 1024 * 1024
+    complete: float = 300.0
+    incomplete: float = 60.0
+    callback: float = 3600.0
+
+
+TERMS = Terms()
 
 # Each has the keys of the lease, the answer and the streams, and the token of the lease first.
 _TURN = """
@@ -99,7 +111,7 @@ end
 """
 
 
-class _Away(Exception):
+class RedisUnavailable(Exception):
     """Redis does not answer, or refuses."""
 
 
@@ -140,23 +152,23 @@ class RedisBackplane:
             raise TypeError
         return Redis.from_url(
             self._source,
-            socket_timeout=_COMMAND,
-            socket_connect_timeout=_COMMAND,
+            socket_timeout=TERMS.command,
+            socket_connect_timeout=TERMS.command,
             retry=Retry(NoBackoff(), 0),
         )
 
-    def connect(self, client: OpenSession, namespace: str) -> _Link:
+    def connect(self, client: OpenSession, namespace: str) -> RedisConnection:
         """Connect an open session; sessions call this."""
         redis = self._client()
         channel = f"{self._prefix}:1:{namespace}"
-        return _Link(redis, redis is not self._source, channel, client)
+        return RedisConnection(redis, redis is not self._source, channel, client)
 
 
 @attrs.define(eq=False)
-class _SharedPolls:
+class SharedWatch:
     """Takes the answers that another session polls, or polls and shares its own."""
 
-    _link: _Link
+    _connection: RedisConnection
     execution_id: int
     _read: Callable[[Response], NodeMap]
     # Names the watch in Redis; a later watch of the same session has another.
@@ -174,22 +186,24 @@ class _SharedPolls:
     ) -> Reply[NodeMap]:
         now = asyncio.get_running_loop().time
         if not self._is_alone:
-            with suppress(_Away, RequestError):  # the latter: an answer cannot be read
+            with suppress(RedisUnavailable, RequestError):  # the latter: an answer cannot be read
                 if (response := await self._wait_for_turn(streams)) is not None:
                     value, size = self._read(response), len(response.body)
                     return Reply(value, size, now(), 0.0, 0.0, None, shared=True)
             due = max(due, now())  # to wait for the others is not lateness
+
         try:
             reply = await poll(due=due)
         except NotFound:
-            if not await self._link.find_start(self.execution_id):
+            if not await self._connection.find_start(self.execution_id):
                 raise
             reply = await poll(due=now())
+
         self.is_polling = False
         # What is complete does not change, whoever polls.
         source = reply.value.source
         if source is not None and (self.is_held or reply.value.complete):
-            with suppress(_Away):
+            with suppress(RedisUnavailable):
                 await self._publish(*source)
         return reply
 
@@ -197,51 +211,63 @@ class _SharedPolls:
         """Wait for an answer of another session; None: this one is to poll."""
         while True:
             self.news.clear()  # first, so that no hint is lost after the look
-            turn = await self._link.run(self._look, streams())
+            turn = await self._connection.run(self._ask_turn, streams())
             if isinstance(turn, list):
                 version, status, body = turn
                 self._seen = _text(version)
                 return Response(int(status), body.encode() if isinstance(body, str) else body)
             if not isinstance(turn, int):
                 return None
+
             self.is_waiting = True
             try:
-                async with asyncio.timeout(min(turn / 1000, _LOOK)):
+                async with asyncio.timeout(min(turn / 1000, TERMS.recheck)):
                     await self.news.wait()
             except TimeoutError:
                 pass
             finally:
                 self.is_waiting = False
 
-    async def _look(self, streams: bool) -> Any:
-        link = self._link
-        hint = link.hint("streams", self.execution_id) if streams else ""
-        arguments = (self.token, _ms(_LEASE), self._seen, link.channel, hint)
-        turn = await link.eval(_TURN, self.execution_id, *arguments)
+    async def _ask_turn(self, streams: bool) -> Any:
+        connection = self._connection
+        hint = ""
+        if streams:
+            hint = connection.hint("streams", self.execution_id)
+        arguments = (self.token, _ms(TERMS.lease), self._seen, connection.channel, hint)
+        turn = await connection.eval(_TURN, self.execution_id, *arguments)
         self.is_held = self.is_polling = isinstance(turn, str | bytes)
         if self._is_ended:
-            link.release(self)
+            connection.release(self)
         return turn
 
     async def _publish(self, status: int, body: bytes) -> None:
-        link, version = self._link, uuid4().hex
-        self._is_alone = len(body) > _MOST_BYTES
+        connection = self._connection
+        self._is_alone = len(body) > TERMS.most_bytes
         if self._is_alone:
-            link.release(self)
+            connection.release(self)
             return
-        keep, lease = (_COMPLETE, 0.0) if status == 200 else (_INCOMPLETE, _LEASE)
-        answer = (self.token, version, status, body, _ms(keep))
-        arguments = (*answer, _ms(lease), link.channel, link.hint("news", self.execution_id))
-        is_stored = await link.run(link.eval, _PUBLISH, self.execution_id, *arguments)
-        self.is_held, self._seen = bool(is_stored) and status != 200, version
+
+        # What is complete needs no lease any more.
+        keep, lease = TERMS.incomplete, TERMS.lease
+        if status == 200:
+            keep, lease = TERMS.complete, 0.0
+
+        version = uuid4().hex
+        answer = (self.token, version, status, body, _ms(keep), _ms(lease))
+        hint = (connection.channel, connection.hint("news", self.execution_id))
+        is_stored = await connection.run(
+            connection.eval, _PUBLISH, self.execution_id, *answer, *hint
+        )
+        self.is_held = bool(is_stored) and status != 200
+        self._seen = version
 
     def end(self) -> None:
         self._is_ended = True
-        self._link.end(self)
+        self._connection.end(self)
 
 
 @attrs.define(eq=False)
-class _Link:
+class RedisConnection:
     """The connection of an open session to Redis."""
 
     _redis: Redis
@@ -251,16 +277,16 @@ class _Link:
     _id: str = attrs.field(init=False, factory=lambda: uuid4().hex[:8])
     _is_up: bool = attrs.field(init=False, default=True)
     _slots: asyncio.Semaphore = attrs.field(init=False, factory=partial(asyncio.Semaphore, 8))
-    _watches: dict[int, _SharedPolls] = attrs.field(init=False, factory=dict)
+    _watches: dict[int, SharedWatch] = attrs.field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
         self._spawn(self._listen)
-        self._spawn(self._keep)
+        self._spawn(self._renew_leases)
 
     # What the session calls.
 
-    def share(self, execution_id: int, read: Callable[[Response], NodeMap]) -> _SharedPolls:
-        watch = self._watches[execution_id] = _SharedPolls(self, execution_id, read)
+    def share(self, execution_id: int, read: Callable[[Response], NodeMap]) -> SharedWatch:
+        watch = self._watches[execution_id] = SharedWatch(self, execution_id, read)
         return watch
 
     def wake(self, execution_id: int, source: WakeSource) -> None:
@@ -278,18 +304,18 @@ class _Link:
     async def find_start(self, execution_id: int) -> bool:
         """Return True if another session has started a run that the server may not know yet."""
         left = 0
-        with suppress(_Away):
+        with suppress(RedisUnavailable):
             left = await self.run(self._redis.pttl, self._key(execution_id, "start"))
         if left > 0:
             self._client.started_elsewhere(execution_id, left / 1000)
         return left > 0
 
     def called_back(self, token: str, execution_id: int) -> None:
-        self._spawn(self._hand_on, _digest(token), execution_id)
+        self._spawn(self._publish_callback, _digest(token), execution_id)
 
-    async def _hand_on(self, digest: str, execution_id: int) -> None:
+    async def _publish_callback(self, digest: str, execution_id: int) -> None:
         key = self._key(digest, "callback")
-        await self.run(self._redis.set, key, execution_id, px=_ms(_CALLBACK))
+        await self.run(self._redis.set, key, execution_id, px=_ms(TERMS.callback))
         await self._publish(self.hint("callback", digest, execution_id))
 
     def find_callbacks(self) -> None:
@@ -306,7 +332,7 @@ class _Link:
     async def aclose(self) -> None:
         if self._is_up:
             held = [watch for watch in self._watches.values() if watch.is_held]
-            await self._release(held, within=_COMMAND / 2)
+            await self._release(held, within=TERMS.command / 2)
         if self._owns_redis:
             await self._redis.aclose()
 
@@ -315,14 +341,14 @@ class _Link:
     def hint(self, kind: str, subject: object, detail: object = "-") -> str:
         return f"{kind} {subject} {detail} {self._id}"
 
-    def end(self, watch: _SharedPolls) -> None:
+    def end(self, watch: SharedWatch) -> None:
         """Forget a watch that has ended; when the session closes, `aclose` does that for all."""
         if not self._client.is_closing():
             if self._watches.get(watch.execution_id) is watch:
                 del self._watches[watch.execution_id]
             self.release(watch)
 
-    def release(self, *watches: _SharedPolls) -> None:
+    def release(self, *watches: SharedWatch) -> None:
         """Let other sessions poll, without waiting for Redis."""
         held = [watch for watch in watches if watch.is_held]
         for watch in held:
@@ -330,18 +356,18 @@ class _Link:
         if held:
             self._spawn(self._release, held)
 
-    async def _release(self, watches: list[_SharedPolls], within: float = _COMMAND) -> None:
+    async def _release(self, watches: list[SharedWatch], within: float = TERMS.command) -> None:
         # Even if Redis is taken for away: one that is full can still delete.
         with suppress(RedisError, OSError):  # the leases run out
             async with asyncio.timeout(within):
                 await self._extend(watches, 0)
 
-    async def _extend(self, watches: Iterable[_SharedPolls], seconds: float) -> list[Any]:
+    async def _extend(self, watches: Iterable[SharedWatch], seconds: float) -> list[Any]:
         """Keep the leases of watches for so many seconds more, in one round trip."""
         pipeline = self._redis.pipeline(transaction=False)
         for watch in watches:
             hint = self.hint("news", watch.execution_id)
-            arguments = (watch.token, _ms(seconds), _ms(_INCOMPLETE), self.channel, hint)
+            arguments = (watch.token, _ms(seconds), _ms(TERMS.incomplete), self.channel, hint)
             self.eval(_EXTEND, watch.execution_id, *arguments, client=pipeline)
         return await pipeline.execute()
 
@@ -362,7 +388,7 @@ class _Link:
         """Do something that nobody waits for, unless Redis is away or the session closes."""
 
         async def run() -> None:
-            with suppress(_Away):
+            with suppress(RedisUnavailable):
                 await work(*arguments)
 
         if not self._client.is_closing():
@@ -371,15 +397,16 @@ class _Link:
     async def run(
         self, command: Callable[..., Awaitable[Any]], *arguments: Any, **options: Any
     ) -> Any:
-        """Return what a command returns; raise `_Away` if it fails, or takes over a second.
+        """Return what a command returns; raise `RedisUnavailable` if it fails or is late.
 
         It has a task of its own: on Python 3.11, redis-py may swallow a cancellation.
         """
         attempt = self._try(partial(command, *arguments, **options))
         task = self._client.spawn(attempt, name="promptlayer_exec.Backplane")
         await asyncio.wait([task])
-        if (answer := task.result()) is None:
-            raise _Away
+        answer = task.result()
+        if answer is None:
+            raise RedisUnavailable
         return answer
 
     async def _try(self, command: Callable[[], Awaitable[Any]], *, is_probe: bool = False) -> Any:
@@ -387,85 +414,98 @@ class _Link:
         async with self._slots:  # to wait for it is no part of the command's second
             if self._is_up or is_probe:
                 try:
-                    async with asyncio.timeout(_COMMAND):
+                    async with asyncio.timeout(TERMS.command):
                         return await command()
                 except (RedisError, OSError, ValueError) as error:
-                    self._lose(error)
+                    self._mark_unavailable(error)
         return None
 
     # What goes on by itself.
 
-    def _lose(self, error: Exception) -> None:
+    def _mark_unavailable(self, error: Exception) -> None:
         """Let each watch poll for itself, until Redis can be used again."""
         if not self._is_up:
             return
         self._is_up = False
+
         said = f"{type(error).__name__}: {error}".removesuffix(": ")
         _logger.warning(
             "Redis cannot be used (%.200s); until it can, this session polls for itself", said
         )
-        self.release(*self._watches.values())
-        self._look()
 
-    def _look(self) -> None:
+        self.release(*self._watches.values())
+        self._recheck_leases()
+
+    def _recheck_leases(self) -> None:
         """Let each waiting watch look at its lease."""
         for watch in self._watches.values():
             watch.news.set()
 
-    async def _keep(self) -> None:
+    async def _renew_leases(self) -> None:
         """Renew the leases, and try Redis again while it is away."""
         while not self._client.is_closing():
-            await asyncio.sleep(_RENEWAL if self._is_up else _PAUSE)
-            with suppress(_Away):
+            await asyncio.sleep(TERMS.renewal if self._is_up else TERMS.pause)
+            with suppress(RedisUnavailable):
                 if self._is_up:
-                    held = [it for it in self._watches.values() if it.is_held and not it.is_polling]
-                    for start in range(0, len(held), 100):  # each with a command's time
-                        await self.run(self._extend, held[start : start + 100], _LEASE)
-                    continue
-                # A real write: a Redis that is full answers everything else.
-                arguments = (self._id, _ms(_COMMAND), "", self.channel, "")
-                probe = partial(self.eval, _TURN, f"probe-{self._id}", *arguments)
-                if await self._try(probe, is_probe=True) is not None:
-                    self._is_up = True
-                    _logger.info("Redis can be used again; this session shares its polls")
-                    self.find_callbacks()
+                    await self._extend_all()
+                else:
+                    await self._probe()
+
+    async def _extend_all(self) -> None:
+        """Keep the leases of all watches that sleep between two polls."""
+        watches = self._watches.values()
+        held = [watch for watch in watches if watch.is_held and not watch.is_polling]
+        for start in range(0, len(held), 100):  # each with a command's time
+            await self.run(self._extend, held[start : start + 100], TERMS.lease)
+
+    async def _probe(self) -> None:
+        """Try whether Redis can be used again, by a real write: a full one answers all else."""
+        arguments = (self._id, _ms(TERMS.command), "", self.channel, "")
+        probe = partial(self.eval, _TURN, f"probe-{self._id}", *arguments)
+        if await self._try(probe, is_probe=True) is not None:
+            self._is_up = True
+            _logger.info("Redis can be used again; this session shares its polls")
+            self.find_callbacks()
 
     async def _listen(self) -> None:
         """Receive hints, over a connection that is made again whenever it is lost."""
         while not self._client.is_closing():
             try:
                 async with self._redis.pubsub() as pubsub:
-                    async with asyncio.timeout(_COMMAND):
+                    async with asyncio.timeout(TERMS.command):
                         await pubsub.subscribe(self.channel)
                     await self._receive(pubsub)
             except (RedisError, OSError) as error:
-                self._lose(error)
-            await asyncio.sleep(_PAUSE)
+                self._mark_unavailable(error)
+            await asyncio.sleep(TERMS.pause)
 
     async def _receive(self, pubsub: PubSub) -> None:
         is_pinged = False
         while not self._client.is_closing():  # a cancellation may be swallowed
-            message = await pubsub.get_message(timeout=_COMMAND)
+            message = await pubsub.get_message(timeout=TERMS.command)
             if message is None:  # it is quiet, or hangs
                 if is_pinged:
-                    raise TimeoutError(f"no answer within {_COMMAND:g} s")
+                    raise TimeoutError(f"no answer within {TERMS.command:g} s")
                 await pubsub.ping()
             elif message["type"] == "subscribe":
-                self._look()
+                self._recheck_leases()
                 self.find_callbacks()
             elif message["type"] == "message":
-                self._take(*_text(message["data"]).split(" "))
+                self._handle_message(*_text(message["data"]).split(" "))
+
             is_pinged = message is None
 
-    def _take(self, kind: str, subject: str, detail: str, sender: str) -> None:
+    def _handle_message(self, kind: str, subject: str, detail: str, sender: str) -> None:
         """Follow a hint."""
         if sender == self._id:
             return
+
         if kind == "callback":
             for token in self._client.lost_tokens():
                 if _digest(token) == subject:
                     self._client.called_back_elsewhere(token, int(detail))
             return
+
         execution_id = int(subject)
         watch = self._watches.get(execution_id)
         if kind == "streams":

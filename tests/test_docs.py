@@ -451,7 +451,7 @@ async def test_the_code_on_outputs_works(
         async with Session(sim.api_key, base_url=sim.base_url) as checking:
             with pytest.raises(ValueError, match="topik") as caught:
                 await checking.run("write-report", {"topik": "otters"})
-        assert blocks("docs/outputs.md", "text") == [f"ValueError: {caught.value}\n"]
+        assert blocks("docs/outputs.md", "text") == [f"InvalidInputs: {caught.value}\n"]
         assert await page["result_so_far"](session, held) == "50% done"
         sim.finish(held, "Answer", value="42")
         assert await page["result_so_far"](session, held) == {"Answer": "42"}

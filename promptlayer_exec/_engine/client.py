@@ -248,7 +248,7 @@ class Client:
     async def check_inputs(
         self, request: StartRequest, inputs: Mapping[str, Any], deadline: Deadline
     ) -> None:
-        """Raise a `ValueError` if a start lacks inputs that its workflow requires."""
+        """Raise `InvalidInputs` if a start lacks inputs that its workflow requires."""
         try:
             async with self.lifetime.call(deadline):
                 await self._definitions.check(request, inputs)

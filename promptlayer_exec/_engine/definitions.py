@@ -63,7 +63,7 @@ class Definitions:
     _warned: set[tuple[int, str]] = attrs.field(init=False, factory=set)
 
     async def check(self, request: StartRequest, inputs: Mapping[str, Any]) -> None:
-        """Raise a `ValueError` for missing inputs, if the server names those required in time."""
+        """Raise `InvalidInputs` for missing ones, if the server names those required in time."""
         key = request.workflow, request.label, request.version
 
         kept = self._kept.get(key)

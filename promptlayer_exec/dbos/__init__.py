@@ -5,25 +5,25 @@ from promptlayer_exec._integration import install_hint
 try:
     from promptlayer_exec.dbos._batch import Batch, batch_names
     from promptlayer_exec.dbos._location import shown_database_url
+    from promptlayer_exec.dbos._records import BatchStatus, StoredError, StoredOutcome
     from promptlayer_exec.dbos._reports import (
-        Attempt,
         BatchSettings,
         Durations,
         Failure,
+        RunAttempt,
         StoredItem,
     )
-    from promptlayer_exec.dbos._values import BatchStatus, StoredError, StoredOutcome
 except ModuleNotFoundError as error:
     error.add_note(f"this needs {install_hint('dbos')}")
     raise
 
 __all__ = [
-    "Attempt",
     "Batch",
     "BatchSettings",
     "BatchStatus",
     "Durations",
     "Failure",
+    "RunAttempt",
     "StoredError",
     "StoredItem",
     "StoredOutcome",

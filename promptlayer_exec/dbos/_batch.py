@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
-from contextlib import aclosing, asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -14,30 +14,27 @@ import attrs
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec import _integration as integration
-from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _owner as owner
 from promptlayer_exec.dbos import _reports as reports
+from promptlayer_exec.dbos import _requeue as requeue
+from promptlayer_exec.dbos._adding import Addition, check_text
 from promptlayer_exec.dbos._liveness import count_workers
 from promptlayer_exec.dbos._location import database_url as locate
 from promptlayer_exec.dbos._location import prepare_default, shown
 from promptlayer_exec.dbos._rate import SharedRate
+from promptlayer_exec.dbos._records import BatchStatus, Kind, StoredOutcome
 from promptlayer_exec.dbos._reports import BatchSettings, Durations, Failure, StoredItem
-from promptlayer_exec.dbos._requests import Row, by_key, encode
+from promptlayer_exec.dbos._requeue import Reason
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._values import BatchStatus, Kind, StoredOutcome
 from promptlayer_exec.dbos._worker import Worker
 
 T = TypeVar("T")
 
 logger = logging.getLogger("promptlayer_exec")
 
-_CHUNK = 1000
-_CHUNK_BYTES = 4 * 1024 * 1024
-_MAX_IN_FLIGHT = 100
-_LONGEST_NAME = 200
-_LONGEST_KEY = 1000
-_POLL_INTERVAL = 0.25
-_SETTINGS_INTERVAL = 2.0
+# Seconds between two looks for new outcomes, and for settings that another worker has stored.
+POLL_INTERVAL = 0.25
+SETTINGS_INTERVAL = 2.0
 
 
 class Batch:
@@ -57,8 +54,9 @@ class Batch:
             `work` changes it for all workers, also while they run. None: what is stored, else 100.
         rate: how many HTTP attempts per second all workers together make at most; stored likewise.
             None: what is stored, else no limit beside that of each session.
-        restart_unknown: whether `work` restarts unknown items. An item is unknown if its start was
-            cut off, so that it may or may not run; restarted, it may run, and be billed, twice.
+        attempts: how many runs each item may have that complete without an output, each of them
+            billed. Before the next one there is a pause, of 5 seconds at first. An unknown start is
+            never repeated. It is stored likewise. None: what is stored, else 1.
         same_server: whether a batch that was begun at another server, or with another API key, is
             moved to those of `session`: for a server with a new address, or a key that was replaced
             by one of the same workspace. A batch belongs to its server, and others are refused.
@@ -77,12 +75,14 @@ class Batch:
         session: Session | Callable[[], Session],
         max_in_flight: int | None = None,
         rate: float | None = None,
-        restart_unknown: bool = False,
+        attempts: int | None = None,
         same_server: bool = False,
     ) -> None:
-        self._name = _check_text("batch name", name, _LONGEST_NAME, ConfigurationError)
+        self._name = check_text("batch name", name, 200, ConfigurationError)
         self._url = locate(database_url)
         self._source = session
+        self._same_server = same_server
+
         self._settings: dict[str, float] = {}  # those that are given
         if max_in_flight is not None:
             self._settings["max_in_flight"] = integration.check_count(
@@ -90,8 +90,9 @@ class Batch:
             )
         if rate is not None:
             self._settings["rate"] = integration.check_seconds("rate", rate, zero=False)
-        self._restart_unknown = restart_unknown
-        self._same_server = same_server
+        if attempts is not None:
+            self._settings["attempts"] = integration.check_count("attempts", attempts)
+
         self._store: Store | None = None
         self._is_prepared = False
         # How many calls of `work` there are now, before whose end `outcomes` must not end.
@@ -100,48 +101,33 @@ class Batch:
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:
         """Add items to the database; one whose key and request are already there is not new.
 
+        Unless the session has `check_inputs=False`, the definitions of their workflows are read
+        once for each call, so add many items at a time.
+
         Args:
             requests: what to start, each with a unique `key`: a str of 1 to 1000 bytes. All of them
                 are checked before the first is added, unless they come from an async iterable:
-                these are checked and added at most a thousand, or some 4 MiB, at a time.
+                these are checked and added at most a thousand, or some 2 MiB, at a time.
 
         Returns:
             How many items were new.
 
         Raises:
             TypeError: something in a request is of an unusable type.
-            ValueError: something in a request cannot be sent, its key cannot be stored, or its key
-                stands for another request: another workflow, or other inputs, label, version or
-                metadata.
+            ValueError: something in a request cannot be sent, or its key cannot be stored.
+            InvalidInputs: inputs that a workflow requires are missing.
+            KeyConflict: a key stands for another request: another workflow, or other inputs, label,
+                version or metadata.
         """
         async with self._open() as store:
+            adding = Addition(store, self._name, self._session, self._checking_session)
+
+            # Those that come later cannot be checked before the first is added.
             if isinstance(requests, AsyncIterable):
                 await self._claim(store)
-                return await self._add(store, requests, self._row)
-            rows = []
-            for request in requests:
-                rows.append(self._row(request))
-                if len(rows) % _CHUNK == 0:
-                    await asyncio.sleep(0)  # there may be a million
-            unique = by_key(self._name, rows).values()
-            await self._claim(store)
-            await store.run_in_thread(store.check, self._name, unique)
-            return await self._add(store, unique, lambda row: row)
+                return await adding.add_as_they_come(requests)
 
-    async def _add(
-        self, store: Store, items: Iterable[T] | AsyncIterable[T], row_of: Callable[[T], Row]
-    ) -> int:
-        new, rows, size = 0, list[Row](), 0
-        async with aclosing(integration.each(items)) as each:
-            async for item in each:
-                rows.append(row_of(item))
-                size += len(rows[-1].request)
-                if len(rows) >= _CHUNK or size >= _CHUNK_BYTES:
-                    new += await store.run_in_thread(store.add, self._name, rows)
-                    rows, size = [], 0
-            if rows:
-                new += await store.run_in_thread(store.add, self._name, rows)
-        return new
+            return await adding.add_all(requests, before=partial(self._claim, store))
 
     async def work(self, *, until_done: bool = True) -> BatchStatus:
         """Start items, follow them, and store their outcomes, together with all other workers.
@@ -165,14 +151,13 @@ class Batch:
             ConfigurationError: a setting is missing, or this process uses DBOS for something else.
             RuntimeError: this process already works on a batch.
         """
-        # Before the first await: `outcomes` must not end before the unknown items are restarted.
+        # Before the first await: `outcomes` must not end before items are put into the queue.
         self._working += until_done
         try:
             async with self._open() as store:
                 await self._claim(store)
-                await store.run_in_thread(again.resolve, store, self._name)
-                if self._restart_unknown:
-                    await store.run_in_thread(again.retry, store, self._name, ["unknown"])
+                await self._requeue(store, Reason.CALLBACK, kinds=["unknown"])
+
                 # While a worker ends, a callback may make one more item unfinished.
                 while not until_done or not await self._is_finished(store):
                     await self._work(store, until_done=until_done)
@@ -187,6 +172,7 @@ class Batch:
                 "batch %r: %s is now %g for all its workers; it was %g",
                 *(self._name, name, self._settings[name], before),
             )
+
         settings = await store.run_in_thread(reports.settings, store, self._name)
         limiter = SharedRate(store, self._name, settings.rate)
         worker = Worker(
@@ -194,9 +180,9 @@ class Batch:
             self._name,
             self._session,
             owns_session=self._session is not self._source,
-            max_in_flight=settings.max_in_flight or _MAX_IN_FLIGHT,
-            restart_unknown=self._restart_unknown,
+            max_in_flight=settings.max_in_flight or 100,
         )
+
         following = asyncio.create_task(self._follow_rate(store, limiter))
         try:
             with integration.limited(self._session, limiter):
@@ -208,7 +194,7 @@ class Batch:
     async def _follow_rate(self, store: Store, limiter: SharedRate) -> None:
         """Let the limiter have the rate that another worker stores meanwhile."""
         while True:
-            await asyncio.sleep(_SETTINGS_INTERVAL)
+            await asyncio.sleep(SETTINGS_INTERVAL)
             with suppress(ConfigurationError):  # the worker itself notices that, and says so
                 settings = await store.run_in_thread(reports.settings, store, self._name)
                 limiter.rate = settings.rate
@@ -217,7 +203,7 @@ class Batch:
         """Yield the outcome of each item: first those that are stored, then each new one.
 
         The iteration ends when every item has an outcome, and no `work` of this object is waiting
-        for that. An unknown item that is restarted is yielded again. To end the iteration early,
+        for that. An item that is run again is yielded again. To end the iteration early,
         use `contextlib.aclosing`.
 
         Args:
@@ -226,15 +212,17 @@ class Batch:
         last = 0
         async with self._open() as store:
             await self._check_owner(store)
+
             is_last = False
             while not is_last:
+                # Asked before the last look: what is stored in between is yielded.
                 is_last = not until_done or (not self._working and await self._is_finished(store))
                 while rows := await store.run_in_thread(store.outcomes, self._name, last):
                     for row in rows:
                         yield StoredOutcome.from_json(row.outcome)
                     last = rows[-1].seq
                 if not is_last:
-                    await asyncio.sleep(_POLL_INTERVAL)
+                    await asyncio.sleep(POLL_INTERVAL)
 
     async def recheck(self) -> int:
         """Put every failed item with an execution id back into the queue, to be followed.
@@ -247,9 +235,16 @@ class Batch:
         """
         async with self._open() as store:
             await self._check_owner(store)
-            return await store.run_in_thread(again.recheck, store, self._name)
+            return await self._requeue(store, Reason.RECHECK, kinds=["failed"])
 
-    async def retry(self, *, failed: bool = False, unknown: bool = False) -> int:
+    async def retry(
+        self,
+        *,
+        failed: bool = False,
+        unknown: bool = False,
+        keys: Iterable[str] | None = None,
+        unknown_for: float = 0.0,
+    ) -> int:
         """Put items that ended back into the queue, to be started again and billed again.
 
         An item whose run is not known to have failed is followed once more, and not started: the
@@ -259,15 +254,31 @@ class Batch:
         Args:
             failed: whether to start the items again whose runs failed, or did not start.
             unknown: whether to start the unknown items again, each of which may already run.
+            keys: only these items; None means all. Those that the batch does not have are ignored.
+            unknown_for: how many seconds ago an unknown item must have become unknown; give its
+                callback time to come.
 
         Returns:
             How many items there are.
+
+        Raises:
+            TypeError: `keys` is a str or has anything but str.
+            ValueError: `unknown_for` is negative.
         """
+        integration.check_seconds("unknown_for", unknown_for)
+        chosen = None if keys is None else _check_keys(keys)
         kinds = [kind for kind, is_meant in (("failed", failed), ("unknown", unknown)) if is_meant]
+
         async with self._open() as store:
             await self._check_owner(store)
-            await store.run_in_thread(again.resolve, store, self._name)
-            return await store.run_in_thread(again.retry, store, self._name, kinds)
+            await self._requeue(store, Reason.CALLBACK, kinds=["unknown"])
+            return await self._requeue(
+                store, Reason.RETRY, kinds=kinds, keys=chosen, unknown_for=unknown_for
+            )
+
+    async def _requeue(self, store: Store, reason: Reason, **which: Any) -> int:
+        act = partial(requeue.requeue, store, self._name, reason, **which)
+        return await store.run_in_thread(act)
 
     async def check_server(self) -> None:
         """Check that the batch, if it exists, belongs to the server and the key of the session.
@@ -355,9 +366,10 @@ class Batch:
         if not isinstance(token, str):
             raise TypeError(f"token must be a str, got {token!r:.100}")
         execution_id = integration.check_execution_id(execution_id)
+
         async with self._open() as store:
             return await store.run_in_thread(
-                again.record_callback, store, self._name, token, execution_id
+                requeue.record_callback, store, self._name, token, execution_id
             )
 
     def __repr__(self) -> str:
@@ -368,6 +380,7 @@ class Batch:
         """Yield the database, one for all that is done with the batch at the same time."""
         if self._store is None or self._store.ended.is_set():
             self._store = Store(self._url)
+
         store = self._store
         store.users += 1
         try:
@@ -382,7 +395,8 @@ class Batch:
             if not store.users:
                 if self._store is store:
                     self._store = None
-                store.close()
+                # Not in the event loop: SQLite writes its log back into the file.
+                await store.run_in_thread(store.close)
 
     async def _is_finished(self, store: Store) -> bool:
         return await store.run_in_thread(store.is_finished, self._name)
@@ -403,13 +417,14 @@ class Batch:
     def _session(self) -> Session:
         return self._source if isinstance(self._source, Session) else self._source()
 
-    def _row(self, request: StartRequest) -> Row:
-        if not isinstance(request, StartRequest):
-            raise TypeError(f"batch item must be a StartRequest, got {request!r:.100}")
-        if not isinstance(request.key, str):
-            raise TypeError(f"item key must be a str, got {request.key!r:.100}")
-        _check_text("item key", request.key, _LONGEST_KEY, ValueError)
-        return encode(request, integration.encode_inputs(self._session, request))
+    @asynccontextmanager
+    async def _checking_session(self) -> AsyncIterator[Session]:
+        """Yield an open session: the batch's own if it is open, else another one."""
+        if isinstance(self._source, Session) or integration.is_open(self._session):
+            yield self._session
+        else:
+            async with self._source() as session:
+                yield session
 
 
 async def batch_names(database_url: str | None = None) -> list[str]:
@@ -426,14 +441,15 @@ async def batch_names(database_url: str | None = None) -> list[str]:
         with suppress(OSError):  # opening the file says why
             if not await anyio.Path(str(url.database)).exists():
                 return []
+
     prepare_default(url)
     with closing(Store(url)) as store:
         await store.run_in_thread(store.prepare)
         return await store.run_in_thread(store.batches)
 
 
-def _check_text(what: str, text: Any, longest: int, error: type[ValueError]) -> str:
-    with suppress(UnicodeEncodeError):
-        if isinstance(text, str) and 1 <= len(text.encode()) <= longest and "\0" not in text:
-            return text
-    raise error(f"{what} must be 1 to {longest} bytes of text without NUL, got {text!r:.100}")
+def _check_keys(keys: Iterable[str]) -> list[str]:
+    chosen = [keys] if isinstance(keys, str) else [*keys]
+    if isinstance(keys, str) or not all(isinstance(key, str) for key in chosen):
+        raise TypeError(f"keys must be several str, got {keys!r:.100}")
+    return chosen

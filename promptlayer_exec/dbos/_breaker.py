@@ -8,22 +8,36 @@ from contextlib import asynccontextmanager
 
 import attrs
 
-# Starts of one worker that may wait for their answers at the same time: what a killed worker, or
-# the first moment of an outage, can make unknown. The number doubles with each good answer.
-_FIRST_WINDOW = 4
-_LARGEST_WINDOW = 16
-# After so many failures in a row, starts pause. The pauses double with each probe that fails.
-_FAILURES = 3
-_FIRST_PAUSE = 1.0
-_LONGEST_PAUSE = 30.0
+
+@attrs.frozen
+class Caution:
+    """How carefully a worker sends starts.
+
+    The window is how many starts may wait for their responses at the same time: what a killed
+    worker, or the first moment of an outage, can make unknown. It doubles with each good response.
+    After a few failures in a row, starts pause; the pauses double with each probe that fails.
+
+    A failure of a start that was sent long after the last pause is the first of a new row. Nobody
+    knows what the server was like in between.
+    """
+
+    first_window: int = 4
+    largest_window: int = 16
+    failures: int = 3
+    first_pause: float = 1.0
+    longest_pause: float = 30.0
+    same_outage_within: float = 60.0
+
+
+CAUTION = Caution()
 
 
 @attrs.define(eq=False, repr=False)
 class Breaker:
     """Lets starts through in the order in which they come, in the event loop of the session.
 
-    It records each failure and each good answer. Failures that say nothing about the single item
-    (5xx, a lost answer, 403) make it pause, and then let a single start through as a probe.
+    It records each failure and each good response. Failures that say nothing about the single item
+    (5xx, a lost response, 403) make it pause, and then let a single start through as a probe.
     """
 
     _patience: float  # seconds of failures after which `_give_up` is called
@@ -31,13 +45,15 @@ class Breaker:
     _clock: Callable[[], float] = attrs.field(factory=lambda: asyncio.get_running_loop().time)
     _turn: asyncio.Lock = attrs.field(init=False, factory=asyncio.Lock)
     _is_freed: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
-    _window: int = attrs.field(init=False, default=_FIRST_WINDOW)
+    _window: int = attrs.field(init=False, factory=lambda: CAUTION.first_window)
     _in_flight: int = attrs.field(init=False, default=0)
     _failures: int = attrs.field(init=False, default=0)
     _failing_since: float = attrs.field(init=False, default=0.0)
     _paused_until: float = attrs.field(init=False, default=0.0)
     _pause: float = attrs.field(init=False, default=0.0)
     _paused_at: float = attrs.field(init=False, default=0.0)
+    # When the last failure was recorded, or the pause after it ends.
+    _failing_until: float = attrs.field(init=False, default=0.0)
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[float]:
@@ -46,9 +62,11 @@ class Breaker:
             while self._in_flight >= self._window:
                 self._is_freed.clear()
                 await self._is_freed.wait()
+
             # In a pause, the window is 1: nothing else is being sent.
             await asyncio.sleep(max(self._paused_until - self._clock(), 0.0))
             self._in_flight += 1
+
         try:
             yield self._clock()
         finally:
@@ -57,24 +75,35 @@ class Breaker:
 
     def succeeded(self) -> None:
         """Record that the server answered as it should, whatever that means for the item."""
+        self._forget_failures()
+        self._window = min(2 * self._window, CAUTION.largest_window)
+        self._is_freed.set()
+
+    def _forget_failures(self) -> None:
         self._failures = 0
         self._pause = self._paused_until = 0.0
-        self._window = min(2 * self._window, _LARGEST_WINDOW)
-        self._is_freed.set()
 
     def failed(self, error: Exception, *, since: float) -> None:
         """Record a failure that other starts would meet, too; the request was sent at `since`."""
         now = self._clock()
+        if since - self._failing_until > CAUTION.same_outage_within:
+            self._forget_failures()
         if not self._failures:
             self._failing_since = now
         self._failures += 1
         self._window = 1
-        if self._failures < _FAILURES or (self._pause and since < self._paused_at):
+        self._failing_until = max(now, self._paused_until)
+
+        if self._failures < CAUTION.failures:
+            return
+        if self._pause and since < self._paused_at:
             return  # it was sent before the pause, so it says nothing new
+
         left = self._failing_since + self._patience - now
         if left <= 0.0:
             self._give_up(error)
             return
-        self._pause = min(2 * self._pause or _FIRST_PAUSE, _LONGEST_PAUSE)
+
+        self._pause = min(2 * self._pause or CAUTION.first_pause, CAUTION.longest_pause)
         self._paused_at = now
-        self._paused_until = now + min(self._pause, left)
+        self._paused_until = self._failing_until = now + min(self._pause, left)

@@ -19,7 +19,7 @@ from sqlalchemy import exc
 from sqlalchemy.dialects import postgresql, sqlite
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec.dbos._engine import mark_lost_connections, migrate
+from promptlayer_exec.dbos._dbos_calls import mark_lost_connections, migrate
 from promptlayer_exec.dbos._location import shown
 from promptlayer_exec.dbos._tables import tables as _tables
 

@@ -25,18 +25,11 @@ from promptlayer_exec.dbos._tables import (
     the_attempt,
 )
 
-_item, _callback = items.c, callbacks.c
+_item = items.c
 _token: sa.BindParameter[str] = sa.bindparam("token")
-_replaced: sa.BindParameter[str | None] = sa.bindparam("replaced")
-_no_callback = ~sa.exists().where(
-    _callback.batch == sa.bindparam("the_batch"), _callback.token == _replaced
-)
 _is_free = sa.or_(_item.intent.is_(None), _item.intent == _token)
 _RECORD = (
-    sa.update(items)
-    .where(the_attempt, _item.started.is_(None))
-    .where(sa.or_(_is_free, sa.and_(_item.intent == _replaced, _no_callback)))
-    .values(intent=_token)
+    sa.update(items).where(the_attempt, _item.started.is_(None), _is_free).values(intent=_token)
 )
 _RECORD_START = (
     sa.update(items)
@@ -46,7 +39,7 @@ _RECORD_START = (
 _TAKE_BACK = sa.update(items).where(the_attempt, _item.intent == _token).values(intent=None)
 
 
-class Started(NamedTuple):
+class StartResult(NamedTuple):
     """The result of the start that a worker sent, as JSON, with the token of its intent."""
 
     key: str
@@ -77,14 +70,11 @@ class Intent:
 
     Attributes:
         token: distinguishes the intents of several workers; it is in the start's callback URL.
-        replaced: the token of another worker's intent that this one may replace, unless its
-            callback has come.
     """
 
     key: str
     attempt: int
     token: str
-    replaced: str | None = None
     is_taken_back: bool = False
 
 
@@ -143,7 +133,7 @@ def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
         if intent.is_taken_back:
             taken_back.append(row)
         else:
-            given.append(row | {"replaced": intent.replaced})
+            given.append(row)
 
     def write(connection: sa.Connection) -> set[str]:
         if taken_back:
@@ -156,13 +146,17 @@ def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
     return [intent.token in recorded for intent in intents]
 
 
-def write_started(store: Store, batch: str, starts: Sequence[Started]) -> list[bool]:
+def write_started(store: Store, batch: str, starts: Sequence[StartResult]) -> list[bool]:
     """Record the results of starts; return for each whether it is recorded now.
 
     One is not recorded if the item has an outcome, another worker's intent, or a later attempt.
     """
     rows = [
-        attempt_of(batch, start.key, start.attempt) | {"token": start.token, "result": start.result}
+        {
+            **attempt_of(batch, start.key, start.attempt),
+            "token": start.token,
+            "result": start.result,
+        }
         for start in starts
     ]
 
@@ -180,22 +174,22 @@ def _recorded(
     """Return the intents of items with these keys that have no outcome."""
     query = sa.select(_item.intent, _item.kind, _item.started)
     query = query.where(_item.batch == batch, _item.key.in_(keys))
-    return {
-        row.intent
-        for row in connection.execute(query)
-        if row.kind is None and not (with_result and row.started is None)
-    }
+
+    unfinished = [row for row in connection.execute(query) if row.kind is None]
+    if with_result:
+        unfinished = [row for row in unfinished if row.started is not None]
+    return {row.intent for row in unfinished}
 
 
 def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[Item | None]:
     """Return attempts of items, given as key and number; None where an attempt has ended."""
     columns = (_item.key, _item.attempt, _item.request, _item.intent, _item.started)
     query = (
-        sa.select(*columns, _callback.execution_id)
+        sa.select(*columns, callbacks.c.execution_id)
         .outerjoin(callbacks, called_back)
         .where(_item.batch == batch, _item.key.in_([key for key, _ in attempts]))
         # As in `the_attempt`, not IS NULL.
         .where(sa.func.coalesce(_item.kind, "") == "")
     )
     found = {(row.key, row.attempt): Item(*row) for row in store.rows(query)}
-    return [found.get(each) for each in attempts]
+    return [found.get(attempt) for attempt in attempts]

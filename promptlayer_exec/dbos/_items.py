@@ -11,9 +11,8 @@ DBOS stores that an item is to be run, and which worker runs it:
 4. `_follow` waits until the execution is complete, and `Store.finish` stores the outcome.
 
 If the worker dies, another one follows the execution whose id is recorded. If only an intent is
-recorded, the request may have been sent: the item is unknown, or is started again with
-`restart_unknown`. Rows are read and written for many items at a time: a step of DBOS would take
-eight round trips for each.
+recorded, the request may have been sent: the item is unknown. Rows are read and written for many
+items at a time: a step of DBOS would take eight round trips for each.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from promptlayer_exec import (
     ConnectionFailed,
     ExecutionFailed,
     ExecutionTimeout,
+    InvalidInputs,
     NotFound,
     PromptLayerExecError,
     RateLimited,
@@ -48,37 +48,49 @@ from promptlayer_exec import (
     Unauthorized,
 )
 from promptlayer_exec import _integration as integration
-from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _intents as intents
+from promptlayer_exec.dbos import _requeue as requeue
 from promptlayer_exec.dbos._breaker import Breaker
 from promptlayer_exec.dbos._groups import Group
-from promptlayer_exec.dbos._intents import Intent, IntentRefused, Item, PendingStart, Started
-from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import workflow_id
-from promptlayer_exec.dbos._values import (
+from promptlayer_exec.dbos._intents import Intent, IntentRefused, Item, PendingStart, StartResult
+from promptlayer_exec.dbos._records import (
     Ending,
-    StartResult,
+    StartRecord,
     StoredError,
     StoredOutcome,
-    start_result,
+    start_record,
 )
+from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._tables import workflow_id
 
 logger = logging.getLogger("promptlayer_exec")
-# Seconds for which the server may answer 404 for an execution that was started.
-_NOT_FOUND_GRACE = 60.0
-# Seconds between two reads of an execution about which the server says nothing.
-_FIRST_DELAY = 1.0
-_LONGEST_DELAY = 30.0
-# Seconds after which an id that is not recorded yet is logged: the process may be killed. And the
-# seconds until the first look whether the database is away.
-_RECORDED_WITHIN = 10.0
-_LOOK_AFTER = 0.5
 # Errors of a start or a poll that every other item would meet, too.
 _NOT_THE_ITEMS_FAULT = (
     *(Unauthorized, ConnectionFailed, RateLimited, RequestTimeout),
     *(SessionClosed, ConfigurationError),
 )
-_ACCOUNT_STATUSES = (402, 403)
+
+
+@attrs.frozen
+class Patience:
+    """How long a worker waits for the server and the database, in seconds.
+
+    The server may answer 404 for `not_found_grace` for an execution that was started. Between two
+    reads of an execution about which it says nothing, there are delays from `first_delay` to
+    `longest_delay`.
+
+    An id that is not recorded after `recorded_within` is logged, because the process may be killed.
+    If the database is known to be away, that happens after `look_after` already.
+    """
+
+    not_found_grace: float = 60.0
+    first_delay: float = 1.0
+    longest_delay: float = 30.0
+    recorded_within: float = 10.0
+    look_after: float = 0.5
+
+
+PATIENCE = Patience()
 
 
 @attrs.define(eq=False, repr=False)
@@ -93,14 +105,13 @@ class Items:
     _store: Store
     _batch: str
     _session: Session
-    _restart_unknown: bool
     _stop: Callable[[Exception], None]  # ends the work with an error
     active: dict[str, asyncio.Task[Any]] = attrs.field(init=False, factory=dict)
     waiting: dict[str, Exception] = attrs.field(init=False, factory=dict)
     _pending: set[PendingStart] = attrs.field(init=False, factory=set)
     _intents: Group[Intent, bool] = attrs.field(init=False)
     _read: Group[tuple[str, int], Item | None] = attrs.field(init=False)
-    _started: Group[Started, bool] = attrs.field(init=False)
+    _started: Group[StartResult, bool] = attrs.field(init=False)
     _endings: Group[Ending, bool] = attrs.field(init=False)
     _starts: Breaker = attrs.field(init=False)
     _patience: float = attrs.field(init=False)
@@ -112,13 +123,14 @@ class Items:
 
     def __attrs_post_init__(self) -> None:
         policy = integration.settings(self._session).retry
+        self._starts = Breaker(policy.outage, self._end)
+        self._patience = float("inf") if policy.watch_outage is None else policy.watch_outage
+
         self._intents = Group(partial(intents.write, self._store, self._batch))
         self._read = Group(partial(intents.read, self._store, self._batch))
         self._started = Group(partial(intents.write_started, self._store, self._batch))
-        finish = partial(again.finish, self._store, self._batch)
+        finish = partial(requeue.finish, self._store, self._batch)
         self._endings = Group(finish, lambda ending: len(ending.outcome))
-        self._starts = Breaker(policy.outage, self._end)
-        self._patience = float("inf") if policy.watch_outage is None else policy.watch_outage
 
     async def run(self, key: str, attempt: int) -> bool:
         """Run an attempt of an item; return False if it is to be run again by the next worker."""
@@ -126,6 +138,7 @@ class Items:
         # A worker that stood still may be given an item again that it still runs.
         while (earlier := self.active.get(workflow)) is not None:
             await asyncio.wait([earlier])
+
         self.active[workflow] = cast("asyncio.Task[Any]", asyncio.current_task())
         try:
             await self._run(key, attempt)
@@ -148,6 +161,7 @@ class Items:
             task.cancel()
         for start in self._pending:
             start.cancel()
+
         while running:
             _, running = await asyncio.wait(running, timeout=self._store.patience)
             if self._store.away_for > self._store.patience:
@@ -167,27 +181,29 @@ class Items:
             started = await self._start(item)
             if started is None:
                 return
+
             outcome = await self._follow(item, started)
-            if await self._endings.add(Ending.of(attempt, outcome)):
+            is_recheck = started.get("is_recheck", False)
+            if await self._endings.add(Ending.of(attempt, outcome, is_recheck=is_recheck)):
                 return
 
     def _check_open(self) -> None:
         if self._is_closing:
             raise _Closing
 
-    async def _start(self, item: Item) -> StartResult | None:
+    async def _start(self, item: Item) -> StartRecord | None:
         """Return the result of the start, a new one or an earlier one."""
         if item.started is not None:
-            return cast("StartResult", json.loads(item.started))
+            return cast("StartRecord", json.loads(item.started))
         if item.intent is not None:  # of a worker that may have sent the start
             if item.called_back is not None:  # it has
-                return await self._record(item, item.intent, start_result(item.called_back))
-            if not self._restart_unknown:
-                text = "the worker that sent the start stopped before it recorded the answer"
-                workflow = json.loads(item.request)["workflow"]
-                return start_result(error=StartUnknown(text, workflow=workflow, reason=text))
+                return await self._record(item, item.intent, start_record(item.called_back))
+            text = "the worker that sent the start stopped before it recorded the answer"
+            workflow = json.loads(item.request)["workflow"]
+            return start_record(error=StartUnknown(text, workflow=workflow, reason=text))
+
         token = integration.start_token(self._session)
-        intent = Intent(item.key, item.attempt, token, item.intent)
+        intent = Intent(item.key, item.attempt, token)
         task = self.active[workflow_id(self._batch, item.key, item.attempt)]
         pending = PendingStart(intent, self._intents, task)
         self._pending.add(pending)
@@ -199,22 +215,25 @@ class Items:
         finally:
             self._pending.discard(pending)
 
-    async def _record(self, item: Item, token: str, result: StartResult) -> StartResult | None:
+    async def _record(self, item: Item, token: str, result: StartRecord) -> StartRecord | None:
         """Record the id of a run; return None if the item goes on with another one."""
-        row = Started(item.key, item.attempt, token, json.dumps(result))
+        row = StartResult(item.key, item.attempt, token, json.dumps(result))
         recording = asyncio.ensure_future(self._started.add(row))
         try:
-            await asyncio.wait([recording], timeout=_LOOK_AFTER)
+            await asyncio.wait([recording], timeout=PATIENCE.look_after)
             if not (recording.done() or self._store.away_for):
-                await asyncio.wait([recording], timeout=_RECORDED_WITHIN)
+                await asyncio.wait([recording], timeout=PATIENCE.recorded_within)
             if not recording.done():
                 self._report_unrecorded(item, result)
             if await recording:
                 return result
+
+            # Another worker has taken the item over. It may have called the start unknown.
             execution_id = result["execution_id"]
-            if await self._store.run_in_thread(
-                again.record_callback, self._store, self._batch, token, execution_id
-            ):
+            is_followed = await self._store.run_in_thread(
+                requeue.record_callback, self._store, self._batch, token, execution_id
+            )
+            if is_followed:
                 text = (
                     "execution %d was started for item %.100r while another worker took the item"
                     " over; it is followed"
@@ -227,9 +246,10 @@ class Items:
         self._report_unrecorded(item, result)
         return None
 
-    async def _send(self, item: Item, pending: PendingStart, token: str) -> StartResult:
+    async def _send(self, item: Item, pending: PendingStart, token: str) -> StartRecord:
         """Send a start, in a slot of its own each time, until it has a result."""
         request = self._to_send(item)
+
         while True:
             async with self._starts.slot() as since:
                 self._check_open()
@@ -245,41 +265,51 @@ class Items:
                         return result
                 else:
                     self._starts.succeeded()
-                    return start_result(execution.id)
-            await asyncio.sleep(_FIRST_DELAY)
+                    return start_record(execution.id)
+
+            # Others may have the slot meanwhile.
+            await asyncio.sleep(PATIENCE.first_delay)
 
     async def _judge(
         self, item: Item, pending: PendingStart, error: Exception, since: float
-    ) -> StartResult | None:
+    ) -> StartRecord | None:
         """Return the result of a start that failed; None if it is to be tried again."""
         if isinstance(error, StartUnknown):
             cause = error.__cause__
             self._starts.failed(cause if isinstance(cause, RequestError) else error, since=since)
-            return start_result(error=error)
+            return start_record(error=error)
         if isinstance(error, SessionClosed) and error.execution_id is not None:
-            return start_result(error.execution_id)
+            return start_record(error.execution_id)
+
+        # From here on, nothing was started.
         with suppress(ConfigurationError):  # then the item is unknown
             await pending.not_sent()
-        if isinstance(error, ExecutionTimeout):  # not sent within the session's `wait_timeout`
-            if not self._has_warned:  # all may have to wait for the rate
-                self._has_warned = True
-                text = "item %.100r was not started in time, and is tried again, as later ones: %s"
-                logger.warning(text, item.key, integration.log_text(error))
-            cause = error.__cause__
-            # Otherwise the rate is to blame, or the server said how long to wait.
-            if isinstance(cause, RequestError) and getattr(cause, "retry_after", None) is None:
-                self._starts.failed(cause, since=since)
+        if isinstance(error, ExecutionTimeout):
+            self._note_late_start(item, error, since)
             return None
-        if isinstance(error, StatusError) and error.status in _ACCOUNT_STATUSES:
+        if isinstance(error, StatusError) and error.status in (402, 403):  # about the account
             self._starts.failed(error, since=since)
             return None
         if isinstance(error, _NOT_THE_ITEMS_FAULT):
             raise error
+
         if isinstance(error, RequestError):
             self._starts.succeeded()
-        elif not await integration.cannot_be_sent(self._session, self._to_send(item)):
+        elif not isinstance(error, InvalidInputs):
             raise error
-        return start_result(error=error)
+        return start_record(error=error)
+
+    def _note_late_start(self, item: Item, error: ExecutionTimeout, since: float) -> None:
+        """Handle that a start was not sent within the session's `wait_timeout`."""
+        if not self._has_warned:  # all may have to wait for the rate
+            self._has_warned = True
+            text = "item %.100r was not started in time, and is tried again, as later ones: %s"
+            logger.warning(text, item.key, integration.log_text(error))
+
+        # Otherwise the rate is to blame, or the server said how long to wait.
+        cause = error.__cause__
+        if isinstance(cause, RequestError) and getattr(cause, "retry_after", None) is None:
+            self._starts.failed(cause, since=since)
 
     def _to_send(self, item: Item) -> StartRequest:
         """Return a stored request with metadata by which its run can be found in PromptLayer."""
@@ -287,7 +317,7 @@ class Items:
         ours = {"promptlayer_exec.batch": self._batch, "promptlayer_exec.key": item.key}
         return attrs.evolve(stored, metadata={**(stored.metadata or {}), **ours})
 
-    def _report_unrecorded(self, item: Item, result: StartResult) -> None:
+    def _report_unrecorded(self, item: Item, result: StartRecord) -> None:
         execution_id = result["execution_id"]
         if execution_id is None or execution_id in self._reported:
             return
@@ -299,13 +329,14 @@ class Items:
         logger.error("%s", text)
         print(text, file=sys.stderr, flush=True)  # noqa: T201 - the id must not get lost
 
-    async def _follow(self, item: Item, started: StartResult) -> StoredOutcome:
+    async def _follow(self, item: Item, started: StartRecord) -> StoredOutcome:
         key = item.key
         at = datetime.fromisoformat(started["at"])
         execution_id = started["execution_id"]
         if execution_id is None:
             error = StoredError(*(started["error"] or ("", "")))
             return StoredOutcome(key, None, False, None, error, None, at)
+
         self._check_open()
         try:
             output = await self._output(item, execution_id)
@@ -320,26 +351,27 @@ class Items:
     async def _output(self, item: Item, execution_id: int) -> Any:
         """Return the output; raises only what the server said about how the execution ended."""
         workflow = workflow_id(self._batch, item.key, item.attempt)
-        of = json.loads(item.request)["workflow"]
+        name_or_id = json.loads(item.request)["workflow"]
         clock = asyncio.get_running_loop().time
         failing_since: float | None = None
         unknown_since: float | None = None
-        delay = _FIRST_DELAY
+        delay = PATIENCE.first_delay
+
         try:
             while True:
                 try:
                     # Another worker may have started it.
-                    integration.expect(self._session, of, execution_id)
+                    integration.expect(self._session, name_or_id, execution_id)
                     return await self._session.execution(execution_id).output()
                 except ExecutionFailed:
                     raise
                 except ExecutionTimeout as error:
                     failing_since = unknown_since = None
-                    delay = _FIRST_DELAY
+                    delay = PATIENCE.first_delay
                     self._wait_for(item.key, workflow, error)
                 except NotFound:
                     unknown_since = unknown_since or clock()
-                    if clock() - unknown_since >= _NOT_FOUND_GRACE:
+                    if clock() - unknown_since >= PATIENCE.not_found_grace:
                         raise
                 except (Unauthorized, SessionClosed):
                     raise  # ends the work
@@ -352,8 +384,9 @@ class Items:
                         if self._answered_at < failing_since:
                             raise  # it concerns all
                         self._wait_for(item.key, workflow, error)
+
                 await asyncio.sleep(delay)
-                delay = min(2 * delay, _LONGEST_DELAY)
+                delay = min(2 * delay, PATIENCE.longest_delay)
         finally:
             self.waiting.pop(workflow, None)
 

@@ -18,21 +18,34 @@ from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._store import Store
 
 logger = logging.getLogger("promptlayer_exec")
-HEARTBEAT_INTERVAL = 2.0
-# Longer than a stalled machine or the restart of a database takes; with the time until another
-# worker looks, below the 30 s within which the items of a dead worker must move.
-DEAD_AFTER = 12.0
-# Seconds by which a round may be late; the rest of a longer one does not count as silence.
-_SLOW = 4.0
-# Every so many rounds, a worker looks for items that it has taken and does not run.
-_LOOK_EVERY = 5
+
+
+@attrs.frozen
+class Pulse:
+    """How workers notice that another one is dead, in seconds.
+
+    Each records a heartbeat every `interval`, and is dead after `dead_after` without one. That is
+    longer than a stalled machine or the restart of a database takes; with the time until another
+    worker looks, it is below the 30 s within which the items of a dead worker must move. A round
+    may be late by `slow`; the rest of a longer one does not count as silence.
+
+    Every `look_every` rounds, a worker looks for items that it has taken and does not run.
+    """
+
+    interval: float = 2.0
+    dead_after: float = 12.0
+    slow: float = 4.0
+    look_every: int = 5
+
+
+PULSE = Pulse()
 
 
 @attrs.define(eq=False)
 class Liveness:
     """Records a worker's heartbeat, and recovers items that nobody runs.
 
-    A worker is dead if its heartbeat has not changed for `DEAD_AFTER` seconds on the clock of the
+    A worker is dead if its heartbeat has not changed for `dead_after` seconds on the clock of the
     worker that watches it; the clocks of two machines are never compared. Time in which the
     watching worker itself stood still does not count, because the others may have stood still as
     well. On the same machine, a worker is dead as soon as its process has ended.
@@ -62,15 +75,15 @@ class Liveness:
                 logger.warning(
                     "cannot see whether other workers are alive, trying again: %.300s", error
                 )
-            await asyncio.sleep(HEARTBEAT_INTERVAL)
+            await asyncio.sleep(PULSE.interval)
             await self._store.run_in_thread(self.record_heartbeat)
 
     def _look(self, active: Collection[str]) -> None:
         taken = self._store.taken(self._batch)
         self._recover_from_dead_workers(taken)
         self._rounds += 1
-        if self._rounds % _LOOK_EVERY == 0:
-            mine = {each for each, executor in taken.items() if executor == self._executor}
+        if self._rounds % PULSE.look_every == 0:
+            mine = {item for item, executor in taken.items() if executor == self._executor}
             self._put_back_what_was_lost(mine.difference(active))
 
     def _recover_from_dead_workers(self, taken: Mapping[str, str]) -> None:
@@ -78,12 +91,14 @@ class Liveness:
         others = {*taken.values()} - {self._executor}
         heartbeats = self._store.heartbeats(self._batch) if others else {}
         now = time.monotonic()
-        passed = min(now - self._seen_at, HEARTBEAT_INTERVAL + _SLOW)
+        passed = min(now - self._seen_at, PULSE.interval + PULSE.slow)
         self._seen_at = now
-        dead = [each for each in others if self._is_dead(each, heartbeats.get(each), passed)]
-        for each in dead:
-            if self._store.claim_rescue(self._batch, each, self._executor, DEAD_AFTER):
-                release(self._store, self._batch, each)
+
+        # All are looked at before any is released, which may take a while.
+        dead = [name for name in others if self._is_dead(name, heartbeats.get(name), passed)]
+        for worker in dead:
+            if self._store.claim_rescue(self._batch, worker, self._executor, PULSE.dead_after):
+                release(self._store, self._batch, worker)
 
     def _put_back_what_was_lost(self, idle: set[str]) -> None:
         """Put items back into the queue that this worker has taken, and does not know of.
@@ -95,28 +110,32 @@ class Liveness:
         if lost := idle & self._idle:
             text = "batch %r: %d items that were taken from the queue and not run are put back"
             logger.warning(text, self._batch, len(lost))
-            self._store.requeue(self._batch, lost)
+            self._store.put_back(self._batch, lost)
         self._idle = idle - lost
 
-    def _is_dead(self, other: str, heartbeat: Any, passed: float) -> bool:
+    def _is_dead(self, worker: str, heartbeat: Any, passed: float) -> bool:
         if heartbeat is None or _is_gone(heartbeat.process):  # it stopped properly, or was killed
             return True
-        before, silent = self._seen.get(other, (None, 0.0))
-        silent = silent + passed if heartbeat == before else 0.0
-        self._seen[other] = heartbeat, silent
-        return silent > DEAD_AFTER
+
+        before, silent = self._seen.get(worker, (None, 0.0))
+        if heartbeat == before:
+            silent += passed
+        else:
+            silent = 0.0
+        self._seen[worker] = heartbeat, silent
+        return silent > PULSE.dead_after
 
 
 def release(store: Store, batch: str, executor: str) -> None:
     """Put what a worker that has ended has taken back into the queue, and forget the worker."""
     taken = store.taken(batch)
-    store.requeue(batch, [workflow for workflow, by in taken.items() if by == executor])
+    store.put_back(batch, [workflow for workflow, by in taken.items() if by == executor])
     store.remove_worker(executor)
 
 
 def count_workers(store: Store, batch: str) -> int:
-    """Return how many workers are alive; a silent one counts for `DEAD_AFTER` seconds."""
-    return sum(not _is_gone(process) for process in store.processes(batch, DEAD_AFTER))
+    """Return how many workers are alive; a silent one counts for `dead_after` seconds."""
+    return sum(not _is_gone(process) for process in store.processes(batch, PULSE.dead_after))
 
 
 def _is_gone(process: str) -> bool:

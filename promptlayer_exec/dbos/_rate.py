@@ -9,12 +9,22 @@ import attrs
 
 from promptlayer_exec.dbos._store import Store
 
-# A worker reserves slots for at most this many seconds at once, and uses a slot for at most this
-# many seconds after its time.
-_MAX_RESERVED = 0.2
-_MAX_LATE = 0.05
-# Seconds after which one that waits for its slot sees that the rate has changed.
-_STEP = 0.5
+
+@attrs.frozen
+class Reservation:
+    """How a worker takes its share of the rate, in seconds.
+
+    It reserves the slots of at most `reserved` seconds at once, and uses a slot at most `late`
+    seconds after its time. While it waits for one, it looks every `step` seconds whether the rate
+    was changed.
+    """
+
+    reserved: float = 0.2
+    late: float = 0.05
+    step: float = 0.5
+
+
+RESERVATION = Reservation()
 
 
 @attrs.define(eq=False)
@@ -39,17 +49,22 @@ class SharedRate:
             if rate != self._slots_rate:
                 self._slots.clear()
                 self._slots_rate = rate
-            while self._slots and (wait := self._slots[0] - clock()) <= _STEP:
+
+            while self._slots and (wait := self._slots[0] - clock()) <= RESERVATION.step:
                 self._slots.popleft()
-                if wait >= -_MAX_LATE:
+                if wait >= -RESERVATION.late:
                     await asyncio.sleep(max(wait, 0.0))
                     return
                 missed = True
             if self._slots:
-                await asyncio.sleep(_STEP)
+                await asyncio.sleep(RESERVATION.step)
                 continue
-            most = max(1, int(rate * _MAX_RESERVED))
-            size = self._size = 1 if missed else min(2 * self._size, most)
+
+            if missed:
+                self._size = 1
+            else:
+                self._size = min(2 * self._size, max(1, int(rate * RESERVATION.reserved)))
+            size = self._size
             delay = await asyncio.to_thread(self._store.reserve, self._batch, size, rate)
             first = clock() + delay
             self._slots.extend(first + index / rate for index in range(size))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import attrs
 import sqlalchemy as sa
 
+from promptlayer_exec.dbos._records import Kind, StoredError, StoredOutcome
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import batches, items, key_and_attempt
-from promptlayer_exec.dbos._values import Kind, StoredError, StoredOutcome
 
 _item = items.c
 
@@ -24,17 +24,19 @@ class BatchSettings:
     Attributes:
         max_in_flight: how many items they run at most; None if nobody has set it yet.
         rate: how many HTTP attempts per second they make at most; None: no shared limit.
+        attempts: how many runs an item may have that complete without an output; None: one.
         created: when the first item was added (UTC), or a deletion began that was interrupted; None
             if there is no such batch.
     """
 
     max_in_flight: int | None
     rate: float | None
+    attempts: int | None
     created: datetime | None
 
 
 @attrs.frozen
-class Attempt:
+class RunAttempt:
     """One attempt to run an item; a retry begins the next one.
 
     Attributes:
@@ -43,6 +45,9 @@ class Attempt:
         taken: when a worker took it last (UTC); None if none has.
         worker: the worker that has it, or had it last: its host, and an id.
         state: `waiting`, `running` or `ended`.
+        execution_id: its run; None if it has none that is known, or has not ended.
+        error: why it ended without an output; None if it has not.
+        finished: when that became known (UTC).
     """
 
     number: int
@@ -50,6 +55,9 @@ class Attempt:
     taken: datetime | None
     worker: str | None
     state: str
+    execution_id: int | None = None
+    error: StoredError | None = None
+    finished: datetime | None = None
 
 
 @attrs.frozen
@@ -65,7 +73,7 @@ class StoredItem:
 
     key: str
     request: dict[str, Any]
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[RunAttempt, ...]
     outcome: StoredOutcome | None
 
 
@@ -110,31 +118,51 @@ def latest_kinds(store: Store, batch: str, count: int) -> list[tuple[int, Kind]]
 def settings(store: Store, batch: str) -> BatchSettings:
     query = sa.select(batches).where(batches.c.name == batch)
     for row in store.rows(query):
-        created = None if row.created is None else datetime.fromtimestamp(row.created, UTC)
-        return BatchSettings(row.max_in_flight, row.rate, created)
-    return BatchSettings(None, None, None)
+        created = datetime.fromtimestamp(row.created, UTC)
+        return BatchSettings(row.max_in_flight, row.rate, row.attempts, created)
+    return BatchSettings(None, None, None, None)
 
 
 def item(store: Store, batch: str, key: str) -> StoredItem | None:
-    query = sa.select(_item.attempt, _item.outcome, _item.request)
+    query = sa.select(_item.attempt, _item.outcome, _item.request, _item.history)
     query = query.where(_item.batch == batch, _item.key == key)
     for row in store.rows(query):
+        # How each attempt ended, by its number.
+        ended = {attempt["attempt"]: attempt for attempt in json.loads(row.history or "[]")}
+        outcome = None
+        if row.outcome is not None:
+            outcome = StoredOutcome.from_json(row.outcome)
+            ended[row.attempt] = json.loads(row.outcome)
+
         workflows = store.workflows(batch, key, row.attempt)
-        outcome = None if row.outcome is None else StoredOutcome.from_json(row.outcome)
-        attempts = tuple(map(_attempt, workflows))
+        attempts = tuple(_attempt(workflow, ended) for workflow in workflows)
         return StoredItem(key, json.loads(row.request), attempts, outcome)
     return None
 
 
-def _attempt(workflow: Any) -> Attempt:
+def _attempt(workflow: Any, ended: Mapping[int, Mapping[str, Any]]) -> RunAttempt:
     states = {"ENQUEUED": "waiting", "DELAYED": "waiting", "PENDING": "running"}
-    taken = workflow.dequeued_at
-    return Attempt(
-        key_and_attempt(workflow.workflow_id)[1],
+    number = key_and_attempt(workflow.workflow_id)[1]
+    taken = None
+    if workflow.dequeued_at is not None:
+        taken = datetime.fromtimestamp(workflow.dequeued_at / 1000, UTC)
+    attempt = RunAttempt(
+        number,
         datetime.fromtimestamp(workflow.created_at / 1000, UTC),
-        None if taken is None else datetime.fromtimestamp(taken / 1000, UTC),
+        taken,
         workflow.executor_id or None,
         states.get(workflow.status, "ended"),
+    )
+
+    if number not in ended:
+        return attempt
+    ending = ended[number]
+    error = ending["error"]
+    return attrs.evolve(
+        attempt,
+        execution_id=ending["execution_id"],
+        error=None if error is None else StoredError(**error),
+        finished=datetime.fromisoformat(ending["finished"]),
     )
 
 
@@ -145,10 +173,12 @@ def failures(store: Store, batch: str) -> tuple[Failure, ...]:
     for key, text in store.rows(query):
         error = StoredOutcome.from_json(text).error or StoredError("", "")
         found.setdefault(error.type, []).append((key, error))
-    return tuple(
-        Failure(kind, len(each), each[0][0], each[0][1].message)
-        for kind, each in sorted(found.items(), key=lambda each: -len(each[1]))
-    )
+    most_first = sorted(found.items(), key=lambda entry: -len(entry[1]))
+    failures = []
+    for kind, examples in most_first:
+        key, error = examples[0]
+        failures.append(Failure(kind, len(examples), key, error.message))
+    return tuple(failures)
 
 
 def durations(store: Store, batch: str) -> Durations | None:
@@ -156,5 +186,6 @@ def durations(store: Store, batch: str) -> Durations | None:
     rows = store.rows(query.where(_item.batch == batch, _item.seconds.is_not(None)))
     if not rows:
         return None
+
     positions = (len(rows) // 2, min(len(rows) - 1, len(rows) * 95 // 100), len(rows) - 1)
     return Durations(*(rows[position].seconds for position in positions))

@@ -7,11 +7,10 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from promptlayer_exec import StartRequest
+from promptlayer_exec import KeyConflict, StartRequest
 
 # Not `callback_url`: it is where to report, and not what to run.
 _IDENTITY = ("workflow", "inputs", "label", "version", "metadata")
-_MOST_DIFFERENCES = 5
 _MISSING = object()
 
 
@@ -37,24 +36,32 @@ def encode(request: StartRequest, inputs: dict[str, Any]) -> Row:
     return Row(request.key, json.dumps(fields), hashlib.sha256(identity.encode()).hexdigest())
 
 
-def another_request(batch: str, row: Row, stored: str) -> ValueError:
+def another_request(batch: str, row: Row, stored: str) -> KeyConflict:
     """Return the error of a key that stands for another request; it shows what differs, no values.
 
     `stored` is the JSON of that request.
     """
     before, after = json.loads(stored), json.loads(row.request)
     names = [path for name in _IDENTITY for path in _paths(name, before[name], after[name])]
-    more = len(names) - _MOST_DIFFERENCES
-    what = ", ".join(names[:_MOST_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
-    return ValueError(
+
+    what = ", ".join(names[:5])
+    if len(names) > 5:
+        what += f" and {len(names) - 5} more"
+
+    return KeyConflict(
         f"the key {row.key!r:.100} of batch {batch!r} stands for another request ({what} differs):"
-        " give this one another key, or add it to another batch; it was not added"
+        " give this one another key, or add it to another batch; it was not added",
+        key=row.key,
     )
 
 
-def by_key(batch: str, rows: Iterable[Row]) -> dict[str, Row]:
-    """Return rows by their keys; raise ValueError if two of one key are different requests."""
-    found: dict[str, Row] = {}
+def by_key(batch: str, rows: Iterable[Row], found: dict[str, Row] | None = None) -> dict[str, Row]:
+    """Return rows by their keys, together with those that were found before.
+
+    Raises:
+        KeyConflict: two of one key are different requests.
+    """
+    found = {} if found is None else found
     for row in rows:
         known = found.setdefault(row.key, row)
         if known.digest != row.digest:
@@ -65,10 +72,12 @@ def by_key(batch: str, rows: Iterable[Row]) -> dict[str, Row]:
 def _paths(path: str, before: Any, after: Any) -> Iterator[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         for name in before | after:
-            yield from _paths(
-                f"{path}.{name:.40}", before.get(name, _MISSING), after.get(name, _MISSING)
-            )
-    elif json.dumps(before, default=id, sort_keys=True) != json.dumps(
-        after, default=id, sort_keys=True
-    ):
+            entries = before.get(name, _MISSING), after.get(name, _MISSING)
+            yield from _paths(f"{path}.{name:.40}", *entries)
+    elif _compared(before) != _compared(after):
         yield path
+
+
+def _compared(value: Any) -> str:
+    """Return a value so that it can be compared as JSON: True is not 1."""
+    return json.dumps(value, default=id, sort_keys=True)

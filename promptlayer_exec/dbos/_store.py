@@ -15,14 +15,16 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import attrs
 import sqlalchemy as sa
 from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 
 from promptlayer_exec.dbos._database import Database
+from promptlayer_exec.dbos._records import BatchStatus, Ending
 from promptlayer_exec.dbos._requests import Row, another_request, by_key
 from promptlayer_exec.dbos._tables import (
     APPLICATION,
@@ -39,15 +41,30 @@ from promptlayer_exec.dbos._tables import (
 from promptlayer_exec.dbos._tables import batches as _batches
 from promptlayer_exec.dbos._tables import items as _items
 from promptlayer_exec.dbos._tables import workers as _workers
-from promptlayer_exec.dbos._values import BatchStatus, Ending
 
 # DBOS gives an item only to workers of the same version.
-VERSION = "3"
+VERSION = "4"
 
-_QUEUE_INTERVAL = 0.2
-_KEYS_AT_ONCE = 500
-_OUTCOMES_AT_ONCE = 1000
-_OUTCOME_LENGTH = 4 * 2**20  # one may have megabytes
+
+@attrs.frozen
+class Sizes:
+    """How much is read or written at once.
+
+    At most `keys` items are read or deleted by one statement. Outcomes are read until there are
+    `outcomes` of them, or one has brought their length to `outcome_length` characters: one may have
+    megabytes.
+    """
+
+    keys: int = 500
+    outcomes: int = 1000
+    outcome_length: int = 4 * 2**20
+
+
+SIZES = Sizes()
+
+# Seconds after which DBOS looks again for items in the queue.
+QUEUE_INTERVAL = 0.2
+
 _item = _items.c
 # PostgreSQL: DBOS's documented function for other languages; from Python, each takes four round
 # trips. Its arguments are the JSON of `DBOSPortableJSONSerializer`.
@@ -56,7 +73,8 @@ _ENQUEUE = sa.text(
     SELECT dbos.enqueue_workflow(
         workflow_name => :workflow, queue_name => :queue, workflow_id => :id,
         positional_args => CAST(:arguments AS json[]),
-        application_name => :application, app_version => :version
+        application_name => :application, app_version => :version,
+        delay_until_epoch_ms => CAST(:ready_at AS bigint)
     )
     """
 )
@@ -106,27 +124,36 @@ class Store(Database):
         query = sa.select(_batches.c.channel_suffix).where(_batches.c.name == batch)
         return str(self.rows(query)[0].channel_suffix)
 
-    def check(self, batch: str, rows: Sequence[Row]) -> None:
-        """Raise ValueError if a key that is already there stands for another request."""
+    def check(self, batch: str, rows: Iterable[Row]) -> set[str]:
+        """Return the keys that are already there; one that stands for another request is an error.
+
+        Raises:
+            KeyConflict: a key stands for another request.
+        """
         given = {row.key: row for row in rows}
-        for key, digest, request in self.rows_of(batch, [*given], _item.digest, _item.request):
+        known = set()
+        for key, digest in self.rows_of(batch, [*given], _item.digest):
             if digest != given[key].digest:
+                ((_, request),) = self.rows_of(batch, [key], _item.request)
                 raise another_request(batch, given[key], request)
+            known.add(key)
+        return known
 
     def rows_of(
         self, batch: str, keys: Sequence[str], *columns: sa.ColumnElement[Any]
     ) -> Iterator[Any]:
         """Yield the key and these columns of each item that is there; ends early if cancelled."""
-        for start in range(0, len(keys), _KEYS_AT_ONCE):
+        query = sa.select(_item.key, *columns).where(_item.batch == batch)
+        for start in range(0, len(keys), SIZES.keys):
             if self.is_cancelled():
                 return
-            query = sa.select(_item.key, *columns).where(_item.batch == batch)
-            yield from self.rows(query.where(_item.key.in_(keys[start : start + _KEYS_AT_ONCE])))
+            page = keys[start : start + SIZES.keys]
+            yield from self.rows(query.where(_item.key.in_(page)))
 
     def add(self, batch: str, rows: Sequence[Row]) -> int:
         """Add and enqueue the items that are new, and return how many were; checks the others."""
-        insert = self.insert(_items).on_conflict_do_nothing().returning(_item.key)
         unique = by_key(batch, rows)
+        insert = self.insert(_items).on_conflict_do_nothing().returning(_item.key)
         items = [
             {"batch": batch, "attempt": 1, "key": key, "request": row.request, "digest": row.digest}
             for key, row in unique.items()
@@ -158,20 +185,25 @@ class Store(Database):
 
         def finish(connection: sa.Connection) -> set[tuple[str, int]]:
             first = connection.execute(number).scalar_one() - count + 1
-            connection.execute(
-                _FINISH,
-                [
-                    attempt_of(batch, ending.key, ending.attempt)
-                    | {"has_run": ending.has_run, "new_kind": ending.kind, "new_seq": seq}
-                    | {"new_outcome": ending.outcome, "new_seconds": ending.seconds}
-                    for seq, ending in enumerate(endings, first)
-                ],
-            )
+            rows = [
+                {
+                    **attempt_of(batch, ending.key, ending.attempt),
+                    "has_run": ending.has_run,
+                    "new_kind": ending.kind,
+                    "new_seq": seq,
+                    "new_outcome": ending.outcome,
+                    "new_seconds": ending.seconds,
+                }
+                for seq, ending in enumerate(endings, first)
+            ]
+            connection.execute(_FINISH, rows)
+
+            # Some may not have been stored.
             new = sa.select(_item.key, _item.attempt, _item.kind)
             new = new.where(_item.batch == batch, _item.seq >= first)
-            rows = connection.execute(new).all()
-            self.count(connection, batch, Counter(row.kind for row in rows))
-            return {(row.key, row.attempt) for row in rows}
+            stored = connection.execute(new).all()
+            self.count(connection, batch, Counter(row.kind for row in stored))
+            return {(row.key, row.attempt) for row in stored}
 
         return self.transact(finish)
 
@@ -184,18 +216,23 @@ class Store(Database):
     def outcomes(self, batch: str, after: int) -> Sequence[Any]:
         """Return the numbers and the JSON of the next outcomes, in the order they were stored.
 
-        There are no more when one has brought their length to `_OUTCOME_LENGTH` characters.
+        There are no more of them than `SIZES` allows.
         """
         later = _item.batch == batch, _item.seq > after
-        length = sa.func.length(_item.outcome)
-        sizes = sa.select(_item.seq, length).where(*later).order_by(_item.seq)
+        length = sa.func.length(_item.outcome).label("length")
+        lengths = sa.select(_item.seq, length).where(*later).order_by(_item.seq)
+
         total, last = 0, after
-        for row in self.rows(sizes.limit(_OUTCOMES_AT_ONCE)):
-            total, last = total + row[1], row.seq
-            if total >= _OUTCOME_LENGTH:
+        for row in self.rows(lengths.limit(SIZES.outcomes)):
+            total += row.length
+            last = row.seq
+            if total >= SIZES.outcome_length:
                 break
+        if last == after:
+            return []
+
         query = sa.select(_item.seq, _item.outcome).where(*later, _item.seq <= last)
-        return self.rows(query.order_by(_item.seq)) if last > after else []
+        return self.rows(query.order_by(_item.seq))
 
     def is_finished(self, batch: str) -> bool:
         query = sa.select(_item.key).where(_item.batch == batch, _item.kind.is_(None))
@@ -209,6 +246,7 @@ class Store(Database):
         )
         if not rows:
             return BatchStatus(0, 0, 0, 0, 0, 0)
+
         total, succeeded, failed, unknown = rows[0]
         pending = total - succeeded - failed - unknown
         # DBOS may record the end of an item later than its outcome is stored.
@@ -225,6 +263,7 @@ class Store(Database):
                 connection.execute(update_batch(batch).values(next_request=0.0))
             if changes:
                 connection.execute(update_batch(batch).values(**changes))
+
             return {name: before[name] for name in changes if before[name] is not None}
 
         return self.transact(work)
@@ -240,20 +279,24 @@ class Store(Database):
 
     def delete(self, batch: str) -> int:
         """Delete a batch and its items, a few hundred at a time; return how many items it had."""
-        some = sa.select(_item.key, _item.attempt).where(_item.batch == batch).limit(_KEYS_AT_ONCE)
+        some = sa.select(_item.key, _item.attempt).where(_item.batch == batch).limit(SIZES.keys)
         deleted = 0
         while rows := self.rows(some):
             if self.is_cancelled():
                 return deleted
+
+            # DBOS's workflows first: with the items, their ids would be lost.
             ids = [
                 workflow_id(batch, row.key, attempt)
                 for row in rows
                 for attempt in range(1, row.attempt + 1)
             ]
             self.retry(partial(self._client.delete_workflows, ids))
+
             keys = [row.key for row in rows]
             self.execute(sa.delete(_items).where(_item.batch == batch, _item.key.in_(keys)))
             deleted += len(rows)
+
         self.retry(partial(self._client.delete_queue, queue_name(batch)))
         for column in (callbacks.c.batch, _workers.c.batch, _batches.c.name):
             self.execute(sa.delete(column.table).where(column == batch))
@@ -265,7 +308,7 @@ class Store(Database):
             self._client.register_queue,
             queue_name(batch),
             global_concurrency=max_in_flight,
-            polling_interval_sec=_QUEUE_INTERVAL,
+            polling_interval_sec=QUEUE_INTERVAL,
         )
         self.retry(register)
 
@@ -326,8 +369,12 @@ class Store(Database):
         found = self._list_workflows(status="PENDING", queue_name=queue_name(batch))
         return {workflow.workflow_id: workflow.executor_id or "" for workflow in found}
 
-    def requeue(self, batch: str, workflows: Collection[str]) -> None:
-        """Put items back into their batch's queue, by their workflows.
+    def has_pausing(self, batch: str) -> bool:
+        """Return True if an item pauses before its next attempt."""
+        return bool(self._list_workflows(status="DELAYED", queue_name=queue_name(batch)))
+
+    def put_back(self, batch: str, workflows: Collection[str]) -> None:
+        """Put attempts that a worker has taken back into their batch's queue, by their workflows.
 
         Without retrying: if it was done although the connection broke, others have them now.
         """
@@ -346,6 +393,7 @@ class Store(Database):
         length = float(slots) / sa.func.coalesce(_batches.c.rate, rate)
         # By how much the clock was put back since the last reservation: the next slot moves along.
         put_back = latest(sa.func.coalesce(_batches.c.reserved_at, now) - now, 0.0)
+
         update = (
             update_batch(batch)
             .values(
@@ -357,26 +405,39 @@ class Store(Database):
         return self.transact(lambda connection: float(connection.execute(update).scalar_one()))
 
     def enqueue(
-        self, connection: sa.Connection, batch: str, attempts: Sequence[tuple[str, int]]
+        self,
+        connection: sa.Connection,
+        batch: str,
+        attempts: Sequence[tuple[str, int]],
+        *,
+        pause: float = 0.0,
     ) -> None:
-        """Enqueue attempts of items, given as key and number."""
+        """Enqueue attempts of items, given as key and number; workers take them after a pause."""
         queue = queue_name(batch)
         if not self.is_sqlite:  # all in one round trip
+            ready_at = int((time.time() + pause) * 1000) if pause else None
             rows = [
                 {
-                    "id": workflow_id(batch, *each),
-                    "arguments": [json.dumps(argument) for argument in each],
+                    "id": workflow_id(batch, *attempt),
+                    "arguments": [json.dumps(argument) for argument in attempt],
+                    "workflow": WORKFLOW,
+                    "queue": queue,
+                    "application": APPLICATION,
+                    "version": VERSION,
+                    "ready_at": ready_at,
                 }
-                for each in attempts
+                for attempt in attempts
             ]
-            names = {"workflow": WORKFLOW, "queue": queue, "application": APPLICATION}
-            connection.execute(_ENQUEUE, [row | names | {"version": VERSION} for row in rows])
+            connection.execute(_ENQUEUE, rows)
             return
-        for each in attempts:
+
+        for attempt in attempts:
             options: EnqueueOptions = {
                 "workflow_name": WORKFLOW,
                 "queue_name": queue,
-                "workflow_id": workflow_id(batch, *each),
+                "workflow_id": workflow_id(batch, *attempt),
                 "app_version": VERSION,
             }
-            self._client.enqueue_in_transaction(connection, options, *each)
+            if pause:
+                options["delay_seconds"] = pause
+            self._client.enqueue_in_transaction(connection, options, *attempt)

@@ -29,6 +29,8 @@ batches = sa.Table(
     # The settings that all workers share; without a rate, there is no limit beside each session's.
     sa.Column("max_in_flight", sa.Integer),
     sa.Column("rate", sa.Double),
+    # How many runs an item may have that complete without an output; None: one.
+    sa.Column("attempts", sa.Integer),
     # How many items there are, and how many of them ended how, so that `status` need not count.
     *(sa.Column(name, sa.BigInteger, nullable=False) for name in COUNTS),
 )
@@ -51,6 +53,8 @@ items = sa.Table(
     sa.Column("started", sa.Text),
     # How long its run took, in seconds.
     sa.Column("seconds", sa.Double),
+    # The earlier attempts and how they ended, as JSON.
+    sa.Column("history", sa.Text),
     sa.Index("promptlayer_item_kind", "batch", "kind"),
     sa.Index("promptlayer_item_seq", "batch", "seq"),
 )

@@ -17,20 +17,29 @@ from dbos import DBOS, DBOSPortableJSONSerializer
 
 from promptlayer_exec import ConfigurationError, Session
 from promptlayer_exec import _integration as integration
-from promptlayer_exec.dbos._engine import log_quietly
+from promptlayer_exec.dbos._dbos_calls import log_quietly
 from promptlayer_exec.dbos._items import Items
 from promptlayer_exec.dbos._liveness import Liveness, release
 from promptlayer_exec.dbos._store import VERSION, Store
 from promptlayer_exec.dbos._tables import APPLICATION, WORKFLOW, queue_name
 
-_CHECK_INTERVAL = 0.25
-_THREADS = 16
-# Seconds for which a database that is away may keep each call at the end waiting.
-_PATIENCE_AT_END = 4.0
-# Whole seconds in which DBOS stops taking items from the queue, if it may have more of them.
-_ENDING = 1
-# Seconds for which no item may come while all others wait for the server, before the work ends.
-_IDLE = 3.0
+
+@attrs.frozen
+class WorkerTimes:
+    """How often a worker looks whether its work is done, and how it ends, in seconds.
+
+    The work ends if for `idle` no item has come while all others wait for the server. At the end, a
+    database that is away may keep each call waiting for `patience_at_end`, and DBOS stops taking
+    items within `ending`, if there may be more of them.
+    """
+
+    check_interval: float = 0.25
+    idle: float = 3.0
+    patience_at_end: float = 4.0
+    ending: int = 1
+
+
+TIMES = WorkerTimes()
 
 
 @attrs.define(eq=False)
@@ -42,7 +51,6 @@ class Worker:
     _session: Session
     _owns_session: bool
     _max_in_flight: int
-    _restart_unknown: bool
     _executor: str = attrs.field(
         init=False, factory=lambda: f"{socket.gethostname()}-{uuid4().hex}"
     )
@@ -53,7 +61,7 @@ class Worker:
 
     def __attrs_post_init__(self) -> None:
         store, batch = self._store, self._batch
-        self._items = Items(store, batch, self._session, self._restart_unknown, self._give_up)
+        self._items = Items(store, batch, self._session, self._give_up)
         self._liveness = Liveness(store, batch, self._executor, self._items.active)
 
     async def run(self, *, until_done: bool) -> None:
@@ -64,6 +72,7 @@ class Worker:
         _worker = self
         patience, self._store.patience = self._store.patience, float("inf")
         watching: asyncio.Task[None] | None = None
+
         try:
             suffix = await self._store.run_in_thread(self._store.channel_suffix, self._batch)
             integration.share_channel(self._session, suffix)
@@ -80,6 +89,7 @@ class Worker:
                 finally:
                     self._store.patience = patience
                     _worker = None
+
         if self._error is not None:
             raise self._error
 
@@ -98,8 +108,8 @@ class Worker:
                 "application_version": VERSION,
                 "executor_id": self._executor,
                 "log_level": "WARNING",
-                "max_executor_threads": _THREADS,
-                "notification_listener_polling_interval_sec": _CHECK_INTERVAL,
+                "max_executor_threads": 16,
+                "notification_listener_polling_interval_sec": TIMES.check_interval,
                 "serializer": DBOSPortableJSONSerializer(),
             }
         )
@@ -108,6 +118,7 @@ class Worker:
                 "this process already uses DBOS; work on the batch in another process, for example"
                 " with `promptlayer-exec batch work`"
             )
+
         DBOS.listen_queues([queue_name(self._batch)])
         try:
             DBOS.launch()
@@ -124,11 +135,17 @@ class Worker:
             if until_done and await store.run_in_thread(store.is_finished, self._batch):
                 await self._wait_until_idle()
                 return
+
+            checks += 1
             if not until_done or len(self._items.waiting) < max(len(self._items.active), 1):
                 checks = 0
-            elif (checks := checks + 1) * _CHECK_INTERVAL > _IDLE:
-                self._give_up(next(iter(self._items.waiting.values())))
-            await asyncio.sleep(_CHECK_INTERVAL)
+            elif checks * TIMES.check_interval > TIMES.idle:
+                # Items that pause before their next attempt still come.
+                if await store.run_in_thread(store.has_pausing, self._batch):
+                    checks = 0
+                else:
+                    self._give_up(next(iter(self._items.waiting.values())))
+            await asyncio.sleep(TIMES.check_interval)
 
     async def _wait_until_idle(self) -> None:
         """Wait up to 2 s until DBOS has ended the last items; other workers would recover them."""
@@ -152,7 +169,7 @@ class Worker:
             self._error = self._store.explain(error)
 
     async def _shut_down(self, watching: asyncio.Task[None] | None) -> None:
-        self._store.patience = _PATIENCE_AT_END
+        self._store.patience = TIMES.patience_at_end
         try:
             await self._items.close()
             if watching is not None:
@@ -169,8 +186,10 @@ class Worker:
             self._store.ended.set()
         with suppress(ConfigurationError):
             is_finished = self._store.is_finished(self._batch)
+
         if DBOS.executor_id == self._executor:  # it was launched
-            DBOS.destroy(workflow_completion_timeout_sec=0 if is_finished else _ENDING)
+            DBOS.destroy(workflow_completion_timeout_sec=0 if is_finished else TIMES.ending)
+
         with suppress(ConfigurationError):  # the other workers will miss its heartbeat
             release(self._store, self._batch, self._executor)
 

@@ -27,8 +27,10 @@ from promptlayer_exec import (
     ExecutionFailed,
     ExecutionTimeout,
     Forbidden,
+    InvalidInputs,
     InvalidOutput,
     InvalidResponse,
+    KeyConflict,
     NotFound,
     PromptLayerExecError,
     RateLimited,
@@ -57,6 +59,8 @@ _INVALID = "PromptLayer refused the request as invalid."
 # An error's own str() is never sent: it may contain PromptLayer's text and address.
 _STATUSES_AND_TITLES: Mapping[type[Exception], tuple[int, str]] = {
     BadRequest: (422, _INVALID),
+    InvalidInputs: (422, _INVALID),
+    KeyConflict: (409, "The key stands for another request."),
     InvalidSignature: (401, "The webhook's signature is not valid."),
     Unauthorized: (502, _REFUSED),
     Forbidden: (502, _REFUSED),

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Scope
 
-from promptlayer_exec import Execution, PromptLayerExecError, Session
+from promptlayer_exec import Execution, InvalidInputs, PromptLayerExecError, Session
 from promptlayer_exec._integration import MAX_ID, check_count, note_start, report_undelivered
 from promptlayer_exec.fastapi._kept_responses import KeptResponses
 from promptlayer_exec.fastapi._responses import ProblemRoute, json_response, tagged_response
@@ -262,9 +262,11 @@ def _add_start(
         try:
             start = session.start(body.workflow, body.inputs)
             started = await _unless_disconnected(request, start)
+        except InvalidInputs as error:
+            raise HTTPException(422, str(error)) from error
         except PromptLayerExecError:
             raise
-        except (TypeError, ValueError) as error:  # an input is missing, or is no JSON, such as NaN
+        except (TypeError, ValueError) as error:  # an input is no JSON, such as NaN
             raise HTTPException(422, str(error)) from error
 
         content = {"execution_id": str(started.id)}

@@ -13,7 +13,14 @@ from fastapi import Body, FastAPI, Path, Query
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from promptlayer_exec import Node, PromptLayerExecError, Session, StartUnknown, Workflow
+from promptlayer_exec import (
+    InvalidInputs,
+    Node,
+    PromptLayerExecError,
+    Session,
+    StartUnknown,
+    Workflow,
+)
 from promptlayer_exec._integration import MAX_ID
 from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._graphs import (
@@ -193,6 +200,8 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
                 version=int(version) if version else None,
                 metadata=metadata,
             )
+        except InvalidInputs as error:
+            return refuse(str(error), 422, "inputs")
         except PromptLayerExecError as error:
             kind, message = explain(error)
             if kind == "missing":

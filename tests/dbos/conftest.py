@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from promptlayer_exec import PollPolicy, RetryPolicy, Session
@@ -18,14 +19,15 @@ from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _breaker as breakers
 from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _items as items
+from promptlayer_exec.dbos import _requeue as requeue
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._records import Ending
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._values import Ending
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
-_SETTINGS = ("database_url", "max_in_flight", "rate", "restart_unknown", "same_server", "session")
+_SETTINGS = ("database_url", "max_in_flight", "rate", "attempts", "same_server", "session")
 
 
 @pytest.fixture
@@ -73,16 +75,26 @@ def batch(batch_of: Callable[..., Batch]) -> Batch:
 
 @pytest.fixture(autouse=True)
 def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, interval in (
-        (stores, "_QUEUE_INTERVAL", 0.02),
-        (workers, "_CHECK_INTERVAL", 0.02),
-        (workers, "_IDLE", 0.3),
-        (items, "_FIRST_DELAY", 0.05),
-        (breakers, "_FIRST_PAUSE", 0.1),
-        (batches, "_POLL_INTERVAL", 0.02),
+    for module, name, value in (
+        (stores, "QUEUE_INTERVAL", 0.02),
+        (workers, "TIMES", workers.WorkerTimes(check_interval=0.02, idle=0.3)),
+        (items, "PATIENCE", items.Patience(first_delay=0.05)),
+        (breakers, "CAUTION", breakers.Caution(first_pause=0.1)),
+        (requeue, "RESTART_PAUSES", requeue.RestartPauses(first=0.01)),
+        (batches, "POLL_INTERVAL", 0.02),
         (databases, "_RETRY_INTERVAL", 0.02),
     ):
-        monkeypatch.setattr(module, name, interval)
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def adjust(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that changes some dials of a mechanism, given its module and their name."""
+
+    def adjust(module: Any, name: str, **dials: Any) -> None:
+        monkeypatch.setattr(module, name, attrs.evolve(getattr(module, name), **dials))
+
+    return adjust
 
 
 @pytest.fixture(autouse=True)

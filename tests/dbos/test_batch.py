@@ -49,17 +49,16 @@ from promptlayer_exec.dbos import (
     batch_names,
     shown_database_url,
 )
-from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _batch as batches
-from promptlayer_exec.dbos import _engine as internals
+from promptlayer_exec.dbos import _dbos_calls as internals
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _rate as rates
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._rate import SharedRate
+from promptlayer_exec.dbos._records import Ending
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._values import Ending
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 # Sessions that send only what a test asks for: starts and polls.
@@ -156,15 +155,18 @@ async def test_the_settings_of_a_new_batch_are_stored_with_its_first_items(
     assert "batch 'nightly': rate is now 500 for all its workers; it was 300" in caplog.messages
 
 
-def test_a_request_is_stored_unchanged(batch: Batch) -> None:
+async def test_a_request_is_stored_unchanged(batch: Batch) -> None:
     """All its fields are stored, except the key, which belongs to the item."""
     inputs = {"n": 1}
-    for request in (
+    requests = [
         StartRequest("w", inputs, label="prod", metadata={"job": "7"}, callback_url="http://x/y"),
         StartRequest(7, inputs, version=3),
-    ):
-        row = batch._row(attrs.evolve(request, key="a"))
-        assert (row.key, StartRequest(**json.loads(row.request))) == ("a", request)
+    ]
+    await batch.add(attrs.evolve(request, key=str(n)) for n, request in enumerate(requests))
+    for n, request in enumerate(requests):
+        item = await batch.item(str(n))
+        assert item is not None
+        assert StartRequest(**item.request) == request
 
 
 async def test_an_item_with_an_outcome_is_not_running(batch: Batch, url: str) -> None:
@@ -217,7 +219,7 @@ async def test_a_failed_item_does_not_stop_the_others(sim: Simulator, batch: Bat
 async def test_a_start_whose_answer_is_lost_is_unknown(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
-    """It is started again only by a worker with `restart_unknown`."""
+    """It is started again only by `retry`."""
     await batch_of().add([request("a", 1)])
     sim.inject(Fault.disconnect())
     assert (await batch_of().work()).unknown == 1
@@ -225,38 +227,11 @@ async def test_a_start_whose_answer_is_lost_is_unknown(
     assert (unknown.kind, unknown.execution_id) == ("unknown", None)
     assert (await batch_of().work()).unknown == 1
     assert len(sim.runs) == 1
-    assert await batch_of(restart_unknown=True).work() == BatchStatus(0, 0, 1, 0, 0, 1)
+    assert await batch_of().retry(unknown=True) == 1
+    assert await batch_of().work() == BatchStatus(0, 0, 1, 0, 0, 1)
     (known,) = (await outcomes_of(batch_of())).values()
     assert (known.output, known.execution_id) == (1, sim.runs[1].execution_id)
     assert len(sim.runs) == 2
-
-
-async def test_outcomes_last_until_unknown_items_are_restarted(
-    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However late the worker restarts them."""
-    await batch_of().add([request("a", 1)])
-    sim.inject(Fault.disconnect())
-    await batch_of().work()
-    was_read = threading.Event()
-    read, restart = Store.outcomes, again.retry
-
-    def read_outcomes(store: Store, *arguments: Any, **options: Any) -> Any:
-        rows = read(store, *arguments, **options)
-        was_read.set()
-        return rows
-
-    def restart_late(*arguments: Any) -> int:
-        assert was_read.wait(20)
-        return restart(*arguments)
-
-    monkeypatch.setattr(Store, "outcomes", read_outcomes)
-    monkeypatch.setattr(again, "retry", restart_late)
-    batch = batch_of(restart_unknown=True)
-    working = asyncio.create_task(batch.work())
-    async with aclosing(batch.outcomes()) as outcomes:
-        assert [outcome.kind async for outcome in outcomes] == ["unknown", "succeeded"]
-    await working
 
 
 async def test_outcomes_are_yielded_as_items_finish(sim: Simulator, batch: Batch) -> None:
@@ -350,12 +325,12 @@ async def test_a_cancelled_worker_with_its_own_session_waits_for_its_starts(
 async def test_a_start_that_is_not_sent_in_time_is_tried_again_after_a_pause(
     sim: Simulator,
     batch_of: Callable[..., Batch],
-    monkeypatch: pytest.MonkeyPatch,
+    adjust: Callable[..., None],
     recorder: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Without one, a `wait_timeout` of 0 would keep a core busy; the work ends all the same."""
-    monkeypatch.setattr(items, "_FIRST_DELAY", 3600.0)
+    adjust(items, "PATIENCE", first_delay=3600.0)
     batch = batch_of()
     await batch.add([request("a")])
     settings = {"base_url": sim.base_url, "wait_timeout": 0.0, "observers": [recorder], **BARE}
@@ -393,11 +368,10 @@ async def test_a_wait_timeout_of_0_does_not_stop_the_loop(
     assert (await batch.work()).succeeded == 1
 
 
-@pytest.mark.parametrize("restart_unknown", [False, True])
 async def test_a_start_that_is_not_answered_while_the_work_ends_is_unknown(
-    sim: Simulator, batch_of: Callable[..., Batch], restart_unknown: bool
+    sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
-    """A worker waits for the request timeout. With `restart_unknown`, it is started again."""
+    """A worker waits for the request timeout, and the next one does not start it again."""
     batch = batch_of(
         session=partial(Session, sim.api_key, base_url=sim.base_url, request_timeout=0.2, **BARE)
     )
@@ -408,10 +382,8 @@ async def test_a_start_that_is_not_answered_while_the_work_ends_is_unknown(
     working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working
-    status = await batch_of(restart_unknown=restart_unknown).work()
-    kind = (await outcomes_of(batch))["a"].kind
-    assert (status.finished, kind) == (1, "succeeded" if restart_unknown else "unknown")
-    assert sim.request_count <= 1 + 2 * restart_unknown
+    assert (await batch_of().work()).unknown == 1
+    assert sim.request_count <= 1
 
 
 async def test_an_item_without_an_input_that_is_required_has_failed(
@@ -420,12 +392,13 @@ async def test_an_item_without_an_input_that_is_required_has_failed(
     """Nothing was started for it, and the others go on."""
     scenario = Scenario([SimNode("Answer", "done", is_output_node=True)])
     sim.add_workflow("typed", scenario, inputs={"n": "string"})
+    await batch_of().add([request("a", "x", "typed"), StartRequest("typed", {"m": 1}, key="b")])
     batch = batch_of(session=partial(Session, sim.api_key, base_url=sim.base_url, push=False))
-    await batch.add([request("a", "x", "typed"), StartRequest("typed", {"m": 1}, key="b")])
     status = await batch.work()
     assert (status.succeeded, status.failed, status.unknown) == (1, 1, 0)
     error = (await outcomes_of(batch))["b"].error
     assert error is not None
+    assert error.type == "InvalidInputs"
     assert "needs the input 'n' (string), which is missing" in error.message
     assert [run.inputs for run in sim.runs] == [{"n": "x"}]
 
@@ -677,8 +650,8 @@ async def test_a_rate_that_is_raised_counts_at_once(
     sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for a request that already waits for its slot."""
-    monkeypatch.setattr(rates, "_STEP", 0.01)
-    monkeypatch.setattr(batches, "_SETTINGS_INTERVAL", 0.01)
+    monkeypatch.setattr(rates, "RESERVATION", rates.Reservation(step=0.01))
+    monkeypatch.setattr(batches, "SETTINGS_INTERVAL", 0.01)
     await batch_of(rate=0.01).add(request(f"{n}", n) for n in range(5))
     working = asyncio.create_task(batch_of().work())
     await sim.wait_for_requests(1)
@@ -834,7 +807,7 @@ def puts_items_of_dead_workers_back(url: str) -> None:
             assert store.claim_rescue("b", "dead", "live", 60.0)
             assert not store.claim_rescue("b", "dead", "other", 60.0)
             assert store.claim_rescue("b", "dead", "other", 0.0)
-            store.requeue("b", store.taken("b"))
+            store.put_back("b", store.taken("b"))
             wait_until(lambda: [*store.taken("b").values()] == ["live"])
 
 
@@ -848,18 +821,18 @@ def puts_items_of_dead_workers_back(url: str) -> None:
     ],
 )
 def test_dbos_still_has(what_it_does: Callable[[str], None], url: str) -> None:
-    """DBOS's reference documents none of these; see `_engine` for why they are used."""
+    """DBOS's reference documents none of these; see `_dbos_calls` for why they are used."""
     what_it_does(url)
 
 
 def test_other_modules_use_only_what_dbos_documents() -> None:
-    """Undocumented names are in `_engine`, where each has its reason and the test above."""
+    """Undocumented names are in `_dbos_calls`, where each has its reason and the test above."""
     documented = {
         *("destroy", "executor_id", "launch", "listen_queues", "run_step_async"),
         *("workflow", "workflow_id"),
     }
     for path in Path(internals.__file__).parent.glob("*.py"):
-        if path.stem == "_engine":
+        if path.stem == "_dbos_calls":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dbos"):

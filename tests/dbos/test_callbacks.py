@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from promptlayer_exec import StartRequest
 from promptlayer_exec.dbos import Batch, BatchStatus
-from promptlayer_exec.dbos import _again as again_
+from promptlayer_exec.dbos import _requeue as requeue
 from promptlayer_exec.dbos._tables import callbacks
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.webhooks import Callbacks
@@ -82,24 +82,22 @@ async def test_a_callback_makes_an_unknown_item_one_that_is_followed(world: Worl
     assert await server.resolve(token, 1001) is False
 
 
-@pytest.mark.parametrize("again", ["restart", "retry"])
 async def test_a_callback_that_comes_as_its_item_is_started_again_is_followed(
-    world: World, monkeypatch: pytest.MonkeyPatch, again: str
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be stored while another process has the lock that the restart waits for."""
+    """It may be stored while another process has the lock that `retry` waits for."""
     await lose_one(world)
     (token,) = world.tokens()
-    real = again_.lock_batch
-    batch = world.batch(restart_unknown=again == "restart")
+    real = requeue.lock_batch
+    batch = world.batch()
 
     def lock_late(connection: Any, name: str) -> None:
         real(connection, name)
         row = {"batch": name, "token": token, "execution_id": 1001}
         connection.execute(sa.insert(callbacks).values(row))
 
-    monkeypatch.setattr(again_, "lock_batch", lock_late)
-    if again == "retry":
-        assert await batch.retry(unknown=True) == 1
+    monkeypatch.setattr(requeue, "lock_batch", lock_late)
+    assert await batch.retry(unknown=True) == 1
     assert await batch.work() == BatchStatus(0, 0, 1, 0, 0, 1)
     (outcome,) = [outcome async for outcome in batch.outcomes()]
     assert outcome.execution_id == 1001
@@ -146,18 +144,18 @@ async def test_a_callback_may_come_before_its_item_is_unknown(world: World) -> N
     assert (outcome.output, outcome.execution_id) == ("found", execution_id)
 
 
-@pytest.mark.parametrize("how", ["restart_unknown", "retry"])
+@pytest.mark.parametrize("is_retried", [False, True])
 async def test_what_a_dead_worker_left_is_resolved_before_it_is_restarted(
-    world: World, monkeypatch: pytest.MonkeyPatch, how: str
+    world: World, monkeypatch: pytest.MonkeyPatch, *, is_retried: bool
 ) -> None:
     """Even where the process died between the two steps; a restart would be paid for twice."""
     await lose_one(world)
-    monkeypatch.setattr(again_, "resolve", lambda *_: 0)
+    monkeypatch.setattr(requeue, "requeue", lambda *_, **__: 0)
     assert await world.batch().resolve(world.tokens()[0], 1001) is False
     monkeypatch.undo()
-    if how == "retry":
+    if is_retried:
         assert await world.batch().retry(unknown=True) == 0
-    assert (await world.batch(restart_unknown=how == "restart_unknown").work()).succeeded == 1
+    assert (await world.batch().work()).succeeded == 1
     assert len(world.sim.runs) == 1
 
 

@@ -10,7 +10,7 @@ from contextlib import closing
 import attrs
 import pytest
 
-from promptlayer_exec import StartRequest
+from promptlayer_exec import KeyConflict, StartRequest
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos._location import check_url
@@ -38,8 +38,9 @@ async def test_a_key_stands_for_one_request(
     """Another request is refused with what differs, and nothing of the call is added."""
     assert await batch.add([REQUEST]) == 1
     items = [StartRequest("echo", key=f"{n}") for n in range(600)]
-    with pytest.raises(ValueError, match="was not added") as caught:
+    with pytest.raises(KeyConflict, match="was not added") as caught:
         await batch.add([*items, request_])
+    assert caught.value.key == "a"
     assert str(caught.value) == (
         f"the key 'a' of batch 'nightly' stands for another request ({names} differs): give this"
         " one another key, or add it to another batch; it was not added"

@@ -32,18 +32,18 @@ from promptlayer_exec import (
     StartRequest,
 )
 from promptlayer_exec.dbos import Batch
-from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _breaker as breakers
 from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _intents as intents_
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _rate as rates
+from promptlayer_exec.dbos import _requeue as requeue
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._records import Ending, StoredOutcome
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._values import Ending, StoredOutcome
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 COUNT = 60
@@ -183,7 +183,7 @@ async def test_an_execution_that_takes_too_long_is_not_given_up(
 
 
 async def test_a_404_is_final_after_a_while(
-    sim: Simulator, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    sim: Simulator, batch: Batch, adjust: Callable[..., None]
 ) -> None:
     """A gateway may answer it for a moment, and the server for an execution that is new."""
     await batch.add(requests(4))
@@ -194,16 +194,16 @@ async def test_a_404_is_final_after_a_while(
     assert (await working).succeeded == 4
     await batch.add([StartRequest("echo", {"n": "lost"}, key="lost")])
     answers(sim, "GET", 404)
-    monkeypatch.setattr(items, "_NOT_FOUND_GRACE", 0.1)
+    adjust(items, "PATIENCE", not_found_grace=0.1)
     assert (await batch.work()).failed == 1
     assert (await endings(batch))["NotFound"] == 1
 
 
 async def test_a_404_right_after_an_outage_is_not_final(
-    sim: Simulator, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    sim: Simulator, batch: Batch, adjust: Callable[..., None]
 ) -> None:
     """A gateway may answer it for a moment, however long the server could not be read before."""
-    monkeypatch.setattr(items, "_NOT_FOUND_GRACE", 0.3)
+    adjust(items, "PATIENCE", not_found_grace=0.3)
     await batch.add(requests(1))
     answers(sim, "GET", 403)
     working = asyncio.create_task(batch.work())
@@ -260,8 +260,7 @@ async def test_what_a_broken_connection_took_from_the_queue_is_run(
     sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DBOS does not know of an item that it took in a transaction whose end it did not see."""
-    monkeypatch.setattr(liveness, "HEARTBEAT_INTERVAL", 0.1)
-    monkeypatch.setattr(liveness, "_LOOK_EVERY", 1)
+    monkeypatch.setattr(liveness, "PULSE", liveness.Pulse(interval=0.1, look_every=1))
     batch = batch_of(max_in_flight=1)
     await batch.add([StartRequest("held", {"n": "0"}, key="0"), *requests(2)[1:]])
     working = asyncio.create_task(batch.work())
@@ -329,6 +328,17 @@ async def test_the_work_does_not_end_before_the_outage_has_lasted_so_long() -> N
     assert given_up == [10.0]
 
 
+async def test_failures_that_are_hours_apart_are_no_outage() -> None:
+    """A worker that waits for items may meet one now and then, and nothing in between."""
+    given_up: list[float] = []
+    now = 0.0
+    breaker = breakers.Breaker(600.0, lambda _: given_up.append(now), lambda: now)
+    for hours in range(1, 7):
+        now = 3600.0 * hours
+        breaker.failed(ServerError("away", status=503, server_message=""), since=now - 30.0)
+    assert given_up == []
+
+
 @pytest.mark.parametrize("server", ["away", "busy"])
 async def test_an_outage_ends_the_work_although_the_wait_timeout_is_shorter(
     sim: Simulator, batch_of: Callable[..., Batch], server: str
@@ -357,13 +367,13 @@ async def test_an_item_whose_ending_is_refused_is_followed_as_it_is_stored(
 
     def record_first(store: Store, batch: str, endings: Any) -> Any:
         monkeypatch.setattr(Store, "finish", finish)
-        intents_.write_started(store, batch, [intents_.Started("0", 1, "of another", started)])
+        intents_.write_started(store, batch, [intents_.StartResult("0", 1, "of another", started)])
         return finish(store, batch, endings)
 
     await batch_of().add(requests(1))
     answers(sim, "POST", 400)
     monkeypatch.setattr(Store, "finish", record_first)
-    assert (await batch_of(restart_unknown=True).work()).succeeded == 1
+    assert (await batch_of().work()).succeeded == 1
     assert [outcome.execution_id async for outcome in batch_of().outcomes()] == [other]
 
 
@@ -415,18 +425,15 @@ class Held:
         await self.release.wait()
 
 
-@pytest.mark.parametrize("restart_unknown", [False, True])
 async def test_a_worker_that_stood_still_leaves_an_item_that_it_has_lost(
     sim: Simulator,
     batch_of: Callable[..., Batch],
     url: str,
     ended: list[str],
-    *,
-    restart_unknown: bool,
 ) -> None:
     """It neither sends the start that waited for its turn, nor calls that of the other unknown."""
     held = Held()
-    batch = batch_of(limiter=held, restart_unknown=restart_unknown)
+    batch = batch_of(limiter=held)
     await batch.add(requests(1))
     working = asyncio.create_task(batch.work())
     await until(lambda: held.asked == 1)
@@ -439,35 +446,33 @@ async def test_a_worker_that_stood_still_leaves_an_item_that_it_has_lost(
     assert sim.request_count == 0
 
 
-@pytest.mark.parametrize("restart_unknown", [False, True])
 async def test_a_start_of_a_worker_that_is_gone_is_followed_if_its_callback_has_come(
-    sim: Simulator, batch_of: Callable[..., Batch], url: str, *, restart_unknown: bool
+    sim: Simulator, batch_of: Callable[..., Batch], url: str
 ) -> None:
     """It has started a run, and the id is known."""
     found = sim.add_execution(Scenario([SimNode("Answer", "0", is_output_node=True)]))
-    batch = batch_of(restart_unknown=restart_unknown)
+    batch = batch_of()
     await batch.add(requests(1))
     with closing(Store(check_url(url))) as store:
-        intents_.write(store, "nightly", [intents_.Intent("0", 1, "of another", None, False)])
-        again.record_callback(store, "nightly", "of another", found)
+        intents_.write(store, "nightly", [intents_.Intent("0", 1, "of another")])
+        requeue.record_callback(store, "nightly", "of another", found)
     assert (await batch.work()).succeeded == 1
     assert [outcome.execution_id async for outcome in batch.outcomes()] == [found]
     assert sim.runs == []
 
 
-@pytest.mark.parametrize("restart_unknown", [False, True])
 async def test_an_item_that_a_worker_is_given_again_while_it_runs_is_started_once(
-    sim: Simulator, batch_of: Callable[..., Batch], url: str, *, restart_unknown: bool
+    sim: Simulator, batch_of: Callable[..., Batch], url: str
 ) -> None:
     """Another worker put it back into the queue while this one stood still."""
     held = Held()
-    batch = batch_of(limiter=held, restart_unknown=restart_unknown)
+    batch = batch_of(limiter=held)
     await batch.add(requests(1))
     working = asyncio.create_task(batch.work())
     await until(lambda: held.asked == 1)
     with closing(Store(check_url(url))) as store:
         taken = store.taken("nightly")
-        store.requeue("nightly", taken)
+        store.put_back("nightly", taken)
         await until(lambda: store.taken("nightly") == taken)
     sim.inject(Fault.delay(0.5))
     held.release.set()
@@ -506,7 +511,7 @@ async def test_a_shared_rate_without_its_database_ends_the_work_with_the_databas
         return 0.0
 
     monkeypatch.setattr(Store, "reserve", reserve)
-    monkeypatch.setattr(rates, "_MAX_RESERVED", 0.0)
+    monkeypatch.setattr(rates, "RESERVATION", rates.Reservation(reserved=0.0))
     batch = batch_of(rate=50.0)
     await batch.add(requests(2))
     with pytest.raises(ConfigurationError, match="the database cannot be used: away"):
@@ -522,11 +527,10 @@ def locked(url: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_patience(monkeypatch: pytest.MonkeyPatch, adjust: Callable[..., None]) -> None:
     monkeypatch.setitem(databases._SQLITE_OPTIONS, "timeout", 0.05)
-    monkeypatch.setattr(items, "_LOOK_AFTER", 0.01)
-    monkeypatch.setattr(items, "_RECORDED_WITHIN", 0.05)
-    monkeypatch.setattr(workers, "_PATIENCE_AT_END", 0.3)
+    adjust(items, "PATIENCE", look_after=0.01, recorded_within=0.05)
+    adjust(workers, "TIMES", patience_at_end=0.3)
 
 
 @pytest.mark.usefixtures("_short_patience")

@@ -139,12 +139,12 @@ async def test_a_worker_that_takes_over_is_woken_by_push(
 async def test_a_retry_starts_only_what_is_known_to_have_failed(
     sim: Simulator,
     batch_of: Callable[..., Batch],
-    monkeypatch: pytest.MonkeyPatch,
+    adjust: Callable[..., None],
     *,
     is_missing: bool,
 ) -> None:
     """A run for which the server said 404 may exist: it is followed once more."""
-    monkeypatch.setattr(items, "_NOT_FOUND_GRACE", 0.0)
+    adjust(items, "PATIENCE", not_found_grace=0.0)
     at_once = RetryPolicy(not_found_grace=0.0)
     failed = SimNode("Answer", status="FAILED", error_message="no", is_output_node=True)
     sim.add_workflow("w", Scenario([failed]))

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _groups as groups
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _reports as reports
+from promptlayer_exec.dbos import _requeue as requeue
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent
 from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._records import Ending, StoredError, StoredOutcome
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._values import Ending, StoredError, StoredOutcome
 
 
 @pytest.fixture
@@ -42,13 +42,13 @@ def test_many_runs_are_adopted_at_once(store: Store) -> None:
     """
     keys = [str(n) for n in range(16)]
     store.add("b", [Row(key, json.dumps({"workflow": "w"}), "") for key in keys])
-    intents.write(store, "b", [Intent(key, 1, f"token {key}", None, False) for key in keys])
+    intents.write(store, "b", [Intent(key, 1, f"token {key}") for key in keys])
     unknown, now = StoredError("StartUnknown", "-"), datetime.now(UTC)
     outcomes = [StoredOutcome(key, None, False, None, unknown, None, now) for key in keys]
     store.finish("b", [Ending.of(1, outcome) for outcome in outcomes])
 
     def adopt(key: str) -> bool:
-        return again.record_callback(store, "b", f"token {key}", 787)
+        return requeue.record_callback(store, "b", f"token {key}", 787)
 
     began = time.monotonic()
     with ThreadPoolExecutor(len(keys)) as threads:
@@ -59,7 +59,7 @@ def test_many_runs_are_adopted_at_once(store: Store) -> None:
 
 def test_outcomes_are_read_a_few_at_a_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call ends with the outcome that reaches the limit, however long that one is."""
-    monkeypatch.setattr(stores, "_OUTCOME_LENGTH", 100)
+    monkeypatch.setattr(stores, "SIZES", stores.Sizes(outcome_length=100))
     sizes = [10, 50, 50, 200, 1]
     store.add("b", [Row(str(n), "{}", "") for n in range(len(sizes))])
     store.finish("b", [Ending(str(n), 1, "succeeded", "x" * size) for n, size in enumerate(sizes)])
@@ -87,15 +87,15 @@ def test_an_item_that_ends_twice_in_one_call_is_counted_once(store: Store) -> No
     assert counts == dict.fromkeys(counts, 0) | {ended: 1}
 
 
-def test_an_intent_whose_callback_has_come_is_not_replaced(store: Store) -> None:
-    """It came after another worker had read the row, and says that there is a run already."""
+def test_an_intent_is_not_replaced(store: Store) -> None:
+    """Whether or not its callback has come: the start of the other worker may have been sent."""
     store.add("b", [Row(key, "{}", "") for key in ("called back", "unknown")])
-    mine = [Intent(key, 1, f"mine {key}", None, False) for key in ("called back", "unknown")]
+    mine = [Intent(key, 1, f"mine {key}") for key in ("called back", "unknown")]
     assert intents.write(store, "b", mine) == [True, True]
-    again.record_callback(store, "b", "mine called back", 787)
-    theirs = [Intent(each.key, 1, f"theirs {each.key}", each.token, False) for each in mine]
-    assert intents.write(store, "b", theirs) == [False, True]
-    assert intents.write(store, "b", mine) == [True, False]
+    requeue.record_callback(store, "b", "mine called back", 787)
+    theirs = [Intent(each.key, 1, f"theirs {each.key}") for each in mine]
+    assert intents.write(store, "b", theirs) == [False, False]
+    assert intents.write(store, "b", mine) == [True, True]
     (state,) = intents.read(store, "b", [("called back", 1)])
     assert (state.intent, state.called_back) == ("mine called back", 787)
 

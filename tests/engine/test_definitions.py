@@ -13,6 +13,7 @@ from promptlayer_exec import (
     ExecutionStarted,
     ExecutionTimeout,
     Forbidden,
+    InvalidInputs,
     RequestTimeout,
     Session,
     SessionClosed,
@@ -51,7 +52,7 @@ async def test_a_misspelt_input_starts_nothing(
     with pytest.raises(ValueError, match=MISSPELT):
         outcome.result()
     assert sim.runs == []
-    assert [type(event.error) for event in recorder.of(StartFailed)] == [ValueError] * 3
+    assert [type(event.error) for event in recorder.of(StartFailed)] == [InvalidInputs] * 3
     assert recorder.of(ExecutionStarted) == []
 
 

@@ -26,8 +26,10 @@ from promptlayer_exec import (
     ExecutionFailed,
     ExecutionTimeout,
     Forbidden,
+    InvalidInputs,
     InvalidOutput,
     InvalidResponse,
+    KeyConflict,
     Node,
     NotFound,
     PromptLayerExecError,
@@ -343,6 +345,8 @@ ANSWERS: list[tuple[PromptLayerExecError, int]] = [
     (ExecutionFailed(SECRET, failed=(Node("Plan", "FAILED"),), **CONTEXT), 409),
     (InvalidOutput(SECRET, path=SECRET, value=SECRET, reason=SECRET, **CONTEXT), 502),
     (SessionClosed(SECRET, **CONTEXT), 503),
+    (InvalidInputs(SECRET), 422),
+    (KeyConflict(SECRET, key=SECRET), 409),
     (ConfigurationError(SECRET), 500),
 ]
 

@@ -13,6 +13,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from aiohttp import web
 from hypothesis import strategies as st
@@ -220,13 +221,12 @@ def test_items_in_any_weather(
 ) -> None:
     """Each runs once, and its output is its own, whichever worker dies and at which step."""
     for module, name, value in (
-        (stores, "_QUEUE_INTERVAL", 0.01),
-        (workers, "_CHECK_INTERVAL", 0.01),
-        (workers, "_ENDING", 0.1),
+        (stores, "QUEUE_INTERVAL", 0.01),
+        (workers, "TIMES", attrs.evolve(workers.TIMES, check_interval=0.01, ending=0.1)),
         (time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.05))),
-        (items, "_FIRST_DELAY", 0.02),
-        (breakers, "_FIRST_PAUSE", 0.02),
-        (liveness, "HEARTBEAT_INTERVAL", 0.05),
+        (items, "PATIENCE", items.Patience(first_delay=0.02)),
+        (breakers, "CAUTION", breakers.Caution(first_pause=0.02)),
+        (liveness, "PULSE", liveness.Pulse(interval=0.05)),
         (liveness, "_is_gone", lambda process: True),  # each worker but the one that looks
     ):
         monkeypatch.setattr(module, name, value)

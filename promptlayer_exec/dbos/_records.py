@@ -108,6 +108,8 @@ class Ending:
     Attributes:
         has_run: whether a run was followed to its end. If not, the start of another worker may be
             recorded meanwhile, and the item goes on with its run.
+        may_restart: whether the batch's `attempts` count: the run completed without an output, and
+            was not just looked at once more.
     """
 
     key: str
@@ -116,31 +118,47 @@ class Ending:
     outcome: str
     seconds: float | None = None
     has_run: bool = False
+    may_restart: bool = False
 
     @classmethod
-    def of(cls, attempt: int, outcome: StoredOutcome) -> Ending:
+    def of(cls, attempt: int, outcome: StoredOutcome, *, is_recheck: bool = False) -> Ending:
         """Return the ending of an attempt with this outcome."""
         seconds = None
         if outcome.started is not None:  # the clock may have been put back
             seconds = max((outcome.finished - outcome.started).total_seconds(), 0.0)
-        has_run = outcome.execution_id is not None
-        return cls(outcome.key, attempt, outcome.kind, outcome.to_json(), seconds, has_run)
+
+        has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
+        return cls(
+            outcome.key,
+            attempt,
+            outcome.kind,
+            outcome.to_json(),
+            seconds,
+            has_run=outcome.execution_id is not None,
+            may_restart=has_failed and not is_recheck,
+        )
 
 
-class StartResult(TypedDict):
+class StartRecord(TypedDict):
     """The stored result of a start; one without an id has the type and the text of an error."""
 
     execution_id: int | None
     at: str
     error: list[str] | None
+    is_recheck: bool  # the run has been followed before, and must not lead to another one
 
 
-def start_result(
+def start_record(
     execution_id: int | None = None,
     error: Exception | None = None,
     at: datetime | None = None,
-) -> StartResult:
+    *,
+    is_recheck: bool = False,
+) -> StartRecord:
     """Return the result of a start that ended at `at`, or just now."""
-    what = None if error is None else [type(error).__name__, str(error)]
-    ended = at or datetime.now(UTC)
-    return {"execution_id": execution_id, "at": ended.isoformat(), "error": what}
+    return {
+        "execution_id": execution_id,
+        "at": (at or datetime.now(UTC)).isoformat(),
+        "error": None if error is None else [type(error).__name__, str(error)],
+        "is_recheck": is_recheck,
+    }

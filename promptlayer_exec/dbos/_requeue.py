@@ -1,0 +1,282 @@
+"""Items that are run again: followed once more, or started once more.
+
+Each begins its next attempt, a DBOS workflow of its own. One that is only followed keeps the result
+of the earlier start in its row, so that it starts nothing.
+
+An unknown item is followed when the callback of its start has come. That may be before the item is
+unknown: the worker that sent the start has died, but nobody knows it yet. So each callback is
+stored, and both who stores one and who stores an unknown outcome look afterwards for items that
+have both. Whoever comes second finds them.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+
+import attrs
+import sqlalchemy as sa
+from sqlalchemy import exc
+
+from promptlayer_exec.dbos._records import Ending, StoredOutcome, start_record
+from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._tables import batches, callbacks, called_back, items, lock_batch
+
+_item = items.c
+_callback_id = callbacks.c.execution_id
+_ROWS_AT_ONCE = 500
+
+
+class Reason(enum.Enum):
+    """Why items that ended are run again, which decides whether they may be started."""
+
+    RECHECK = "the server may know by now how the run ended"
+    RETRY = "somebody wants them to be started again, and knows what that costs"
+    CALLBACK = "the callback of an unknown start has come"
+
+
+@attrs.frozen
+class RestartPauses:
+    """Seconds before an item is started again whose run completed without an output.
+
+    What made the run fail, such as a model that is overloaded, may need a while to pass. So each
+    pause is four times as long as the one before.
+    """
+
+    first: float = 5.0
+    longest: float = 300.0
+
+    def after(self, runs: int) -> float:
+        """Return the pause after the last one of so many runs."""
+        return float(min(self.first * 4 ** (runs - 1), self.longest))
+
+
+RESTART_PAUSES = RestartPauses()
+
+
+@attrs.frozen
+class NextAttempt:
+    """The next attempt of an item.
+
+    Attributes:
+        kind: how the item had ended; None if it had not.
+        started: the start whose run is followed, as JSON; None if the item is to be started.
+        history: the attempts before it, as JSON.
+        pause: for how many seconds it waits in the queue.
+    """
+
+    key: str
+    number: int
+    kind: str | None
+    started: str | None
+    history: str
+    pause: float = 0.0
+
+
+def requeue(
+    store: Store,
+    batch: str,
+    reason: Reason,
+    *,
+    kinds: Sequence[str],
+    keys: Iterable[str] | None = None,
+    token: str | None = None,
+    unknown_for: float = 0.0,
+) -> int:
+    """Put items that ended back into the queue; return how many.
+
+    They ended as one of `kinds`; `keys` are the items, and `token` is that of their start, unless
+    they are None. Unknown ones must have been unknown for `unknown_for` seconds.
+
+    Only `RETRY` starts items. One that has a run which is not known to have failed is followed
+    instead, because it may be paid for.
+    """
+    which = [_item.batch == batch, _item.kind.in_(kinds)]
+    if reason is Reason.CALLBACK:
+        which.append(_callback_id.is_not(None))
+    if token is not None:
+        which.append(_item.intent == token)
+
+    ended = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome, _item.history)
+    ended = ended.add_columns(_callback_id).select_from(items.outerjoin(callbacks, called_back))
+    unknown_before = datetime.now(UTC) - timedelta(seconds=unknown_for)
+    choose = partial(_next_attempt, reason, unknown_before)
+
+    count = 0
+    for page in _pages(store, which, keys):
+        query = ended.where(*which, _item.key.in_(page))
+        count += store.transact(partial(_requeue_page, store, batch, query, choose))
+    return count
+
+
+def _pages(
+    store: Store, which: list[sa.ColumnElement[bool]], keys: Iterable[str] | None
+) -> Iterable[list[str]]:
+    """Yield the keys of items, a few hundred at a time; end early if cancelled."""
+    if keys is not None:
+        given = [*dict.fromkeys(keys)]
+        for start in range(0, len(given), _ROWS_AT_ONCE):
+            if not store.is_cancelled():
+                yield given[start : start + _ROWS_AT_ONCE]
+        return
+
+    ended = sa.select(_item.key).select_from(items.outerjoin(callbacks, called_back))
+    ended = ended.where(*which).order_by(_item.key).limit(_ROWS_AT_ONCE)
+    last = ""
+    while not store.is_cancelled() and (rows := store.rows(ended.where(_item.key > last))):
+        yield [row.key for row in rows]
+        last = rows[-1].key
+
+
+def _requeue_page(
+    store: Store,
+    batch: str,
+    ended: sa.Select[Any],
+    choose: Callable[[Any], NextAttempt | None],
+    connection: sa.Connection,
+) -> int:
+    try:
+        lock_batch(connection, batch)
+    except exc.NoResultFound:  # the batch was just deleted
+        return 0
+
+    found = [choose(row) for row in connection.execute(ended)]
+    chosen = [attempt for attempt in found if attempt is not None]
+    _begin(store, connection, batch, chosen)
+    return len(chosen)
+
+
+def _next_attempt(reason: Reason, unknown_before: datetime, row: Any) -> NextAttempt | None:
+    """Return the next attempt of an item that ended; None if it is not to be run again."""
+    outcome = StoredOutcome.from_json(row.outcome)
+    if row.kind == "unknown" and outcome.finished > unknown_before:
+        return None
+
+    # Its callback may have come while this waited for the lock.
+    execution_id = outcome.execution_id or row.execution_id
+    started = _start_to_follow(reason, outcome, execution_id)
+    if started is None and reason is not Reason.RETRY:
+        return None
+
+    history = _with_attempt(row.history, row.attempt, attrs.evolve(outcome, output=None))
+    return NextAttempt(row.key, row.attempt + 1, row.kind, started, history)
+
+
+def _start_to_follow(
+    reason: Reason, outcome: StoredOutcome, execution_id: int | None
+) -> str | None:
+    """Return the start whose run is followed, as JSON; None if there is no run to follow."""
+    has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
+    if execution_id is None or (reason is Reason.RETRY and has_failed):
+        return None
+    started_at = outcome.started or outcome.finished
+    record = start_record(execution_id, at=started_at, is_recheck=reason is Reason.RECHECK)
+    return json.dumps(record)
+
+
+def record_callback(store: Store, batch: str, token: str, execution_id: int) -> bool:
+    """Store the callback of a start, the first one counts; return True if its item is followed."""
+    insert = store.insert(callbacks).values(batch=batch, token=token, execution_id=execution_id)
+    store.execute(insert.on_conflict_do_nothing())
+    return requeue(store, batch, Reason.CALLBACK, kinds=["unknown"], token=token) > 0
+
+
+def finish(store: Store, batch: str, endings: Sequence[Ending]) -> list[bool]:
+    """Store the outcomes of items, or begin another attempt of those that have one left.
+
+    Unknown ones whose callbacks are stored are followed. Returns for each whether it was stored, or
+    another attempt begun.
+    """
+    without_output = [ending for ending in endings if ending.may_restart]
+    done = _restart(store, batch, without_output) if without_output else set()
+    ended = [ending for ending in endings if (ending.key, ending.attempt) not in done]
+    if ended:
+        done |= store.finish(batch, ended)
+    if any(ending.kind == "unknown" for ending in ended):
+        requeue(store, batch, Reason.CALLBACK, kinds=["unknown"])
+    return [(ending.key, ending.attempt) in done for ending in endings]
+
+
+def _restart(store: Store, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
+    """Begin another attempt of items whose runs had no output, up to the batch's `attempts`.
+
+    Returns the keys and attempts of these items.
+    """
+    setting = store.rows(sa.select(batches.c.attempts).where(batches.c.name == batch))
+    if not any((row.attempts or 1) > 1 for row in setting):
+        return set()
+
+    query = sa.select(_item.key, _item.attempt, _item.history)
+    query = query.where(_item.batch == batch, _item.kind.is_(None))
+    query = query.where(_item.key.in_([ending.key for ending in endings]))
+    outcomes = {
+        (ending.key, ending.attempt): StoredOutcome.from_json(ending.outcome) for ending in endings
+    }
+
+    def work(connection: sa.Connection) -> set[tuple[str, int]]:
+        try:
+            most = lock_batch(connection, batch)["attempts"] or 1
+        except exc.NoResultFound:  # the batch was just deleted
+            return set()
+
+        chosen = []
+        for row in connection.execute(query):
+            outcome = outcomes.get((row.key, row.attempt))
+            if outcome is None:  # another worker was faster
+                continue
+            history = _with_attempt(row.history, row.attempt, outcome)
+            runs = len({attempt["execution_id"] for attempt in json.loads(history)} - {None})
+            if runs < most:
+                pause = RESTART_PAUSES.after(runs)
+                chosen.append(NextAttempt(row.key, row.attempt + 1, None, None, history, pause))
+        _begin(store, connection, batch, chosen)
+        return {(attempt.key, attempt.number - 1) for attempt in chosen}
+
+    return store.transact(work)
+
+
+def _with_attempt(history: str | None, number: int, outcome: StoredOutcome) -> str:
+    """Return the history of an item, as JSON, with one more attempt that ended."""
+    ended = json.loads(outcome.to_json())
+    del ended["key"], ended["succeeded"], ended["output"]
+    return json.dumps([*json.loads(history or "[]"), {"attempt": number, **ended}])
+
+
+def _begin(
+    store: Store, connection: sa.Connection, batch: str, attempts: Sequence[NextAttempt]
+) -> None:
+    """Begin attempts of items; whoever calls this has locked the batch."""
+    if not attempts:
+        return
+    nothing = dict.fromkeys(("kind", "seq", "outcome", "intent", "seconds"))
+    connection.execute(
+        sa.update(items)
+        .where(_item.batch == batch, _item.key == sa.bindparam("the_key"))
+        .values(
+            attempt=sa.bindparam("number"),
+            started=sa.bindparam("start"),
+            history=sa.bindparam("earlier"),
+            **nothing,
+        ),
+        [
+            {
+                "the_key": attempt.key,
+                "number": attempt.number,
+                "start": attempt.started,
+                "earlier": attempt.history,
+            }
+            for attempt in attempts
+        ],
+    )
+
+    counts = Counter(attempt.kind for attempt in attempts if attempt.kind is not None)
+    store.count(connection, batch, {kind: -count for kind, count in counts.items()})
+
+    for pause in {attempt.pause for attempt in attempts}:
+        numbers = [(attempt.key, attempt.number) for attempt in attempts if attempt.pause == pause]
+        store.enqueue(connection, batch, numbers, pause=pause)
