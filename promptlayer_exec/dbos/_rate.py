@@ -50,6 +50,6 @@ class SharedRate:
                 continue
             most = max(1, int(rate * _MAX_RESERVED))
             size = self._size = 1 if missed else min(2 * self._size, most)
-            delay = await asyncio.to_thread(self._store.reserve, self._batch, size, rate)
+            delay = await self._store.in_thread(self._store.reserve, self._batch, size, rate)
             first = clock() + delay
             self._slots.extend(first + index / rate for index in range(size))

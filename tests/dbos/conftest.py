@@ -10,17 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from promptlayer_exec import PollPolicy, RetryPolicy, Session
+from promptlayer_exec._database import database
+from promptlayer_exec._database.location import check_url
 from promptlayer_exec.dbos import Batch, StoredError, StoredOutcome
 from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _breaker as breakers
-from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
-from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._values import Ending
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
@@ -73,16 +74,16 @@ def batch(batch_of: Callable[..., Batch]) -> Batch:
 
 @pytest.fixture(autouse=True)
 def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, interval in (
+    for module, name, value in (
         (stores, "_QUEUE_INTERVAL", 0.02),
         (workers, "_CHECK_INTERVAL", 0.02),
         (workers, "_IDLE", 0.3),
         (items, "_FIRST_DELAY", 0.05),
         (breakers, "_FIRST_PAUSE", 0.1),
         (batches, "_POLL_INTERVAL", 0.02),
-        (databases, "_RETRY_INTERVAL", 0.02),
+        (database, "LIMITS", attrs.evolve(database.LIMITS, retry_interval=0.02)),
     ):
-        monkeypatch.setattr(module, name, interval)
+        monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture(autouse=True)

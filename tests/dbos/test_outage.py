@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+import attrs
 import pytest
 import sqlalchemy as sa
 from aiohttp import web
@@ -31,17 +32,18 @@ from promptlayer_exec import (
     ServerError,
     StartRequest,
 )
+from promptlayer_exec._database import database
+from promptlayer_exec._database.location import check_url
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _breaker as breakers
-from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _intents as intents_
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _rate as rates
+from promptlayer_exec.dbos import _shared_database as shared
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
-from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._values import Ending, StoredOutcome
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -523,7 +525,7 @@ def locked(url: str) -> Iterator[None]:
 
 @pytest.fixture
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(databases._SQLITE_OPTIONS, "timeout", 0.05)
+    monkeypatch.setattr(database, "LIMITS", attrs.evolve(database.LIMITS, locked_file=0.05))
     monkeypatch.setattr(items, "_LOOK_AFTER", 0.01)
     monkeypatch.setattr(items, "_RECORDED_WITHIN", 0.05)
     monkeypatch.setattr(workers, "_PATIENCE_AT_END", 0.3)
@@ -663,7 +665,7 @@ async def test_dbos_is_launched_again_when_its_connection_breaks(
 def test_the_tables_are_created_on_connections_with_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """DBOS makes these connections; what the user's URL says counts."""
     urls: list[str] = []
-    monkeypatch.setattr(databases, "migrate", lambda url: [urls.append(url), 1 / 0])
+    monkeypatch.setattr(shared, "migrate", lambda url: [urls.append(url), 1 / 0])
     store = Store(check_url("postgresql://127.0.0.1:9/none?connect_timeout=3"))
     with closing(store), pytest.raises(ConfigurationError, match="division"):
         store.prepare()
