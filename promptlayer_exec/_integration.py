@@ -31,6 +31,14 @@ from promptlayer_exec._policies import Limiter, check_seconds
 from promptlayer_exec._recent import Recent
 from promptlayer_exec._session import Session
 from promptlayer_exec._settings import Settings, find_api_key, find_base_url
+from promptlayer_exec._starts import (
+    PATIENCE,
+    StartClaim,
+    StartStore,
+    StoredStart,
+    check_key,
+    workflow_of,
+)
 from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
 from promptlayer_exec._text import indented, printable, short_repr
 from promptlayer_exec._workflows import near
@@ -39,6 +47,7 @@ from promptlayer_exec._workflows import near
 __all__ = [
     "DEFINITION_TIMEOUT",
     "MAX_ID",
+    "PATIENCE",
     "UNKNOWN_STATUS",
     "NodeMap",
     "OpenSession",
@@ -47,9 +56,13 @@ __all__ = [
     "Reply",
     "Response",
     "SendHooks",
+    "StartClaim",
+    "StartStore",
+    "StoredStart",
     "WakeSource",
     "check_count",
     "check_execution_id",
+    "check_key",
     "check_seconds",
     "each",
     "error_details",
@@ -63,6 +76,7 @@ __all__ = [
     "short_repr",
     "status_entry",
     "wait_even_if_cancelled",
+    "workflow_of",
 ]
 
 
