@@ -298,7 +298,7 @@ def test_a_missing_extra_is_named() -> None:
         import sys, traceback
         modules = {
             "dbos": "dbos", "fastapi": "sse_starlette", "opentelemetry": "opentelemetry",
-            "mcp": "mcp", "viewer": "uvicorn",
+            "mcp": "mcp", "viewer": "uvicorn", "starts": "sqlalchemy",
         }
         sys.modules |= dict.fromkeys(modules.values())
         for module in modules:

@@ -7,7 +7,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, copy_context
@@ -282,11 +282,6 @@ class Database:
         return ConfigurationError(
             f"the database {self._shown} cannot be used: {reason_of(error):.300}{remedy}"
         )
-
-
-def rows_of(connection: sa.Connection, query: sa.Select[Any]) -> Sequence[Any]:
-    """Return the rows that a query finds."""
-    return connection.execute(query).all()
 
 
 def reason_of(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec._database.database import Database, DatabaseLost, reason_of, rows_of
+from promptlayer_exec._database.database import Database, DatabaseLost, reason_of
 from promptlayer_exec.dbos._engine import migrate
 from promptlayer_exec.dbos._tables import tables as _tables
 
@@ -57,7 +57,7 @@ class SharedDatabase(Database):
         self.engine_of_dbos.dispose()
 
     def rows(self, query: sa.Select[Any]) -> Sequence[Any]:
-        return self.transact(lambda connection: rows_of(connection, query))
+        return self.transact(lambda connection: connection.execute(query).all())
 
     def transact(self, work: Callable[[sa.Connection], T]) -> T:
 

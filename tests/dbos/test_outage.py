@@ -10,6 +10,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -598,6 +599,22 @@ async def test_work_goes_on_when_the_file_is_unlocked(
     assert (await working).succeeded == 20
     assert "can be used again" in caplog.text
     assert most_starts(sim) == 1
+
+
+async def test_the_event_loop_s_own_threads_are_left_alone(
+    batch_of: Callable[..., Batch],
+) -> None:
+    """The program needs them, also for name resolution, while a database is away."""
+
+    class Untouched(ThreadPoolExecutor):
+        def submit(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("it belongs to the program")
+
+    asyncio.get_running_loop().set_default_executor(Untouched())
+    batch = batch_of(rate=1000.0)
+    await batch.add(requests(5))
+    assert (await batch.work()).succeeded == 5
+    assert (await endings(batch))["succeeded"] == 5
 
 
 def test_a_server_that_became_a_standby_is_waited_for(url: str) -> None:

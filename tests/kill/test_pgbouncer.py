@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ from typing import Any
 import psycopg
 import pytest
 
+from promptlayer_exec._starts import fingerprint
 from promptlayer_exec.simulator import Simulator
+from promptlayer_exec.starts import SQLStartStore, StartClaim
 
 # What a client finds that sets nothing. The server has its defaults for all of them.
 SETTINGS = ("lock_timeout", "idle_in_transaction_session_timeout", "statement_timeout")
@@ -102,3 +105,21 @@ def test_a_batch_behind_a_pooler_succeeds_and_leaks_no_setting(
             worker.end()
         assert len(scene.outcomes()) == len(sim.runs) == 300
         assert settings_of_others(pooler) == before
+
+
+async def test_a_store_of_starts_behind_a_pooler_leaks_no_setting(pooler: str) -> None:
+    """Two stores share the pooler's connections with all others."""
+    stores = [SQLStartStore(pooler) for _ in range(2)]
+    request = fingerprint("order", workflow="write", inputs={})
+
+    async def start(number: int) -> None:
+        key, store = f"{number}", stores[number % 2]
+        assert await store.find(key) is None
+        assert await store.claim(StartClaim(key, key, "", request, 30.0)) is None
+        assert await store.record(key, key, number + 1)
+
+    for first in range(0, 100, 20):  # so that statements are repeated
+        await asyncio.gather(*map(start, range(first, first + 20)))
+    assert settings_of_others(pooler) == {("0", "0", "0")}
+    for store in stores:
+        await store.aclose()
