@@ -64,6 +64,12 @@ def _install_postgresql(session: nox.Session) -> None:
         _install_debian(session, "postgresql")
 
 
+def _install_pgbouncer(session: nox.Session) -> None:
+    # Debian does not put it on every PATH.
+    if shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin") is None:
+        _install_debian(session, "pgbouncer")
+
+
 def _install_redis(session: nox.Session) -> None:
     if shutil.which("redis-server") is None and shutil.which("valkey-server") is None:
         _install_debian(session, "redis-server")
@@ -372,8 +378,10 @@ def machines(session: nox.Session) -> None:
 
 @nox.session
 def kill_small(session: nox.Session) -> None:
-    """Kill one of three workers of a batch on PostgreSQL; the suite does so on SQLite."""
-    _run_kill_tests(session, "-n", "4", "tests/kill/test_small.py")  # they mostly wait
+    """Try batches and stores on PostgreSQL and behind PgBouncer; the suite does so on SQLite."""
+    names = ("small", "starts", "pgbouncer")
+    # They mostly wait.
+    _run_kill_tests(session, "-n", "4", *(f"tests/kill/test_{name}.py" for name in names))
 
 
 @nox.session
@@ -385,5 +393,6 @@ def kill(session: nox.Session) -> None:
 def _run_kill_tests(session: nox.Session, *arguments: str) -> None:
     _install(session, "kill", ".[cli,dbos]")
     _install_postgresql(session)
+    _install_pgbouncer(session)
     environment = {"PYTHONSAFEPATH": "1"}
     session.run("pytest", *arguments, *session.posargs, env=environment)

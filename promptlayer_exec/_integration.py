@@ -30,6 +30,14 @@ from promptlayer_exec._models import StartRequest, node_dict
 from promptlayer_exec._policies import Limiter, check_seconds
 from promptlayer_exec._session import Session
 from promptlayer_exec._settings import Settings, find_api_key, find_base_url
+from promptlayer_exec._starts import (
+    PATIENCE,
+    StartClaim,
+    StartStore,
+    StoredStart,
+    check_key,
+    workflow_of,
+)
 from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
 from promptlayer_exec._text import indented, printable, short_repr
 from promptlayer_exec._workflows import Workflow, near
@@ -37,6 +45,7 @@ from promptlayer_exec._workflows import Workflow, near
 # What is passed on; the functions below belong to the seam, too.
 __all__ = [
     "MAX_ID",
+    "PATIENCE",
     "UNKNOWN_STATUS",
     "ExpiringDict",
     "NodeMap",
@@ -45,9 +54,13 @@ __all__ = [
     "Reply",
     "Response",
     "SendHooks",
+    "StartClaim",
+    "StartStore",
+    "StoredStart",
     "WakeSource",
     "check_count",
     "check_execution_id",
+    "check_key",
     "check_seconds",
     "each",
     "error_details",
@@ -61,6 +74,7 @@ __all__ = [
     "short_repr",
     "status_entry",
     "wait_even_if_cancelled",
+    "workflow_of",
 ]
 
 

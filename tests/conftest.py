@@ -60,7 +60,7 @@ def _quick_garbage_collection() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def _prepared_batches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from promptlayer_exec.dbos._location import check_url
+    from promptlayer_exec._database.location import check_url
     from promptlayer_exec.dbos._store import Store
 
     path = tmp_path_factory.mktemp("prepared") / "batches.sqlite"

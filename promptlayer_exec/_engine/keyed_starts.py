@@ -23,7 +23,6 @@ from promptlayer_exec._errors import (
     ExecutionTimeout,
     KeyConflict,
     StartUnknown,
-    copy_error,
 )
 from promptlayer_exec._events import Emit, StartFailed, logger
 from promptlayer_exec._models import StartRequest
@@ -129,7 +128,7 @@ class KeyedStarts:
         try:
             return looking_up.result()
         except ConfigurationError as error:
-            raise _nothing_started(copy_error(error)) from error
+            raise _nothing_started(error) from error
 
     async def _wait(
         self, request: StartRequest, deadline: Deadline, what: Coroutine[Any, Any, object]
@@ -196,8 +195,7 @@ def store_patience(request_timeout: float) -> float:
 
 
 def _nothing_started(error: ConfigurationError) -> ConfigurationError:
-    error.args = (f"no run was started: {error.args[0]}",)
-    return error
+    return ConfigurationError(f"no run was started: {error.args[0]}")
 
 
 @attrs.define(eq=False)
@@ -216,7 +214,7 @@ class _ClaimedStart:
         try:
             in_the_way = await self._store.claim(self._claim, patience=patience)
         except ConfigurationError as error:
-            raise _nothing_started(error) from error.__cause__
+            raise _nothing_started(error) from error
 
         if in_the_way is not None:
             self._may_be_claimed = False

@@ -3,8 +3,8 @@
 from promptlayer_exec._integration import install_hint
 
 try:
+    from promptlayer_exec._database.location import shown_database_url
     from promptlayer_exec.dbos._batch import Batch, batch_names
-    from promptlayer_exec.dbos._location import shown_database_url
     from promptlayer_exec.dbos._records import BatchStatus, StoredError, StoredOutcome
     from promptlayer_exec.dbos._reports import (
         BatchSettings,

@@ -14,13 +14,13 @@ import attrs
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec import _integration as integration
+from promptlayer_exec._database.location import database_url as locate
+from promptlayer_exec._database.location import prepare_default, shown
 from promptlayer_exec.dbos import _owner as owner
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos import _requeue as requeue
 from promptlayer_exec.dbos._adding import Addition, check_text
 from promptlayer_exec.dbos._liveness import count_workers
-from promptlayer_exec.dbos._location import database_url as locate
-from promptlayer_exec.dbos._location import prepare_default, shown
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._records import BatchStatus, Kind, StoredOutcome
 from promptlayer_exec.dbos._reports import BatchSettings, Durations, Failure, StoredItem

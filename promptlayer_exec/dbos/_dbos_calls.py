@@ -7,8 +7,9 @@ changes what is used here, `test_dbos_still_has` in tests/dbos/test_dbos.py fail
 from __future__ import annotations
 
 import logging
+import threading
+from typing import Any
 
-import psycopg
 import sqlalchemy as sa
 from dbos import DBOS
 
@@ -19,9 +20,32 @@ def migrate(url: str) -> None:
     """Create or migrate DBOS's tables.
 
     The public `run_dbos_database_migrations` prints errors to standard output, and raises an
-    exception without the reason.
+    exception without the reason. Both make connections of their own, without `connect_args`.
     """
-    DBOS.migrate(url)
+    thread = threading.get_ident()
+
+    def connect(dialect: Any, _record: Any, _arguments: Any, options: dict[str, Any]) -> None:
+        """Let DBOS use a pooler: see `Database.create_engine`."""
+        if threading.get_ident() == thread and dialect.name == "postgresql":
+            options["prepare_threshold"] = None
+            if given is None:
+                del options["options"]
+            else:
+                options["options"] = given
+
+    # DBOS sets a time-out for a session, and so for the next client of a pooler, unless the URL
+    # already has one. A pooler would refuse that one, so it is not sent.
+    parsed = sa.make_url(url)
+    given = parsed.query.get("options")
+    if parsed.get_backend_name() == "postgresql":
+        own = f"{given or ''} -c idle_in_transaction_session_timeout=60000"
+        url = parsed.update_query_dict({"options": own}).render_as_string(hide_password=False)
+
+    sa.event.listen(sa.Engine, "do_connect", connect)
+    try:
+        DBOS.migrate(url)
+    finally:
+        sa.event.remove(sa.Engine, "do_connect", connect)
 
 
 def log_quietly() -> None:
@@ -31,19 +55,3 @@ def log_quietly() -> None:
     `console_log_level` makes that handler quiet, but DBOS still turns off propagation to the root.
     """
     DBOS.logger.addHandler(_HANDLER)
-
-
-def mark_lost_connections(engine: sa.Engine) -> None:
-    """Let DBOS retry on PostgreSQL whenever a connection is lost, or its server became a standby.
-
-    Relies on DBOS retrying after an error that SQLAlchemy calls a disconnect. By itself, DBOS
-    recognizes only some of psycopg's messages.
-    """
-
-    @sa.event.listens_for(engine, "handle_error")
-    def mark(context: sa.ExceptionContext) -> None:
-        error = context.original_exception
-        # An error that the server did not send has no state.
-        is_lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
-        if is_lost or isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
-            context.is_disconnect = True

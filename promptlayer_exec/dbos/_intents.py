@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import attrs
 import sqlalchemy as sa
 
-from promptlayer_exec.dbos._groups import Group
+from promptlayer_exec._database.threads import Group
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import (
     attempt_of,

@@ -48,10 +48,10 @@ from promptlayer_exec import (
     Unauthorized,
 )
 from promptlayer_exec import _integration as integration
+from promptlayer_exec._database.threads import Group
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _requeue as requeue
 from promptlayer_exec.dbos._breaker import Breaker
-from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent, IntentRefused, Item, PendingStart, StartResult
 from promptlayer_exec.dbos._records import (
     Ending,

@@ -65,6 +65,6 @@ class SharedRate:
             else:
                 self._size = min(2 * self._size, max(1, int(rate * RESERVATION.reserved)))
             size = self._size
-            delay = await asyncio.to_thread(self._store.reserve, self._batch, size, rate)
+            delay = await self._store.in_thread(self._store.reserve, self._batch, size, rate)
             first = clock() + delay
             self._slots.extend(first + index / rate for index in range(size))

@@ -23,9 +23,9 @@ import attrs
 import sqlalchemy as sa
 from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 
-from promptlayer_exec.dbos._database import Database
 from promptlayer_exec.dbos._records import BatchStatus, Ending
 from promptlayer_exec.dbos._requests import Row, another_request, by_key
+from promptlayer_exec.dbos._shared_database import SharedDatabase
 from promptlayer_exec.dbos._tables import (
     APPLICATION,
     COUNTS,
@@ -87,7 +87,7 @@ _FINISH = (
 _NOWHERE = "[null, null, 0]"
 
 
-class Store(Database):
+class Store(SharedDatabase):
     """The database of batches; each method is a call that `Database` retries."""
 
     def __init__(self, url: sa.URL) -> None:

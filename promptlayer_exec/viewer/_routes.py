@@ -200,17 +200,20 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
                 version=int(version) if version else None,
                 metadata=metadata,
             )
-        except InvalidInputs as error:
-            return refuse(str(error), 422, "inputs")
-        except PromptLayerExecError as error:
-            kind, message = explain(error)
-            if kind == "missing":
-                return refuse(message, 404, "workflow")
-            return refuse(message, 502, is_unknown=isinstance(error, StartUnknown))
-        except (TypeError, ValueError) as error:
-            return refuse(str(error), 422, "inputs")
+        except (PromptLayerExecError, TypeError, ValueError) as error:
+            return _refuse_start(error)
 
         return _json({"execution_id": str(execution.id)}, 201)
+
+
+def _refuse_start(error: Exception) -> Response:
+    if isinstance(error, InvalidInputs) or not isinstance(error, PromptLayerExecError):
+        return refuse(str(error), 422, "inputs")
+
+    kind, message = explain(error)
+    if kind == "missing":
+        return refuse(message, 404, "workflow")
+    return refuse(message, 502, is_unknown=isinstance(error, StartUnknown))
 
 
 def add_history_routes(app: FastAPI, history: History) -> None:

@@ -14,15 +14,15 @@ import attrs
 import pytest
 
 from promptlayer_exec import PollPolicy, RetryPolicy, Session
+from promptlayer_exec._database import database
+from promptlayer_exec._database.location import check_url
 from promptlayer_exec.dbos import Batch, StoredError, StoredOutcome
 from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _breaker as breakers
-from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _requeue as requeue
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
-from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._records import Ending
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
@@ -82,7 +82,7 @@ def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
         (breakers, "CAUTION", breakers.Caution(first_pause=0.1)),
         (requeue, "RESTART_PAUSES", requeue.RestartPauses(first=0.01)),
         (batches, "POLL_INTERVAL", 0.02),
-        (databases, "_RETRY_INTERVAL", 0.02),
+        (database, "LIMITS", attrs.evolve(database.LIMITS, retry_interval=0.02)),
     ):
         monkeypatch.setattr(module, name, value)
 

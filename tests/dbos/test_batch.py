@@ -41,6 +41,7 @@ from promptlayer_exec import (
     StartRequest,
     Unauthorized,
 )
+from promptlayer_exec._database.location import check_url
 from promptlayer_exec.dbos import (
     Batch,
     BatchStatus,
@@ -54,7 +55,6 @@ from promptlayer_exec.dbos import _dbos_calls as internals
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _rate as rates
 from promptlayer_exec.dbos import _store as stores
-from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._records import Ending
 from promptlayer_exec.dbos._requests import Row
@@ -635,6 +635,9 @@ async def test_missed_slots_are_not_used(monkeypatch: pytest.MonkeyPatch) -> Non
         def reserve(self, batch: str, slots: int, rate: float) -> float:
             reserved.append(slots)
             return 0.0
+
+        async def in_thread(self, reserve: Callable[..., float], *arguments: Any) -> float:
+            return reserve(*arguments)
 
     limiter = SharedRate(Free(), "nightly", 1000.0)  # type: ignore[arg-type]
     for _ in range(10):

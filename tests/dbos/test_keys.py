@@ -11,9 +11,9 @@ import attrs
 import pytest
 
 from promptlayer_exec import KeyConflict, StartRequest
+from promptlayer_exec._database.location import check_url
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.dbos import _store as stores
-from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Simulator
 

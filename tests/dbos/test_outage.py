@@ -10,10 +10,12 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+import attrs
 import pytest
 import sqlalchemy as sa
 from aiohttp import web
@@ -31,17 +33,18 @@ from promptlayer_exec import (
     ServerError,
     StartRequest,
 )
+from promptlayer_exec._database import database
+from promptlayer_exec._database.location import check_url
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.dbos import _breaker as breakers
-from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _intents as intents_
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _rate as rates
 from promptlayer_exec.dbos import _requeue as requeue
+from promptlayer_exec.dbos import _shared_database as shared
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
-from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._records import Ending, StoredOutcome
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -528,7 +531,7 @@ def locked(url: str) -> Iterator[None]:
 
 @pytest.fixture
 def _short_patience(monkeypatch: pytest.MonkeyPatch, adjust: Callable[..., None]) -> None:
-    monkeypatch.setitem(databases._SQLITE_OPTIONS, "timeout", 0.05)
+    monkeypatch.setattr(database, "LIMITS", attrs.evolve(database.LIMITS, locked_file=0.05))
     adjust(items, "PATIENCE", look_after=0.01, recorded_within=0.05)
     adjust(workers, "TIMES", patience_at_end=0.3)
 
@@ -602,6 +605,22 @@ async def test_work_goes_on_when_the_file_is_unlocked(
     assert most_starts(sim) == 1
 
 
+async def test_the_event_loop_s_own_threads_are_left_alone(
+    batch_of: Callable[..., Batch],
+) -> None:
+    """The program needs them, also for name resolution, while a database is away."""
+
+    class Untouched(ThreadPoolExecutor):
+        def submit(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("it belongs to the program")
+
+    asyncio.get_running_loop().set_default_executor(Untouched())
+    batch = batch_of(rate=1000.0)
+    await batch.add(requests(5))
+    assert (await batch.work()).succeeded == 5
+    assert (await endings(batch))["succeeded"] == 5
+
+
 def test_a_server_that_became_a_standby_is_waited_for(url: str) -> None:
     """`mark_lost_connections` calls its error a lost connection."""
     error = sa.exc.InternalError("update", None, Exception("read-only"))
@@ -667,7 +686,7 @@ async def test_dbos_is_launched_again_when_its_connection_breaks(
 def test_the_tables_are_created_on_connections_with_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """DBOS makes these connections; what the user's URL says counts."""
     urls: list[str] = []
-    monkeypatch.setattr(databases, "migrate", lambda url: [urls.append(url), 1 / 0])
+    monkeypatch.setattr(shared, "migrate", lambda url: [urls.append(url), 1 / 0])
     store = Store(check_url("postgresql://127.0.0.1:9/none?connect_timeout=3"))
     with closing(store), pytest.raises(ConfigurationError, match="division"):
         store.prepare()

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from promptlayer_exec.dbos import _groups as groups
+from promptlayer_exec._database import threads
+from promptlayer_exec._database.location import check_url
+from promptlayer_exec._database.threads import Group
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos import _requeue as requeue
 from promptlayer_exec.dbos import _store as stores
-from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent
-from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._records import Ending, StoredError, StoredOutcome
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
@@ -102,8 +102,8 @@ def test_an_intent_is_not_replaced(store: Store) -> None:
 
 async def test_what_is_added_meanwhile_is_written_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most so many rows and bytes at once; the last row may exceed the bytes."""
-    monkeypatch.setattr(groups, "_MOST_ROWS", 3)
-    monkeypatch.setattr(groups, "_MOST_BYTES", 100)
+    monkeypatch.setattr(threads, "_MOST_ROWS", 3)
+    monkeypatch.setattr(threads, "_MOST_BYTES", 100)
     written: list[list[int]] = []
 
     def write(rows: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ import pytest
 import sqlalchemy as sa
 
 from promptlayer_exec import Session, StartRequest
+from promptlayer_exec._database.location import check_url
 from promptlayer_exec.dbos import Batch, StoredOutcome
-from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import items
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -267,8 +267,8 @@ def _postgres_binaries() -> Path | None:
     return None if on_path is None else Path(on_path).resolve().parent
 
 
-@pytest.fixture
-def postgres() -> Iterator[Postgres]:
+@contextmanager
+def running_postgres() -> Iterator[Postgres]:
     """Run a PostgreSQL server."""
     binaries = _postgres_binaries()
     if binaries is None:
@@ -285,7 +285,27 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    """Run a PostgreSQL server."""
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def postgres_of_module() -> Iterator[Postgres]:
+    """Run a PostgreSQL server for all tests of a module."""
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture
 def postgres_scene(sim: Simulator, postgres: Postgres) -> Iterator[Scene]:
     """Return a scene on a PostgreSQL server."""
     with closing(Scene(postgres.url, sim)) as scene:
         yield scene
+
+
+@pytest.fixture
+def scene_on(sim: Simulator) -> Callable[[str], Scene]:
+    """Return a function that makes a scene on a database."""
+    return lambda url: Scene(url, sim)

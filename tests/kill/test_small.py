@@ -11,13 +11,15 @@ from contextlib import closing
 from subprocess import PIPE
 from typing import Any
 
+import attrs
 import psycopg
 import pytest
 import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
-from promptlayer_exec.dbos import Batch, _database
-from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec._database import database
+from promptlayer_exec._database.location import check_url
+from promptlayer_exec.dbos import Batch
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import batches
@@ -82,7 +84,7 @@ def test_a_worker_that_stands_still_in_a_transaction_keeps_no_other_waiting(
     postgres_scene: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server ends its transaction; the worker notices when it goes on."""
-    monkeypatch.setattr(_database, "_IDLE_IN_TRANSACTION", 1000)
+    monkeypatch.setattr(database, "LIMITS", attrs.evolve(database.LIMITS, idle_in_transaction=1.0))
     scene = postgres_scene
     scene.add(20)
     with closing(Store(check_url(scene.url))) as store:
@@ -138,8 +140,9 @@ def test_whether_every_item_has_an_outcome_is_seen_in_an_index(postgres_scene: A
 
         @sa.event.listens_for(store.engine, "before_cursor_execute")
         def explain(_connection: Any, cursor: Any, statement: str, values: Any, *_: Any) -> None:
-            cursor.execute(f"EXPLAIN {statement}", values)
-            plans.extend(row[0] for row in cursor.fetchall())
+            if statement.startswith("SELECT"):
+                cursor.execute(f"EXPLAIN {statement}", values)
+                plans.extend(row[0] for row in cursor.fetchall())
 
         assert not store.is_finished("b")
     assert "promptlayer_item_kind" in plans[1]
@@ -148,7 +151,7 @@ def test_whether_every_item_has_an_outcome_is_seen_in_an_index(postgres_scene: A
 CALLED_BACK = """
 import asyncio, sys
 from promptlayer_exec import PollPolicy, Session
-from promptlayer_exec.dbos import Batch, _database
+from promptlayer_exec.dbos import Batch
 from promptlayer_exec.webhooks import Callbacks
 
 def session():

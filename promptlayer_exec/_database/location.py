@@ -9,7 +9,7 @@ import platformdirs
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from promptlayer_exec import ConfigurationError
+from promptlayer_exec._errors import ConfigurationError
 
 _VARIABLE = "PROMPTLAYER_EXEC_DB"
 

@@ -1,0 +1,123 @@
+"""Threads that use a database: each takes many rows into one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+import attrs
+
+R = TypeVar("R")
+V = TypeVar("V")
+
+# At most so many rows, and about so many bytes, are written at once.
+_MOST_ROWS = 500
+_MOST_BYTES = 4 * 1024 * 1024
+
+
+async def finished(future: Future[V]) -> V:
+    """Wait for what a thread does, and return its result; cancelling ends only the waiting."""
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+
+    def wake(_: Future[V]) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(done.set)
+
+    future.add_done_callback(wake)
+    await done.wait()
+    return future.result()
+
+
+class OneThread:
+    """Calls functions one after the other, in a thread that ends when there is nothing to do."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
+        self._is_running = False
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Call a function, which must not raise, after those that wait."""
+        with self._lock:
+            self._waiting.append(work)
+            if not self._is_running:
+                # No daemon: what is written must be written when the program ends.
+                threading.Thread(target=self._run, name="promptlayer-exec-rows").start()
+                self._is_running = True
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._is_running = False
+                    return
+                work = self._waiting.popleft()
+            work()
+
+
+@attrs.define(eq=False)
+class Group(Generic[R, V]):
+    """Gathers rows while others are being written, and then writes them together.
+
+    A transaction takes several round trips to the database, for one row as for a hundred. Rows may
+    come from several event loops. Groups with the same thread take turns.
+    """
+
+    _write: Callable[[list[R]], Sequence[V]]  # returns a value for each row
+    _size: Callable[[R], int] = attrs.field(default=lambda _: 200)  # bytes, roughly
+    _thread: OneThread = attrs.field(factory=OneThread, kw_only=True)
+    _waiting: deque[tuple[R, Future[V]]] = attrs.field(init=False, factory=deque)
+    _lock: threading.Lock = attrs.field(init=False, factory=threading.Lock)
+    _is_writing: bool = attrs.field(init=False, default=False)
+
+    async def add(self, row: R) -> V:
+        """Return the row's value when it is written; also if cancelled, it will be."""
+        return await finished(self.submit(row))
+
+    def submit(self, row: R) -> Future[V]:
+        """Return the future of the row's value; one that is cancelled in time is not written."""
+        written: Future[V] = Future()
+        with self._lock:
+            self._waiting.append((row, written))
+            is_first, self._is_writing = not self._is_writing, True
+        if is_first:
+            self._thread.submit(self._run)
+        return written
+
+    def _run(self) -> None:
+        taken = self._take()
+        if taken:
+            self._write_together(taken)
+
+        with self._lock:
+            self._is_writing = bool(self._waiting)
+            is_more = self._is_writing
+        if is_more:  # after the other groups of the thread
+            self._thread.submit(self._run)
+
+    def _take(self) -> list[tuple[R, Future[V]]]:
+        taken: list[tuple[R, Future[V]]] = []
+        size = 0
+        with self._lock:
+            while self._waiting and len(taken) < _MOST_ROWS and size < _MOST_BYTES:
+                row, written = self._waiting.popleft()
+                if written.set_running_or_notify_cancel():
+                    taken.append((row, written))
+                    size += self._size(row)
+        return taken
+
+    def _write_together(self, taken: list[tuple[R, Future[V]]]) -> None:
+        try:
+            values = self._write([row for row, _ in taken])
+        except BaseException as error:  # noqa: BLE001 - it is each caller's
+            for _, written in taken:
+                written.set_exception(error)
+        else:
+            for (_, written), value in zip(taken, values, strict=True):
+                written.set_result(value)

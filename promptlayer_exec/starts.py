@@ -1,0 +1,489 @@
+"""One run per key (extra `starts`): the record of starts, on SQLite or PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import attrs
+
+from promptlayer_exec._integration import (
+    PATIENCE,
+    StartClaim,
+    StartStore,
+    StoredStart,
+    check_execution_id,
+    check_key,
+    check_seconds,
+    install_hint,
+    workflow_of,
+)
+
+try:
+    import sqlalchemy as sa
+
+    from promptlayer_exec._database.database import LIMITS, Database
+    from promptlayer_exec._database.location import database_url as locate
+    from promptlayer_exec._database.location import prepare_default, shown
+    from promptlayer_exec._database.threads import Group, OneThread, finished
+except ModuleNotFoundError as error:
+    error.add_note(f"this needs {install_hint('starts')}")
+    raise
+
+from promptlayer_exec import ConfigurationError
+
+__all__ = ["SQLStartStore", "StartClaim", "StartStore", "StoredStart"]
+
+_tables = sa.MetaData()
+_starts = sa.Table(
+    "promptlayer_exec_starts",
+    _tables,
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("execution_id", sa.BigInteger),
+    sa.Column("server", sa.Text, nullable=False),
+    # The fingerprint of what was asked for.
+    sa.Column("request", sa.Text, nullable=False),
+    sa.Column("token", sa.Text, nullable=False, unique=True),
+    # Of the attempt before this one, whose callback may still come.
+    sa.Column("earlier_token", sa.Text, index=True),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    # In seconds since the epoch, on the database's clock.
+    sa.Column("created", sa.Double, nullable=False),
+    sa.Column("updated", sa.Double, nullable=False),
+    # Until when the start may be in flight. It is unknown from then on, whether that was recorded
+    # or its sender was killed; 0 if an earlier attempt has been unknown for long enough.
+    sa.Column("until", sa.Double, nullable=False),
+)
+_row = _starts.c
+_has_token = sa.or_(
+    _row.token == sa.bindparam("the_token"), _row.earlier_token == sa.bindparam("the_token")
+)
+
+
+class _Recorded(NamedTuple):
+    key: str
+    token: str
+    execution_id: int | None
+
+
+class _Resolved(NamedTuple):
+    token: str
+    execution_id: int
+
+
+class _Released(NamedTuple):
+    key: str
+    token: str
+
+
+@attrs.define(eq=False)
+class _StoreCall:
+    """One call of a store: its arguments, and until when somebody waits for it."""
+
+    argument: Any
+    give_up: float
+    is_abandoned: bool = False
+
+    def is_wanted(self) -> bool:
+        return not self.is_abandoned and time.monotonic() < self.give_up
+
+
+class _StartsTable:
+    """The statements; each takes the arguments of many calls, and returns a result for each.
+
+    Args:
+        database: where the table is.
+        restart_after: seconds after which an unknown start may be claimed again; None: never.
+    """
+
+    def __init__(self, database: Database, restart_after: float | None) -> None:
+        self._restart_after = restart_after
+        self._now = now = database.now
+        insert = database.insert(_starts).values(
+            key=sa.bindparam("the_key"),
+            state="sending",
+            server=sa.bindparam("the_server"),
+            request=sa.bindparam("the_request"),
+            token=sa.bindparam("the_token"),
+            attempts=1,
+            created=now,
+            updated=now,
+            # A little longer than its sender waits: it must also record the answer.
+            until=now + sa.bindparam("the_timeout", type_=sa.Double) + 3.0,
+        )
+        new = insert.excluded
+        self._claim = insert.on_conflict_do_update(
+            index_elements=["key"],
+            set_={
+                "state": "sending",
+                "token": new.token,
+                "earlier_token": _row.token,
+                "attempts": _row.attempts + 1,
+                "updated": now,
+                "until": new.until,
+            },
+            # Where it is false, PostgreSQL locks the row all the same, so that it can be read.
+            where=sa.false()
+            if restart_after is None
+            else sa.and_(
+                _row.state != "started",
+                _row.until + restart_after <= now,
+                _row.server == new.server,
+                _row.request == new.request,
+            ),
+        )
+
+        unsettled = sa.update(_starts).where(_row.state != "started")
+        started = unsettled.where(_has_token).values(
+            state="started", execution_id=sa.bindparam("the_id"), updated=now
+        )
+        of_key = _row.key == sa.bindparam("the_key")
+        of_token = _row.token == sa.bindparam("the_token")
+        self._resolve = started
+        self._record = started.where(of_key)
+        self._record_unknown = (
+            sa.update(_starts)
+            .where(of_key, of_token, _row.state == "sending")
+            .values(state="unknown", updated=now, until=now)
+        )
+        self._take_back = unsettled.where(of_key, of_token, _row.attempts > 1).values(
+            state="unknown",
+            token=_row.earlier_token,
+            earlier_token=None,
+            attempts=_row.attempts - 1,
+            updated=now,
+            until=0.0,
+        )
+        self._remove = sa.delete(_starts).where(
+            of_key, of_token, _row.attempts == 1, _row.state != "started"
+        )
+
+    def find(self, connection: sa.Connection, keys: Sequence[str]) -> list[StoredStart | None]:
+        rows = self._rows(connection, _row.key.in_(keys))
+        found = {row.key: self._stored(row) for row in rows}
+        return [found.get(key) for key in keys]
+
+    def claim(
+        self, connection: sa.Connection, claims: Sequence[StartClaim]
+    ) -> list[StoredStart | None]:
+        parameters = [
+            {
+                "the_key": claim.key,
+                "the_server": claim.server,
+                "the_request": claim.request,
+                "the_token": claim.token,
+                "the_timeout": claim.request_timeout,
+            }
+            for claim in claims
+        ]
+        # In one order in all processes: two transactions that lock rows of each other would fail.
+        parameters.sort(key=lambda row: str(row["the_key"]))
+        connection.execute(self._claim, parameters)
+
+        found = self.find(connection, [claim.key for claim in claims])
+        return [
+            None if start is None or start.token == claim.token else start
+            for start, claim in zip(found, claims, strict=True)
+        ]
+
+    def record(self, connection: sa.Connection, records: Sequence[_Recorded]) -> list[bool]:
+        known = [
+            {"the_key": key, "the_token": token, "the_id": execution_id}
+            for key, token, execution_id in sorted(records, key=lambda record: record.key)
+            if execution_id is not None
+        ]
+        unknown = [
+            {"the_key": key, "the_token": token}
+            for key, token, execution_id in sorted(records, key=lambda record: record.key)
+            if execution_id is None
+        ]
+        if known:
+            connection.execute(self._record, known)
+        if unknown:
+            connection.execute(self._record_unknown, unknown)
+
+        keys = [record.key for record in records]
+        rows = {row.key: row for row in self._rows(connection, _row.key.in_(keys))}
+        return [_is_recorded(rows.get(record.key), record) for record in records]
+
+    def release(self, connection: sa.Connection, released: Sequence[_Released]) -> list[None]:
+        parameters = [{"the_key": key, "the_token": token} for key, token in sorted(released)]
+        connection.execute(self._remove, parameters)
+        connection.execute(self._take_back, parameters)
+        return [None] * len(released)
+
+    def resolve(self, connection: sa.Connection, resolved: Sequence[_Resolved]) -> list[bool]:
+        parameters = [{"the_token": token, "the_id": number} for token, number in sorted(resolved)]
+        connection.execute(self._resolve, parameters)
+
+        tokens = [token for token, _ in resolved]
+        which = sa.or_(_row.token.in_(tokens), _row.earlier_token.in_(tokens))
+        rows = self._rows(connection, which)
+        found = {token: row for row in rows for token in (row.token, row.earlier_token)}
+        return [
+            token in found and found[token].execution_id == execution_id
+            for token, execution_id in resolved
+        ]
+
+    def forget(self, connection: sa.Connection, keys: Sequence[str]) -> list[bool]:
+        found = {row.key for row in self._rows(connection, _row.key.in_(keys))}
+        connection.execute(sa.delete(_starts).where(_row.key.in_(keys)))
+        return [key in found for key in keys]
+
+    def prune(self, connection: sa.Connection, older_than: Sequence[float]) -> list[int]:
+        is_in_flight = sa.and_(_row.state == "sending", _row.until > self._now)
+        deleted = []
+        for seconds in older_than:
+            old = sa.delete(_starts).where(_row.updated <= self._now - seconds, ~is_in_flight)
+            deleted.append(connection.execute(old).rowcount)
+        return deleted
+
+    def _rows(self, connection: sa.Connection, which: sa.ColumnElement[bool]) -> Sequence[Any]:
+        query = sa.select(_starts, self._now.label("now")).where(which)
+        return connection.execute(query).all()
+
+    def _stored(self, row: Any) -> StoredStart:
+        state = row.state
+        if state == "sending" and row.until <= row.now:  # nobody has recorded the loss
+            state = "unknown"
+
+        after = self._restart_after
+        is_over = after is not None and row.until + after <= row.now
+        return StoredStart(
+            key=row.key,
+            state=state,
+            execution_id=row.execution_id,
+            workflow=workflow_of(row.request),
+            attempts=row.attempts,
+            created=datetime.fromtimestamp(row.created, UTC),
+            updated=datetime.fromtimestamp(row.updated, UTC),
+            server=row.server,
+            request=row.request,
+            token=row.token,
+            age=max(0.0, row.now - row.updated),
+            replaceable=state == "unknown" and is_over,
+        )
+
+
+def _is_recorded(row: Any, record: _Recorded) -> bool:
+    """Return True if a row says what was to be recorded."""
+    if row is None:
+        return False
+    if record.execution_id is None:
+        return bool(row.token == record.token and row.state != "started")
+    has_token = record.token in (row.token, row.earlier_token)
+    return has_token and bool(row.execution_id == record.execution_id)
+
+
+class _OpenStore:
+    """The connections and the thread of a store in one process.
+
+    Args:
+        url: where the database is.
+        restart_after: as for `SQLStartStore`.
+    """
+
+    def __init__(self, url: sa.URL, restart_after: float | None) -> None:
+        # A call is retried until its own patience ends, so a single try is to be short.
+        limits = attrs.evolve(LIMITS, locked=1.0, locked_file=1.0, connections=1, threads=1)
+        self._url = url
+        self.database = Database(url, limits)
+        self._is_prepared = False
+        self._running: set[Future[Any]] = set()
+
+        table = _StartsTable(self.database, restart_after)
+        thread = OneThread()
+        self._groups: dict[str, Group[_StoreCall, Any]] = {
+            work.__name__: Group(partial(self._write, work), thread=thread)
+            for work in (
+                *(table.find, table.claim, table.record, table.release, table.resolve),
+                *(table.forget, table.prune),
+            )
+        }
+
+    def submit(self, what: str, call: _StoreCall) -> Future[Any]:
+        future = self._groups[what].submit(call)
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        return future
+
+    def submit_after(self, earlier: Future[Any], what: str, call: _StoreCall) -> None:
+        """Make a call as soon as another one is over."""
+        ended: Future[None] = Future()
+        self._running.add(ended)
+        ended.add_done_callback(self._running.discard)
+
+        def begin(_: Future[Any]) -> None:
+            future = self._groups[what].submit(call)
+            future.add_done_callback(lambda _: ended.set_result(None))
+
+        earlier.add_done_callback(begin)
+
+    def _write(
+        self,
+        work: Callable[[sa.Connection, list[Any]], Sequence[Any]],
+        calls: list[_StoreCall],
+    ) -> Sequence[Any]:
+        arguments = [call.argument for call in calls]
+
+        def write() -> Sequence[Any]:
+            self._prepare()
+            with self.database.engine.begin() as connection:
+                return work(connection, arguments)
+
+        return self.database.retry_while(lambda: any(call.is_wanted() for call in calls), write)
+
+    def _prepare(self) -> None:
+        if not self._is_prepared:
+            prepare_default(self._url)
+            with self.database.creating() as connection:
+                _tables.create_all(connection)
+            self._is_prepared = True
+
+    async def aclose(self) -> None:
+        """Wait for the calls that go on, and close the connections."""
+        while self._running:
+            with suppress(ConfigurationError):
+                await finished(next(iter(self._running)))
+        await self.database.run_in_thread(self.database.engine.dispose)
+        self.database.close()
+
+
+class SQLStartStore:
+    """A record of starts in a database, so that each key starts one run.
+
+    Give it to the sessions of all processes that may start with the same keys::
+
+        async with SQLStartStore("postgresql://app@db/app") as store, Session(starts=store):
+            ...
+
+    Making one does no I/O; the first call creates its table, `promptlayer_exec_starts`. Any number
+    of sessions, event loops and processes may use it, also after a fork.
+
+    Args:
+        database_url: `sqlite:///` and the path of a file, or `postgresql://user@host/database`.
+            None: the database that batches use by default: that of the environment variable
+            `PROMPTLAYER_EXEC_DB`, else a file of the user's own in the platform's directory for
+            the state of programs.
+        restart_unknown_after: seconds after which a start whose response was lost may be sent
+            again. **The first one may have started a run, too**, and you pay for both. None: only
+            a callback or `forget` ends the uncertainty.
+
+    Raises:
+        ConfigurationError: an argument is malformed. Each method raises it, too, if the database
+            cannot be used for `patience` seconds.
+    """
+
+    def __init__(
+        self, database_url: str | None = None, *, restart_unknown_after: float | None = None
+    ) -> None:
+        self._url = locate(database_url)
+        if restart_unknown_after is not None:
+            restart_unknown_after = check_seconds("restart_unknown_after", restart_unknown_after)
+        self._restart_after = restart_unknown_after
+        # By process id. A forked process must neither use nor close what it got from its parent,
+        # so that stays here.
+        self._open: dict[int, _OpenStore] = {}
+
+    async def find(self, key: str, *, patience: float = PATIENCE) -> StoredStart | None:
+        """Return what is recorded for a key, if anything is."""
+        found: StoredStart | None = await self._call("find", check_key(key), patience)
+        return found
+
+    async def claim(self, claim: StartClaim, *, patience: float = PATIENCE) -> StoredStart | None:
+        """Record that a start is about to be sent; see `StartStore.claim`.
+
+        If the call is cancelled or fails, the claim is released soon after.
+        """
+        found: StoredStart | None = await self._call("claim", claim, patience)
+        return found
+
+    async def record(
+        self, key: str, token: str, execution_id: int | None, *, patience: float = PATIENCE
+    ) -> bool:
+        """Record the id of the run that a start has begun; see `StartStore.record`."""
+        done: bool = await self._call("record", _Recorded(key, token, execution_id), patience)
+        return done
+
+    async def release(self, key: str, token: str, *, patience: float = PATIENCE) -> None:
+        """Forget a claim whose request has started nothing; see `StartStore.release`."""
+        await self._call("release", _Released(key, token), patience)
+
+    async def resolve(self, token: str, execution_id: int, *, patience: float = PATIENCE) -> bool:
+        """Record the id of the run that a callback has named; see `StartStore.resolve`."""
+        resolved = _Resolved(token, check_execution_id(execution_id))
+        done: bool = await self._call("resolve", resolved, patience)
+        return done
+
+    async def forget(self, key: str, *, patience: float = PATIENCE) -> bool:
+        """Delete what is recorded for a key: the next start with it starts a new run.
+
+        Returns:
+            Whether there was anything.
+        """
+        done: bool = await self._call("forget", check_key(key), patience)
+        return done
+
+    async def prune(self, *, older_than: float, patience: float = PATIENCE) -> int:
+        """Forget every key whose record last changed so long ago, except for starts in flight.
+
+        Args:
+            older_than: the number of seconds.
+            patience: for how many seconds to wait for the database.
+
+        Returns:
+            How many keys there were.
+        """
+        seconds = check_seconds("older_than", older_than)
+        pruned: int = await self._call("prune", seconds, patience)
+        return pruned
+
+    async def aclose(self) -> None:
+        """Wait for the calls that go on, and close the connections; a later call opens new ones."""
+        opened = self._open.pop(os.getpid(), None)
+        if opened is not None:
+            await opened.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<SQLStartStore in {shown(self._url)}>"
+
+    async def _call(self, what: str, argument: Any, patience: float) -> Any:
+        opened = self._open.get(os.getpid())
+        if opened is None:
+            # Another thread may have made one meanwhile.
+            new = _OpenStore(self._url, self._restart_after)
+            opened = self._open.setdefault(os.getpid(), new)
+
+        call = _StoreCall(argument, time.monotonic() + patience)
+        future = opened.submit(what, call)
+        try:
+            async with asyncio.timeout(patience):
+                return await finished(future)
+        except TimeoutError as error:
+            raise opened.database.late(patience) from error
+        except ConfigurationError as error:
+            raise ConfigurationError(*error.args) from error  # others got the same one
+        finally:
+            if not future.done() or future.exception() is not None:
+                call.is_abandoned = True
+                self._give_up(opened, what, argument, future)
+
+    def _give_up(self, opened: _OpenStore, what: str, argument: Any, future: Future[Any]) -> None:
+        """Undo a claim whose caller does not know of it, unless it has not been tried yet."""
+        if not future.cancel() and what == "claim":
+            released = _Released(argument.key, argument.token)
+            opened.submit_after(future, "release", _StoreCall(released, time.monotonic() + 10.0))
