@@ -112,7 +112,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, formatting, workflows, and bounds on lines, classes and private names."""
+    """Check style, formatting, workflows, private names of other packages and caps on them."""
     _install(session, "lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
