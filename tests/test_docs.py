@@ -91,6 +91,8 @@ def run_blocks(code: list[str], namespace: dict[str, Any]) -> set[str]:
 def names(page: str, module: str = "page") -> Iterator[dict[str, Any]]:
     """Yield what a page defines; each of its functions must be called within the context."""
     namespace = ModuleType(module)
+    # Python 3.15 warns of a module whose `__spec__` is None when it formats a traceback.
+    del namespace.__spec__
     sys.modules[module] = namespace
     try:
         code = [block for block in blocks(page, "python") if not is_program(block)]
