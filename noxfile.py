@@ -1,4 +1,8 @@
-"""The checks of the project: `python -m nox` runs the default ones on each Python installed."""
+"""The checks of the project: `python -m nox` runs the default ones.
+
+They test on the oldest and the newest of the supported Pythons that are installed. To test on
+another one, name it: `python -m nox -s tests-3.13`.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +19,6 @@ import nox
 from nox.command import CommandFailed
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = [
-    "lint",
-    "types",
-    "tests",
-    "coverage",
-    "docs",
-    "kill_small",
-    "vendor",
-    "browser",
-    "page",
-]
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 # Tests start hundreds of processes; without a cache, each would compile all that it imports.
@@ -43,7 +36,22 @@ def _is_installed(version: str) -> bool:
 PROJECT = nox.project.load_toml("pyproject.toml")
 EXTRAS = sorted(PROJECT["project"]["optional-dependencies"])
 EVERYTHING = f".[{','.join(EXTRAS)}]"
-PYTHONS = [version for version in ("3.11", "3.12", "3.13") if _is_installed(version)] or None
+# Those that the classifiers name, the oldest first. None is the one that runs nox.
+PYTHONS = list(filter(_is_installed, nox.project.python_versions(PROJECT))) or None
+OLDEST_AND_NEWEST = ["tests"]
+if PYTHONS is not None:
+    OLDEST_AND_NEWEST = sorted({f"tests-{PYTHONS[0]}", f"tests-{PYTHONS[-1]}"})
+nox.options.sessions = [
+    "lint",
+    "types",
+    *OLDEST_AND_NEWEST,
+    "coverage",
+    "docs",
+    "kill_small",
+    "vendor",
+    "browser",
+    "page",
+]
 
 
 def _install(session: nox.Session, group: str, *packages: str) -> None:
@@ -73,7 +81,7 @@ def _install_redis(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the suite on the built wheel; arguments go to pytest.
 
-    The newest Python records branch coverage: there, that costs little.
+    The newest Python records branch coverage. From 3.14 on, that costs next to nothing.
     """
     _install(session, "test", EVERYTHING)
     _install_redis(session)
