@@ -89,23 +89,26 @@ class _Encoder:
                 return tuple
             raise
 
+    # Neither calls more than `encode` for each level: Python bounds how deeply calls may nest.
     def _object(self, value: Mapping[Any, Any]) -> dict[str, Any]:
         encoded = {}
         for key, item in value.items():
             if not isinstance(key, str):
                 what = f"the key {reprlib.repr(key)} is not a string"
                 raise self._error(TypeError, what)
+
             name = str.__str__(key)
-            encoded[name] = self._part(name, item)
+            self._keys.append(name)
+            encoded[name] = self.encode(item)
+            self._keys.pop()
         return encoded
 
     def _array(self, value: Iterable[Any]) -> list[Any]:
-        return [self._part(index, item) for index, item in enumerate(value)]
-
-    def _part(self, key: str | int, value: Any) -> Any:
-        self._keys.append(key)
-        encoded = self.encode(value)
-        self._keys.pop()
+        encoded = []
+        for index, item in enumerate(value):
+            self._keys.append(index)
+            encoded.append(self.encode(item))
+            self._keys.pop()
         return encoded
 
     def _number(self, value: float) -> float:
