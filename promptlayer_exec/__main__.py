@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import traceback
 
 from promptlayer_exec._install import install_hint
 
@@ -22,7 +21,8 @@ def main() -> None:
         if missing is not None and missing.partition(".")[0] in ("rich", "typer"):
             sys.stderr.write(f"the command line needs {install_hint('cli')}\n")
             sys.exit(2)
-        traceback.print_exception(error)
+        # Not print_exception, with which Python 3.15 imports the package of a missing module again.
+        sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(70)  # ExitCode.BUG, which cannot be imported here
 
     try:

@@ -1,7 +1,7 @@
-"""Print the figures of the project, and fail where one misses its bound.
+"""Print the figures of the project, and fail for what it must not use.
 
-They are the lines of each package, the attributes of the widest classes, the private names of other
-packages that are used, and the caps of dependencies below their next major version.
+The figures are the size of each package and how much air its code has. The script fails only for
+private names of other packages, and for caps of dependencies below their next major version.
 
 Usage: python tests/figures.py
 """
@@ -20,13 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = "promptlayer_exec"
 APART = {"redis.py", "opentelemetry.py", "pytest_plugin.py"}  # need an extra, as sub-packages do
-MOST_LINES = {"core": 8_300, "whole": 21_040, "tests": 36_000}
-MOST_ATTRIBUTES = 15
-# Why a class of the core may have more attributes; one that no longer does comes off the list.
-WIDE = {"Settings": "only declares what a session can be given; each is a public argument"}
-# What `dbos` still uses, as "folder: name"; what they no longer do comes off the list.
-LEFT: set[str] = set()
-LEFT_CAPS: set[str] = set()
+LONG = 15  # lines, from which on a function needs paragraphs
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 # Documented, in spite of their names.
 DOCUMENTED = {"os._exit", "_asdict", "_fields", "_make", "_replace"}
 # As good as private, in spite of their names: in no `__all__` and in no documentation.
@@ -42,27 +37,60 @@ def core_files(package: Path) -> list[Path]:
     return sorted([*modules, *package.glob("_*/**/*.py")])
 
 
-def count_lines(paths: Iterable[Path]) -> int:
-    """Return the lines of some files."""
-    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+def air(texts: Iterable[str]) -> str:
+    """Return the row of the table for some modules, without its name."""
+    lines = long = airy = constants = conditionals = 0
+    for text in texts:
+        tree, text_lines = ast.parse(text), text.splitlines()
+        nodes = list(ast.walk(tree))
+        functions = [node for node in nodes if isinstance(node, Function) and is_long(node)]
+
+        lines += len(text_lines)
+        long += len(functions)
+        airy += sum(has_paragraphs(function, text_lines) for function in functions)
+        constants += sum(map(count_constants, tree.body))
+        conditionals += sum(isinstance(node, ast.IfExp) for node in nodes)
+
+    share = f"{airy / long:.0%}" if long else "-"
+    thousands = max(lines, 1) / 1000
+    return row(lines, share, f"{constants / thousands:.1f}", f"{conditionals / thousands:.1f}")
 
 
-def attributes(cls: ast.ClassDef) -> set[str]:
-    """Return the attributes of a class: its fields, its slots, and what its methods assign."""
-    found = set()
-    for node in cls.body:
-        match node:
-            case ast.AnnAssign(target=ast.Name(id=name)) if "ClassVar" not in unparse(node):
-                found.add(name)
-            case ast.Assign(targets=[ast.Name(id="__slots__")]):
-                texts = [it.value for it in ast.walk(node.value) if isinstance(it, ast.Constant)]
-                found.update(text for text in texts if isinstance(text, str))
-            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=func)):
-                if re.fullmatch(r"(attrs\.|attr\.)?(field|ib)", unparse(func)):
-                    found.add(name)
-            case ast.FunctionDef() | ast.AsyncFunctionDef():
-                found.update(assigned(node))
-    return found
+def row(*cells: object) -> str:
+    """Return the cells of a row of the table, each in its column."""
+    return "".join(f"{cell!s:>14}" for cell in cells)
+
+
+def is_long(function: Function) -> bool:
+    """Return whether a function needs paragraphs."""
+    return function.end_lineno is not None and function.end_lineno - function.lineno + 1 >= LONG
+
+
+def has_paragraphs(function: Function, lines: list[str]) -> bool:
+    """Return whether a function has a blank line in its body, after the docstring."""
+    has_docstring = ast.get_docstring(function, clean=False) is not None
+    body = function.body[1:] if has_docstring else function.body
+    if not body:
+        return False
+    return any(not line.strip() for line in lines[body[0].lineno - 1 : function.end_lineno])
+
+
+def count_constants(statement: ast.stmt) -> int:
+    """Return how many constants a statement of a module defines: names in capitals, no types."""
+    match statement:
+        case ast.Assign(targets=targets, value=value):
+            pass
+        case ast.AnnAssign(target=target, value=ast.expr() as value, annotation=annotation):
+            if unparse(annotation).endswith("TypeAlias"):
+                return 0
+            targets = [target]
+        case _:
+            return 0
+
+    if isinstance(value, ast.Call) and re.search(r"(TypeVar|ParamSpec)\w*$", unparse(value.func)):
+        return 0
+    stored = [node for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+    return sum(re.fullmatch(r"_*[A-Z][A-Z0-9_]*", node.id) is not None for node in stored)
 
 
 def assigned(tree: ast.AST) -> set[str]:
@@ -70,13 +98,6 @@ def assigned(tree: ast.AST) -> set[str]:
     stores = [node for node in ast.walk(tree) if isinstance(getattr(node, "ctx", None), ast.Store)]
     attributes = [node for node in stores if isinstance(node, ast.Attribute)]
     return {node.attr for node in attributes if unparse(node.value) in {"self", "cls"}}
-
-
-def widths(paths: Iterable[Path]) -> list[tuple[int, str]]:
-    """Return the number of attributes and the name of each class, the widest first."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
-    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    return sorted(((len(attributes(cls)), cls.name) for cls in classes), reverse=True)
 
 
 def is_private(name: str) -> bool:
@@ -194,53 +215,49 @@ def caps(requirements: Iterable[str]) -> set[str]:
 
 
 def main() -> int:
-    """Print all figures, and then what misses its bound; return the exit code."""
-    missed = []
+    """Print the figures, and then what must not be there; return the exit code."""
     package = ROOT / PACKAGE
-    files, core = sorted(package.rglob("*.py")), core_files(package)
-    folders = sorted({path.parent for path in files} - {package})
-    lines = {"core": count_lines(core)}
-    lines |= {f"  {it.name}": count_lines(it.glob("*.py")) for it in folders}
-    lines |= {"whole": count_lines(files), "tests": count_lines((ROOT / "tests").rglob("*.py"))}
-    _print("lines of Python", (f"{count:6} {name}" for name, count in lines.items()))
-    missed += [
-        f"{name}: {lines[name]} lines, more than {most}"
-        for name, most in MOST_LINES.items()
-        if lines[name] > most
-    ]
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))}
+    missed = sorted([*foreign_uses(package, texts), *capped_requirements()])
 
-    widest = widths(core)
-    _print("widest classes of the core", (f"{count:6} {name}" for count, name in widest[:10]))
-    wide = {name for count, name in widest if count > MOST_ATTRIBUTES}
-    missed += [f"class {name} has over {MOST_ATTRIBUTES} attributes" for name in wide - WIDE.keys()]
-
-    texts = {path.relative_to(package): path.read_text(encoding="utf-8") for path in files}
-    own = own_names(map(ast.parse, texts.values())) | {path.stem for path in package.rglob("_*")}
-    found = {
-        f"{path.parts[0]}: {name}": f"{path}:{line} uses a private name of others: {code}"
-        for path, text in texts.items()
-        for line, name, code in uses(text, own)
-    }
-    left = sorted(LEFT & found.keys())
-    _print("private names of other packages", [f"  left: {'; '.join(left) or 'none'}"])
-    missed += [found[use] for use in found.keys() - LEFT]
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    extras, groups = project["project"]["optional-dependencies"], project["dependency-groups"]
-    lists = (project["project"]["dependencies"], *extras.values(), *groups.values())
-    capped = caps(it for each in lists for it in each if isinstance(it, str))
-    left = sorted(LEFT_CAPS & capped)
-    _print("caps below the next major version", [f"  left: {', '.join(left) or 'none'}"])
-    missed += [f"{name} is capped below its next major version" for name in capped - LEFT_CAPS]
-
-    gone = (WIDE.keys() - wide) | (LEFT - found.keys()) | (LEFT_CAPS - capped)
-    missed += [f"{name} misses no bound any more: take it off its list" for name in gone]
-    _print("missed", (f"  {line}" for line in sorted(missed)))
+    lines = [*table(package, texts), "missed:", *(f"  {line}" for line in missed)]
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 1 if missed else 0
 
 
-def _print(title: str, lines: Iterable[str]) -> None:
-    sys.stdout.write("\n".join([f"{title}:", *lines, ""]))
+def table(package: Path, texts: dict[Path, str]) -> Iterator[str]:
+    """Yield the rows for the package, its core, its sub-packages, and the tests."""
+    yield f"airy: the functions of at least {LONG} lines that have a blank line in their body"
+    yield "constants, conditionals: those of modules, and conditional expressions, per 1,000 lines"
+    yield row("lines", "airy", "constants", "conditionals")
+
+    yield f"{air(texts.values())}  {PACKAGE}"
+    yield f"{air(texts[path] for path in core_files(package))}    core"
+    for folder in sorted({path.parent for path in texts} - {package}):
+        within = [text for path, text in texts.items() if path.parent == folder]
+        yield f"{air(within)}    {folder.relative_to(package).as_posix()}"
+
+    tests = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    yield f"{air(tests)}  tests"
+
+
+def foreign_uses(package: Path, texts: dict[Path, str]) -> Iterator[str]:
+    """Yield what to say of each private name of another package that is used."""
+    own = own_names(map(ast.parse, texts.values())) | {path.stem for path in package.rglob("_*")}
+    for path, text in texts.items():
+        name = path.relative_to(package).as_posix()
+        for line, _, code in uses(text, own):
+            yield f"{name}:{line} uses a private name of others: {code}"
+
+
+def capped_requirements() -> Iterator[str]:
+    """Yield what to say of each requirement that is capped below its next major version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras, groups = project["project"]["optional-dependencies"], project["dependency-groups"]
+    lists = (project["project"]["dependencies"], *extras.values(), *groups.values())
+    requirements = (entry for entries in lists for entry in entries if isinstance(entry, str))
+    for name in sorted(caps(requirements)):
+        yield f"{name} is capped below its next major version"
 
 
 if __name__ == "__main__":

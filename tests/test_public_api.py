@@ -9,6 +9,7 @@ import enum
 import importlib
 import inspect
 import pkgutil
+import re
 import sys
 from collections.abc import Iterator
 from inspect import get_annotations as annotations
@@ -53,26 +54,32 @@ def members(cls: type) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def written(it: Any) -> str:
+    """Return a signature, without the ways to write a type that depend on Python's version."""
+    text = re.sub(r"ForwardRef\('(\w+)'\)", r"\1", str(inspect.signature(it)))
+    return re.sub(r"Optional\[(\w+)\]", r"\1 | None", text)
+
+
 def describe(name: str, it: Any) -> Iterator[str]:
     """Yield the lines that describe a public name."""
     if not callable(it):
         yield f"{name}: {type(it).__name__}"
         return
     if not inspect.isclass(it):
-        yield f"{name}{inspect.signature(it)}"
+        yield f"{name}{written(it)}"
         return
     bases = ", ".join(base.__name__ for base in it.__bases__ if base is not object)
     yield f"class {name}({bases})"
     if issubclass(it, enum.Enum):
         yield "".join(f" {member.name}={member.value}" for member in it)
     elif not getattr(it, "_is_protocol", False):
-        yield f"    {inspect.signature(it)}"
+        yield f"    {written(it)}"
     if attrs.has(it):
         # As written: the fields' own types may have been resolved by cattrs meanwhile.
         types = {k: v for base in reversed(it.__mro__) for k, v in annotations(base).items()}
         yield from (f"    {field.name}: {types[field.name]}" for field in attrs.fields(it))
     for member, value in sorted(members(it)):
-        yield f"    {member}{inspect.signature(value)}"
+        yield f"    {member}{written(value)}"
 
 
 def snapshot() -> str:

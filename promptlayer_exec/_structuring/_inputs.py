@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import NoneType
 from typing import Any
 
 import attrs
 import cattrs
+from cattrs.cols import is_namedtuple
 
 from promptlayer_exec._structuring._mismatch import step
+from promptlayer_exec._structuring._rules import STRICT
 from promptlayer_exec._text import json_kind
-
-_ADVICE = "convert it, or give Session a converter= with an unstructure hook for it"
-_PLAIN = cattrs.Converter()
-_UNCHANGED = frozenset({str, bool, NoneType})
-_ENCODED = frozenset({int, float, dict, list, tuple})
 
 
 def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dict[str, Any]:
@@ -29,9 +26,10 @@ def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dic
     are dumped by `model_dump(mode="json")`. An error has the path to what JSON does not have.
     """
     try:
-        encoded = _Encoder(_PLAIN if converter is None else converter).encode(inputs)
+        encoded = _Encoder(converter or STRICT).encode(inputs)
     except RecursionError as error:
         raise ValueError("inputs: contains itself, or is nested too deeply") from error
+
     if type(encoded) is not dict:
         raise TypeError(
             "inputs: expected a mapping, or an attrs, dataclass or pydantic instance,"
@@ -47,25 +45,33 @@ class _Encoder:
 
     def encode(self, value: Any) -> Any:
         kind = type(value)
-        if kind in _UNCHANGED:
+        if kind in (str, bool, NoneType):
             return value
-        if kind not in _ENCODED:
+
+        # A converter may turn any other type into one that JSON has.
+        if kind not in (int, float, dict, list, tuple):
             unstructured = self._unstructured(value)
             if type(unstructured) is not kind:
                 return self.encode(unstructured)
+
+        # What it has left as it was may still be a subclass of one.
         if isinstance(value, (int, float)):
             return self._number(value)
         if isinstance(value, str):
             return str.__str__(value)
-        if isinstance(value, (list, tuple, Mapping)):
-            return self._container(value)
-        raise self._error(TypeError, f"{json_kind(value)} is not a JSON value; {_ADVICE}")
+        if isinstance(value, Mapping):
+            return self._object(value)
+        if isinstance(value, (list, tuple)):
+            return self._array(value)
+        advice = "convert it, or give Session a converter= with an unstructure hook for it"
+        raise self._error(TypeError, f"{json_kind(value)} is not a JSON value; {advice}")
 
     def _unstructured(self, value: Any) -> Any:
         if _contains_itself(value, frozenset({id(value)})):
             raise self._error(ValueError, "contains itself")
+
         try:
-            unstructured = self._converter.unstructure(value)
+            unstructured = self._find_hook(value.__class__)(value)
             if unstructured is value and callable(getattr(type(value), "model_dump", None)):
                 return value.model_dump(mode="json")
         except Exception as error:
@@ -74,23 +80,47 @@ class _Encoder:
             raise self._error(TypeError, what) from error
         return unstructured
 
-    def _container(self, value: Any) -> dict[str, Any] | list[Any]:
-        is_object = isinstance(value, Mapping)
-        encoded: dict[Any, Any] = {}  # of an array: by index
-        for key, item in value.items() if is_object else enumerate(value):
-            if is_object and not isinstance(key, str):
+    def _find_hook(self, kind: type) -> Callable[[Any], Any]:
+        try:
+            return self._converter.get_unstructure_hook(kind)
+        except NameError:
+            # A converter of the user without our rule for named tuples: see `_rules`.
+            if is_namedtuple(kind):
+                return tuple
+            raise
+
+    # Neither calls more than `encode` for each level: Python bounds how deeply calls may nest.
+    def _object(self, value: Mapping[Any, Any]) -> dict[str, Any]:
+        encoded = {}
+        for key, item in value.items():
+            if not isinstance(key, str):
                 what = f"the key {reprlib.repr(key)} is not a string"
                 raise self._error(TypeError, what)
-            name = str.__str__(key) if is_object else key
+
+            name = str.__str__(key)
             self._keys.append(name)
             encoded[name] = self.encode(item)
             self._keys.pop()
-        return encoded if is_object else list(encoded.values())
+        return encoded
+
+    def _array(self, value: Iterable[Any]) -> list[Any]:
+        encoded = []
+        for index, item in enumerate(value):
+            self._keys.append(index)
+            encoded.append(self.encode(item))
+            self._keys.pop()
+        return encoded
 
     def _number(self, value: float) -> float:
-        plain = int(value) if isinstance(value, int) else float(value)
-        if isinstance(plain, float) and not math.isfinite(plain):
+        if isinstance(value, int):
+            return self._integer(value)
+        plain = float(value)
+        if not math.isfinite(plain):
             raise self._error(ValueError, f"{plain!r} is not a JSON value")
+        return plain
+
+    def _integer(self, value: int) -> int:
+        plain = int(value)
         try:
             str(plain)
         except ValueError as error:  # Python has a limit for digits
@@ -104,11 +134,14 @@ class _Encoder:
 def _contains_itself(value: Any, outer: frozenset[int]) -> bool:
     """Return whether a value contains itself; from Python 3.12 on, cattrs would fill the memory."""
     kind = type(value)
-    parts: Iterable[Any] = value if isinstance(value, (list, tuple)) else ()
-    if isinstance(value, Mapping):
+    parts: Iterable[Any] = ()
+    if isinstance(value, (list, tuple)):
+        parts = value
+    elif isinstance(value, Mapping):
         parts = value.values()
     elif attrs.has(kind):
         parts = [getattr(value, field.name, None) for field in attrs.fields(kind)]
     elif dataclasses.is_dataclass(kind):
         parts = [getattr(value, field.name, None) for field in dataclasses.fields(kind)]
+
     return any(id(part) in outer or _contains_itself(part, outer | {id(part)}) for part in parts)

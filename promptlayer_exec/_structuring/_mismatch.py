@@ -32,11 +32,13 @@ def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[s
         key = _key(group, error, converter)
         if key is not None:
             path += step(key)
-            container, value = value, value[key] if _holds(value, key) else None
+            container, value = value, _item(value, key)
+
     if isinstance(error, KeyError) and isinstance(container, dict) and container.get(key) is None:
         return path, "is missing", error
     if isinstance(error, cattrs.ForbiddenExtraKeysError):
         return path + step(min(error.extra_fields)), "is not expected", error
+
     with suppress(Exception):  # not an error of pydantic
         first = error.errors()[0]  # type: ignore[attr-defined]
         steps, reason = _within_model(first, value)
@@ -66,9 +68,16 @@ def _within_model(detail: dict[str, Any], value: Any) -> tuple[str, str]:
     for key in detail["loc"]:
         if _holds(value, key):
             path, value = path + step(key), value[key]
+
     if detail["type"] == "missing":
         return path + step(detail["loc"][-1]), "is missing"
     return path, detail["msg"]
+
+
+def _item(value: Any, key: Any) -> Any:
+    if _holds(value, key):
+        return value[key]
+    return None
 
 
 def _holds(value: Any, key: Any) -> bool:
@@ -79,13 +88,17 @@ def _holds(value: Any, key: Any) -> bool:
 
 def step(key: Any) -> str:
     """Return one step of a JSON path, such as `.price`, `["a b"]` or `[3]`."""
-    if isinstance(key, str):
-        return f".{key}" if key.isidentifier() else f"[{json.dumps(key)}]"
-    return f"[{key}]"
+    if not isinstance(key, str):
+        return f"[{key}]"
+    if key.isidentifier():
+        return f".{key}"
+    return f"[{json.dumps(key)}]"
 
 
 def _reason(error: Exception) -> str:
-    said = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    said = str(error)
+    if error.args and isinstance(error.args[0], str):
+        said = error.args[0]  # that of a KeyError, or of a group, has more in its str()
     if isinstance(error, (TypeError, ValueError, cattrs.StructureHandlerNotFoundError)):
         return said
     return f"{type(error).__name__}: {said}"

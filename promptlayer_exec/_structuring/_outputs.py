@@ -11,7 +11,7 @@ import cattrs
 
 from promptlayer_exec._errors import InvalidOutput
 from promptlayer_exec._structuring._mismatch import locate
-from promptlayer_exec._structuring._rules import Hook, UnionHook, strict_converter
+from promptlayer_exec._structuring._rules import STRICT, Hook, UnionHook
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -20,14 +20,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_STRICT = strict_converter()
-
 
 def structure_output(
     value: Any, into: TypeForm[T], converter: cattrs.Converter | None, snapshot: Snapshot
 ) -> T:
     """Structure the main output of an execution into a type, by the rules in `docs/outputs.md`."""
-    converter = _STRICT if converter is None else converter
+    converter = converter or STRICT
     hook = _find_hook(into, converter)
     for candidate in _with_json_in(value):
         try:
@@ -35,6 +33,7 @@ def structure_output(
         except Exception as error:  # noqa: BLE001 - a hook or class of the user may raise anything
             if candidate is value or isinstance(candidate, (dict, list)):
                 cause, failed = error, candidate
+
     path, reason, leaf = locate(cause, failed, converter)
     if isinstance(leaf, cattrs.StructureHandlerNotFoundError):
         # check_type does not see the parts that only this value leads to.
@@ -42,6 +41,7 @@ def structure_output(
         raise TypeError(f"cannot structure the output of {where}: {reason}") from cause
     if isinstance(leaf, RecursionError):
         path, reason, cause = "$", "is nested too deeply", leaf
+
     raise InvalidOutput(
         f"the output does not fit the type given as into=: {path}: {reason}",
         path=path,
@@ -54,7 +54,7 @@ def structure_output(
 
 def check_type(into: Any, converter: cattrs.Converter | None = None) -> None:
     """Check that values can be structured into a type, before there is a value."""
-    _find_hook(into, _STRICT if converter is None else converter)
+    _find_hook(into, converter or STRICT)
 
 
 def _with_json_in(value: Any) -> Iterator[Any]:
@@ -68,6 +68,7 @@ def _with_json_in(value: Any) -> Iterator[Any]:
 def _find_hook(into: Any, converter: cattrs.Converter) -> Hook:
     if isinstance(into, str):
         raise TypeError(f"into must be a type, such as the class {into:.100}, not its name")
+
     try:
         hook = converter.get_structure_hook(into)
         if isinstance(hook, UnionHook):  # it looks up those of its members when it gets a value

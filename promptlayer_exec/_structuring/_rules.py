@@ -13,6 +13,7 @@ from datetime import date, datetime, time
 from decimal import Decimal, InvalidOperation
 from enum import Enum
 from functools import cache, cached_property, partial, wraps
+from itertools import cycle
 from operator import eq
 from types import NoneType, UnionType
 from typing import Any, Literal, NotRequired, Required, get_args, get_origin
@@ -20,7 +21,7 @@ from uuid import UUID
 
 import attrs
 import cattrs
-from cattrs.cols import mapping_structure_factory
+from cattrs.cols import is_namedtuple, mapping_structure_factory
 from cattrs.disambiguators import create_default_dis_func
 
 from promptlayer_exec._structuring._mismatch import WrongKind, exact, locate
@@ -35,7 +36,9 @@ def _scalar(base: type, value: Any, kind: Any) -> Any:
         return _option(value, kind)
     if base is not float or type(value) is not int:
         exact(value, base)
-    return value if type(value) is kind else kind(value)
+    if type(value) is kind:
+        return value
+    return kind(value)
 
 
 def _refuse(kind: Any) -> Any:
@@ -44,17 +47,23 @@ def _refuse(kind: Any) -> Any:
 
 
 def _option(value: Any, kind: Any) -> Any:
-    options = list(kind) if _is_enum(kind) else get_args(kind)
-    plain = [it.value if isinstance(it, Enum) else it for it in options]
+    options = get_args(kind)
+    if _is_enum(kind):
+        options = tuple(kind)
+    # The options of a Literal may be members of enums, too.
+    plain = [getattr(option, "value", option) for option in options]
+
     for option, expected in zip(options, plain, strict=True):
         if _same(value, expected):
             return option
+
     if _is_enum(kind):
         with suppress(TypeError, ValueError):
             found = kind(value)
             # Not the member 1 for True; but an enum's own `_missing_` may do as it likes.
             if found.value != value or _same(value, found.value):
                 return found
+
     raise ValueError(f"expected one of {reprlib.repr(plain)}, got {reprlib.repr(value)}")
 
 
@@ -75,8 +84,11 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
 
 
 def _parsed(value: Any, kind: Any) -> Any:
-    is_number = kind is Decimal and type(value) in (int, float)
-    text = str(value) if is_number else exact(value, str)
+    if kind is Decimal and type(value) in (int, float):
+        text = str(value)
+    else:
+        text = exact(value, str)
+
     try:
         return _PARSERS[kind](text)
     except (ValueError, InvalidOperation) as error:
@@ -102,15 +114,16 @@ def _array(kind: Any, converter: cattrs.Converter) -> Hook:
     def structure(value: Any, _: Any) -> Any:
         if len(exact(value, list)) != len(kinds) and fixed:
             raise ValueError(f"expected an array of {len(kinds)}, got one of {len(value)}")
-        pairs = zip(value, hooks if fixed else hooks * len(value), strict=True)
+
         items: list[Any] = []
         try:
-            for item, (hook, expected) in pairs:
+            for item, (hook, expected) in zip(value, cycle(hooks), strict=False):
                 items.append(hook(item, expected))
         except Exception as error:  # noqa: BLE001 - a hook of the user may raise anything
             where = f"Structuring {kind} @ index {len(items)}"
             error.add_note(cattrs.IterableValidationNote(where, len(items), None))
             raise cattrs.IterableValidationError(where, [error], kind) from None
+
         return make(items)
 
     return structure
@@ -139,11 +152,16 @@ def _evaluated(kind: Any) -> Any:
     """
     if get_origin(kind):
         return kind
+
     hints = typing.get_type_hints(kind, include_extras=True)
     for name, hint in hints.items():
-        if get_origin(hint) not in (Required, NotRequired):
-            marker: Any = Required if name in kind.__required_keys__ else NotRequired
-            hints[name] = marker[hint]
+        if get_origin(hint) in (Required, NotRequired):
+            continue
+        if name in kind.__required_keys__:
+            hints[name] = Required[hint]
+        else:
+            hints[name] = NotRequired[hint]
+
     return typing.TypedDict(kind.__name__, hints)  # type: ignore[operator]
 
 
@@ -173,9 +191,12 @@ class UnionHook:
                 return self._converter.structure(value, member)
             except Exception as error:  # noqa: BLE001 - a hook of the user may raise anything
                 errors.append((member, error))
+
+        # An error of a member whose kind the value has says more than that of another kind.
         close = [(member, error) for member, error in errors if not isinstance(error, WrongKind)]
         if len(close) == 1:
             raise close[0][1]
+
         expected = " | ".join(map(_name, self.members))
         if not close:
             raise WrongKind(f"expected {expected}, got {json_kind(value)}")
@@ -187,10 +208,15 @@ class UnionHook:
         fit = self.members
         if len(self._classes) > 1 and type(value) is dict:
             with suppress(Exception):  # cattrs cannot tell them apart, or the value fits none
-                picked = self._pick_class(value)
-                fit = get_args(picked) if is_union(picked) else (picked,)
-        kept = [it for it in self.members if it in fit or it not in self._classes]
+                fit = _members(self._pick_class(value))
+        kept = [member for member in self.members if member in fit or member not in self._classes]
         return sorted(kept, key=partial(_rank, type(value)))
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    if is_union(kind):
+        return get_args(kind)
+    return (kind,)
 
 
 def _rank(given: type, member: Any) -> int:
@@ -199,13 +225,17 @@ def _rank(given: type, member: Any) -> int:
         return 0
     if member is given:
         return 1
-    return 3 if _is_mapping(member) or member is Any else 2
+    if _is_mapping(member) or member is Any:
+        return 3
+    return 2
 
 
 def _name(kind: Any) -> str:
     if kind is NoneType:
         return "None"
-    return kind.__name__ if isinstance(kind, type) else str(kind)
+    if isinstance(kind, type):
+        return kind.__name__
+    return str(kind)
 
 
 def _origin(kind: Any) -> Any:
@@ -247,12 +277,6 @@ _RULES: list[tuple[Callable[[Any], bool], Callable[..., Hook]]] = [
     (lambda kind: isinstance(kind, type) and hasattr(kind, "model_validate"), _model),
 ]
 
-# cattrs finds the hooks for these types, and for their subclasses, before it tries any rule.
-_SCALARS: dict[type, Hook] = {
-    **{kind: partial(_scalar, kind) for kind in (str, bool, int, float, NoneType)},
-    bytes: lambda _, kind: _refuse(kind),
-}
-
 
 class _StrictConverter(cattrs.Converter):
     """A converter on which a hook for a union takes precedence over the rule for unions."""
@@ -269,6 +293,20 @@ def strict_converter() -> cattrs.Converter:
     converter = _StrictConverter()
     for predicate, factory in _RULES:
         converter.register_structure_hook_factory(predicate, factory)
-    for kind, hook in _SCALARS.items():
-        converter.register_structure_hook(kind, hook)
+
+    # cattrs finds the hooks for these types, and for their subclasses, before it tries any rule.
+    for kind in (str, bool, int, float, NoneType):
+        converter.register_structure_hook(kind, partial(_scalar, kind))
+    converter.register_structure_hook(bytes, lambda _, kind: _refuse(kind))
+
+    # cattrs goes by the annotations of a named tuple. From Python 3.14 on, it cannot evaluate them
+    # in a module with `from __future__ import annotations`.
+    converter.register_unstructure_hook_factory(is_namedtuple, _as_tuple)
     return converter
+
+
+def _as_tuple(_: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    return lambda value: tuple(map(converter.unstructure, value))
+
+
+STRICT = strict_converter()

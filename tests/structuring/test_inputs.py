@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, field_serializer
 
+from promptlayer_exec import strict_converter
 from promptlayer_exec._structuring import encode_inputs
 
 
@@ -64,6 +65,12 @@ class Point(NamedTuple):
 @attrs.frozen
 class Row:
     when: Any
+
+
+@dataclasses.dataclass
+class Segment:
+    start: Point
+    others: list[Point]
 
 
 @dataclasses.dataclass
@@ -281,6 +288,25 @@ def test_hooks_of_the_user_are_used() -> None:
     }
     with pytest.raises(TypeError, match=r"inputs\.at: a datetime is not a JSON value"):
         encode_inputs({"at": at})
+
+
+@pytest.mark.parametrize("converter", [None, strict_converter(), strict_converter().copy()])
+def test_a_field_may_be_a_named_tuple(converter: cattrs.Converter | None) -> None:
+    """It is encoded as a tuple, also where its annotations are strings that nobody evaluates."""
+    segment = Segment(Point(1, Color.RED), [Point(2, Row(3))])
+    assert encode_inputs(segment, converter) == {
+        "start": [1, "red"],
+        "others": [[2, {"when": 3}]],
+    }
+
+
+def test_any_converter_takes_named_tuples() -> None:
+    """Its hook for one is used; without a hook, its items are encoded, by its other hooks."""
+    day = dt.date(2026, 1, 31)
+    converter = _converter(dt.date, lambda value: value.isoformat())
+    assert encode_inputs({"a": Point(1, day)}, converter) == {"a": [1, "2026-01-31"]}
+    converter = _converter(Point, lambda value: {"x": value.x})
+    assert encode_inputs({"a": [Point(1, day)]}, converter) == {"a": [{"x": 1}]}
 
 
 @pytest.mark.parametrize(

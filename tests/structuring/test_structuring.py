@@ -290,6 +290,13 @@ def test_union_of_every_kind_changes_nothing(value: Any) -> None:
     assert typed(structure(value, Json)) == typed(value)
 
 
+def unhashable() -> str:
+    """Return what this version of Python says of a dict in a set."""
+    with pytest.raises(TypeError) as caught:
+        set(iter([{}]))
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("value", "into", "path", "reason"),
     [
@@ -323,7 +330,7 @@ def test_union_of_every_kind_changes_nothing(value: Any) -> None:
         (True, Decimal, "$", "expected a string, got true"),
         ([1], tuple[int, str], "$", "expected an array of 2, got one of 1"),
         ([1, 2], tuple[int, str], "$[1]", "expected a string, got an integer"),
-        ([{}], set[Any], "$", "unhashable type: 'dict'"),
+        ([{}], set[Any], "$", unhashable()),
         ([], Row, "$", "expected an object, got an array"),
         ({"value": 1, "children": [{}]}, Tree, "$.children[0].value", "is missing"),
         (5, Report | None, "$", "expected Report | None, got an integer"),
