@@ -51,6 +51,7 @@ from promptlayer_exec._models import (
 )
 from promptlayer_exec._policies import Limiter, PollPolicy, RetryPolicy
 from promptlayer_exec._session import Session
+from promptlayer_exec._start_records import StartStore
 from promptlayer_exec._structuring import strict_converter
 from promptlayer_exec._version import __version__
 from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
@@ -95,6 +96,7 @@ __all__ = [
     "Snapshot",
     "StartFailed",
     "StartRequest",
+    "StartStore",
     "StartUnknown",
     "StatusError",
     "Throttled",

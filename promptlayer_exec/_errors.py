@@ -297,6 +297,7 @@ class StartUnknown(PromptLayerExecError):
         reason: what happened to the response.
         callback_token: identifies the start in its own callback URL, if it had one; keep it secret.
             `Session.recover` needs nothing else.
+        key: the key of the start, if it had one.
     """
 
     advice = (
@@ -311,12 +312,14 @@ class StartUnknown(PromptLayerExecError):
         workflow: str | int,
         reason: str,
         callback_token: str | None = None,
+        key: Any = None,
         **context: Any,
     ) -> None:
         super().__init__(message, **context)
         self.workflow = workflow
         self.reason = reason
         self.callback_token = callback_token
+        self.key = key
 
     def _what(self) -> str:
         what = super()._what()

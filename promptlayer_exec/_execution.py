@@ -13,7 +13,7 @@ from promptlayer_exec._errors import ExecutionFailed, PromptLayerExecError
 from promptlayer_exec._events import logger
 from promptlayer_exec._models import same_json
 from promptlayer_exec._policies import Deadline, check_timeout
-from promptlayer_exec._text import printable
+from promptlayer_exec._text import printable, shown_key
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -39,7 +39,7 @@ class Execution:
         warning: the server's warning at the start, such as a missing input variable.
     """
 
-    __slots__ = ("_last", "_main_output", "_session", "id", "warning", "workflow")
+    __slots__ = ("_key", "_last", "_main_output", "_session", "id", "warning", "workflow")
 
     def __init__(
         self,
@@ -47,8 +47,10 @@ class Execution:
         execution_id: int,
         workflow: str | int | None = None,
         warning: str | None = None,
+        key: Any = None,
     ) -> None:
         self._session = session
+        self._key = key  # of the start, for the log
         self._last: Snapshot | None = None
         self._main_output: tuple[Any] | None = None  # the server's decision, once it was asked
         self.id = execution_id
@@ -264,10 +266,11 @@ class Execution:
     def _report_undelivered(self, what: str) -> None:
         """Log the id of a started run whose caller is gone."""
         logger.warning(
-            "execution %d of workflow %.100r was started, but its %s was not"
+            "execution %d of workflow %.100r%s was started, but its %s was not"
             " delivered; follow it by its id",
             self.id,
             self.workflow,
+            shown_key(self._key),
             what,
         )
 
@@ -304,4 +307,4 @@ class Execution:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The session is not pickled: it holds the API key.
-        return type(self), (None, self.id, self.workflow, self.warning)
+        return type(self), (None, self.id, self.workflow, self.warning, self._key)

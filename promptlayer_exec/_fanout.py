@@ -109,7 +109,7 @@ def _report_abandoned(outcome: Outcome[Any, Any]) -> None:
     if outcome.execution is not None:
         outcome.execution._report_undelivered("outcome")
     elif isinstance(outcome.error, StartUnknown):
-        log_unknown(outcome.error, outcome.item)
+        log_unknown(outcome.error)
 
 
 @attrs.define(eq=False)

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from uuid import uuid4
 
 from promptlayer_exec._api.messages import Reply, Response, oversize_reason
 from promptlayer_exec._api.runs import NodeMap, run_request
@@ -30,7 +29,7 @@ from promptlayer_exec._models import StartRequest, node_dict
 from promptlayer_exec._policies import Limiter, check_seconds
 from promptlayer_exec._session import Session
 from promptlayer_exec._settings import Settings, find_api_key, find_base_url
-from promptlayer_exec._starts import (
+from promptlayer_exec._start_records import (
     PATIENCE,
     StartClaim,
     StartStore,
@@ -169,8 +168,7 @@ def expect(session: Session, workflow: str | int, execution_id: int) -> None:
 
 def start_token(session: Session) -> str:
     """Return a token that no other start has, for the callback URL of one if it gets its own."""
-    callbacks = session._settings.callbacks
-    return uuid4().hex if callbacks is None else callbacks.new_token()
+    return session._new_token()
 
 
 async def start(

@@ -11,7 +11,8 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, M
 from contextlib import AsyncExitStack
 from functools import partial
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, cast, overload
+from uuid import uuid4
 
 import cattrs
 from yarl import URL
@@ -26,16 +27,23 @@ from promptlayer_exec._arguments import check_execution_id, naming_arguments
 from promptlayer_exec._engine.callbacks import CallbackLog, recoverable_token, with_callback_url
 from promptlayer_exec._engine.client import Client, list_workflows
 from promptlayer_exec._engine.definitions import Definitions
+from promptlayer_exec._engine.keyed_starts import KeyedStarts
 from promptlayer_exec._engine.lifetime import Lifetime
 from promptlayer_exec._engine.retry import RecentStarts, Retrying
 from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._errors import ConfigurationError, SessionClosed, StartUnknown
+from promptlayer_exec._errors import (
+    ConfigurationError,
+    PromptLayerExecError,
+    SessionClosed,
+    StartUnknown,
+)
 from promptlayer_exec._events import Observer, StartFailed, WakeSource, broadcast
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._expiring import ExpiringDict
 from promptlayer_exec._fanout import Outcome, collected, outcomes_of
 from promptlayer_exec._http.throttle import Throttle
+from promptlayer_exec._install import install_hint
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_timeout
 from promptlayer_exec._settings import (
@@ -45,6 +53,7 @@ from promptlayer_exec._settings import (
     find_proxy,
     sends_in_the_clear,
 )
+from promptlayer_exec._start_records import StartStore, check_key, fingerprint
 from promptlayer_exec._workflows import Workflow, WorkflowSummary
 
 if TYPE_CHECKING:
@@ -99,6 +108,8 @@ class Session:
         callbacks: gives each start a callback URL of its own, so that `recover` can find it.
         backplane: shares watches, starts, wake-ups and callbacks with the sessions of other
             processes: a `promptlayer_exec.redis.RedisBackplane`.
+        starts: remembers which key started which run, so that a start with a key happens once: a
+            `promptlayer_exec.starts.SQLStartStore`.
 
     Raises:
         ConfigurationError: a setting is malformed. A missing key is reported at first use.
@@ -126,6 +137,7 @@ class Session:
         trust_env: bool = True,
         callbacks: Callbacks | None = None,
         backplane: Backplane | None = None,
+        starts: StartStore | None = None,
     ) -> None:
         self._settings = Settings(
             api_key=api_key,
@@ -146,6 +158,7 @@ class Session:
             trust_env=trust_env,
             callbacks=callbacks,
             backplane=backplane,
+            starts=starts,
         )
         self._limiters = [] if limiter is None else [limiter]
 
@@ -276,6 +289,8 @@ class Session:
             client.backplane = settings.backplane.connect(client, namespace)
             resources.push_async_callback(client.backplane.aclose)
             self._callbacks.share = client.backplane.called_back
+        if settings.starts is not None:
+            client.keyed_starts = self._keyed_starts(settings.starts, lifetime, base_url, resources)
 
         suffix = self._push_suffix()
         if suffix is not None:
@@ -292,6 +307,23 @@ class Session:
                 spawn=partial(lifetime.spawn, name="promptlayer_exec.Push"),
             )
         return client
+
+    def _keyed_starts(
+        self, store: StartStore, lifetime: Lifetime, base_url: str, resources: AsyncExitStack
+    ) -> KeyedStarts:
+        close = getattr(store, "aclose", None)  # the store of an app may have nothing to close
+        if close is not None:
+            resources.push_async_callback(close)
+
+        callbacks = self._settings.callbacks
+        return KeyedStarts(
+            store=store,
+            server=base_url,
+            request_timeout=self._settings.request_timeout,
+            is_recoverable=lambda token: callbacks is not None and callbacks.is_genuine(token),
+            lifetime=lifetime,
+            emit=self._emit,
+        )
 
     def _api_key(self) -> str:
         api_key = find_api_key(self._settings.api_key)
@@ -362,6 +394,7 @@ class Session:
         version: int | None = None,
         metadata: Mapping[str, str] | None = None,
         callback_url: str | None = None,
+        key: str | None = None,
     ) -> Execution:
         """Start a run, and return its handle.
 
@@ -378,11 +411,15 @@ class Session:
             version: the number of the version to run; not allowed with `label`.
             metadata: strings to store with the run.
             callback_url: where the server posts the final output.
+            key: happens once: if a start with this key has been sent, in whatever process, you get
+                the handle of its run, and nothing is sent. Needs `Session(starts=...)`.
 
         Raises:
             TypeError: an argument or a value in the inputs has an unsupported type.
             ValueError: an argument or a value in the inputs cannot be sent.
             InvalidInputs: inputs that the workflow requires are missing.
+            KeyConflict: the key belongs to another request.
+            ConfigurationError: the database of `starts` cannot be used; no run was started.
             StartUnknown: the answer was lost, so the run may have started; it is never repeated.
             StatusError: the server refused.
             ConnectionFailed: the server could not be reached.
@@ -390,8 +427,9 @@ class Session:
             SessionClosed: the session was closed; with the execution's id if it had started.
         """
         inputs = {} if inputs is None else inputs
+        self._check_keys_are_kept(key)
         return await self._start(
-            StartRequest(workflow, inputs, label, version, metadata, callback_url)
+            StartRequest(workflow, inputs, label, version, metadata, callback_url, key)
         )
 
     @overload
@@ -404,6 +442,7 @@ class Session:
         version: int | None = None,
         metadata: Mapping[str, str] | None = None,
         callback_url: str | None = None,
+        key: str | None = None,
         timeout: float | EllipsisType | None = ...,
         into: None = None,
     ) -> Any: ...
@@ -418,6 +457,7 @@ class Session:
         version: int | None = None,
         metadata: Mapping[str, str] | None = None,
         callback_url: str | None = None,
+        key: str | None = None,
         timeout: float | EllipsisType | None = ...,
         into: TypeForm[OutputT],
     ) -> OutputT: ...
@@ -432,6 +472,7 @@ class Session:
         version: int | None = None,
         metadata: Mapping[str, str] | None = None,
         callback_url: str | None = None,
+        key: str | None = None,
         timeout: float | EllipsisType | None = ...,
         into: Any = None,
     ) -> Any:
@@ -446,7 +487,8 @@ class Session:
         timeout = check_timeout(timeout)
 
         inputs = {} if inputs is None else inputs
-        request = StartRequest(workflow, inputs, label, version, metadata, callback_url)
+        self._check_keys_are_kept(key)
+        request = StartRequest(workflow, inputs, label, version, metadata, callback_url, key)
         deadline = self._settings.deadline(timeout, now=clock())
         execution = await self._start(request, deadline)
         return await execution._deliver(deadline, into)
@@ -497,6 +539,10 @@ class Session:
         hooks: SendHooks | None = None,
         token: str | None = None,
     ) -> Execution:
+        """Start a run; with `hooks`, its caller records itself what happens to the start."""
+        if request.key is not None and hooks is None and self._settings.starts is not None:
+            return await self._start_once(request, deadline)
+
         try:
             posted, token = with_callback_url(request, self._settings.callbacks, token)
             inputs = self._encode_inputs(posted)
@@ -510,7 +556,56 @@ class Session:
             raise
 
         response = await client.start(request, http_request, deadline, token=token, hooks=hooks)
-        return Execution(self, response.execution_id, request.workflow, response.warning)
+        return Execution(
+            self, response.execution_id, request.workflow, response.warning, request.key
+        )
+
+    async def _start_once(self, request: StartRequest, deadline: Deadline | None) -> Execution:
+        """Start a run with a key, or return the handle of the run that the key stands for."""
+        try:
+            key = check_key(request.key)
+            inputs = self._encode_inputs(request)
+            run_request(request, {})  # checks all the rest
+            client = self._open()
+        except (TypeError, ValueError, PromptLayerExecError) as error:
+            self._emit(StartFailed(None, request, error))
+            raise
+
+        deadline = deadline or client.deadline()
+        asked_for = fingerprint(
+            key,
+            workflow=request.workflow,
+            inputs=inputs,
+            label=request.label,
+            version=request.version,
+            metadata=request.metadata,
+        )
+
+        async def send(hooks: SendHooks, token: str) -> Execution:
+            return await self._start(request, deadline, hooks, token)
+
+        keyed_starts = cast(KeyedStarts, client.keyed_starts)
+        found = await keyed_starts.start(request, asked_for, self._new_token(), send, deadline)
+        if isinstance(found, Execution):
+            return found
+
+        # The server may still answer 404 for it.
+        execution_id = cast(int, found.execution_id)
+        self._recent_starts.add(execution_id, request.workflow, now=clock() - found.age)
+        return Execution(self, execution_id, request.workflow, key=key)
+
+    def _check_keys_are_kept(self, key: str | None) -> None:
+        if key is not None and self._settings.starts is None:
+            raise ConfigurationError(
+                "a start with a key needs a record of starts: pass"
+                " starts=promptlayer_exec.starts.SQLStartStore() to Session, which needs"
+                f" {install_hint('starts')}"
+            )
+
+    def _new_token(self) -> str:
+        """Return a unique token for a start's callback URL."""
+        callbacks = self._settings.callbacks
+        return uuid4().hex if callbacks is None else callbacks.new_token()
 
     async def recover(
         self, error: StartUnknown, *, timeout: float | EllipsisType | None = ...

@@ -20,6 +20,7 @@ from promptlayer_exec._arguments import check_count
 from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._events import Observer
 from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_seconds
+from promptlayer_exec._start_records import StartStore
 from promptlayer_exec.webhooks import Callbacks
 
 if TYPE_CHECKING:
@@ -177,6 +178,14 @@ def _is_backplane(_: Any, __: Any, value: Any) -> None:
         )
 
 
+def _is_start_store(_: Any, __: Any, value: Any) -> None:
+    if value is not None and (isinstance(value, type) or not hasattr(value, "claim")):
+        raise ConfigurationError(
+            "starts must be a promptlayer_exec.starts.SQLStartStore, such as SQLStartStore(),"
+            f" got {type(value).__name__}"
+        )
+
+
 def _is_http(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None:
     if value is None:
         return
@@ -252,6 +261,7 @@ class Settings:
         validator=_is(Callbacks, "a promptlayer_exec.webhooks.Callbacks", optional=True)
     )
     backplane: Backplane | None = attrs.field(validator=_is_backplane, repr=False)
+    starts: StartStore | None = attrs.field(validator=_is_start_store)
 
     def deadline(self, timeout: float | EllipsisType | None, *, now: float) -> Deadline:
         """Return the deadline of a wait that begins now; `...` means the default timeout."""

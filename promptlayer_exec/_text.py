@@ -83,3 +83,8 @@ def printable(text: str, *, keep: str = "") -> str:
         else:
             characters.append(character.encode("unicode_escape").decode())
     return "".join(characters)
+
+
+def shown_key(key: Any) -> str:
+    """Return the key of a start for a log line, in brackets; empty without one."""
+    return "" if key is None else f" (key {short_repr(key)})"

@@ -26,7 +26,7 @@ LAYERS = [
     {"_text"},
     {"_errors", "_statuses", "_display", "_arguments", "_expiring"},
     {"_structuring"},
-    {"_models", "_workflows", "_policies", "_events", "_starts"},
+    {"_models", "_workflows", "_policies", "_events", "_start_records"},
     {"_api"},
     {"_backplane"},
     {"_settings", "webhooks"},

@@ -25,6 +25,7 @@ from promptlayer_exec._api.runs import (
 from promptlayer_exec._backplane import BackplaneConnection
 from promptlayer_exec._engine.callbacks import CallbackLog
 from promptlayer_exec._engine.definitions import Definitions
+from promptlayer_exec._engine.keyed_starts import KeyedStarts
 from promptlayer_exec._engine.lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._engine.retry import RecentStarts, Retrying, RetryState
 from promptlayer_exec._engine.snapshots import take_snapshot
@@ -88,6 +89,7 @@ class Client:
     _emit: Emit
     push: Push | None = attrs.field(init=False, default=None)
     backplane: BackplaneConnection | None = attrs.field(init=False, default=None)
+    keyed_starts: KeyedStarts | None = attrs.field(init=False, default=None)
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
@@ -318,16 +320,32 @@ class Client:
 
         try:
             async with self.lifetime.call(deadline):
-                execution_id = await self.callbacks.wait(token)
+                execution_id = await self._callback_of(error, token)
         except DeadlinePassed:
             since = f"; no callback came within {deadline.timeout or 0.0:g} s"
             if self._settings.callbacks is None:
                 since += " to this session, which has no callbacks="
             since += "; the run may still be running, so call Session.recover again"
-            raise start_unknown(error.workflow, error.reason, token, since) from error
+            raise start_unknown(
+                error.workflow, error.reason, token, since, key=error.key
+            ) from error
 
         self._recent_starts.add(execution_id, error.workflow, now=clock())
         return execution_id
+
+    async def _callback_of(self, error: StartUnknown, token: str) -> int:
+        """Return the execution id that the callback of a lost start has told any process."""
+        if self.keyed_starts is None or error.key is None:
+            return await self.callbacks.wait(token)
+
+        looking = self.spawn(
+            self.keyed_starts.wait_for_callback(error.key, token, self.called_back_elsewhere),
+            name="promptlayer_exec.StartLookup",
+        )
+        try:
+            return await self.callbacks.wait(token)
+        finally:
+            looking.cancel()
 
 
 async def list_workflows(

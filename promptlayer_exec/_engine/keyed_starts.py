@@ -27,7 +27,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, StartFailed, logger
 from promptlayer_exec._models import StartRequest
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._starts import StartClaim, StartStore, StoredStart, differences
+from promptlayer_exec._start_records import StartClaim, StartStore, StoredStart, differences
 from promptlayer_exec._text import short_repr
 
 T = TypeVar("T")
@@ -112,6 +112,20 @@ class KeyedStarts:
                 with suppress(StartTaken):  # another process was quicker
                     return await self._send_one(claim, send)
 
+    async def wait_for_callback(
+        self, key: str, token: str, receive: Callable[[str, int], object]
+    ) -> None:
+        """Look at a record until a callback has told any process the id of its run."""
+        while True:
+            with suppress(ConfigurationError):  # a store that is away may come back
+                stored = await self._store.find(key)
+                if stored is None or stored.token != token:
+                    return  # it was forgotten, or started again
+                if stored.execution_id is not None:
+                    receive(token, stored.execution_id)
+                    return
+            await asyncio.sleep(0.5)
+
     async def _find(self, request: StartRequest, deadline: Deadline) -> StoredStart | None:
         """Return what is recorded for a key, once no call of this session is sending its start."""
         while (sending := self._sending.get(request.key)) is not None:
@@ -151,15 +165,15 @@ class KeyedStarts:
         key = short_repr(claim.key)
         if stored.server != claim.server:
             raise KeyConflict(
-                f"the key {key} belongs to a start on another server, {stored.server}; nothing was"
-                " sent",
+                f"the key {key} belongs to a start on another server, {stored.server}. Nothing was"
+                " sent: use another key",
                 key=claim.key,
             )
 
         if differing := differences(stored.request, claim.request):
             raise KeyConflict(
                 f"the key {key} belongs to another request, which differs in"
-                f" {', '.join(differing)}; nothing was sent",
+                f" {', '.join(differing)}. Nothing was sent: use another key, or the same request",
                 key=claim.key,
             )
 

@@ -28,7 +28,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, ExecutionStarted, StartFailed, logger
 from promptlayer_exec._models import StartRequest
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._text import short_repr
+from promptlayer_exec._text import short_repr, shown_key
 
 StartOutcome = StartResponse | BaseException
 
@@ -280,7 +280,7 @@ class Start:
         if isinstance(outcome, StartResponse):
             self._report(outcome, abandoned=True)
         elif isinstance(outcome, StartUnknown):
-            log_unknown(outcome, self._request)
+            log_unknown(outcome)
 
     def _report(self, response: StartResponse, *, abandoned: bool) -> None:
         if abandoned:
@@ -289,7 +289,7 @@ class Start:
                 " the handle; follow it by its id",
                 response.execution_id,
                 self._request.workflow,
-                _key(self._request),
+                shown_key(self._request.key),
             )
 
         duration = clock() - self._called_at
@@ -300,13 +300,9 @@ class Start:
         )
 
 
-def _key(request: StartRequest) -> str:
-    return "" if request.key is None else f" (key {short_repr(request.key)})"
-
-
-def log_unknown(error: StartUnknown, request: StartRequest) -> None:
+def log_unknown(error: StartUnknown) -> None:
     """Log a start that may have started a run, because nobody will get the error."""
-    logger.warning("%s%s", error, _key(request))
+    logger.warning("%s", error)
 
 
 def report_unrecorded(execution_id: int, subject: str) -> None:

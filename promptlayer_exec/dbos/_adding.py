@@ -107,9 +107,9 @@ class Addition:
             async for request in incoming:
                 portion.append(request)
                 if len(portion) == PORTIONS.requests:
-                    yield await asyncio.to_thread(self._rows, portion)
+                    yield await self._store.run_in_thread(self._rows, portion)
                     portion = []
-            yield await asyncio.to_thread(self._rows, portion)
+            yield await self._store.run_in_thread(self._rows, portion)
 
     def _rows(self, requests: Iterable[StartRequest]) -> list[Row]:
         return [self._row(request) for request in requests]

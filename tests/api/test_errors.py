@@ -44,6 +44,7 @@ FIELDS = {
         "workflow": "analyze",
         "reason": "the connection was lost",
         "callback_token": "t0p-s3cret",
+        "key": "order-42",
     },
     "ExecutionTimeout": {"timeout": 2.5},
     "ExecutionFailed": {"failed": (NODE,)},
