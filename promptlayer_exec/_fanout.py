@@ -171,7 +171,7 @@ class _FanOut(Generic[ItemT]):
     async def _run(self, running: _Item[ItemT]) -> Any:
         session, item = self._session, running.item
         if not isinstance(item, StartRequest):
-            running.execution = _handle(session, item)
+            running.execution = handle_of(session, item)
         deadline = session._settings.deadline(self._timeout, now=clock())
         if isinstance(item, StartRequest):
             running.execution = await session._start(item, deadline)
@@ -227,7 +227,7 @@ class _FanOut(Generic[ItemT]):
         """Return the error of an item that is cancelled because the fan-out cannot continue."""
         if item.execution is None and not isinstance(item.item, StartRequest):
             with suppress(TypeError, ValueError):  # it was cancelled before its first step
-                item.execution = _handle(self._session, item.item)
+                item.execution = handle_of(self._session, item.item)
         cause = self._error if isinstance(self._error, PromptLayerExecError) else SessionClosed()
         error = cast(PromptLayerExecError, copy_error(cause))
         if isinstance(error, Unauthorized):  # its text may say that no run was started
@@ -252,7 +252,7 @@ async def each(items: Iterable[ItemT] | AsyncIterable[ItemT]) -> AsyncGenerator[
             yield item
 
 
-def _handle(session: Session, item: Any) -> Execution:
+def handle_of(session: Session, item: Any) -> Execution:
     """Return the handle of an item that is not a `StartRequest`."""
     if not isinstance(item, Execution):
         try:
