@@ -127,9 +127,15 @@ class Run {
 class Stream {
   /** @param {Map<string, Run>} runs */
   constructor(runs) {
+    // Of the executions that it shows until they end.
     this.tickets = new Map([...runs].map(([id, run]) => [id, run.access.ticket]));
     this.controller = new AbortController();
     this.live = false; // whether an event has come
+  }
+
+  /** @param {Map<string, Run>} runs */
+  isFor(runs) {
+    return this.tickets.size === runs.size && [...runs.keys()].every((id) => this.tickets.has(id));
   }
 }
 
@@ -191,9 +197,9 @@ class Page {
     if (access.ticket) run.access = access;
     if (run.view !== UNSEEN) queueMicrotask(() => run.tell(own));
     return () => {
-      if (!run.shows.delete(own) || run.shows.size || home.runs.get(id) !== run) return;
-      home.runs.delete(id);
-      if (home.stream || home.next) home.plan(1_000); // others may leave, or come, meanwhile
+      run.shows.delete(own);
+      // A page may be about to follow it again.
+      if (!run.shows.size && (home.stream || home.next)) home.plan(1_000);
     };
   }
 
@@ -262,9 +268,10 @@ class Group {
 
   connect() {
     this.due = Infinity;
-    this.next?.controller.abort();
-    this.next = null;
+    for (const run of this.runs.values()) if (!run.shows.size) this.runs.delete(run.id);
     if (!this.runs.size) return this.pause();
+    if ((this.next ?? this.stream)?.isFor(this.runs)) return;
+    this.next?.controller.abort();
     this.next = new Stream(this.runs);
     this.read(this.next, this.address([...this.runs.keys()]));
   }
@@ -353,8 +360,9 @@ class Group {
   /** @param {string} kind @param {any} data @param {Stream} stream */
   receive(kind, data, stream) {
     const { execution_id: id, message, progress, succeeded } = data;
-    const run = this.runs.get(id);
-    if (!run) return; // it was left, or has ended
+    const run = this.runs.get(id), ticket = stream.tickets.get(id) ?? null;
+    if (kind === "complete" || kind === "failure") stream.tickets.delete(id);
+    if (!run) return; // it was left
     if (kind === "waiting") return run.update({ state: "waiting", message });
     if (kind !== "failure") run.renewed = false;
 
@@ -369,7 +377,7 @@ class Group {
       const { type, status, last } = data;
       if (type === "Refused" && [401, 403].includes(status) && run.access.renew && !run.renewed) {
         run.renewed = true;
-        run.access.replace(stream.tickets.get(id) ?? null).then(() => this.plan(0));
+        run.access.replace(ticket).then(() => this.plan(0));
         return;
       }
       this.end(run, { state: "failed", message, nodes: last ? all(last) : run.view.nodes });

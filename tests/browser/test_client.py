@@ -377,6 +377,25 @@ async def test_more_than_a_hundred_runs_have_two_connections(sim: Simulator, tab
     await tab.until("complete", 101)
 
 
+async def test_a_run_that_is_left_for_a_moment_stays(sim: Simulator, tabs: Any) -> None:
+    """A page that renders its rows anew needs no new connection, and shows what it knew."""
+    ids = add(sim, 2)
+    tab = await tabs(clock=True)
+    await tab.follow(ids, ticket_for(sim, ids))
+    await tab.until("running", 2)
+    await tab.page.evaluate("(stopAll(), rows = {})")
+    await tab.follow(ids, ticket_for(sim, ids))
+    await tab.until("running", 2)
+    await tab.page.clock.run_for(2_000)
+    assert len(tab.streams) == 1
+    await tab.page.evaluate("(stopAll(), rows = {})")
+    ended = asyncio.Event()
+    tab.page.on("requestfailed", lambda request: ended.set())
+    await tab.page.clock.run_for(2_000)
+    async with asyncio.timeout(5):
+        await ended.wait()
+
+
 HIDE = """(hidden) => {
     Object.defineProperty(document, "hidden", {value: hidden, configurable: true});
     document.dispatchEvent(new Event("visibilitychange"));
