@@ -338,7 +338,7 @@ def bench(session: nox.Session) -> None:
     # Two programs also measure the vendor's SDK, and one this package with msgspec.
     others = {"speed": ".[speed]", "vendor": f"promptlayer=={SDKS[0]}"}
     pythons = {name: _make_venv(session, name, package) for name, package in others.items()}
-    session.install(".[dbos,redis]", "httpx", "matplotlib")
+    session.install(".[dbos,fastapi,redis]", "httpx", "matplotlib", "uvicorn>=0.35")
     _install_postgresql(session)
     _install_redis(session)
     if shutil.which("valgrind") is None:
@@ -352,6 +352,7 @@ def bench(session: nox.Session) -> None:
         ("durable.py",),
         ("network.py",),
         ("backplane.py",),
+        ("streams.py",),
         ("__main__.py", *session.posargs),
         ("polls.py", *(part for name in others for part in (f"--{name}", pythons[name]))),
         ("polls.py", "--instructions", "--speed", pythons["speed"]),

@@ -59,6 +59,8 @@ class Admission:
 
     _route_class: type[APIRoute]
     _dependencies: Sequence[Depends]
+    # By the app, which may override dependencies, and the names of the path's parameters.
+    _routes: dict[tuple[Any, ...], APIRoute] = attrs.field(init=False, factory=dict)
 
     async def refusals(
         self, request: Request, execution_ids: Collection[int]
@@ -91,15 +93,7 @@ class Admission:
 
     async def _ask(self, request: Request, execution_id: int) -> Response:
         parameters = {**request.path_params, "execution_id": str(execution_id)}
-        # FastAPI takes what the path does not name for a query parameter.
-        path = "".join(f"/{{{name}}}" for name in parameters)
-        route = self._route_class(
-            path,
-            _admitted,
-            status_code=204,
-            dependencies=self._dependencies,
-            dependency_overrides_provider=request.app,
-        )
+        route = self._route(request.app, tuple(parameters))
         scope = {
             **request.scope,
             "path_params": parameters,
@@ -117,6 +111,21 @@ class Admission:
         )
         response.raw_headers = messages[0]["headers"]
         return response
+
+    def _route(self, app: Any, parameters: tuple[str, ...]) -> APIRoute:
+        """Return the route to ask, which takes longer to make than to ask."""
+        route = self._routes.get((app, *parameters))
+        if route is None:
+            # FastAPI takes what the path does not name for a query parameter.
+            path = "".join(f"/{{{name}}}" for name in parameters)
+            route = self._routes[(app, *parameters)] = self._route_class(
+                path,
+                _admitted,
+                status_code=204,
+                dependencies=self._dependencies,
+                dependency_overrides_provider=app,
+            )
+        return route
 
 
 async def _admitted() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -399,6 +400,46 @@ async def test_a_stream_that_replaces_another_keeps_the_watches(
         assert len(recorder.of(WatchStarted)) == 2
     times = [event.data["nodes"]["Plan"]["final"] for event in (before, seen[one])]
     assert times[0] == times[1]
+
+
+async def test_a_slow_client_skips_to_the_latest_of_each_run(
+    sim: Simulator, session: Session
+) -> None:
+    """It delays nobody, and what it missed is one diff: nothing of a run is lost."""
+    runs = [sim.add_execution(HELD) for _ in range(5)]
+    path, _, given = query(*runs).partition("?")
+    reading, stuck = asyncio.Event(), asyncio.Event()
+    body: list[bytes] = []
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        body.append(message.get("body", b""))
+        if b"".join(body).count(b"event: snapshot") == 5:
+            stuck.set()
+            await reading.wait()
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": path,
+        "query_string": given.encode(),
+        "headers": [],
+    }
+    slow = asyncio.create_task(make_app(session)(scope, receive, send))
+    await stuck.wait()
+    async with contextlib.aclosing(session.stream_all(runs)) as others:
+        async for execution, snapshot in others:
+            if snapshot.poll == 4:
+                sim.finish(execution.id, "Answer", value=str(execution.id))
+    reading.set()
+    await slow
+    events = read(b"".join(body).decode())
+    for run in runs:
+        assert kinds(events, run) == ["snapshot", "node", "complete"]
+        (last,) = (event.data for event in events if event.run == run and event.kind == "complete")
+        assert last["nodes"]["Answer"]["value"] == str(run)
 
 
 async def test_a_client_that_leaves_ends_the_watches(
