@@ -287,10 +287,12 @@ async def test_lists_in_react_have_one_connection_each(
             await expect(shown.filter(has_text="50 %")).to_have_count(20, timeout=4_000)
         assert len(streams) == 3
 
-        await server.kill()
+        if mode == "build":  # Vite's proxy does not end what the app no longer sends
+            await server.kill()
         for run in sim.runs[:10]:
             sim.finish(run.execution_id, "Report")
-        await server.start()
+        if mode == "build":
+            await server.start()
         for shown in rows:
             await expect(shown.filter(has_text="Succeeded")).to_have_count(10, timeout=20_000)
         for run in sim.runs[10:]:
