@@ -440,7 +440,7 @@ async def test_the_page_says_that_there_is_no_connection(sim: Simulator, tabs: A
     await tab.page.route("**/executions/events?*", hold)
     await tab.follow([run], ticket_for(sim, [run]))
     await tab.page.clock.run_for(3_100)
-    await tab.until("waiting", 1)
+    await tab.until("waiting", 1, timeout=2)
     message = await tab.page.evaluate("Object.values(rows)[0].message")
     assert message.startswith("There is no connection yet")
     held.set()

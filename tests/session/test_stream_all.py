@@ -138,11 +138,13 @@ async def test_an_error_follows_the_snapshot_that_a_slow_reader_missed(
     """The reader is told of both, although the watch ended before it looked."""
     async with aclosing(session.stream_all([held])) as stream:
         await anext(stream)
+        await sim.wait_for_requests(sim.request_count + 3)
         sim.inject(Fault.status(403))
         await recorder.next(WatchEnded)
         snapshots, error = await read(stream)
     assert isinstance(error, Forbidden)
-    assert not any(snapshot.complete for snapshot in snapshots)
+    (missed,) = snapshots
+    assert not missed.complete
     assert error.last_snapshot is not None
 
 
