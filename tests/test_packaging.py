@@ -33,7 +33,7 @@ LAYERS = [
     {"_push"},
     {"_engine"},
     {"_http"},
-    {"_execution", "_fanout"},
+    {"_execution", "_fanout", "_combined_stream"},
     {"_session"},
     {"_integration"},
     {"_database"},  # needs an extra, so no other layer imports it

@@ -95,9 +95,8 @@ class Start:
             ExecutionTimeout: the request could not be sent before the deadline.
             SessionClosed: the session was closed; with the execution's id if it started.
         """
-        self._task = self._lifetime.spawn(
-            self._perform(), name="promptlayer_exec.Start", cancel=self._cancel
-        )
+        name = f"promptlayer_exec.Start {self._request.workflow!s:.100}"
+        self._task = self._lifetime.spawn(self._perform(), name=name, cancel=self._cancel)
         self._task.add_done_callback(self._ended)
 
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 
 import attrs
 
@@ -13,14 +13,14 @@ from promptlayer_exec._policies import Deadline
 
 @attrs.define(eq=False)
 class Waiter:
-    """One `stream`, `finished_nodes`, `wait` or `output` call, from its begin to its end.
+    """One `stream`, `finished_nodes`, `wait` or `output` call, or one execution of `stream_all`.
 
     Deadlines belong to waiters, never to their watch.
     """
 
     deadline: Deadline
     streams: bool  # it wants every snapshot, not only the complete one
-    future: asyncio.Future[None] | None = None  # while it waits
+    wake: Callable[[], None] | None = None  # called when there is something to look at
 
 
 def timed_out(

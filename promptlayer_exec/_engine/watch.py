@@ -90,7 +90,9 @@ class Watch:
 
         if pushed is not None:
             pushed.channel.attach(self._alarm.recheck)
-        self._task = lifetime.spawn(self._run(base_url), name="promptlayer_exec.Watch")
+        self._task = lifetime.spawn(
+            self._run(base_url), name=f"promptlayer_exec.Watch {execution_id}"
+        )
         self._task.add_done_callback(self._ended)
 
     # What those who wait call.
@@ -111,11 +113,12 @@ class Watch:
 
     async def next(self, waiter: Waiter, seen: Snapshot | None = None) -> Snapshot:
         """Wait for a snapshot other than `seen` that the waiter wants, or raise the error."""
-        while (snapshot := self._answer(waiter, seen)) is None:
+        while (snapshot := self.look(waiter, seen)) is None:
             await self._wait(waiter)
         return snapshot
 
-    def _answer(self, waiter: Waiter, seen: Snapshot | None) -> Snapshot | None:
+    def look(self, waiter: Waiter, seen: Snapshot | None) -> Snapshot | None:
+        """Do what `next` does, or return None if it would have to wait."""
         is_late = clock() >= waiter.deadline.at
         new = None if self.latest is seen else self.latest
         if new is not None and (new.complete or (waiter.streams and not is_late)):
@@ -131,21 +134,22 @@ class Watch:
     async def _wait(self, waiter: Waiter) -> None:
         self._lifetime.check_loop()
         loop = asyncio.get_running_loop()
-        future = waiter.future = loop.create_future()
+        future: asyncio.Future[None] = loop.create_future()
+        waiter.wake = partial(resolve, future)
         timer = None
         if waiter.deadline.at < math.inf:
             timer = loop.call_at(waiter.deadline.at, resolve, future)
         try:
             await future
         finally:
-            waiter.future = None
+            waiter.wake = None
             if timer is not None:
                 timer.cancel()
 
     def _notify(self, *, ended: bool) -> None:
         for waiter in self._waiters:
-            if waiter.future is not None and (ended or waiter.streams):
-                resolve(waiter.future)
+            if waiter.wake is not None and (ended or waiter.streams):
+                waiter.wake()
 
     # What may change the time of the next poll.
 

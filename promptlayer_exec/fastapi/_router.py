@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Header, HTTPException, Path, Request
+from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.routing import Match
@@ -18,9 +18,11 @@ from starlette.types import Scope
 
 from promptlayer_exec import Execution, InvalidInputs, PromptLayerExecError, Session
 from promptlayer_exec._integration import MAX_ID, check_count, note_start, report_undelivered
+from promptlayer_exec.fastapi._admission import Admission, RequestRefused
 from promptlayer_exec.fastapi._kept_responses import KeptResponses
 from promptlayer_exec.fastapi._responses import ProblemRoute, json_response, tagged_response
-from promptlayer_exec.fastapi._sse import execution_events, reconnect_later
+from promptlayer_exec.fastapi._run_list import RunList, RunListEvents
+from promptlayer_exec.fastapi._sse import EventStream, execution_events, reconnect_later
 from promptlayer_exec.fastapi._tickets import Tickets
 from promptlayer_exec.fastapi._visible_fields import (
     DEFAULT_FIELDS,
@@ -35,6 +37,20 @@ from promptlayer_exec.fastapi._visible_fields import (
 T = TypeVar("T")
 
 _ExecutionId = Annotated[int, Path(ge=1, le=MAX_ID)]
+
+
+def _distinct(ids: list[int]) -> list[int]:
+    distinct = list(dict.fromkeys(ids))
+    if not 1 <= len(distinct) <= 100:
+        raise ValueError("there must be 1 to 100 ids")
+    return distinct
+
+
+_ExecutionIds = Annotated[
+    list[Annotated[int, Field(ge=1, le=MAX_ID)]],
+    Query(alias="id", description="Up to 100 ids; repeated ones count once."),
+    AfterValidator(_distinct),
+]
 _SAME = {"description": "The client has this complete answer, as its `If-None-Match` says"}
 _SEEN = {"description": "The client has the last event already, as its `Last-Event-ID` says"}
 _OUTPUT = described("The main output: any JSON", {})
@@ -74,6 +90,7 @@ def create_router(
     """Return routes that read and follow executions, and start those of some workflows.
 
     The routes are `GET /executions/{execution_id}`, `.../events` and `.../output`,
+    `GET /executions/events?id=1&id=2`, which follows up to 100 executions over one connection,
     `POST /executions` if there are `workflows`, and, for everybody, `GET /executions/client.js`: an
     ES module for browsers. Errors are problem+json (RFC 9457).
 
@@ -81,15 +98,16 @@ def create_router(
         session: the open `Session`, or a dependency that returns it.
         authorize: a dependency that raises an `HTTPException` or returns False to refuse a request.
             It may declare the request, and `execution_id: int | None = None`. The code after a
-            `yield` in it runs before an event is sent.
-        tickets: allow to read an execution with a ticket, as `?ticket=` or as a bearer token, in
-            place of `authorize`; never to start one. The answer to a start then has a ticket.
+            `yield` in it runs before an event is sent. Of a list of executions, it is asked about
+            each that no ticket covers.
+        tickets: allow reading executions with a ticket, as `?ticket=` or as a bearer token, in
+            place of `authorize`; never starting one. The answer to a start then has a ticket.
         workflows: the names of the workflows that may be started.
         fields: what clients see of a node, besides its name, status, times and `is_output_node`:
             any of `value`, `error_message` and `raw_error_message` (tracebacks). Without `value`,
             there is no `.../output`.
-        max_streams: how many clients may follow executions at once, in this process. The others
-            are asked to reconnect after 10 to 20 s. None: no limit.
+        max_streams: how many connections may follow executions at once, in this process, one or
+            many each. The others are asked to reconnect after 10 to 20 s. None: no limit.
 
     Raises:
         ConfigurationError: `max_streams` is not an int of at least 1.
@@ -118,8 +136,18 @@ def create_router(
 
     router = APIRouter(route_class=Route, responses=PROBLEMS, tags=["executions"])
     _add_client(router)
-    add_reads = _reads(opened, tickets, fields, max_streams)
     checked = [Depends(_refuse_id_in_query)]
+    counted = _stream_counter(max_streams)
+
+    # Before the route of one execution, which would take "events" for an id.
+    of_lists = APIRouter(route_class=Route, dependencies=checked)
+    admission = Admission(Route, [Depends(admit)])
+    _add_run_lists(
+        of_lists, opened, admission, tickets=tickets, hidden=hidden_names, counted=counted
+    )
+    router.include_router(of_lists)
+
+    add_reads = _reads(opened, tickets, fields, counted)
     if tickets is not None:
         by_ticket = APIRouter(route_class=_ticket_route(Route, tickets), dependencies=checked)
         add_reads(by_ticket)
@@ -155,7 +183,7 @@ async def _refuse_id_in_query(request: Request) -> None:
 
 
 def _add_client(router: APIRouter) -> None:
-    client = files(__package__).joinpath("promptlayer-exec.js").read_bytes()
+    client = files(__package__).joinpath("client.js").read_bytes()
     tag = f'"{hashlib.sha256(client).hexdigest()[:32]}"'
 
     @router.get("/executions/client.js", include_in_schema=False)
@@ -194,12 +222,12 @@ def _execution_finder(opened: Any, tickets: Tickets | None) -> Any:
 
 
 def _reads(
-    opened: Any, tickets: Tickets | None, fields: Collection[str], max_streams: int | None
+    opened: Any, tickets: Tickets | None, fields: Collection[str], counted: Any
 ) -> Callable[[APIRouter], None]:
     """Return a function that adds the routes that read executions to a router."""
     hidden = hidden_fields(fields)
     responses = KeptResponses(hidden)
-    found, counted = _execution_finder(opened, tickets), _stream_counter(max_streams)
+    found = _execution_finder(opened, tickets)
     shown = described("The nodes as they are now", snapshot_schema(hidden))
     events = described("The data of the events", event_schema(hidden), "text/event-stream")
 
@@ -241,6 +269,56 @@ def _reads(
             return json_response(await _unless_disconnected(request, execution.output()))
 
     return add_to
+
+
+def _add_run_lists(
+    router: APIRouter,
+    opened: Any,
+    admission: Admission,
+    *,
+    tickets: Tickets | None,
+    hidden: Collection[str],
+    counted: Any,
+) -> None:
+    events = described("The data of the events", event_schema(hidden), "text/event-stream")
+
+    @router.get(
+        "/executions/events",
+        response_class=Response,  # which has no media type of its own
+        responses={200: events, 204: _SEEN},
+    )
+    async def get_list_events(
+        request: Request,
+        ids: _ExecutionIds,
+        last_event_id: Annotated[str | None, Header()] = None,
+        session: Session = opened,
+        has_capacity: bool = counted,
+    ) -> Response:
+        """Follow up to 100 executions over one connection.
+
+        The events are those of `/executions/{execution_id}/events`, told apart by `execution_id`.
+        """
+        runs = RunList(ids, last_event_id)
+        if not (remaining := runs.remaining()):
+            return Response(status_code=204)
+        if not has_capacity:
+            return reconnect_later()
+
+        covered = {} if tickets is None else tickets.read_all(request)
+        for execution_id in remaining:
+            workflow, age = covered.get(str(execution_id), (None, 0.0))
+            if workflow is not None:
+                note_start(session, workflow, execution_id, age=age)
+
+        unknown = [one for one in remaining if str(one) not in covered]
+        try:
+            asking = admission.refusals(request, unknown)
+            refused = await _unless_disconnected(request, asking)
+        except RequestRefused as error:
+            return error.response
+
+        stream = RunListEvents(session, runs, refused, hidden).events()
+        return EventStream(stream, stream.aclose)
 
 
 def _add_start(

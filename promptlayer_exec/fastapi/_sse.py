@@ -6,7 +6,7 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import suppress
 from random import randint
 from typing import Any
@@ -78,31 +78,33 @@ async def execution_events(
         first.cancel()
         raise
 
-    return _EventStream(execution, first, snapshots, hidden, heartbeat)
+    async def close() -> None:
+        if first.done():
+            await snapshots.aclose()
+        else:
+            first.cancel()  # it is what runs the generator, and closes it
+
+    return EventStream(_events(execution, first, snapshots, hidden), close, heartbeat)
 
 
 def reconnect_later() -> Response:
     """Return a response after which an `EventSource` reconnects; at any other it would give up."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    text = f"retry: {randint(10_000, 20_000)}\n\n"  # milliseconds
-    return Response(text, headers=headers, media_type="text/event-stream")
+    return Response(reconnect_event().encode(), headers=headers, media_type="text/event-stream")
 
 
-class _EventStream(EventSourceResponse):
-    """The events for one client; the watch is unsubscribed from however the response ends."""
+class EventStream(EventSourceResponse):
+    """Events for one client; `close` is called however the response ends."""
 
     def __init__(
         self,
-        execution: Execution,
-        first: _First,
-        snapshots: AsyncGenerator[Snapshot, None],
-        hidden: Collection[str],
-        heartbeat: float,
+        events: AsyncGenerator[ServerSentEvent, None],
+        close: Callable[[], Awaitable[None]],
+        heartbeat: float = 15.0,
     ) -> None:
-        self._first = first
-        self._snapshots = snapshots
+        self._close = close
         super().__init__(
-            _events(execution, first, snapshots, hidden),
+            events,
             ping=heartbeat,
             ping_message_factory=lambda: ServerSentEvent(comment="", sep="\n"),
             send_timeout=_SEND_TIMEOUT,
@@ -126,10 +128,7 @@ class _EventStream(EventSourceResponse):
                 with anyio.move_on_after(0.1), suppress(OSError):
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            if self._first.done():
-                await self._snapshots.aclose()
-            else:
-                self._first.cancel()  # it is what runs the generator, and closes it
+            await self._close()
 
 
 async def _events(
@@ -144,36 +143,53 @@ async def _events(
     reason: dict[str, str] = {}
     try:
         while not first.done():
-            if (latest_reason := _reason(execution)) != reason:
+            if (latest_reason := waiting_reason(execution)) != reason:
                 reason = latest_reason
-                yield _event("waiting", None, reason, retry=True)
+                yield event("waiting", None, reason, retry=True)
             await asyncio.wait([first], timeout=1.0)  # then there may be another reason
 
         sent = first.result()
         # The ids must be meaningful to any process, so they refer to no state of this one.
         shown = shown_snapshot(sent, hidden)
-        yield _event("snapshot", f"{execution_id}:{sent.poll}", shown, retry=True)
+        yield event("snapshot", f"{execution_id}:{sent.poll}", shown, retry=True)
 
         # A slow client makes this wait at a `yield`; everything it missed is then one diff.
         async for latest in snapshots:
             for change in latest.diff(sent):
                 shown = shown_node(latest, change.node.name, hidden)
-                yield _event("node", f"{execution_id}:{latest.poll}", shown)
+                yield event("node", f"{execution_id}:{latest.poll}", shown)
             sent = latest
 
-        yield _event("complete", f"{execution_id}:complete", shown_snapshot(sent, hidden))
+        yield event("complete", f"{execution_id}:complete", shown_snapshot(sent, hidden))
     except SessionClosed:
         return
 
     except Exception as error:  # noqa: BLE001 - the status is already sent, so it must be an event
-        _, kind, message = describe_and_log(error)
-        last = getattr(error, "last_snapshot", None) or sent
-        seen = None if last is None else shown_snapshot(last, hidden)
-        data = {"execution_id": execution_id, "type": kind, "message": message, "last": seen}
-        yield _event("failure", f"{execution_id}:failure", data)
+        description = describe_and_log(error)
+        data = failure_data(execution, error, description, sent, hidden)
+        yield event("failure", f"{execution_id}:failure", data)
 
 
-def _reason(execution: Execution) -> dict[str, str]:
+def failure_data(
+    execution: Execution,
+    error: Exception,
+    description: tuple[int, str, str],
+    sent: Snapshot | None,
+    hidden: Collection[str],
+) -> dict[str, Any]:
+    """Return the data of the event `failure`, with the last of what was seen."""
+    status, kind, message = description
+    last = getattr(error, "last_snapshot", None) or sent
+    return {
+        "execution_id": str(execution.id),
+        "type": kind,
+        "message": message,
+        "status": status,
+        "last": None if last is None else shown_snapshot(last, hidden),
+    }
+
+
+def waiting_reason(execution: Execution) -> dict[str, str]:
     """Return the data of the event `waiting`: why there is no snapshot yet."""
     kind, message = "NoAnswer", "PromptLayer has not answered yet."
     if (failure := last_failure(execution)) is not None:
@@ -184,8 +200,17 @@ def _reason(execution: Execution) -> dict[str, str]:
     return {"execution_id": str(execution.id), "type": kind, "message": message}
 
 
-def _event(kind: str, event_id: str | None, data: Any, *, retry: bool = False) -> ServerSentEvent:
-    delay = None
-    if retry:  # in milliseconds; random, so that browsers do not return together
-        delay = randint(1_000, 4_000)
+def event(kind: str, event_id: str | None, data: Any, *, retry: bool = False) -> ServerSentEvent:
+    """Return an event, which may say when to reconnect after an error."""
+    delay = retry_delay() if retry else None
     return ServerSentEvent(dump_json(data), event=kind, id=event_id, retry=delay, sep="\n")
+
+
+def reconnect_event() -> ServerSentEvent:
+    """Return what asks a browser to come back later; it shows nothing."""
+    return ServerSentEvent(retry=randint(10_000, 20_000), sep="\n")
+
+
+def retry_delay() -> int:
+    """Return milliseconds, at random, so that browsers do not return together."""
+    return randint(1_000, 4_000)

@@ -1,4 +1,4 @@
-"""Tickets: signed permissions to read one execution."""
+"""Tickets: signed permissions to read executions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from promptlayer_exec.webhooks import check_secret
 
 
 class Tickets:
-    """Issues signed tickets, each of which allows to read one execution until it expires.
+    """Issues signed tickets, each of which allows reading some executions until it expires.
 
-    All processes of an app need the same secret. A ticket contains the execution's id and, if the
-    session started the run, its workflow, which whoever has the ticket can read.
+    All processes of an app need the same secret. A ticket contains the executions' ids and, of runs
+    that the session started, the workflows. Anyone who has the ticket can read them.
 
     Args:
         secret: signs the tickets: a long random text.
@@ -36,14 +36,14 @@ class Tickets:
             signer_kwargs={"digest_method": hashlib.sha256},
         )
 
-    def issue(self, execution: Execution) -> str:
-        """Return a new ticket for an execution.
+    def issue(self, *executions: Execution) -> str:
+        """Return a new ticket for one execution, or for all executions that a page shows.
 
         Issue the ticket of a new run when it has started: other processes then know that
         PromptLayer may answer 404 for the run's first seconds.
         """
-        contents = [str(execution.id), execution.workflow, round(time.time(), 3)]
-        return str(self._serializer.dumps(contents))
+        workflows = {str(execution.id): execution.workflow for execution in executions}
+        return str(self._serializer.dumps([workflows, round(time.time(), 3)]))
 
     def read(
         self, request: HTTPConnection, execution_id: int | str
@@ -53,19 +53,26 @@ class Tickets:
         The ticket is in the query, as `ticket`, or a bearer token. None means that the request has
         no valid one for the execution. The routes of `create_router` call this themselves.
         """
-        scheme, _, ticket = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            ticket = ""
-        ticket = request.query_params.get("ticket", ticket)
+        return self.read_all(request).get(str(execution_id))
 
-        try:
-            contents = self._serializer.loads(ticket)
-        except BadData:
-            return None
+    def read_all(self, request: HTTPConnection) -> dict[str, tuple[str | int | None, float]]:
+        """Return what `read` returns, by the id of each execution that a valid ticket is for.
 
-        issued_for, workflow, issued = contents
-        # The clocks of an app's servers differ a little, so it may come from the future.
-        age = max(0.0, time.time() - issued)
-        if issued_for != str(execution_id) or age >= self._lifetime:
-            return None
-        return workflow, age
+        The query may have several tickets.
+        """
+        tickets = request.query_params.getlist("ticket")
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if not tickets and scheme.lower() == "bearer":
+            tickets = [token]
+
+        found: dict[str, tuple[str | int | None, float]] = {}
+        for ticket in tickets:
+            try:
+                workflows, issued = self._serializer.loads(ticket)
+            except BadData:
+                continue
+            # The clocks of an app's servers differ a little, so it may come from the future.
+            age = max(0.0, time.time() - issued)
+            if age < self._lifetime:
+                found |= {one: (workflow, age) for one, workflow in workflows.items()}
+        return found

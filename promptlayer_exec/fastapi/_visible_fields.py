@@ -94,7 +94,8 @@ def event_schema(hidden: Collection[str]) -> dict[str, Any]:
     last = {"anyOf": [snapshot, {"type": "null"}]}
     changed = _object("Changed node", execution_id=_TEXT, progress=_NUMBER, **_node(hidden))
     reason = {"execution_id": _TEXT, "type": _TEXT, "message": _TEXT}
-    waiting, failure = _object("Waiting", **reason), _object("Failure", **reason, last=last)
+    waiting = _object("Waiting", **reason)
+    failure = _object("Failure", **reason, status=_INTEGER, last=last)
     return {"anyOf": [snapshot, changed, waiting, failure]}
 
 

@@ -1,4 +1,4 @@
-"""Write docs/images/viewer-*.png, from the demonstration: `nox -s browser -- --screenshots`."""
+"""Write the images of pages in docs/images: `nox -s browser -- --screenshots`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from conftest import CHROMIUM, FLAGS, WIDE  # type: ignore[import-not-found]
-from playwright.async_api import Page, async_playwright, expect
+from playwright.async_api import Browser, Page, async_playwright, expect
+from test_client import REPORT, App  # type: ignore[import-not-found]
 
 from promptlayer_exec import Observer, PollPolicy, RetryPolicy, Session, StartRequest
 from promptlayer_exec.cli import _demo as demo
@@ -54,6 +55,7 @@ async def main() -> None:
         await expect(page.locator("#connection")).to_contain_text("cannot be reached")
         await asyncio.sleep(2)
         await _take(page, "unreachable")
+        await _web_app(browser, directory)
         await browser.close()
         serving.cancel()
         await asyncio.wait([serving])
@@ -128,6 +130,24 @@ async def _batch(sim: Simulator, page: Page) -> None:
     await page.get_by_role("link", name="grades-of-november").click()
     await page.locator(".item").first.wait_for()
     await _take(page, "batches")
+
+
+async def _web_app(browser: Browser, directory: Path) -> None:
+    """Take the page of docs/fastapi.md while its run is on the way."""
+    async with Simulator(log_requests=False) as sim:
+        sim.add_workflow("write-report", REPORT)
+        app = App(directory, sim)
+        await app.start()
+        page = await browser.new_page(
+            viewport={"width": 560, "height": 220},
+            http_credentials={"username": "me", "password": "secret"},
+        )
+        await page.goto(app.url)
+        await page.get_by_role("button").click()
+        await expect(page.locator("#state")).to_have_text("50 %")
+        await page.screenshot(path=IMAGES / "web-app.png")
+        await page.close()
+        await app.kill()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,26 @@ FOLLOW = """async ({id, ticket, renewed}) => {
     window.stop = follow(id, (view) => views.push(view), {ticket, renew});
 }"""
 
+FOLLOW_ALL = """async ({ids, ticket, renewed}) => {
+    const {followAll} = await import("/executions/client.js");
+    window.rows ??= {};
+    const renew = renewed && (async () => (window.renewals = (window.renewals ?? 0) + 1, renewed));
+    window.stopAll = followAll(ids, (view, id) => rows[id] = view, {ticket, renew});
+}"""
+COUNT = (
+    """(state) => Object.values(window.rows ?? {}).filter((row) => row.state === state).length"""
+)
+
 
 class App:
     """The docs' app as a process, which can be killed, and started again on the same port."""
 
-    def __init__(self, folder: Path, sim: Simulator) -> None:
+    def __init__(self, folder: Path, sim: Simulator, options: str = "") -> None:
         for language, name in (("python", "app.py"), ("html", "page.html")):
             found = re.search(rf"^```{language}\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
             assert found is not None
-            (folder / name).write_text(found[1])
+            text = found[1].replace("create_router(session, ", f"create_router(session, {options}")
+            (folder / name).write_text(text)
         self.port = 0
         self._folder = folder
         self._environment = {
@@ -81,11 +93,17 @@ class App:
         await self._process.communicate()
 
 
+@pytest.fixture
+def options() -> str:
+    """Return further arguments of the app's router."""
+    return ""
+
+
 @fixture(loop_scope="session")
-async def app(sim: Simulator, tmp_path: Path) -> AsyncIterator[App]:
+async def app(sim: Simulator, tmp_path: Path, options: str) -> AsyncIterator[App]:
     """Return the running app."""
     sim.add_workflow("write-report", REPORT, inputs={"topic": "string"})
-    app = App(tmp_path, sim)
+    app = App(tmp_path, sim, options)
     await app.start()
     yield app
     await app.kill()
@@ -121,6 +139,8 @@ async def start(page: Page) -> None:
     """Press the page's button, and wait until the run is shown."""
     await page.get_by_role("button").click()
     await expect(page.locator("#state")).to_have_text("50 %")
+    nodes = 'Plan: SUCCESS "three parts"\nReport: RUNNING \n'
+    assert await page.locator("#nodes").text_content() == nodes
 
 
 async def test_the_page_starts_a_run_and_follows_it(sim: Simulator, page: Page) -> None:
@@ -152,15 +172,15 @@ async def test_a_run_is_shown_to_its_end_by_another_process(
 async def test_a_run_is_shown_after_a_proxy_s_error(
     sim: Simulator, page: Page, browser_errors: Any
 ) -> None:
-    """An `EventSource` would give up; the page shows what is wrong, and tries again."""
+    """An `EventSource` would give up for good; the page shows what is wrong, and tries again."""
     browser_errors.expected = ("502 (Bad Gateway)",)
-    answers = [502, 502, 200]
+    answers = [502, 200]
 
     async def proxy(route: Route) -> None:
         status = answers.pop(0)
         await (route.continue_() if status == 200 else route.fulfill(status=status, body="<html>"))
 
-    await page.route("**/events?*", proxy, times=3)
+    await page.route("**/events?*", proxy, times=2)
     await page.get_by_role("button").click()
     await expect(page.locator("#state")).to_have_text("The server could not be reached.")
     await expect(page.locator("#state")).to_have_text("50 %")
@@ -224,3 +244,261 @@ async def test_following_can_be_stopped(sim: Simulator, anonymous: Page, app: Ap
     assert (await anonymous.request.get(app.url + by_another)).ok
     assert await anonymous.evaluate("views.length") == shown
     assert sim.request_count <= polls + 2
+
+
+class Tab:
+    """A page of the app's origin that follows runs, and counts its requests for streams."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.streams: list[str] = []
+        page.on("request", self._record)
+
+    def _record(self, request: Any) -> None:
+        if "/executions/events?" in request.url:
+            self.streams.append(request.url)
+
+    async def follow(self, ids: list[int], ticket: str | None, renewed: str | None = None) -> None:
+        """Follow runs."""
+        given = {"ids": list(map(str, ids)), "ticket": ticket, "renewed": renewed}
+        await self.page.evaluate(FOLLOW_ALL, given)
+
+    async def until(self, state: str, count: int, timeout: float = 20) -> None:
+        """Wait until that many runs are in a state."""
+        counted = f"() => ({COUNT})('{state}') === {count}"
+        await self.page.wait_for_function(counted, timeout=timeout * 1000)
+
+
+@fixture(loop_scope="session")
+async def tabs(browser: Browser, app: App, browser_errors: Any) -> AsyncIterator[Any]:
+    """Return a function that opens a tab of one browser."""
+    context = await browser.new_context()
+
+    async def open_tab(*, clock: bool = False) -> Tab:
+        page = await context.new_page()
+        await page.route("**/favicon.ico", lambda route: route.fulfill(status=204))
+        browser_errors.listen_to(page, app.url)
+        if clock:
+            await page.clock.install()
+        await page.goto(f"{app.url}/executions/client.js")
+        return Tab(page)
+
+    yield open_tab
+    await context.close()
+
+
+def ticket_for(sim: Simulator, ids: list[int]) -> str:
+    """Return the app's ticket for runs."""
+    session = Session("key", base_url=sim.base_url)
+    return Tickets("of the app").issue(*map(session.execution, ids))
+
+
+def add(sim: Simulator, count: int) -> list[int]:
+    """Add runs."""
+    return [sim.add_execution(REPORT) for _ in range(count)]
+
+
+async def test_three_tabs_with_twenty_runs_need_three_connections(
+    sim: Simulator, app: App, tabs: Any, browser_errors: Any
+) -> None:
+    """All rows live, requests are answered, and a crash and a reload lose no row."""
+    browser_errors.expected = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED", "ERR_EMPTY")
+    ids = add(sim, 20)
+    ticket = ticket_for(sim, ids)
+    opened = [await tabs() for _ in range(3)]
+    began = time.monotonic()
+    await asyncio.gather(*(tab.follow(ids, ticket) for tab in opened))
+    await asyncio.gather(*(tab.until("running", 20) for tab in opened))
+    assert time.monotonic() - began < 4
+    assert [len(tab.streams) for tab in opened] == [1, 1, 1]
+
+    other = f"() => fetch('/executions/{ids[0]}?ticket={ticket}').then((it) => it.status)"
+    began = time.monotonic()
+    assert await opened[0].page.evaluate(other) == 200
+    assert time.monotonic() - began < 1
+
+    await app.kill()
+    for run in ids[:10]:
+        sim.finish(run, "Report")
+    await app.start()
+    await opened[2].page.reload()
+    await opened[2].follow(ids, ticket)
+    await asyncio.gather(*(tab.until("complete", 10) for tab in opened))
+    for run in ids[10:]:
+        sim.finish(run, "Report")
+    await asyncio.gather(*(tab.until("complete", 20) for tab in opened))
+
+
+async def test_an_added_run_does_not_restart_the_others(sim: Simulator, tabs: Any) -> None:
+    """The new connection opens before the old one closes, so the times of nodes do not jump."""
+    ids = add(sim, 3)
+    tab = await tabs()
+    await tab.follow(ids[:2], ticket_for(sim, ids))
+    await tab.until("running", 2)
+    times = "() => Object.values(rows).map((row) => row.nodes.get('Report').running)"
+    before = await tab.page.evaluate(times)
+    await tab.follow(ids[1:], ticket_for(sim, ids))
+    await tab.until("running", 3)
+    await sim.wait_for_requests(sim.request_count + 3)
+    assert (await tab.page.evaluate(times))[:2] == before
+    assert len(tab.streams) == 2
+    for run in ids:
+        sim.finish(run, "Report")
+    await tab.until("complete", 3)
+    assert len(tab.streams) == 2
+
+
+@pytest.mark.parametrize("options", ["max_streams=1, "])
+async def test_a_run_is_added_to_a_page_that_has_the_last_place(sim: Simulator, tabs: Any) -> None:
+    """The page gives up its connection for the new one; another page is told that it waits."""
+    ids = add(sim, 2)
+    first, second = await tabs(), await tabs()
+    await first.follow(ids[:1], ticket_for(sim, ids))
+    await first.until("running", 1)
+    await second.follow(ids, ticket_for(sim, ids))
+    await second.until("waiting", 2)
+    message = await second.page.evaluate("Object.values(rows)[0].message")
+    assert message == "The server cannot take another connection now; trying again."
+    await second.page.close()
+    await first.follow(ids, ticket_for(sim, ids))
+    await first.until("running", 2)
+    for run in ids:
+        sim.finish(run, "Report")
+    await first.until("complete", 2)
+
+
+async def test_more_than_a_hundred_runs_have_two_connections(sim: Simulator, tabs: Any) -> None:
+    """Each is shown to its end."""
+    ids = add(sim, 101)
+    tab = await tabs()
+    await tab.follow(ids, ticket_for(sim, ids))
+    await tab.until("running", 101)
+    assert sorted(url.count("id=") for url in tab.streams) == [1, 100]
+    for run in ids:
+        sim.finish(run, "Report")
+    await tab.until("complete", 101)
+
+
+async def test_a_run_that_is_left_for_a_moment_stays(sim: Simulator, tabs: Any) -> None:
+    """A page that renders its rows anew needs no new connection, and shows what it knew."""
+    ids = add(sim, 2)
+    tab = await tabs(clock=True)
+    await tab.follow(ids, ticket_for(sim, ids))
+    await tab.until("running", 2)
+    await tab.page.evaluate("(stopAll(), rows = {})")
+    await tab.follow(ids, ticket_for(sim, ids))
+    await tab.until("running", 2)
+    await tab.page.clock.run_for(2_000)
+    assert len(tab.streams) == 1
+    await tab.page.evaluate("(stopAll(), rows = {})")
+    ended = asyncio.Event()
+    tab.page.on("requestfailed", lambda request: ended.set())
+    await tab.page.clock.run_for(2_000)
+    async with asyncio.timeout(5):
+        await ended.wait()
+
+
+HIDE = """(hidden) => {
+    Object.defineProperty(document, "hidden", {value: hidden, configurable: true});
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
+
+async def test_a_hidden_page_lets_go_of_its_connection(sim: Simulator, tabs: Any) -> None:
+    """After 20 seconds; it catches up when it is shown again."""
+    ids = add(sim, 2)
+    tab = await tabs(clock=True)
+    await tab.follow(ids, ticket_for(sim, ids))
+    await tab.until("running", 2)
+    ended = asyncio.Event()
+    tab.page.on("requestfailed", lambda request: ended.set())
+    await tab.page.evaluate(HIDE, True)
+    await tab.page.clock.run_for(19_000)
+    assert not ended.is_set()
+    await tab.page.clock.run_for(1_000)
+    async with asyncio.timeout(5):
+        await ended.wait()
+    for run in ids:
+        sim.finish(run, "Report")
+    await tab.page.clock.run_for(20_000)
+    assert len(tab.streams) == 1
+    await tab.page.evaluate(HIDE, False)
+    await tab.until("complete", 2)
+    assert len(tab.streams) == 2
+
+
+async def test_the_page_says_that_there_is_no_connection(sim: Simulator, tabs: Any) -> None:
+    """Within three seconds, whatever the reason."""
+    (run,) = add(sim, 1)
+    tab = await tabs(clock=True)
+    held = asyncio.Event()
+
+    async def hold(route: Route) -> None:
+        await held.wait()
+        await route.continue_()
+
+    await tab.page.route("**/executions/events?*", hold)
+    await tab.follow([run], ticket_for(sim, [run]))
+    await tab.page.clock.run_for(3_100)
+    await tab.until("waiting", 1, timeout=2)
+    message = await tab.page.evaluate("Object.values(rows)[0].message")
+    assert message.startswith("There is no connection yet")
+    held.set()
+    await tab.until("running", 1)
+
+
+async def test_the_ticket_of_a_list_is_renewed_once_for_all(sim: Simulator, tabs: Any) -> None:
+    """The server refuses each run; one call of `renew` is enough."""
+    ids = add(sim, 20)
+    tab = await tabs()
+    await tab.follow(ids, "expired", ticket_for(sim, ids))
+    await tab.until("running", 20)
+    assert await tab.page.evaluate("renewals") == 1
+
+
+async def test_an_error_of_the_page_does_not_end_the_stream(
+    sim: Simulator, tabs: Any, browser_errors: Any
+) -> None:
+    """It goes to the console, and the other runs are shown."""
+    one, two = add(sim, 2)
+    tab = await tabs()
+    errors: list[str] = []
+    tab.page.on("pageerror", lambda error: errors.append(str(error)))
+    browser_errors.expected = ("of the page",)
+    await tab.page.evaluate(
+        """async ({one, two, ticket}) => {
+            const {follow} = await import("/executions/client.js");
+            window.rows = {};
+            follow(one, () => { throw new Error("of the page"); }, {ticket});
+            follow(two, (view) => rows[two] = view, {ticket});
+        }""",
+        {"one": str(one), "two": str(two), "ticket": ticket_for(sim, [one, two])},
+    )
+    await tab.until("running", 1)
+    sim.finish(two, "Report")
+    await tab.until("complete", 1)
+    assert len(tab.streams) == 1
+    assert errors
+
+
+async def test_native_event_sources_read_the_stream(sim: Simulator, tabs: Any, app: App) -> None:
+    """After the last event, the answer to its reconnection closes it."""
+    ids = add(sim, 2)
+    tab = await tabs()
+    query = "&".join(f"id={run}" for run in ids) + f"&ticket={ticket_for(sim, ids)}"
+    await tab.page.evaluate(
+        """(address) => {
+            window.kinds = [];
+            window.source = new EventSource(address);
+            for (const kind of ["snapshot", "node", "complete"])
+                source.addEventListener(kind, () => kinds.push(kind));
+        }""",
+        f"/executions/events?{query}",
+    )
+    await tab.page.wait_for_function("() => kinds.length === 2")
+    for run in ids:
+        sim.finish(run, "Report")
+    closed = "() => source.readyState === EventSource.CLOSED"
+    await tab.page.wait_for_function(closed, timeout=15_000)
+    kinds = await tab.page.evaluate("kinds")
+    assert sorted(kinds) == ["complete"] * 2 + ["node"] * 2 + ["snapshot"] * 2

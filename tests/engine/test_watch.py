@@ -29,7 +29,6 @@ from promptlayer_exec import (
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 SUPERVISOR = "promptlayer_exec.Session"
-POLLER = "promptlayer_exec.Watch"
 
 
 async def failure(
@@ -205,7 +204,7 @@ async def test_the_poller_ends_one_step_after_the_last_follower(
     """However the last follower stops, no poller remains and no further request is sent."""
     snapshots = getattr(session.execution(held), kind)()
     await anext(snapshots)
-    assert our_tasks() == [SUPERVISOR, POLLER]
+    assert our_tasks() == [SUPERVISOR, f"promptlayer_exec.Watch {held}"]
     await stop(sim, held, snapshots)
     await one_step()
     assert our_tasks() == [SUPERVISOR]

@@ -179,6 +179,7 @@ async def test_an_error_after_the_first_event_is_an_event(
     assert failure == {
         "type": "Forbidden",
         "message": "PromptLayer refused this server's credentials.",
+        "status": 502,
         "execution_id": str(held),
     }
 
@@ -643,6 +644,7 @@ def test_the_router_has_an_openapi_description(session: Session) -> None:
     schema = app.openapi()
     assert set(schema["paths"]) == {
         "/executions",
+        "/executions/events",
         "/executions/{execution_id}",
         "/executions/{execution_id}/events",
     }

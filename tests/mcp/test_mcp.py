@@ -535,7 +535,7 @@ async def test_a_cancelled_call_keeps_the_id(
     """Nothing follows the execution any more; it goes on, and is a resource."""
     sim.add_workflow("slow", Scenario([SimNode("Answer", "42", None, is_output_node=True)]))
     started = asyncio.Event()
-    watch = "promptlayer_exec.Watch"
+    watch = "promptlayer_exec.Watch 1001"
 
     async def record(_progress: float, _total: float | None, _message: str | None) -> None:
         started.set()
