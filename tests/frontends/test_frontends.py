@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from playwright.async_api import Browser, async_playwright, expect
+from playwright.async_api import Browser, Locator, async_playwright, expect
 from pytest_asyncio import fixture
 
 import promptlayer_exec.fastapi
@@ -254,6 +254,12 @@ async def serve_by_vite(project: Path, app: str) -> tuple[Any, str]:
     return process, found[1]
 
 
+async def expect_all(rows: list[Locator], text: str, count: int, *, within: float) -> None:
+    """Wait until each of some lists has so many rows with a text, `within` milliseconds each."""
+    for shown in rows:
+        await expect(shown.filter(has_text=text)).to_have_count(count, timeout=within)
+
+
 @pytest.mark.parametrize("mode", ["build", "development"])
 async def test_lists_in_react_have_one_connection_each(
     sim: Simulator, server: App, project: Path, browser: Browser, mode: str
@@ -284,7 +290,7 @@ async def test_lists_in_react_have_one_connection_each(
         rows = [tab.locator("li") for tab in tabs]
         for shown in rows:
             await expect(shown).to_have_count(20, timeout=20_000)
-            await expect(shown.filter(has_text="50 %")).to_have_count(20, timeout=4_000)
+        await expect_all(rows, "50 %", 20, within=4_000)
         assert len(streams) == 3
 
         if mode == "build":  # Vite's proxy does not end what the app no longer sends
@@ -293,12 +299,10 @@ async def test_lists_in_react_have_one_connection_each(
             sim.finish(run.execution_id, "Report")
         if mode == "build":
             await server.start()
-        for shown in rows:
-            await expect(shown.filter(has_text="Succeeded")).to_have_count(10, timeout=20_000)
+        await expect_all(rows, "Succeeded", 10, within=20_000)
         for run in sim.runs[10:]:
             sim.finish(run.execution_id, "Report")
-        for shown in rows:
-            await expect(shown.filter(has_text="Succeeded")).to_have_count(20, timeout=10_000)
+        await expect_all(rows, "Succeeded", 20, within=10_000)
         assert errors == []
     finally:
         await context.close()
