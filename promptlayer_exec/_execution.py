@@ -39,7 +39,10 @@ class Execution:
         warning: the server's warning at the start, such as a missing input variable.
     """
 
-    __slots__ = ("_key", "_last", "_main_output", "_session", "id", "warning", "workflow")
+    __slots__ = (
+        *("_is_repeated", "_key", "_last", "_main_output", "_session"),
+        *("id", "warning", "workflow"),
+    )
 
     def __init__(
         self,
@@ -48,9 +51,13 @@ class Execution:
         workflow: str | int | None = None,
         warning: str | None = None,
         key: Any = None,
+        *,
+        is_repeated: bool = False,
     ) -> None:
         self._session = session
         self._key = key  # of the start, for the log
+        # Whether an earlier call with this key started it, so that this one cost nothing.
+        self._is_repeated = is_repeated
         self._last: Snapshot | None = None
         self._main_output: tuple[Any] | None = None  # the server's decision, once it was asked
         self.id = execution_id

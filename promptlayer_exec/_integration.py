@@ -17,6 +17,7 @@ from promptlayer_exec._api.runs import NodeMap, run_request
 from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._backplane import OpenSession, Poll
 from promptlayer_exec._display import error_details, error_text
+from promptlayer_exec._engine.keyed_starts import store_patience
 from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError
@@ -80,6 +81,11 @@ __all__ = [
 def report_undelivered(execution: Execution) -> None:
     """Log the id of a started run whose caller is gone."""
     execution._report_undelivered("id")
+
+
+def is_repeated(execution: Execution) -> bool:
+    """Return True if an earlier start with the same key began the run that `start` returned."""
+    return execution._is_repeated
 
 
 def log_text(error: BaseException) -> str:
@@ -186,6 +192,20 @@ async def start(
 def wake(session: Session, execution_id: int, source: WakeSource) -> bool:
     """Poll an execution now, as `Session.wake` does; observers see `source`."""
     return session._wake(execution_id, source)
+
+
+async def resolve_start(session: Session, token: str, execution_id: int) -> None:
+    """Record in the session's store of starts, if it has one, which run a callback has named.
+
+    `token` must be genuine. The session need not be open.
+
+    Raises:
+        ConfigurationError: the store is away, so nothing was recorded.
+    """
+    store = session._settings.starts
+    if store is not None:
+        patience = store_patience(session._settings.request_timeout)
+        await store.resolve(token, execution_id, patience=patience)
 
 
 def receive_callback(session: Session, token: str, execution_id: int) -> None:

@@ -592,7 +592,7 @@ class Session:
         # The server may still answer 404 for it.
         execution_id = cast(int, found.execution_id)
         self._recent_starts.add(execution_id, request.workflow, now=clock() - found.age)
-        return Execution(self, execution_id, request.workflow, key=key)
+        return Execution(self, execution_id, request.workflow, key=key, is_repeated=True)
 
     def _check_keys_are_kept(self, key: str | None) -> None:
         if key is not None and self._settings.starts is None:

@@ -346,7 +346,7 @@ ANSWERS: list[tuple[PromptLayerExecError, int]] = [
     (InvalidOutput(SECRET, path=SECRET, value=SECRET, reason=SECRET, **CONTEXT), 502),
     (SessionClosed(SECRET, **CONTEXT), 503),
     (InvalidInputs(SECRET), 422),
-    (KeyConflict(SECRET, key=SECRET), 409),
+    (KeyConflict(SECRET, key=SECRET), 422),
     (ConfigurationError(SECRET), 500),
 ]
 
