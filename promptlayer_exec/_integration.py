@@ -123,7 +123,7 @@ def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
 
 def is_open(session: Session) -> bool:
     """Return True if a session is open, in whatever event loop."""
-    return session._client is not None
+    return session._current_client() is not None
 
 
 def server_of(session: Session) -> tuple[str, str | None]:
@@ -161,7 +161,7 @@ async def definition(
 
 def share_channel(session: Session, suffix: str | None) -> None:
     """Let a session that is not open use a push channel that other processes use, too."""
-    if suffix and session._client is None:
+    if suffix and session._current_client() is None:
         session._shared_suffix = suffix
 
 
