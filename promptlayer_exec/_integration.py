@@ -13,12 +13,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from promptlayer_exec._api.messages import Reply, Response, oversize_reason
-from promptlayer_exec._api.runs import NodeMap, run_request
+from promptlayer_exec._api.runs import NodeMap, StartResponse, run_request
 from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._backplane import OpenSession, Poll
 from promptlayer_exec._display import error_details, error_text
 from promptlayer_exec._engine.keyed_starts import store_patience
-from promptlayer_exec._engine.start import SendHooks
+from promptlayer_exec._engine.start import (
+    SendHooks,
+    StartOutcome,
+    StartTaken,
+    report_unrecorded,
+)
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError
 from promptlayer_exec._events import WakeSource
@@ -55,7 +60,10 @@ __all__ = [
     "Response",
     "SendHooks",
     "StartClaim",
+    "StartOutcome",
+    "StartResponse",
     "StartStore",
+    "StartTaken",
     "StoredStart",
     "WakeSource",
     "check_count",
@@ -71,6 +79,7 @@ __all__ = [
     "node_dict",
     "oversize_reason",
     "printable",
+    "report_unrecorded",
     "short_repr",
     "status_entry",
     "wait_even_if_cancelled",
@@ -184,7 +193,8 @@ async def start(
 
     `hooks.before_send` is awaited in each attempt, when the connection stands and nothing has been
     written to it; until it returns, cancelling the call sends nothing. `hooks.not_sent` is awaited
-    after an attempt that started nothing and is repeated.
+    after an attempt that started nothing and is repeated, and `hooks.ended` before the call ends,
+    even if it is cancelled.
     """
     return await session._start(request, hooks=hooks, token=token)
 
