@@ -51,13 +51,11 @@ class Execution:
         workflow: str | int | None = None,
         warning: str | None = None,
         key: Any = None,
-        *,
-        is_repeated: bool = False,
     ) -> None:
         self._session = session
         self._key = key  # of the start, for the log
         # Whether an earlier call with this key started it, so that this one cost nothing.
-        self._is_repeated = is_repeated
+        self._is_repeated = False
         self._last: Snapshot | None = None
         self._main_output: tuple[Any] | None = None  # the server's decision, once it was asked
         self.id = execution_id

@@ -599,7 +599,9 @@ class Session:
         # The server may still answer 404 for it.
         execution_id = cast(int, found.execution_id)
         self._recent_starts.add(execution_id, request.workflow, now=clock() - found.age)
-        return Execution(self, execution_id, request.workflow, key=key, is_repeated=True)
+        execution = Execution(self, execution_id, request.workflow, key=key)
+        execution._is_repeated = True
+        return execution
 
     def _check_keys_are_kept(self, key: str | None) -> None:
         if key is not None and self._settings.starts is None:
