@@ -39,7 +39,10 @@ class Execution:
         warning: the server's warning at the start, such as a missing input variable.
     """
 
-    __slots__ = ("_key", "_last", "_main_output", "_session", "id", "warning", "workflow")
+    __slots__ = (
+        *("_is_repeated", "_key", "_last", "_main_output", "_session"),
+        *("id", "warning", "workflow"),
+    )
 
     def __init__(
         self,
@@ -51,6 +54,8 @@ class Execution:
     ) -> None:
         self._session = session
         self._key = key  # of the start, for the log
+        # Whether an earlier call with this key started it, so that this one cost nothing.
+        self._is_repeated = False
         self._last: Snapshot | None = None
         self._main_output: tuple[Any] | None = None  # the server's decision, once it was asked
         self.id = execution_id

@@ -13,12 +13,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from promptlayer_exec._api.messages import Reply, Response, oversize_reason
-from promptlayer_exec._api.runs import NodeMap, run_request
+from promptlayer_exec._api.runs import NodeMap, StartResponse, run_request
 from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._backplane import OpenSession, Poll
 from promptlayer_exec._combined_stream import CombinedStream
 from promptlayer_exec._display import error_details, error_text
-from promptlayer_exec._engine.start import SendHooks
+from promptlayer_exec._engine.keyed_starts import store_patience
+from promptlayer_exec._engine.start import (
+    SendHooks,
+    StartOutcome,
+    StartTaken,
+    report_unrecorded,
+)
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError
 from promptlayer_exec._events import WakeSource
@@ -56,7 +62,10 @@ __all__ = [
     "Response",
     "SendHooks",
     "StartClaim",
+    "StartOutcome",
+    "StartResponse",
     "StartStore",
+    "StartTaken",
     "StoredStart",
     "WakeSource",
     "check_count",
@@ -72,6 +81,7 @@ __all__ = [
     "node_dict",
     "oversize_reason",
     "printable",
+    "report_unrecorded",
     "short_repr",
     "status_entry",
     "wait_even_if_cancelled",
@@ -82,6 +92,11 @@ __all__ = [
 def report_undelivered(execution: Execution) -> None:
     """Log the id of a started run whose caller is gone."""
     execution._report_undelivered("id")
+
+
+def is_repeated(execution: Execution) -> bool:
+    """Return True if an earlier start with the same key began the run that `start` returned."""
+    return execution._is_repeated
 
 
 def log_text(error: BaseException) -> str:
@@ -119,7 +134,7 @@ def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
 
 def is_open(session: Session) -> bool:
     """Return True if a session is open, in whatever event loop."""
-    return session._client is not None
+    return session._current_client() is not None
 
 
 def server_of(session: Session) -> tuple[str, str | None]:
@@ -157,7 +172,7 @@ async def definition(
 
 def share_channel(session: Session, suffix: str | None) -> None:
     """Let a session that is not open use a push channel that other processes use, too."""
-    if suffix and session._client is None:
+    if suffix and session._current_client() is None:
         session._shared_suffix = suffix
 
 
@@ -180,7 +195,8 @@ async def start(
 
     `hooks.before_send` is awaited in each attempt, when the connection stands and nothing has been
     written to it; until it returns, cancelling the call sends nothing. `hooks.not_sent` is awaited
-    after an attempt that started nothing and is repeated.
+    after an attempt that started nothing and is repeated, and `hooks.ended` before the call ends,
+    even if it is cancelled.
     """
     return await session._start(request, hooks=hooks, token=token)
 
@@ -188,6 +204,20 @@ async def start(
 def wake(session: Session, execution_id: int, source: WakeSource) -> bool:
     """Poll an execution now, as `Session.wake` does; observers see `source`."""
     return session._wake(execution_id, source)
+
+
+async def resolve_start(session: Session, token: str, execution_id: int) -> None:
+    """Record in the session's store of starts, if it has one, which run a callback has named.
+
+    `token` must be genuine. The session need not be open.
+
+    Raises:
+        ConfigurationError: the store is away, so nothing was recorded.
+    """
+    store = session._settings.starts
+    if store is not None:
+        patience = store_patience(session._settings.request_timeout)
+        await store.resolve(token, execution_id, patience=patience)
 
 
 def receive_callback(session: Session, token: str, execution_id: int) -> None:

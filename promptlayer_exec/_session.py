@@ -79,7 +79,8 @@ class Session:
 
     Use it with `async with`, or close it with `await session.aclose()`; the first use opens it.
     Creating a session does no I/O and needs no running event loop. It may be entered in one task
-    and closed in another. A closed session can be entered again, even in another event loop.
+    and closed in another. A closed session can be entered again, even in another event loop. One
+    that is still open when its event loop ends is closed with it, and opens again in the next.
 
     Args:
         api_key: the workspace's key; else `$PROMPTLAYER_API_KEY`, read again at first use.
@@ -224,13 +225,19 @@ class Session:
             raise SessionClosed(execution_id=execution_id)
         try:
             with self._opening:
-                if self._client is None:
-                    self._client = self._connect()
-            self._client.lifetime.check_open()
+                client = self._client = self._current_client() or self._connect()
+            client.lifetime.check_open()
         except (ConfigurationError, SessionClosed) as error:
             error.execution_id = execution_id
             raise
-        return self._client
+        return client
+
+    def _current_client(self) -> Client | None:
+        """Return the open client, unless its event loop is closed: then another one may open it."""
+        client = self._client
+        if client is None or client.lifetime.has_lost_loop():
+            return None
+        return client
 
     def _warn_of_plain_http(self, base_url: str, *, stacklevel: int) -> None:
         if not self._has_warned and sends_in_the_clear(base_url):
@@ -593,7 +600,9 @@ class Session:
         # The server may still answer 404 for it.
         execution_id = cast(int, found.execution_id)
         self._recent_starts.add(execution_id, request.workflow, now=clock() - found.age)
-        return Execution(self, execution_id, request.workflow, key=key)
+        execution = Execution(self, execution_id, request.workflow, key=key)
+        execution._is_repeated = True
+        return execution
 
     def _check_keys_are_kept(self, key: str | None) -> None:
         if key is not None and self._settings.starts is None:
@@ -763,7 +772,7 @@ class Session:
     def _wake(self, execution_id: int, source: WakeSource) -> bool:
         if self._closed:
             raise SessionClosed(execution_id=execution_id)
-        if (client := self._client) is not None:
+        if (client := self._current_client()) is not None:
             client.lifetime.check_loop()
             return client.wake(execution_id, source)
         self._early_wake_ups.add(execution_id, source)

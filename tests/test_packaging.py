@@ -55,7 +55,7 @@ INTEGRATIONS = [
 # The private names that integrations may use.
 ALLOWED = {
     "os._exit",  # public, in spite of its name
-    "self.error._asdict",  # a public method of every NamedTuple
+    *("self.error._asdict", "attempt.error._asdict"),  # public methods of every NamedTuple
 }
 
 

@@ -50,6 +50,10 @@ class Lifetime:
         """Return True if closing has begun, or the event loop is closed."""
         return self._closing.is_set() or self._loop.is_closed()
 
+    def has_lost_loop(self) -> bool:
+        """Return True if the event loop is closed, and with it all that ran in this session."""
+        return self._loop.is_closed()
+
     def check_open(self) -> None:
         """Raise `SessionClosed` if closing has begun, `RuntimeError` in another event loop."""
         self.check_loop()
@@ -59,7 +63,7 @@ class Lifetime:
     def check_loop(self) -> None:
         if self._loop is not asyncio.get_running_loop():
             raise RuntimeError(
-                "this session is open in another event loop: close it there, enter it again once"
+                "this session is open in another event loop: close it there, use it again once"
                 " that loop has ended, or use one Session per loop"
             )
 

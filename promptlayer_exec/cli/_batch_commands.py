@@ -27,7 +27,7 @@ from promptlayer_exec.cli._exit import (
     server_option,
 )
 from promptlayer_exec.cli._item_file import ItemFile
-from promptlayer_exec.cli._options import BaseUrl, NoPush, open_session
+from promptlayer_exec.cli._options import BaseUrl, Database, NoPush, open_session
 from promptlayer_exec.cli._printing import duration, err, quoted, shorten
 from promptlayer_exec.cli._result_file import LineFile, TableFile, open_results, write_results
 
@@ -73,9 +73,10 @@ async def _run(
         ),
     ] = None,
     name: Annotated[str | None, options.name_option("FILE without its suffix")] = None,
-    database: options.Database = None,
+    database: Database = None,
     max_in_flight: options.MaxInFlight = None,
     rate: options.Rate = None,
+    attempts: options.Attempts = None,
     same_server: options.SameServer = False,
     stop_after_failures: options.StopAfterFailures = None,
     no_push: NoPush = False,
@@ -107,16 +108,17 @@ async def _run(
     error StartUnknown. To let other processes help, see `batch work`.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
     batch_name = name or file.stem
-    make_session = partial(open_session, base_url, outage, no_push=no_push)
     items = ItemFile(file, workflow)
+    session = open_session(base_url, outage, no_push=no_push)
 
     with open_results(results) as result_file:
         batch = await lookup.working_batch(
             batch_name,
-            make_session,
+            lambda: session,
             database_url=database,
             max_in_flight=max_in_flight,
             rate=rate,
+            attempts=attempts,
             same_server=same_server,
         )
 
@@ -124,10 +126,11 @@ async def _run(
         if result_file is not None:
             shown = f"batch '{printable(batch_name)}' in {lookup.shown_database(database)}"
             await _refuse_foreign_results(batch, shown, result_file)
-        async with make_session() as session:
+        # One session for both, so that each definition is read once.
+        async with session:
             await items.check_inputs(session, batch, base_url)
+            new, count = await _add(batch, items), len(items.lines)
 
-        new, count = await _add(batch, items), len(items.lines)
         known = f", {count - new} added before" if new < count else ""
         err(f"batch {printable(batch_name)}: {lookup.item_count(count)}{known}")
 
@@ -146,9 +149,10 @@ async def _run(
 @command
 async def _work(
     name: Annotated[str | None, options.name_option("the only batch")] = None,
-    database: options.Database = None,
+    database: Database = None,
     max_in_flight: options.MaxInFlight = None,
     rate: options.Rate = None,
+    attempts: options.Attempts = None,
     *,
     same_server: options.SameServer = False,
     stop_after_failures: options.StopAfterFailures = None,
@@ -170,6 +174,7 @@ async def _work(
         database_url=database,
         max_in_flight=max_in_flight,
         rate=rate,
+        attempts=attempts,
         same_server=same_server,
     )
 
@@ -177,16 +182,16 @@ async def _work(
     return await _work_on(chosen, batch, flags, base_url, stop_after_failures)
 
 
-for _name, _command, _example in (
+for _name, _command, *_examples in (
     ("status", management.status, "batch status"),
     ("list", management.list_batches, "batch list"),
     ("show", management.show, "batch show item-17"),
     ("recheck", management.recheck, "batch recheck"),
-    ("retry", management.retry, "batch retry --failed"),
+    ("retry", management.retry, "batch retry --failed", "batch retry item-17 item-18"),
     ("export", management.export, "batch export --out results.csv"),
     ("delete", management.delete, "batch delete --name night-2026-05-01"),
 ):
-    batch_app.command(_name, epilog=help_epilog(_example))(_command)
+    batch_app.command(_name, epilog=help_epilog(*_examples))(_command)
 
 
 async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | TableFile) -> None:

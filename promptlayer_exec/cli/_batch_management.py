@@ -7,7 +7,7 @@ import sys
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import attrs
 import typer
@@ -23,18 +23,18 @@ from promptlayer_exec.cli._exit import (
     describe_stored,
     run_command,
 )
-from promptlayer_exec.cli._options import BaseUrl, JsonLines
-from promptlayer_exec.cli._printing import err, out, preview
+from promptlayer_exec.cli._options import BaseUrl, Database, JsonLines, seconds
+from promptlayer_exec.cli._printing import err, out, preview, quoted
 from promptlayer_exec.cli._result_file import open_results, write_results
 
 if TYPE_CHECKING:
-    from promptlayer_exec.dbos import StoredItem
+    from promptlayer_exec.dbos import Batch, RunAttempt, StoredItem
 
 
 @command
 async def status(
     name: Annotated[str | None, options.name_option("all batches")] = None,
-    database: options.Database = None,
+    database: Database = None,
     *,
     as_json: JsonLines = False,
 ) -> None:
@@ -57,11 +57,12 @@ async def status(
 
 
 @command
-async def list_batches(database: options.Database = None, *, as_json: JsonLines = False) -> None:
+async def list_batches(database: Database = None, *, as_json: JsonLines = False) -> None:
     """List the batches in a database, with their settings.
 
     After the counts of its items, a line has the time when the first was added (UTC), and the
-    settings: how many items run at most, and how many requests are sent per second at most.
+    settings: how many items run at most, how many requests are sent per second at most, and, if
+    there may be more than one, how many runs an item may have.
     """
     batch_names = await lookup.names(database, needed=False)
     if batch_names and database is None and not as_json:
@@ -78,6 +79,8 @@ async def list_batches(database: options.Database = None, *, as_json: JsonLines 
         created = "-" if settings.created is None else _time(settings.created)
         rate = f"{settings.rate or lookup.DEFAULT_RATE:g}"
         shown = f"max-in-flight {settings.max_in_flight or 100}, rate {rate}"
+        if settings.attempts not in (None, 1):
+            shown += f", attempts {settings.attempts}"
         out(f"{lookup.status_line(batch_name, counts)}; {created}, {shown}")
 
 
@@ -85,7 +88,7 @@ async def list_batches(database: options.Database = None, *, as_json: JsonLines 
 async def show(
     key: Annotated[str, typer.Argument(metavar="KEY", help="Key of the item.")],
     name: options.OnlyBatch = None,
-    database: options.Database = None,
+    database: Database = None,
     *,
     as_json: JsonLines = False,
 ) -> None:
@@ -97,12 +100,19 @@ async def show(
 
     if as_json:
         outcome = item.outcome and json.loads(item.outcome.to_json())
-        attempts = [attrs.asdict(attempt) for attempt in item.attempts]
+        attempts = [_attempt_fields(attempt) for attempt in item.attempts]
         fields = {"key": key, "request": item.request, "attempts": attempts, "outcome": outcome}
         out(json.dumps(fields, default=datetime.isoformat))
         return
     for line in _item_lines(chosen, item):
         out(line)
+
+
+def _attempt_fields(attempt: RunAttempt) -> dict[str, Any]:
+    error = None
+    if attempt.error is not None:
+        error = attempt.error._asdict()
+    return {**attrs.asdict(attempt), "error": error}
 
 
 def _item_lines(batch: str, item: StoredItem) -> list[str]:
@@ -133,18 +143,32 @@ def _item_lines(batch: str, item: StoredItem) -> list[str]:
 def _events(item: StoredItem) -> list[tuple[str, str]]:
     """Return what happened to an item before its outcome, and when."""
     events = []
+    outcome = item.outcome
     for attempt in item.attempts:
         events.append((_time(attempt.added), f"attempt {attempt.number} added"))
         if attempt.taken is not None:
             worker = printable(attempt.worker or "")
             events.append((_time(attempt.taken), f"attempt {attempt.number} taken by {worker}"))
 
-    outcome = item.outcome
+        # How the last one ended is the outcome.
+        is_last = attempt.number == item.attempts[-1].number
+        if attempt.finished is not None and not (is_last and outcome is not None):
+            events.append((_time(attempt.finished), _ending(attempt)))
+
     if outcome is not None and outcome.started is not None:
         events.append((_time(outcome.started), f"execution {outcome.execution_id} started"))
 
     # Events of the same second, the precision of the text, stay in this order.
     return sorted(events, key=itemgetter(0))
+
+
+def _ending(attempt: RunAttempt) -> str:
+    text = f"attempt {attempt.number} ended"
+    if attempt.execution_id is not None:
+        text += f", execution {attempt.execution_id}"
+    if attempt.error is not None:
+        text += f": {attempt.error.type}: {describe_stored(*attempt.error)}"
+    return text
 
 
 def _time(at: datetime) -> str:
@@ -163,7 +187,7 @@ async def export(
         ),
     ] = None,
     name: options.OnlyBatch = None,
-    database: options.Database = None,
+    database: Database = None,
     base_url: BaseUrl = None,
     *,
     same_server: options.SameServer = False,
@@ -182,7 +206,7 @@ async def export(
 @command
 async def recheck(
     name: options.OnlyBatch = None,
-    database: options.Database = None,
+    database: Database = None,
     base_url: BaseUrl = None,
     *,
     same_server: options.SameServer = False,
@@ -194,8 +218,11 @@ async def recheck(
 
 @command
 async def retry(
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY", help="Only the items with these keys.")
+    ] = None,
     name: options.OnlyBatch = None,
-    database: options.Database = None,
+    database: Database = None,
     base_url: BaseUrl = None,
     *,
     same_server: options.SameServer = False,
@@ -203,13 +230,49 @@ async def retry(
     unknown: Annotated[
         bool, typer.Option("--unknown", help="Unknown items, at the risk of paying for them twice.")
     ] = False,
+    unknown_for: Annotated[
+        float | None,
+        seconds(
+            "Like --unknown, but only items that have been unknown for so long: time for a callback"
+            " to say which run was started.",
+            default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Start items again that did not succeed, once each."""
-    if not failed and not unknown:
-        raise Misuse("give --failed, --unknown, or both")
+    """Start items again that did not succeed, once each.
+
+    With keys, only those items; without an option, only those of them that failed.
+    """
+    unknown = unknown or unknown_for is not None
+    if not (failed or unknown or keys):
+        raise Misuse("give --failed, --unknown, or both, or the keys of items that failed")
 
     chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
-    _report_requeued(chosen, await batch.retry(failed=failed, unknown=unknown), "started")
+    if keys:
+        await _check_keys(chosen, batch, keys, unknown=unknown)
+    count = await batch.retry(
+        failed=failed or not unknown,
+        unknown=unknown,
+        keys=keys or None,
+        unknown_for=unknown_for or 0.0,
+    )
+    _report_requeued(chosen, count, "started")
+
+
+async def _check_keys(name: str, batch: Batch, keys: list[str], *, unknown: bool) -> None:
+    """Refuse keys that no item has, and say which items need --unknown."""
+    kinds = await batch.kinds(keys)
+    absent = [key for key in keys if key not in kinds]
+    if absent:
+        raise Misuse(f"batch '{printable(name)}' has no item {quoted(absent[0])}")
+
+    if not unknown:
+        for key, kind in kinds.items():
+            if kind == "unknown":
+                err(
+                    f"item {quoted(key)} is unknown, and stays so: its run may have started and be"
+                    " billed; --unknown starts it again"
+                )
 
 
 def _report_requeued(batch: str, count: int, act: str) -> None:
@@ -221,7 +284,7 @@ def _report_requeued(batch: str, count: int, act: str) -> None:
 
 def delete(
     name: options.OnlyBatch = None,
-    database: options.Database = None,
+    database: Database = None,
     *,
     is_confirmed: Annotated[
         bool, typer.Option("--yes", help="Do not ask whether to do so.")

@@ -14,16 +14,6 @@ def name_option(default: str) -> Any:
 
 
 OnlyBatch = Annotated[str | None, name_option("the only batch")]
-Database = Annotated[
-    str | None,
-    typer.Option(
-        "--db",
-        metavar="URL",
-        envvar="PROMPTLAYER_EXEC_DB",
-        help="Database: sqlite:///FILE, or postgresql://... for several machines.",
-        show_default="a file of your own, whatever the directory",
-    ),
-]
 MaxInFlight = Annotated[
     int | None,
     typer.Option(
@@ -40,6 +30,16 @@ Rate = Annotated[
         help="Maximum requests per second, over all workers; stored with the batch. One worker"
         " sends at most 100.",
         show_default="as stored, at first 100",
+    ),
+]
+Attempts = Annotated[
+    int | None,
+    typer.Option(
+        metavar="NUMBER",
+        min=1,
+        help="Maximum number of runs of an item, each of them billed: a run that completes without"
+        " an output is followed by another one. Stored with the batch.",
+        show_default="as stored, at first 1",
     ),
 ]
 StopAfterFailures = Annotated[

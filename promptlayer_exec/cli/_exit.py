@@ -113,6 +113,7 @@ class Terminated(Exception):
 _EXIT_CODES: dict[type[Exception], ExitCode] = {
     Misuse: ExitCode.USAGE,
     promptlayer_exec.ConfigurationError: ExitCode.USAGE,
+    promptlayer_exec.KeyConflict: ExitCode.USAGE,
     promptlayer_exec.ExecutionFailed: ExitCode.FAILED,
     promptlayer_exec.ExecutionTimeout: ExitCode.TIMED_OUT,
     promptlayer_exec.StartUnknown: ExitCode.REFUSED,

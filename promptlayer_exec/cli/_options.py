@@ -16,9 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import attrs
 import typer
 
-from promptlayer_exec import ConfigurationError, Observer, PollPolicy, RetryPolicy, Session
-from promptlayer_exec._integration import MAX_ID, printable
-from promptlayer_exec.cli._exit import suggest
+from promptlayer_exec import (
+    ConfigurationError,
+    Observer,
+    PollPolicy,
+    RetryPolicy,
+    Session,
+    StartStore,
+)
+from promptlayer_exec._integration import MAX_ID, check_key, install_hint, printable
+from promptlayer_exec.cli._exit import Misuse, suggest
 from promptlayer_exec.cli._printing import err, quoted, shorten, show_warnings
 
 if TYPE_CHECKING:
@@ -40,6 +47,13 @@ def parse_id(text: str) -> int:
     return int(text)
 
 
+def parse_key(text: str) -> str:
+    try:
+        return check_key(text)
+    except ValueError as error:
+        raise typer.BadParameter(printable(str(error))) from error
+
+
 ExecutionId = Annotated[
     int, typer.Argument(metavar="ID", parser=parse_id, help="Id of the execution.")
 ]
@@ -50,6 +64,15 @@ Label = Annotated[str | None, typer.Option(metavar="NAME", help="Label of the ve
 Version = Annotated[
     int | None,
     typer.Option(metavar="NUMBER", min=1, help="Number of the version, instead of --label."),
+]
+StartKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        parser=parse_key,
+        help="Text of your own that identifies the run: however often you repeat the command with"
+        " it, one run is started.",
+    ),
 ]
 JsonLines = Annotated[bool, typer.Option("--json", help="Write JSON Lines.")]
 BaseUrl = Annotated[
@@ -71,6 +94,16 @@ NoPush = Annotated[
     bool,
     typer.Option(
         "--no-push", help="Only poll: do not listen for completions that PromptLayer pushes."
+    ),
+]
+Database = Annotated[
+    str | None,
+    typer.Option(
+        "--db",
+        metavar="URL",
+        envvar="PROMPTLAYER_EXEC_DB",
+        help="Database: sqlite:///FILE, or postgresql://... for several machines.",
+        show_default="a file of your own, whatever the directory",
     ),
 ]
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")]
@@ -158,6 +191,15 @@ def needs(error: ValueError, workflow: str | int, base_url: str | None) -> str:
     return f"{error}; `{command}` shows what it needs"
 
 
+def start_store(database: str | None, needed_by: str) -> StartStore:
+    """Return the record of which key has started which run, in a database or the default one."""
+    try:
+        from promptlayer_exec.starts import SQLStartStore  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise Misuse(f"{needed_by} needs {install_hint('cli', 'starts')}") from error
+    return SQLStartStore(database)
+
+
 def open_session(
     base_url: str | None,
     outage: float | None,
@@ -167,6 +209,7 @@ def open_session(
     wait_timeout: float = 3600.0,
     no_push: bool = False,
     observer: Observer | None = None,
+    starts: StartStore | None = None,
 ) -> Session:
     """Return a session with the key from the environment.
 
@@ -195,6 +238,7 @@ def open_session(
             wait_timeout=wait_timeout,
             observers=[] if observer is None else [observer],
             push=False if no_push else None,
+            starts=starts,
         )
     for warning in caught:
         err(f"warning: {printable(str(warning.message))}")

@@ -16,6 +16,7 @@ from promptlayer_exec import (
     Execution,
     ExecutionStarted,
     ExecutionTimeout,
+    KeyConflict,
     RequestError,
     Session,
     Snapshot,
@@ -23,7 +24,12 @@ from promptlayer_exec import (
     StartRequest,
     StartUnknown,
 )
-from promptlayer_exec._integration import encode_inputs, indented, printable
+from promptlayer_exec._integration import (
+    encode_inputs,
+    indented,
+    is_repeated,
+    printable,
+)
 from promptlayer_exec.cli import _options as options
 from promptlayer_exec.cli._exit import (
     THIS_SUBJECT,
@@ -47,7 +53,12 @@ from promptlayer_exec.cli._printing import (
 from promptlayer_exec.cli._watch_display import Display, choose_display
 
 _MAY_HAVE_STARTED = "the run may have started; waiting for its id (interrupt again to stop waiting)"
-_START_ERRORS = (RequestError, StartUnknown, ExecutionTimeout)  # they tell whether a run exists
+# Their own texts say whether a run was started.
+_START_ERRORS = (RequestError, StartUnknown, ExecutionTimeout, KeyConflict)
+_UNKNOWN = (
+    "this --key starts nothing now: if PromptLayer has the run, follow it by its id with"
+    " `promptlayer-exec watch`, else use another --key"
+)
 
 
 def run(
@@ -65,6 +76,8 @@ def run(
     metadata: Annotated[
         list[str], typer.Option(metavar="KEY=TEXT", help="Text to keep with the run; repeatable.")
     ] = [],  # noqa: B006 - Typer's way to declare a list
+    key: options.StartKey = None,
+    database: options.Database = None,
     watched: Annotated[
         bool,
         typer.Option(
@@ -104,6 +117,11 @@ def run(
     standard error, and the command continues like `watch`, also with --json. The error of a run
     that did not start has an "execution_id" of null.
 
+    With --key, the run happens once: a command that is repeated with the same key, on any machine
+    with the same database (--db), starts nothing, and continues with the run that exists. If
+    another one is just starting it, the command waits for its id. A key stands for one workflow,
+    version, inputs and metadata; with others it is refused. Needs the extra `starts`.
+
     A start is never repeated once it may have reached the server: if the answer is lost, the error
     says that the run may have started. If the command is interrupted before the answer, it waits
     for the answer to report the id; a second interrupt ends it at once. The run itself goes on: the
@@ -119,6 +137,7 @@ def run(
         label=label,
         version=version,
         metadata=options.read_metadata(metadata) or None,
+        key=key,
     )
     display = choose_display(as_json=as_json)
     subject = Subject(base_url=base_url, resumable=True, note="no run was started", as_json=as_json)
@@ -128,19 +147,24 @@ def run(
         if isinstance(event, ExecutionStarted):
             subject.execution_id = event.execution_id
         elif isinstance(event, StartFailed) and isinstance(event.error, _START_ERRORS):
-            subject.note = describe(event.error)
+            subject.note = _note(event.error)
 
     async def work() -> ExitCode:
         async with options.open_session(
-            base_url, outage, display.warn, wait_timeout=timeout, no_push=no_push, observer=observe
+            base_url,
+            outage,
+            display.warn,
+            wait_timeout=timeout,
+            no_push=no_push,
+            observer=observe,
+            starts=options.start_store(database, "--key") if key is not None else None,
         ) as session:
             subject.stopping = _MAY_HAVE_STARTED
             execution = await _start(session, request, display, base_url)
             subject.stopping = ""
+            subject.execution_id = execution.id
 
-            if execution.warning:
-                err(f"warning: {printable(execution.warning)}")
-            err(f"execution {execution.id} started")
+            _say_started(execution)
             if not watched:
                 execution_id = str(execution.id)
                 if as_json:
@@ -155,6 +179,22 @@ def run(
         return ExitCode.SUCCEEDED
 
     raise typer.Exit(run_command(work(), subject))
+
+
+def _note(error: Exception) -> str:
+    """Return what is said in addition to the error of a start."""
+    if isinstance(error, StartUnknown) and error.key is not None:
+        return _UNKNOWN
+    return describe(error)  # which has been said then
+
+
+def _say_started(execution: Execution) -> None:
+    if execution.warning:
+        err(f"warning: {printable(execution.warning)}")
+    if is_repeated(execution):
+        err(f"execution {execution.id} was started by an earlier command with this key")
+    else:
+        err(f"execution {execution.id} started")
 
 
 async def _start(
@@ -173,8 +213,9 @@ async def _start(
                 label=request.label,
                 version=request.version,
                 metadata=request.metadata,
+                key=request.key,
             )
-    except ConfigurationError:
+    except (ConfigurationError, KeyConflict):
         raise
     except ValueError as error:
         raise Misuse(options.needs(error, request.workflow, base_url)) from error

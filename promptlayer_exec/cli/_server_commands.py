@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 from anyio import create_task_group, move_on_after, to_thread
 
+from promptlayer_exec import StartStore
 from promptlayer_exec._integration import base_url as session_base_url
 from promptlayer_exec._integration import install_hint
 from promptlayer_exec.cli import _options as options
@@ -168,6 +169,7 @@ def mcp(
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
     *,
+    database: options.Database = None,
     no_push: options.NoPush = False,
     base_url: options.BaseUrl = None,
     outage: Annotated[
@@ -187,6 +189,11 @@ def mcp(
     With --workflow, only the named workflows can be started, and each has a tool of its own with
     its required inputs as arguments, which starts a run and waits for its output.
 
+    With the extra `starts`, the tools that start a run take an idempotency_key: an agent that
+    repeats a call with the same key, because it timed out for example, gets the same run, and
+    nothing is paid twice. --db chooses where it is remembered which key has started which run. All
+    servers and programs with the same database share their keys.
+
     The command ends when standard input is closed. Executions that were running then go on; their
     ids are written to standard error.
     """
@@ -202,7 +209,9 @@ def mcp(
 
         show_warnings(err)
         # Clients often give up after 60 s; a start, or another single request, ends before that.
-        session = options.open_session(base_url, outage, wait_timeout=45.0, no_push=no_push)
+        session = options.open_session(
+            base_url, outage, wait_timeout=45.0, no_push=no_push, starts=_start_store(database)
+        )
         if sys.stdin.isatty():
             err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
 
@@ -217,6 +226,16 @@ def mcp(
     if code > 128:  # a signal ended it: a thread still waits for the next line of standard input
         os._exit(code)
     raise typer.Exit(code)
+
+
+def _start_store(database: str | None) -> StartStore | None:
+    """Return the record of starts; None if its extra is missing and no database was named."""
+    try:
+        return options.start_store(database, "--db")
+    except Misuse:
+        if database is not None:
+            raise
+        return None
 
 
 async def open_in_browser(url: str, opened: asyncio.Event) -> None:

@@ -55,3 +55,12 @@ def log_quietly() -> None:
     `console_log_level` makes that handler quiet, but DBOS still turns off propagation to the root.
     """
     DBOS.logger.addHandler(_HANDLER)
+    DBOS.logger.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return False for the warning about each item that still runs when a worker ends.
+
+    Nothing is wrong then: the next worker goes on with these items.
+    """
+    return not record.getMessage().startswith("Asyncio task cancelled for workflow")

@@ -9,13 +9,17 @@ result. A worker that stood still while another one took over its items starts n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import attrs
 import sqlalchemy as sa
 
+from promptlayer_exec import ConfigurationError, StartUnknown
+from promptlayer_exec import _integration as integration
 from promptlayer_exec._database.threads import Group
+from promptlayer_exec.dbos._records import StartRecord
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import (
     attempt_of,
@@ -78,7 +82,7 @@ class Intent:
     is_taken_back: bool = False
 
 
-class IntentRefused(Exception):
+class IntentRefused(integration.StartTaken):
     """Another worker has the item, or it has an outcome."""
 
 
@@ -89,12 +93,15 @@ class PendingStart:
     Attributes:
         task: waits for the answer.
         may_be_sent: whether the request may be sent, so that its answer must be waited for.
+        recording: records the id of the run, once it has started.
     """
 
     _intent: Intent
     _intents: Group[Intent, bool]
     task: asyncio.Task[Any]
+    _record: Callable[[int], Coroutine[Any, Any, StartRecord | None]]
     may_be_sent: bool = attrs.field(init=False, default=False)
+    recording: asyncio.Task[StartRecord | None] | None = attrs.field(init=False, default=None)
     _is_cancelled: bool = attrs.field(init=False, default=False)
 
     async def before_send(self) -> None:
@@ -102,17 +109,27 @@ class PendingStart:
             await asyncio.Event().wait()
         self.may_be_sent = True
         if not await self._intents.add(self._intent):
+            self.may_be_sent = False
             raise IntentRefused
 
     async def not_sent(self) -> None:
-        if self.may_be_sent:
-            await self._intents.add(attrs.evolve(self._intent, is_taken_back=True))
-            self.may_be_sent = False
+        await self._take_back()
         if self._is_cancelled:
             self.task.cancel()
 
-    async def ended(self, _: object) -> None:
-        """Do nothing: the item records how its start ended."""
+    async def ended(self, outcome: integration.StartOutcome) -> None:
+        """Begin to record the id of a run; take the intent back if nothing was started."""
+        if isinstance(outcome, integration.StartResponse):
+            # Not awaited here: while the database is away, other starts go on.
+            self.recording = asyncio.create_task(self._record(outcome.execution_id))
+        elif not isinstance(outcome, StartUnknown):
+            with suppress(ConfigurationError):  # then the item is unknown
+                await self._take_back()
+
+    async def _take_back(self) -> None:
+        if self.may_be_sent:
+            await self._intents.add(attrs.evolve(self._intent, is_taken_back=True))
+            self.may_be_sent = False
 
     def cancel(self) -> None:
         """Cancel the start, unless its request may be sent."""

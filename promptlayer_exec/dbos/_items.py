@@ -6,8 +6,9 @@ DBOS stores that an item is to be run, and which worker runs it:
 2. DBOS dequeues the workflow in a worker, which calls `Items.run`.
 3. `_send` waits for a slot. When the connection stands and nothing has been written to
    it, the intent is recorded in the item's row (`PendingStart.before_send`), and then the request
-   is sent. The execution id is recorded there, too. A request that provably started nothing is
-   sent again, and its intent is taken back while it waits.
+   is sent. The execution id is recorded there, too, whoever still waits for it
+   (`PendingStart.ended`). A request that provably started nothing is sent again, and its intent is
+   taken back while it waits.
 4. `_follow` waits until the execution is complete, and `Store.finish` stores the outcome.
 
 If the worker dies, another one follows the execution whose id is recorded. If only an intent is
@@ -20,9 +21,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, cast
@@ -197,7 +196,7 @@ class Items:
             return cast("StartRecord", json.loads(item.started))
         if item.intent is not None:  # of a worker that may have sent the start
             if item.called_back is not None:  # it has
-                return await self._record(item, item.intent, start_record(item.called_back))
+                return await self._record(item, item.intent, item.called_back)
             text = "the worker that sent the start stopped before it recorded the answer"
             workflow = json.loads(item.request)["workflow"]
             return start_record(error=StartUnknown(text, workflow=workflow, reason=text))
@@ -205,18 +204,16 @@ class Items:
         token = integration.start_token(self._session)
         intent = Intent(item.key, item.attempt, token)
         task = self.active[workflow_id(self._batch, item.key, item.attempt)]
-        pending = PendingStart(intent, self._intents, task)
+        pending = PendingStart(intent, self._intents, task, partial(self._record, item, token))
         self._pending.add(pending)
         try:
-            result = await self._send(item, pending, token)
-            if result["execution_id"] is None:
-                return result
-            return await self._record(item, token, result)
+            return await self._send(item, pending, token)
         finally:
             self._pending.discard(pending)
 
-    async def _record(self, item: Item, token: str, result: StartRecord) -> StartRecord | None:
+    async def _record(self, item: Item, token: str, execution_id: int) -> StartRecord | None:
         """Record the id of a run; return None if the item goes on with another one."""
+        result = start_record(execution_id)
         row = StartResult(item.key, item.attempt, token, json.dumps(result))
         recording = asyncio.ensure_future(self._started.add(row))
         try:
@@ -224,12 +221,11 @@ class Items:
             if not (recording.done() or self._store.away_for):
                 await asyncio.wait([recording], timeout=PATIENCE.recorded_within)
             if not recording.done():
-                self._report_unrecorded(item, result)
+                self._report_unrecorded(item, execution_id)
             if await recording:
                 return result
 
             # Another worker has taken the item over. It may have called the start unknown.
-            execution_id = result["execution_id"]
             is_followed = await self._store.run_in_thread(
                 requeue.record_callback, self._store, self._batch, token, execution_id
             )
@@ -241,12 +237,12 @@ class Items:
                 logger.warning(text, execution_id, item.key)
                 return None
         except BaseException:
-            self._report_unrecorded(item, result)
+            self._report_unrecorded(item, execution_id)
             raise
-        self._report_unrecorded(item, result)
+        self._report_unrecorded(item, execution_id)
         return None
 
-    async def _send(self, item: Item, pending: PendingStart, token: str) -> StartRecord:
+    async def _send(self, item: Item, pending: PendingStart, token: str) -> StartRecord | None:
         """Send a start, in a slot of its own each time, until it has a result."""
         request = self._to_send(item)
 
@@ -254,36 +250,30 @@ class Items:
             async with self._starts.slot() as since:
                 self._check_open()
                 try:
-                    execution = await integration.start(
-                        self._session, request, hooks=pending, token=token
-                    )
+                    await integration.start(self._session, request, hooks=pending, token=token)
+                    self._starts.succeeded()
                 except IntentRefused:
                     raise
                 except Exception as error:  # noqa: BLE001 - some are the item's
-                    result = await self._judge(item, pending, error, since)
-                    if result is not None:
-                        return result
-                else:
-                    self._starts.succeeded()
-                    return start_record(execution.id)
+                    # If the session is closed, a start that was sent has an id all the same.
+                    if pending.recording is None:
+                        result = self._judge(item, error, since)
+                        if result is not None:
+                            return result
 
+            if pending.recording is not None:
+                return await pending.recording
             # Others may have the slot meanwhile.
             await asyncio.sleep(PATIENCE.first_delay)
 
-    async def _judge(
-        self, item: Item, pending: PendingStart, error: Exception, since: float
-    ) -> StartRecord | None:
+    def _judge(self, item: Item, error: Exception, since: float) -> StartRecord | None:
         """Return the result of a start that failed; None if it is to be tried again."""
         if isinstance(error, StartUnknown):
             cause = error.__cause__
             self._starts.failed(cause if isinstance(cause, RequestError) else error, since=since)
             return start_record(error=error)
-        if isinstance(error, SessionClosed) and error.execution_id is not None:
-            return start_record(error.execution_id)
 
         # From here on, nothing was started.
-        with suppress(ConfigurationError):  # then the item is unknown
-            await pending.not_sent()
         if isinstance(error, ExecutionTimeout):
             self._note_late_start(item, error, since)
             return None
@@ -317,17 +307,11 @@ class Items:
         ours = {"promptlayer_exec.batch": self._batch, "promptlayer_exec.key": item.key}
         return attrs.evolve(stored, metadata={**(stored.metadata or {}), **ours})
 
-    def _report_unrecorded(self, item: Item, result: StartRecord) -> None:
-        execution_id = result["execution_id"]
-        if execution_id is None or execution_id in self._reported:
-            return
-        self._reported.add(execution_id)
-        text = (
-            f"execution {execution_id} was started for item {item.key!r:.1000} of batch"
-            f" {self._batch!r}, but the database could not record it yet: keep this line"
-        )
-        logger.error("%s", text)
-        print(text, file=sys.stderr, flush=True)  # noqa: T201 - the id must not get lost
+    def _report_unrecorded(self, item: Item, execution_id: int) -> None:
+        if execution_id not in self._reported:
+            self._reported.add(execution_id)
+            subject = f"item {item.key!r:.1000} of batch {self._batch!r}"
+            integration.report_unrecorded(execution_id, subject)
 
     async def _follow(self, item: Item, started: StartRecord) -> StoredOutcome:
         key = item.key

@@ -13,9 +13,9 @@ from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from promptlayer_exec import Session, SessionClosed
+from promptlayer_exec import ConfigurationError, Session, SessionClosed
 from promptlayer_exec import _integration as integration
-from promptlayer_exec.fastapi._responses import ProblemRoute
+from promptlayer_exec.fastapi._responses import ProblemRoute, store_is_away
 from promptlayer_exec.fastapi._router import session_dependency
 from promptlayer_exec.fastapi._visible_fields import PROBLEMS
 from promptlayer_exec.webhooks import (
@@ -79,7 +79,9 @@ def create_callback_router(
 ) -> APIRouter:
     """Return the route `POST /callbacks/{token}`, for the callbacks of `Session(callbacks=...)`.
 
-    A callback to a start whose answer was lost ends `Session.recover`. Every callback wakes the
+    A callback to a start whose answer was lost ends `Session.recover`. With `Session(starts=...)`,
+    the id is recorded before the answer, whichever process has sent the start; while the record is
+    away, the response is a 503, so that the callback comes again. Every callback wakes the
     execution, as a webhook does; only the execution's id in it counts, whatever its output is. For
     a token that was not made with the secret of `callbacks`, the answer is 404; for a body over the
     session's `max_response_bytes`, 413; for one without an id, 422.
@@ -117,6 +119,11 @@ def create_callback_router(
             raise HTTPException(422, str(error)) from None
 
         integration.receive_callback(session, token, execution_id)
+        try:
+            await integration.resolve_start(session, token, execution_id)
+        except ConfigurationError as error:
+            raise store_is_away(error, "Send this callback again.") from error
+
         if on_callback is not None:
             result = on_callback(token, execution_id)
             if isawaitable(result):

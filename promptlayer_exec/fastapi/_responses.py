@@ -59,8 +59,8 @@ _INVALID = "PromptLayer refused the request as invalid."
 # An error's own str() is never sent: it may contain PromptLayer's text and address.
 _STATUSES_AND_TITLES: Mapping[type[Exception], tuple[int, str]] = {
     BadRequest: (422, _INVALID),
-    InvalidInputs: (422, _INVALID),
-    KeyConflict: (409, "The key stands for another request."),
+    InvalidInputs: (422, "Inputs that the workflow requires are missing."),
+    KeyConflict: (422, "The key belongs to another request. Use another key."),
     InvalidSignature: (401, "The webhook's signature is not valid."),
     Unauthorized: (502, _REFUSED),
     Forbidden: (502, _REFUSED),
@@ -142,6 +142,13 @@ def describe_and_log(error: Exception) -> tuple[int, str, str]:
     return status, kind, title
 
 
+def store_is_away(error: ConfigurationError, advice: str) -> HTTPException:
+    """Return a 503 for a record of starts that cannot be used, and log why."""
+    logger.warning("%s", log_text(error))
+    detail = f"The record of starts cannot be used. {advice}"
+    return HTTPException(503, detail, {"Retry-After": "5"})
+
+
 def add_error_handlers(app: Starlette) -> None:
     """Make an app answer this package's errors as problem+json.
 
@@ -162,6 +169,9 @@ async def _handle(_request: Request, error: Exception, *, hidden: Collection[str
         if "error_message" in hidden:
             failed = [{"name": node.name} for node in error.failed]
         members["failed"] = failed
+
+    if isinstance(error, InvalidInputs):
+        members["missing"] = error.missing
 
     if isinstance(error, RateLimited):
         seconds = 5.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
@@ -16,11 +17,31 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Scope
 
-from promptlayer_exec import Execution, InvalidInputs, PromptLayerExecError, Session
-from promptlayer_exec._integration import MAX_ID, check_count, note_start, report_undelivered
+from promptlayer_exec import (
+    ConfigurationError,
+    Execution,
+    InvalidInputs,
+    PromptLayerExecError,
+    Session,
+)
+from promptlayer_exec._integration import (
+    MAX_ID,
+    check_count,
+    check_key,
+    is_open,
+    is_repeated,
+    note_start,
+    report_undelivered,
+    settings,
+)
 from promptlayer_exec.fastapi._admission import Admission, RequestRefused
 from promptlayer_exec.fastapi._kept_responses import KeptResponses
-from promptlayer_exec.fastapi._responses import ProblemRoute, json_response, tagged_response
+from promptlayer_exec.fastapi._responses import (
+    ProblemRoute,
+    json_response,
+    store_is_away,
+    tagged_response,
+)
 from promptlayer_exec.fastapi._run_list import RunList, RunListEvents
 from promptlayer_exec.fastapi._sse import EventStream, execution_events, reconnect_later
 from promptlayer_exec.fastapi._tickets import Tickets
@@ -54,6 +75,17 @@ _ExecutionIds = Annotated[
 _SAME = {"description": "The client has this complete answer, as its `If-None-Match` says"}
 _SEEN = {"description": "The client has the last event already, as its `Last-Event-ID` says"}
 _OUTPUT = described("The main output: any JSON", {})
+
+
+_IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="A text of your own that identifies this start: 1 to 255 characters, bare or"
+        " in double quotes. Repeat the request with it as often as you like: only one run is"
+        " started. A server without a record of starts ignores it.",
+    ),
+]
 
 
 class _NewExecution(BaseModel):
@@ -94,14 +126,20 @@ def create_router(
     `POST /executions` if there are `workflows`, and, for everybody, `GET /executions/client.js`: an
     ES module for browsers. Errors are problem+json (RFC 9457).
 
+    With `Session(starts=...)`, `POST /executions` honours `Idempotency-Key`. The first request with
+    a key gets a 201, and each repetition a 200 with the same execution. A key that belongs to
+    another body is a 422; while the record of starts is away, the response is a 503.
+
     Args:
         session: the open `Session`, or a dependency that returns it.
         authorize: a dependency that raises an `HTTPException` or returns False to refuse a request.
             It may declare the request, and `execution_id: int | None = None`. The code after a
             `yield` in it runs before an event is sent. Of a list of executions, it is asked about
-            each that no ticket covers.
+            each that no ticket covers. If it returns a str, such as the id of the user, that user
+            has idempotency keys of their own. Otherwise all clients share them, and whoever sends
+            another's key and body gets that run.
         tickets: allow reading executions with a ticket, as `?ticket=` or as a bearer token, in
-            place of `authorize`; never starting one. The answer to a start then has a ticket.
+            place of `authorize`; never starting one. The response to a start then has a ticket.
         workflows: the names of the workflows that may be started.
         fields: what clients see of a node, besides its name, status, times and `is_output_node`:
             any of `value`, `error_message` and `raw_error_message` (tracebacks). Without `value`,
@@ -127,9 +165,12 @@ def create_router(
     # Dependencies that are not global cannot be named in annotations, which are strings here.
     authorized = Depends(authorize, scope="function")
 
-    async def admit(verdict: Any = authorized) -> None:
+    async def admit(verdict: Any = authorized) -> Any:
         if verdict is False:
             raise HTTPException(403)
+        return verdict
+
+    admitted = Depends(admit)
 
     class Route(ProblemRoute):
         hidden = hidden_names
@@ -152,10 +193,10 @@ def create_router(
         by_ticket = APIRouter(route_class=_ticket_route(Route, tickets), dependencies=checked)
         add_reads(by_ticket)
         router.include_router(by_ticket, include_in_schema=False)
-    by_authorize = APIRouter(route_class=Route, dependencies=[*checked, Depends(admit)])
+    by_authorize = APIRouter(route_class=Route, dependencies=[*checked, admitted])
     add_reads(by_authorize)
     if workflows:
-        _add_start(by_authorize, opened, frozenset(workflows), tickets)
+        _add_start(by_authorize, opened, admitted, frozenset(workflows), tickets)
     router.include_router(by_authorize)
     return router
 
@@ -310,7 +351,7 @@ def _add_run_lists(
             if workflow is not None:
                 note_start(session, workflow, execution_id, age=age)
 
-        unknown = [one for one in remaining if str(one) not in covered]
+        unknown = [number for number in remaining if str(number) not in covered]
         try:
             asking = admission.refusals(request, unknown)
             refused = await _unless_disconnected(request, asking)
@@ -322,13 +363,23 @@ def _add_run_lists(
 
 
 def _add_start(
-    router: APIRouter, opened: Any, workflows: Collection[str], tickets: Tickets | None
+    router: APIRouter,
+    opened: Any,
+    admitted: Any,
+    workflows: Collection[str],
+    tickets: Tickets | None,
 ) -> None:
-    started_run = described("The run has started", started_schema(has_ticket=tickets is not None))
+    schema = started_schema(has_ticket=tickets is not None)
+    started_run = described("The run has started", schema)
+    known_run = described("The run that the idempotency key has started already", schema)
 
-    @router.post("/executions", status_code=201, responses={201: started_run})
+    @router.post("/executions", status_code=201, responses={200: known_run, 201: started_run})
     async def start_execution(
-        request: Request, body: _NewExecution, session: Session = opened
+        request: Request,
+        body: _NewExecution,
+        idempotency_key: _IdempotencyKey = None,
+        client: Any = admitted,
+        session: Session = opened,
     ) -> Response:
         """Start an execution of a workflow; `Location` is where to read it.
 
@@ -337,16 +388,11 @@ def _add_start(
         if body.workflow not in workflows:
             raise HTTPException(403, "This workflow cannot be started here.")
 
-        try:
-            start = session.start(body.workflow, body.inputs)
-            started = await _unless_disconnected(request, start)
-        except InvalidInputs as error:
-            raise HTTPException(422, str(error)) from error
-        except PromptLayerExecError:
-            raise
-        except (TypeError, ValueError) as error:  # an input is no JSON, such as NaN
-            raise HTTPException(422, str(error)) from error
+        key = None
+        if idempotency_key is not None and settings(session).starts is not None:
+            key = _stored_key(idempotency_key, client)
 
+        started = await _started(request, body, session, key)
         content = {"execution_id": str(started.id)}
         if tickets is not None:
             content["ticket"] = tickets.issue(started)
@@ -354,7 +400,49 @@ def _add_start(
             content["warning"] = started.warning
         # Relative, so that it is correct under any prefix that a proxy removes.
         location = f"executions/{started.id}"
-        return json_response(content, 201, {"Location": location})
+        status = 200 if is_repeated(started) else 201
+        return json_response(content, status, {"Location": location})
+
+
+async def _started(
+    request: Request, body: _NewExecution, session: Session, key: str | None
+) -> Execution:
+    try:
+        start = session.start(body.workflow, body.inputs, key=key)
+        return await _unless_disconnected(request, start)
+    except InvalidInputs as error:
+        raise HTTPException(422, str(error)) from error
+    except ConfigurationError as error:
+        # In an open session, only the record of starts can be unusable.
+        if key is not None and is_open(session):
+            raise store_is_away(error, "Nothing was started. Try again later.") from error
+        raise
+    except PromptLayerExecError:
+        raise
+    except (TypeError, ValueError) as error:  # an input is no JSON, such as NaN
+        raise HTTPException(422, str(error)) from error
+
+
+def _stored_key(header: str, client: object) -> str:
+    """Return the key of a start for an `Idempotency-Key`, one that no key of code can equal.
+
+    Args:
+        header: the value of the header, bare or as a string of RFC 8941.
+        client: what `authorize` returned; the keys of different str never meet.
+    """
+    key = header.strip()
+    if len(key) >= 2 and key[0] == key[-1] == '"':
+        key = re.sub(r'\\(["\\])', r"\1", key[1:-1])
+
+    owner = ""
+    if isinstance(client, str):
+        owner = hashlib.sha256(client.encode("utf-8", "surrogatepass")).hexdigest()
+    try:
+        if 1 <= len(key) <= 255:
+            return check_key(f"http:{owner}:{key}")
+    except ValueError:  # the server lets NUL through
+        pass
+    raise HTTPException(400, "Idempotency-Key must be 1 to 255 characters.")
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
@@ -382,5 +470,8 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
 
 def _end_unanswered(work: asyncio.Future[Any]) -> None:
     """Report the run that was started for a client that has gone; an error concerns nobody."""
-    if not work.cancelled() and work.exception() is None and isinstance(work.result(), Execution):
-        report_undelivered(work.result())
+    if work.cancelled() or work.exception() is not None:
+        return
+    execution = work.result()
+    if isinstance(execution, Execution) and not is_repeated(execution):
+        report_undelivered(execution)

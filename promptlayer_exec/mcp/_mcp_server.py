@@ -19,7 +19,7 @@ from promptlayer_exec.mcp._tool_arguments import CallFailed, parse_id, shown
 from promptlayer_exec.mcp._tool_calls import CALLS, Calls
 from promptlayer_exec.mcp._tool_results import error_result, error_text
 from promptlayer_exec.mcp._tool_tasks import Tasks, declares_tasks
-from promptlayer_exec.mcp._tools import INSTRUCTIONS
+from promptlayer_exec.mcp._tools import INSTRUCTIONS, KEY_INSTRUCTIONS
 
 _SCHEME = "execution://"
 _JSON = "application/json"
@@ -36,7 +36,9 @@ def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[
     https://modelcontextprotocol.io
 
     Args:
-        session: it does the work; it stays yours to close.
+        session: it does the work; it stays yours to close. With `starts=`, the tools that start a
+            run take an optional `idempotency_key`: a call that is repeated with it gets the same
+            run.
         workflows: the names or ids of the only workflows that can be started. Each gets a tool of
             its own, `run_...`, which waits for the output. Without, all can be started.
 
@@ -75,11 +77,15 @@ async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> Non
 def _make_server(calls: Calls) -> Server[Any]:
     tasks = Tasks(calls)
     handlers = _Handlers(calls, tasks)
+    instructions = INSTRUCTIONS
+    if calls.keys:
+        instructions += KEY_INSTRUCTIONS
+
     server: Server[Any] = Server(
         "promptlayer-exec",
         version=__version__,
         title="PromptLayer workflows",
-        instructions=INSTRUCTIONS,
+        instructions=instructions,
         on_list_tools=handlers.list_tools,
         on_call_tool=handlers.call_tool,
         on_list_resources=handlers.list_resources,

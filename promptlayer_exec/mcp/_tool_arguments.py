@@ -40,10 +40,12 @@ def _usual(name: str, value: Any) -> Any:
     return value
 
 
-def start_request(workflow: str, **options: Any) -> StartRequest:
+def start_request(
+    workflow: str, *, idempotency_key: str | None = None, **options: Any
+) -> StartRequest:
     if "label" in options and "version" in options:
         raise CallFailed("label and version exclude each other: give one of them, or neither")
-    return StartRequest(workflow, **options)
+    return StartRequest(workflow, key=idempotency_key, **options)
 
 
 def execution_id(arguments: Mapping[str, Any]) -> int:

@@ -15,6 +15,7 @@ from promptlayer_exec import (
     Execution,
     ExecutionFailed,
     ExecutionTimeout,
+    KeyConflict,
     NotFound,
     PromptLayerExecError,
     RequestError,
@@ -25,12 +26,19 @@ from promptlayer_exec import (
     Workflow,
     WorkflowSummary,
 )
-from promptlayer_exec._integration import ExpiringDict, definition
+from promptlayer_exec._integration import ExpiringDict, definition, is_repeated, settings
 from promptlayer_exec.mcp import _tool_arguments as read
 from promptlayer_exec.mcp import _tool_results as results
 from promptlayer_exec.mcp._tool_arguments import CallFailed
 from promptlayer_exec.mcp._tool_values import clean, clip, fitting, show
-from promptlayer_exec.mcp._tools import RUN, WAIT, common_tools, run_tool, run_tool_names
+from promptlayer_exec.mcp._tools import (
+    IDEMPOTENCY_KEY,
+    WAIT,
+    common_tools,
+    run_arguments,
+    run_tool,
+    run_tool_names,
+)
 
 Report = Callable[[float, float | None, str | None], Awaitable[None]]
 
@@ -77,6 +85,10 @@ class Calls:
         self.session = session
         self.allowed = _names(workflows)
         self.run_tools = run_tool_names(self.allowed)  # the workflow of each tool `run_...`
+        # The argument for the key of a start, by its name, if the session has a record of starts.
+        self.keys: Mapping[str, Any] = {}
+        if settings(session).starts is not None:
+            self.keys = {"idempotency_key": IDEMPOTENCY_KEY}
         # Executions that were not complete when last seen, the latest last, with what started them.
         self.running: ExpiringDict[int, str | None] = ExpiringDict(most=1_000)
         self._inputs: dict[str, Mapping[str, str]] = {}
@@ -89,7 +101,11 @@ class Calls:
         for name, workflow in zip(self.allowed, found, strict=True):
             if workflow is not None:
                 self._inputs[name] = workflow.required_inputs or {}
-        return [*common_tools(self.allowed), *map(run_tool, self.run_tools, self.allowed, found)]
+        own = [
+            run_tool(tool, name, workflow, self.keys)
+            for tool, name, workflow in zip(self.run_tools, self.allowed, found, strict=True)
+        ]
+        return [*common_tools(self.allowed, self.keys), *own]
 
     async def _definition(self, request: StartRequest, *, fresh: bool = False) -> Workflow | None:
         """Return the definition of what is to run; None, and a warning, if it does not come."""
@@ -106,7 +122,9 @@ class Calls:
             if tool in self.run_tools:
                 return await self._run(tool, arguments, report)
             (schema,) = (
-                known.input_schema for known in common_tools(self.allowed) if known.name == tool
+                known.input_schema
+                for known in common_tools(self.allowed, self.keys)
+                if known.name == tool
             )
             return await CALLS[tool](self, read.check(arguments, schema), report)
         except (CallFailed, PromptLayerExecError) as error:
@@ -179,8 +197,11 @@ class Calls:
     async def start_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
         execution, warning = await self._start(read.start_request(**arguments))
         name = clean(arguments["workflow"])
-        message = f"Execution {execution.id} of workflow {name!r:.200} has started. Call"
-        message += f" wait_execution with execution_id '{execution.id}' for its output."
+        message = f"Execution {execution.id} of workflow {name!r:.200} has started."
+        if is_repeated(execution):
+            message = f"This idempotency_key has started execution {execution.id} of workflow"
+            message += f" {name!r:.200} before: this is the same run, and nothing new was started."
+        message += f" Call wait_execution with execution_id '{execution.id}' for its output."
         return results.tool_result(
             {"message": message, "execution_id": str(execution.id), **warning}
         )
@@ -213,14 +234,16 @@ class Calls:
         name = self.run_tools[tool]
         required = self._inputs.get(name, {})
         if "inputs" in arguments and "inputs" not in required:
-            options = read.check(arguments, RUN)
+            options = read.check(arguments, run_arguments(self.keys))
             seconds = options.pop("timeout", WAIT)
             return read.start_request(name, **options), seconds
 
-        inputs, options = dict(arguments), {}
-        if "timeout" not in required and "timeout" in inputs:
-            options = read.check({"timeout": inputs.pop("timeout")}, RUN)
-        return StartRequest(name, inputs), options.get("timeout", WAIT)
+        inputs = dict(arguments)
+        own = {"timeout", *self.keys} - required.keys()
+        options = {option: inputs.pop(option) for option in own & inputs.keys()}
+        options = read.check(options, run_arguments(self.keys))
+        request = StartRequest(name, inputs, key=options.get("idempotency_key"))
+        return request, options.get("timeout", WAIT)
 
     async def _run(self, tool: str, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
         request, seconds = self._run_request(tool, arguments)
@@ -237,10 +260,16 @@ class Calls:
 
         try:
             execution = await self.session.start(
-                name, request.inputs, label=request.label, version=request.version
+                name,
+                request.inputs,
+                label=request.label,
+                version=request.version,
+                key=request.key,
             )
         except ConfigurationError:
             raise
+        except KeyConflict as error:
+            raise CallFailed(f"{error}. A new run needs a new idempotency_key.") from error
         except (TypeError, ValueError) as error:
             raise CallFailed(
                 f"{clip(str(error), 2_000)}. No run was started. describe_workflow shows which"
@@ -249,9 +278,10 @@ class Calls:
         except NotFound as error:
             raise CallFailed(await self._not_found(request)) from error
         except StartUnknown as error:
-            raise CallFailed(
-                f"{error} Do not call this tool again for the same purpose: ask the user."
-            ) from error
+            advice = "Do not call this tool again for the same purpose: ask the user."
+            if request.key is not None:
+                advice = "A call with the same idempotency_key starts nothing: ask the user."
+            raise CallFailed(f"{error} {advice}") from error
 
         self.running.add(execution.id, name)
         if not execution.warning:

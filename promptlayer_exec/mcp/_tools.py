@@ -23,6 +23,10 @@ These tools run PromptLayer workflows. A run costs money, and cannot be cancelle
 
 Never start a run again because a wait timed out, or because the answer to a start was lost.
 """
+KEY_INSTRUCTIONS = """
+Give each start an idempotency_key of its own. A call that is repeated with the same key, after a
+time-out for example, gets the same run, and costs nothing.
+"""
 
 _READS = ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=True)
 # No annotation says that a call costs money: the titles do, and clients ask before these.
@@ -41,6 +45,13 @@ _TIMEOUT = {
     "description": "Seconds to wait at most. Many clients give up after 60 seconds.",
     "default": WAIT,
 }
+IDEMPOTENCY_KEY = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": 255,
+    "description": "A text of your own, new for each run that is wanted, such as a UUID. Repeat the"
+    " call with the same text if it failed or timed out: you get the same run, and pay once.",
+}
 _MESSAGE = {"type": "string", "description": "What happened, and what to do next."}
 
 
@@ -52,8 +63,10 @@ def _arguments(required: Iterable[str] = (), /, **properties: Any) -> dict[str, 
     return {**_schema(required, **properties), "additionalProperties": False}
 
 
-# The arguments of a tool `run_...` whose inputs are unknown, or are in an object.
-RUN = _arguments(inputs=_INPUTS, label=_LABEL, version=_VERSION, timeout=_TIMEOUT)
+def run_arguments(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a tool `run_...` whose inputs are unknown, or are in an object."""
+    return _arguments(inputs=_INPUTS, label=_LABEL, version=_VERSION, timeout=_TIMEOUT, **keys)
+
 
 _EXECUTION = _schema(
     ("message", "execution_id", "complete", "succeeded", "progress", "timed_out", "nodes"),
@@ -77,8 +90,13 @@ _STARTED = _schema(
 )
 
 
-def common_tools(allowed: tuple[str, ...]) -> list[Tool]:
-    """Return the five tools; with `allowed`, the names of the only workflows that they know."""
+def common_tools(allowed: tuple[str, ...], keys: Mapping[str, Any]) -> list[Tool]:
+    """Return the five tools.
+
+    Args:
+        allowed: the names of the only workflows that they know, if there are any.
+        keys: the argument for the key of a start, by its name, if the server has them.
+    """
     workflow: dict[str, Any] = {"type": "string", "description": "Name or id of the workflow."}
     if allowed:
         workflow["enum"] = list(allowed)
@@ -109,7 +127,7 @@ def common_tools(allowed: tuple[str, ...]) -> list[Tool]:
             description="Start a run of a workflow, which costs money, and return its execution_id"
             " at once. Then call wait_execution. Missing inputs are reported before anything is"
             " started.",
-            input_schema=_arguments(["workflow"], **version, inputs=_INPUTS),
+            input_schema=_arguments(["workflow"], **version, inputs=_INPUTS, **keys),
             output_schema=_STARTED,
             annotations=_STARTS,
         ),
@@ -142,13 +160,15 @@ def common_tools(allowed: tuple[str, ...]) -> list[Tool]:
     ]
 
 
-def run_tool(name: str, workflow: str, definition: Workflow | None) -> Tool:
+def run_tool(
+    name: str, workflow: str, definition: Workflow | None, keys: Mapping[str, Any]
+) -> Tool:
     """Return the tool that runs one workflow, with its required inputs as arguments."""
     if definition is None or definition.required_inputs is None:
-        schema = RUN
+        schema = run_arguments(keys)
     else:
         inputs = {name: _input(kind) for name, kind in definition.required_inputs.items()}
-        schema = _schema(list(inputs), **{"timeout": _TIMEOUT, **inputs})
+        schema = _schema(list(inputs), **{"timeout": _TIMEOUT, **keys, **inputs})
 
     return Tool(
         name=name,

@@ -627,7 +627,10 @@ def test_failed_and_unknown_items_are_started_again_on_request(
     sim.inject(on("POST", "/", Fault.disconnect()))
     assert run(*command)[0] == 1
     sim.clear_faults()
-    assert run("retry") == (2, "", "give --failed, --unknown, or both\n")
+    assert run("retry") == (
+        *(2, ""),
+        "give --failed, --unknown, or both, or the keys of items that failed\n",
+    )
     assert "0 items will be started again\n" in run("retry", "--failed")[2]
     code, _, err = run("retry", "--unknown")
     assert code == 0
@@ -737,3 +740,68 @@ def test_a_terminal_gets_a_bar(terminal: Callable[..., Any], tmp_path: Path) -> 
     code, text = terminal("batch", "run", file, "--workflow", "echo", "--out", "out").end()
     assert code == 1
     assert "9/9 done, 0 running, 1 failed" in text
+
+
+def test_only_the_items_with_these_keys_are_started_again(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """Those that failed; an unknown one needs an option, and can be given time for a callback."""
+    items = [{"key": key, "workflow": "echo", "inputs": {"n": "bad"}} for key in ("a", "b")]
+    lost = {"key": "lost", "workflow": "echo", "inputs": {"n": 1}}
+    assert run("run", write(tmp_path / "night.jsonl", *items))[0] == 1
+    sim.inject(on("POST", "/", Fault.disconnect()))
+    assert run("run", write(tmp_path / "night.jsonl", *items, lost), "--attempts", 2)[0] == 1
+    sim.clear_faults()
+
+    assert run("retry", "c") == (2, "", "batch 'night' has no item 'c'\n")
+    reason = "its run may have started and be billed"
+    how = "`batch work`, or the same `batch run`"
+    code, _, err = run("retry", "a", "lost")
+    assert (code, err.splitlines()) == (
+        0,
+        [
+            f"item 'lost' is unknown, and stays so: {reason}; --unknown starts it again",
+            f"batch night: 1 item will be started again by a worker: {how}",
+        ],
+    )
+    assert "0 items will be started" in run("retry", "lost", "--unknown-for", 3600)[2]
+    assert "0 items will be started" in run("retry", "b", "--unknown")[2]
+    assert "1 item will be started" in run("retry", "lost", "--unknown-for", 0)[2]
+
+
+def test_an_item_shows_its_attempts(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """Each with its execution and how it ended, for people and for programs; the batch has them."""
+    item = {"key": "bad", "workflow": "echo", "inputs": {"n": "bad"}}
+    file = write(tmp_path / "night.jsonl", item)
+    assert run("run", file)[0] == 1
+    assert run("retry", "bad")[0] == 0
+    assert run("run", file)[0] == 1
+    first, second = (run.execution_id for run in sim.runs if run.inputs["n"] == "bad")
+
+    _, out, _ = run("show", "bad")
+    assert f"  attempt 1 ended, execution {first}: ExecutionFailed: execution {first}: " in out
+    assert f"  execution {second} started" in out
+    attempts = json.loads(run("show", "bad", "--json")[1])["attempts"]
+    assert [attempt["execution_id"] for attempt in attempts] == [first, second]
+    for attempt in attempts:
+        assert attempt["error"].keys() == {"type", "message"}
+        assert attempt["error"]["type"] == "ExecutionFailed"
+
+
+def test_the_number_of_attempts_is_stored_with_the_batch(run: Run, tmp_path: Path) -> None:
+    """`list` shows it if it is more than one."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    assert run("run", file, "--attempts", 3)[0] == 0
+    assert run("list")[1].endswith(", rate 100, attempts 3\n")
+    assert json.loads(run("list", "--json")[1])["attempts"] == 3
+
+
+def test_each_definition_is_read_once(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """By the command that adds the items; its worker reads what it starts itself."""
+    sim.add_workflow("report", Scenario([SimNode("Report", 1)]), inputs={"n": "string"})
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "report", "inputs": {"n": "1"}})
+    before = len(sim.requests)
+    assert run("run", file, "--no-push")[0] == 0
+    asked = [(request.method, request.path) for request in sim.requests[before:]]
+    started = asked.index(("POST", "/workflows/report/run"))
+    assert len([path for method, path in asked[:started] if path == "/workflows/report"]) == 2

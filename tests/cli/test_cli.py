@@ -377,6 +377,71 @@ class TestRun:
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("Misuse", None)
 
+    def test_a_key_starts_one_run(self, sim: Simulator, call: Call) -> None:
+        """The same command again watches the run that exists; other inputs are refused."""
+        sim.add_workflow("keyed", DONE)
+        before = len(sim.runs)
+        options = ("keyed", "-i", "topic=otters", "--key", "order-42", "--no-push")
+        first, again = call("run", *options), call("run", *options)
+        assert len(sim.runs) == before + 1
+        execution_id = sim.runs[-1].execution_id
+        assert (first.code, again.code) == (0, 0)
+        assert first.err.startswith(f"execution {execution_id} started\n")
+        known = f"execution {execution_id} was started by an earlier command with this key\n"
+        assert again.err.startswith(known)
+        assert again.out.splitlines()[-1].startswith(f"execution {execution_id} succeeded")
+
+        unwatched = call("run", *options, "--no-watch")
+        assert unwatched == (0, f"{execution_id}\n", known)
+
+        code, out, err = call("run", *options, "-i", "topic=voles", "--json")
+        assert (code, err.count("\n"), len(sim.runs)) == (2, 1, before + 1)
+        assert err == (
+            "the key 'order-42' belongs to another request, which differs in inputs.topic. Nothing"
+            " was sent: use another key, or the same request\n"
+        )
+        error = json.loads(out)["error"]
+        assert (error["type"], error["execution_id"]) == ("KeyConflict", None)
+
+    def test_a_lost_answer_with_a_key_stays_unknown(self, sim: Simulator, call: Call) -> None:
+        """Each repetition starts nothing, and says what to do."""
+        sim.add_workflow("lost once", DONE)
+        before = len(sim.runs)
+        sim.inject(Fault.disconnect(), path="/run")
+        for _ in range(2):
+            code, _, err = call("run", "lost once", "--key", "order-43", "--no-push")
+            assert code == 4
+            assert "with the key 'order-43'" in err
+            assert "no run was started" not in err
+            assert err.endswith(
+                "this --key starts nothing now: if PromptLayer has the run, follow it by its id"
+                " with `promptlayer-exec watch`, else use another --key\n"
+            )
+        assert len(sim.runs) == before + 1
+
+    def test_keys_belong_to_a_database(self, sim: Simulator, call: Call, tmp_path: Path) -> None:
+        """`--db` names it; one that cannot be used starts nothing."""
+        sim.add_workflow("keyed in a database", DONE)
+        before = len(sim.runs)
+        options = (
+            "run",
+            "keyed in a database",
+            "--key",
+            "order-44",
+            "--no-push",
+            "--no-watch",
+            "--db",
+        )
+        url = f"sqlite:///{tmp_path / 'keys.sqlite'}"
+        assert call(*options, url)[0] == call(*options, url)[0] == 0
+        assert call(*options, f"sqlite:///{tmp_path / 'others.sqlite'}")[0] == 0
+        assert len(sim.runs) == before + 2
+        code, _, err = call(*options, f"sqlite:///{tmp_path}")
+        assert (code, err.count("no run was started")) == (2, 1)
+        assert call("run", "keyed", "--key", "x" * 501)[0] == 2
+        assert call("run", "keyed", "--key", "")[0] == 2
+        assert len(sim.runs) == before + 2
+
     def test_an_interrupted_watch_is_exit_code_130(self, sim: Simulator, start: Start) -> None:
         """The command that picks the execution up again has the --base-url that was given."""
         sim.add_workflow("interrupted", HELD)

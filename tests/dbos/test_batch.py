@@ -457,6 +457,36 @@ async def test_closing_the_session_ends_the_work(
     assert len(sim.runs) == 1
 
 
+async def test_a_start_on_its_way_is_recorded_while_the_session_closes(
+    sim: Simulator, batch_of: Callable[..., Batch]
+) -> None:
+    """Its caller gets `SessionClosed`, but the next worker has the id."""
+    async with Session(sim.api_key, base_url=sim.base_url, **BARE) as session:
+        batch = batch_of(session=session)
+        await batch.add([request("a")])
+        sim.inject(Fault.delay(0.3))
+        working = asyncio.create_task(batch.work())
+        await sim.wait_for_requests(1)
+        await session.aclose()
+        with pytest.raises(SessionClosed):
+            await working
+    assert (await batch_of().work()).succeeded == 1
+    assert len(sim.runs) == 1
+
+
+async def test_a_worker_that_ends_logs_no_line_for_each_item(
+    sim: Simulator, batch: Batch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DBOS warns of each one that it drops; the next worker goes on with them."""
+    await batch.add([request(str(number), workflow="held") for number in range(5)])
+    working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(20)  # all have started
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    assert [record.getMessage() for record in caplog.records if record.name == "dbos"] == []
+
+
 async def test_a_worker_can_wait_for_more_items(
     batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ from promptlayer_exec import (
     RequestRetried,
     RequestTimeout,
     ServerError,
+    StartFailed,
     StartRequest,
 )
 from promptlayer_exec._database import database
@@ -376,6 +377,38 @@ async def test_an_item_whose_ending_is_refused_is_followed_as_it_is_stored(
     await batch_of().add(requests(1))
     answers(sim, "POST", 400)
     monkeypatch.setattr(Store, "finish", record_first)
+    assert (await batch_of().work()).succeeded == 1
+    assert [outcome.execution_id async for outcome in batch_of().outcomes()] == [other]
+
+
+async def test_a_start_that_another_worker_sends_has_not_failed(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    recorder: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is not sent here, and no observer hears of a failure; the other's run is followed."""
+    other = sim.add_execution(Scenario([SimNode("Answer", "0", is_output_node=True)]))
+    started = json.dumps({"execution_id": other, "at": "2026-01-01T00:00:00+00:00", "error": None})
+    write = intents_.write
+    refused: list[bool] = []
+
+    def record_first(store: Store, batch: str, rows: Any) -> list[bool]:
+        intents_.write_started(store, batch, [intents_.StartResult("0", 1, "of another", started)])
+        recorded = write(store, batch, rows)
+        refused.extend(recorded)
+        return recorded
+
+    await batch_of().add(requests(1))
+    monkeypatch.setattr(intents_, "write", record_first)
+    working = asyncio.create_task(batch_of(observers=[recorder]).work())
+    await until(lambda: refused)
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    assert (refused, sim.runs, recorder.of(StartFailed)) == ([False], [], [])
+
+    monkeypatch.setattr(intents_, "write", write)
     assert (await batch_of().work()).succeeded == 1
     assert [outcome.execution_id async for outcome in batch_of().outcomes()] == [other]
 

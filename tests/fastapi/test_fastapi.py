@@ -347,7 +347,7 @@ ANSWERS: list[tuple[PromptLayerExecError, int]] = [
     (InvalidOutput(SECRET, path=SECRET, value=SECRET, reason=SECRET, **CONTEXT), 502),
     (SessionClosed(SECRET, **CONTEXT), 503),
     (InvalidInputs(SECRET), 422),
-    (KeyConflict(SECRET, key=SECRET), 409),
+    (KeyConflict(SECRET, key=SECRET), 422),
     (ConfigurationError(SECRET), 500),
 ]
 
@@ -663,3 +663,13 @@ def test_the_router_has_an_openapi_description(session: Session) -> None:
     node = kinds[0]["properties"]["nodes"]["additionalProperties"]["properties"]
     assert "raw_error_message" in node
     assert {"value", "error_message"}.isdisjoint(node)
+
+
+def test_a_test_client_needs_no_with(threaded_sim: Simulator) -> None:
+    """Each request then has an event loop of its own, in which a global session opens again."""
+    execution_id = threaded_sim.add_execution(Scenario([SimNode("Report", "done")]))
+    session = Session(threaded_sim.api_key, base_url=threaded_sim.base_url)
+    client = TestClient(make_app(session))
+    for _ in range(2):
+        assert client.get(f"/executions/{execution_id}").json()["complete"] is True
+        assert "event: complete" in client.get(f"/executions/{execution_id}/events").text

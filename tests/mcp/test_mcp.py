@@ -25,6 +25,7 @@ from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli._app import app as command_line
 from promptlayer_exec.mcp import create_server
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.starts import SQLStartStore
 
 TRACEBACK = "Traceback (most recent call last):\n" + "  File ...\n" * 300 + "OrderClosed: PO-4711"
 MODES = ("legacy", "auto")
@@ -399,6 +400,74 @@ async def test_a_lost_start_is_not_repeated(workspace: Simulator, connect: Conne
     assert "it is not known whether a run of workflow 'other' started" in text
     assert "Do not call this tool again" in text
     assert len(workspace.runs) == 1
+
+
+@pytest.fixture
+def connect_keyed(open_session: Callable[..., Session], tmp_path: Path) -> Connect:
+    """Return a function that connects a client to a server with a record of starts."""
+
+    @asynccontextmanager
+    async def connect(*workflows: str) -> AsyncIterator[Client]:
+        starts = SQLStartStore(f"sqlite:///{tmp_path / 'starts.sqlite'}")
+        server = create_server(open_session(starts=starts), workflows=workflows)
+        async with Client(server) as client:
+            yield client
+
+    return connect
+
+
+async def test_a_call_that_is_repeated_with_its_key_gets_the_same_run(
+    workspace: Simulator, connect_keyed: Connect
+) -> None:
+    """Of any tool, and of any server with the same database; the message says so."""
+    asked = {"workflow": "other", "inputs": {"n": 1}, "idempotency_key": "a"}
+    async with connect_keyed() as client:
+        assert client.instructions is not None
+        assert "idempotency_key" in client.instructions
+        first = await call(client, "start_workflow", **asked)
+        assert "has started. Call wait_execution" in first["message"]
+    async with connect_keyed("other", "write report") as client:
+        again = await call(client, "start_workflow", **asked)
+        assert "nothing new was started. Call wait_execution" in again["message"]
+        assert again["execution_id"] == first["execution_id"] == "1001"
+        result = await call(client, "run_other", inputs={"n": 1}, idempotency_key="a")
+        assert (result["execution_id"], result["succeeded"]) == ("1001", True)
+
+        tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+        for name in ("start_workflow", "run_other", "run_write_report"):
+            schema = tools[name].input_schema
+            assert "idempotency_key" in schema["properties"]
+            assert "idempotency_key" not in schema["required"]
+        for _ in range(2):
+            await call(client, "run_write_report", **INPUTS, idempotency_key="b")
+    assert [run.inputs for run in workspace.runs] == [{"n": 1}, INPUTS]
+
+
+async def test_another_call_under_a_key_starts_nothing(
+    workspace: Simulator, connect_keyed: Connect
+) -> None:
+    """The model reads what differs, and what to do; so it does if a start was lost."""
+    async with connect_keyed() as client:
+        await call(client, "start_workflow", workflow="other", idempotency_key="a")
+        asked = {"workflow": "other", "inputs": {"n": 1}, "idempotency_key": "a"}
+        error = await refused(client, "start_workflow", **asked)
+        assert "which differs in inputs.n" in error
+        assert error.endswith("A new run needs a new idempotency_key.")
+
+        workspace.inject(Fault.disconnect(), path="/run")
+        for _ in range(2):
+            error = await refused(client, "start_workflow", **{**asked, "idempotency_key": "b"})
+            assert "A call with the same idempotency_key starts nothing: ask the user." in error
+    assert len(workspace.runs) == 2
+
+
+async def test_without_a_record_of_starts_there_is_no_key(connect: Connect) -> None:
+    """A model that makes one up is told; nothing is started behind its back."""
+    async with connect() as client:
+        assert client.instructions is not None
+        assert "idempotency_key" not in client.instructions
+        error = await refused(client, "start_workflow", workflow="other", idempotency_key="a")
+    assert "'idempotency_key' was unexpected" in error
 
 
 async def test_a_refused_key_is_no_secret(
@@ -835,6 +904,7 @@ async def test_standard_output_has_nothing_but_the_protocol(held: int, serve_mcp
     [
         ([], "there is no API key: set the environment variable PROMPTLAYER_API_KEY"),
         (["--workflow", ""], "must not be empty"),
+        (["--db", "mysql://x/y"], "(--db)"),
     ],
 )
 def test_the_command_says_what_it_lacks(arguments: list[str], problem: str) -> None:
@@ -842,6 +912,15 @@ def test_the_command_says_what_it_lacks(arguments: list[str], problem: str) -> N
     result = CliRunner().invoke(command_line, ["mcp", *arguments])
     assert (result.exit_code, result.stdout) == (2, "")
     assert problem in result.stderr
+
+
+def test_a_database_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If one was named; without the extra, the tools have no keys, and all else works."""
+    monkeypatch.setitem(sys.modules, "promptlayer_exec.starts", None)
+    result = CliRunner().invoke(command_line, ["mcp", "--db", "sqlite:///starts.sqlite"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"--db needs {install_hint('cli', 'starts')}\n"
+    assert "no API key" in CliRunner().invoke(command_line, ["mcp"]).stderr
 
 
 def test_the_command_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
