@@ -77,6 +77,7 @@ class Records:
 
     Attributes:
         is_away: whether it cannot be used.
+        has_been_away: whether it could not be used for a while.
         forgotten: how many times a key has been forgotten.
         claims: the number of the session, the key and what `forgotten` was, by the claim's token.
     """
@@ -86,7 +87,7 @@ class Records:
         self.database = VirtualDatabase(Path(self._directory.name, "starts.sqlite"), clock)
         self.table = _StartsTable(self.database, restart_after)
         _tables.create_all(self.database.engine)
-        self.is_away = False
+        self.is_away = self.has_been_away = False
         self.forgotten = dict.fromkeys(KEYS, 0)
         self.claims: dict[str, tuple[int, str, int]] = {}
 
@@ -256,9 +257,22 @@ class Keyed(RuleBasedStateMachine):
     def call_back(self, data: st.DataObject, seconds: float) -> None:
         """Let the callback of a run come to any process: early, late or again."""
         run = data.draw(st.sampled_from(self.sim.runs))
-        resolved = _Resolved(self.token_in(run.body), run.execution_id)
-        self.records.call("resolve", resolved)
+        token = self.token_in(run.body)
+        _, key, forgotten = self.records.claims[token]
+        before = self.records.row(key)
+        is_news = before is not None and before.execution_id is None
+        is_news = is_news and forgotten == self.records.forgotten[key]
+
+        is_recorded = self.records.call("resolve", _Resolved(token, run.execution_id))
+        # Those of the latest two attempts count.
+        if is_news and token in self.tokens(key)[-2:]:
+            assert is_recorded
         self.world.run(asyncio.sleep(seconds))
+
+    def tokens(self, key: str) -> list[str]:
+        """Return the tokens of the attempts to start a key since it was forgotten."""
+        now = (key, self.records.forgotten[key])
+        return [token for token, (_, *about) in self.records.claims.items() if tuple(about) == now]
 
     @rule(key=st.sampled_from(KEYS))
     def forget(self, key: str) -> None:
@@ -266,10 +280,11 @@ class Keyed(RuleBasedStateMachine):
         self.records.call("forget", key)
         self.records.forgotten[key] += 1
 
+    @precondition(lambda self: self.world.running())
     @rule(seconds=st.sampled_from([0.5, 4.0, 12.0]))
     def lose_the_database(self, seconds: float) -> None:
         """Let no process use the database for a while."""
-        self.records.is_away = True
+        self.records.is_away = self.records.has_been_away = True
         self.world.run(asyncio.sleep(seconds))
         self.records.is_away = False
 
@@ -337,6 +352,7 @@ class Keyed(RuleBasedStateMachine):
                 self.check_handle(call, call.task.result())
             case StartUnknown() as error:
                 assert error.key == call.key
+                assert self.may_be_lost(call.key)
             case KeyConflict() as error:
                 assert error.key == call.key
                 assert "inputs.topic" in str(error)
@@ -348,6 +364,19 @@ class Keyed(RuleBasedStateMachine):
                 pass
             case error:
                 raise AssertionError(f"there was no reason for {error!r}")
+
+    def may_be_lost(self, key: str) -> bool:
+        """Return True if something has happened that can make a start of a key unknown."""
+        claims = self.records.claims
+        processes = {number for number, claimed, _ in claims.values() if claimed == key}
+        was_killed = any(self.processes[number].is_killed for number in processes)
+        weather = [
+            name
+            for _, request, name in self.world.served
+            if request.method == "POST" and claims[self.token_in(request.body)][1] == key
+        ]
+        is_lost = not set(weather) <= {"fair", "slow", "late", "429", "429 for 3 s", "400"}
+        return is_lost or was_killed or self.records.has_been_away
 
     def check_handle(self, call: Any, handle: Execution) -> None:
         """Check that a handle is that of a run with the call's key and inputs."""
