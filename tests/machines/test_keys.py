@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 import sqlalchemy as sa
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from promptlayer_exec import (
     BadRequest,
@@ -46,7 +46,7 @@ WEATHER = [
 ]
 DONE = Scenario([SimNode("Answer", "42", is_output_node=True)])
 CALLBACKS = Callbacks("http://127.0.0.1:9/callbacks", secret="s3cret")
-KEYS = ["a", "b", "c"]
+KEYS = ["a", "b"]
 SESSIONS = 3
 RESTART_AFTER = 60.0
 # The sessions' settings; and for how long a start waits for a record that is away.
@@ -162,6 +162,7 @@ class Keyed(RuleBasedStateMachine):
     def __init__(self, world: Any) -> None:
         super().__init__()
         self.world, self.sim = world, world.sim
+        self.is_stormy = False
         self.events: list[Any] = []
         self.records = Records(world.now, self.restart_after)
         self.processes: list[Process] = []
@@ -204,6 +205,11 @@ class Keyed(RuleBasedStateMachine):
 
     # What happens.
 
+    @initialize(is_stormy=st.booleans())
+    def begin(self, *, is_stormy: bool) -> None:
+        """Choose whether the database may be lost."""
+        self.is_stormy = is_stormy
+
     @rule(
         number=st.integers(0, SESSIONS - 1),
         key=st.sampled_from(KEYS),
@@ -216,7 +222,8 @@ class Keyed(RuleBasedStateMachine):
         self.world.coming["POST"] += weather
         call = self.sessions[number].start("write", {"topic": topic}, key=key)
         process = self.process_of(number)
-        self.world.begin(call, seconds, key=key, topic=topic, process=process)
+        about = {"key": key, "topic": topic, "process": process, "is_checked": False}
+        self.world.begin(call, seconds, epoch=self.records.forgotten[key], **about)
 
     @rule(number=st.integers(0, SESSIONS - 1), turns=st.integers(0, 40))
     def kill(self, number: int, turns: int) -> None:
@@ -280,7 +287,7 @@ class Keyed(RuleBasedStateMachine):
         self.records.call("forget", key)
         self.records.forgotten[key] += 1
 
-    @precondition(lambda self: self.world.running())
+    @precondition(lambda self: self.is_stormy and self.world.running())
     @rule(seconds=st.sampled_from([0.5, 4.0, 12.0]))
     def lose_the_database(self, seconds: float) -> None:
         """Let no process use the database for a while."""
@@ -300,7 +307,8 @@ class Keyed(RuleBasedStateMachine):
         for call in self.world.calls:
             latest = call.began + SENT_WITHIN + REQUEST_TIMEOUT + 2 * RECORDED_WITHIN
             self.world.check_time(call, latest)
-            if call.task.done():
+            if call.task.done() and not call.is_checked:
+                call.is_checked = True
                 self.check_end(call)
         started = [event for event in self.events if isinstance(event, ExecutionStarted)]
         ids = [event.execution_id for event in started if not event.recovered]
@@ -352,7 +360,7 @@ class Keyed(RuleBasedStateMachine):
                 self.check_handle(call, call.task.result())
             case StartUnknown() as error:
                 assert error.key == call.key
-                assert self.may_be_lost(call.key)
+                assert self.may_be_lost(call.key, {call.epoch, self.records.forgotten[call.key]})
             case KeyConflict() as error:
                 assert error.key == call.key
                 assert "inputs.topic" in str(error)
@@ -365,17 +373,21 @@ class Keyed(RuleBasedStateMachine):
             case error:
                 raise AssertionError(f"there was no reason for {error!r}")
 
-    def may_be_lost(self, key: str) -> bool:
+    def may_be_lost(self, key: str, epochs: set[int]) -> bool:
         """Return True if something has happened that can make a start of a key unknown."""
         claims = self.records.claims
-        processes = {number for number, claimed, _ in claims.values() if claimed == key}
-        was_killed = any(self.processes[number].is_killed for number in processes)
-        weather = [
+        tokens = {
+            token
+            for token, (_, claimed, epoch) in claims.items()
+            if claimed == key and epoch in epochs
+        }
+        was_killed = any(self.processes[claims[token][0]].is_killed for token in tokens)
+        weather = {
             name
             for _, request, name in self.world.served
-            if request.method == "POST" and claims[self.token_in(request.body)][1] == key
-        ]
-        is_lost = not set(weather) <= {"fair", "slow", "late", "429", "429 for 3 s", "400"}
+            if request.method == "POST" and self.token_in(request.body) in tokens
+        }
+        is_lost = not weather <= {"fair", "slow", "late", "429", "429 for 3 s", "400"}
         return is_lost or was_killed or self.records.has_been_away
 
     def check_handle(self, call: Any, handle: Execution) -> None:
