@@ -211,19 +211,28 @@ class Keyed(RuleBasedStateMachine):
         self.is_stormy = is_stormy
 
     @rule(
-        number=st.integers(0, SESSIONS - 1),
+        numbers=st.lists(st.integers(0, SESSIONS - 1), min_size=1, max_size=4),
         key=st.sampled_from(KEYS),
-        topic=st.sampled_from(["otters", "otters", "otters", "otters", "seals"]),
-        weather=st.lists(st.sampled_from(WEATHER), max_size=2),
+        weather=st.sampled_from(WEATHER),
         seconds=SECONDS,
     )
-    def start(self, number: int, key: str, topic: str, weather: list[str], seconds: float) -> None:
-        """Begin a start, or repeat one, perhaps with another request."""
-        self.world.coming["POST"] += weather
+    def start(self, numbers: list[int], key: str, weather: str, seconds: float) -> None:
+        """Begin a start, and repeat it in other sessions."""
+        self.world.coming["POST"].append(weather)
+        for number in numbers:
+            self.begin_call(number, key, "otters", seconds)
+
+    @rule(number=st.integers(0, SESSIONS - 1), key=st.sampled_from(KEYS), seconds=SECONDS)
+    def start_another(self, number: int, key: str, seconds: float) -> None:
+        """Use the key for another request."""
+        self.begin_call(number, key, "seals", seconds)
+
+    def begin_call(self, number: int, key: str, topic: str, seconds: float) -> None:
+        """Begin a call, and let time pass."""
         call = self.sessions[number].start("write", {"topic": topic}, key=key)
-        process = self.process_of(number)
-        about = {"key": key, "topic": topic, "process": process, "is_checked": False}
-        self.world.begin(call, seconds, epoch=self.records.forgotten[key], **about)
+        about = {"key": key, "topic": topic, "is_checked": False}
+        epoch, process = self.records.forgotten[key], self.process_of(number)
+        self.world.begin(call, seconds, epoch=epoch, process=process, **about)
 
     @rule(number=st.integers(0, SESSIONS - 1), turns=st.integers(0, 40))
     def kill(self, number: int, turns: int) -> None:
@@ -483,4 +492,4 @@ def has_handle(call: Any) -> bool:
 @pytest.mark.parametrize("machine", [Keyed, Restarting])
 def test_each_key_starts_one_run(run_machine: Any, make_world: Any, machine: Any) -> None:
     """Whoever repeats it, whatever gets lost, and whichever process is killed."""
-    run_machine(lambda: machine(make_world()), 25, 30)
+    run_machine(lambda: machine(make_world()), 60, 40)
