@@ -288,7 +288,7 @@ def handle_of(session: Session, item: Any) -> Execution:
             ) from None
 
     if item._session is None:  # it was unpickled
-        return Execution(session, item.id, item.workflow, item.warning)
+        return Execution(session, item.id, item.workflow, item.warning, item._key)
     if item._session is not session:
         raise ValueError(f"execution {item.id} belongs to another session: pass its id instead")
     return item

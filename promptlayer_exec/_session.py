@@ -35,7 +35,6 @@ from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import (
     ConfigurationError,
-    PromptLayerExecError,
     SessionClosed,
     StartUnknown,
 )
@@ -575,7 +574,7 @@ class Session:
             inputs = self._encode_inputs(request)
             run_request(request, {})  # checks all the rest
             client = self._open()
-        except (TypeError, ValueError, PromptLayerExecError) as error:
+        except Exception as error:
             self._emit(StartFailed(None, request, error))
             raise
 
@@ -593,7 +592,9 @@ class Session:
             return await self._start(request, deadline, hooks, token)
 
         keyed_starts = cast(KeyedStarts, client.keyed_starts)
-        found = await keyed_starts.start(request, asked_for, self._new_token(), send, deadline)
+        # No callback comes for a start with a callback URL of the caller's own.
+        token = self._new_token() if request.callback_url is None else uuid4().hex
+        found = await keyed_starts.start(request, asked_for, token, send, deadline)
         if isinstance(found, Execution):
             return found
 
@@ -638,7 +639,7 @@ class Session:
         timeout = check_timeout(timeout)
         client = self._open()
         execution_id = await client.recover(error, token, client.deadline(timeout))
-        return Execution(self, execution_id, error.workflow)
+        return Execution(self, execution_id, error.workflow, key=error.key)
 
     def _encode_inputs(self, request: StartRequest) -> dict[str, Any]:
         """Return a start's inputs in JSON form."""

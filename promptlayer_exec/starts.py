@@ -154,7 +154,8 @@ class _StartsTable:
             .where(of_key, of_token, _row.state == "sending")
             .values(state="unknown", updated=now, until=now)
         )
-        self._take_back = unsettled.where(of_key, of_token, _row.attempts > 1).values(
+        has_earlier = _row.earlier_token.is_not(None)
+        self._take_back = unsettled.where(of_key, of_token, has_earlier).values(
             state="unknown",
             token=_row.earlier_token,
             earlier_token=None,
@@ -351,7 +352,7 @@ class _OpenStore:
     async def aclose(self) -> None:
         """Wait for the calls that go on, and close the connections."""
         while self._running:
-            with suppress(ConfigurationError):
+            with suppress(Exception):  # it is the caller's, who may also have given up
                 await finished(next(iter(self._running)))
         await self.database.run_in_thread(self.database.engine.dispose)
         self.database.close()
@@ -473,14 +474,14 @@ class SQLStartStore:
         try:
             async with asyncio.timeout(patience):
                 return await finished(future)
-        except TimeoutError as error:
-            raise opened.database.late(patience) from error
-        except ConfigurationError as error:
-            raise ConfigurationError(*error.args) from error  # others got the same one
-        finally:
-            if not future.done() or future.exception() is not None:
-                call.is_abandoned = True
-                self._give_up(opened, what, argument, future)
+        except BaseException as error:
+            call.is_abandoned = True
+            self._give_up(opened, what, argument, future)
+            if isinstance(error, TimeoutError):
+                raise opened.database.late(patience) from error
+            if isinstance(error, ConfigurationError):
+                raise ConfigurationError(*error.args) from error  # others got the same one
+            raise
 
     def _give_up(self, opened: _OpenStore, what: str, argument: Any, future: Future[Any]) -> None:
         """Undo a claim whose caller does not know of it, unless it has not been tried yet."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import attrs
@@ -18,10 +19,12 @@ from promptlayer_exec._engine.start import (
     report_unrecorded,
     start_unknown,
 )
+from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import (
     ConfigurationError,
     ExecutionTimeout,
     KeyConflict,
+    SessionClosed,
     StartUnknown,
 )
 from promptlayer_exec._events import Emit, StartFailed, logger
@@ -92,23 +95,17 @@ class KeyedStarts:
         """
         key: str = request.key
         claim = StartClaim(key, token, self._server, fingerprint, self._request_timeout)
-        pause = 0.02
 
         while True:
             try:
-                stored = await self._find(request, deadline)
-                if stored is not None:
-                    self._check(stored, claim)
-            except Exception as error:
+                stored = await self._settled(request, claim, deadline)
+            except (Exception, asyncio.CancelledError) as error:
                 self._emit(StartFailed(None, request, error))
                 raise
 
             if stored is not None and stored.state == "started":
                 return stored
-            if stored is not None and stored.state == "sending":
-                await self._wait(request, deadline, asyncio.sleep(pause))
-                pause = min(2 * pause, 0.5)
-            elif key not in self._sending:
+            if key not in self._sending:
                 with suppress(StartTaken):  # another process was quicker
                     return await self._send_one(claim, send)
 
@@ -126,6 +123,22 @@ class KeyedStarts:
                     return
             await asyncio.sleep(0.5)
 
+    async def _settled(
+        self, request: StartRequest, claim: StartClaim, deadline: Deadline
+    ) -> StoredStart | None:
+        """Return what is recorded for a key, once no start with it is in flight anywhere."""
+        pause = 0.02
+        while True:
+            stored = await self._find(request, deadline)
+            if stored is None:
+                return None
+
+            self._check(stored, claim)
+            if stored.state != "sending":
+                return stored
+            await self._wait(request, deadline, asyncio.sleep(pause))
+            pause = min(2 * pause, 0.5)
+
     async def _find(self, request: StartRequest, deadline: Deadline) -> StoredStart | None:
         """Return what is recorded for a key, once no call of this session is sending its start."""
         while (sending := self._sending.get(request.key)) is not None:
@@ -136,13 +149,18 @@ class KeyedStarts:
             find = self._store.find(request.key, patience=self._patience())
             looking_up = self._lifetime.spawn(find, name="promptlayer_exec.StartLookup")
             self._looking_up[request.key] = looking_up
-            looking_up.add_done_callback(lambda _: self._looking_up.pop(request.key))
+            looking_up.add_done_callback(partial(self._looked_up, request.key))
 
         await self._wait(request, deadline, asyncio.wait([looking_up]))
         try:
             return looking_up.result()
         except ConfigurationError as error:
             raise _nothing_started(error) from error
+
+    def _looked_up(self, key: str, looking_up: asyncio.Task[StoredStart | None]) -> None:
+        del self._looking_up[key]
+        if not looking_up.cancelled():
+            looking_up.exception()  # marks it as retrieved: all callers may be gone
 
     async def _wait(
         self, request: StartRequest, deadline: Deadline, what: Coroutine[Any, Any, object]
@@ -220,11 +238,13 @@ class _ClaimedStart:
     _claim: StartClaim
     _lifetime: Lifetime
     _may_be_claimed: bool = attrs.field(init=False, default=False)
-    _closing: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
+    _writing: asyncio.Task[None] | None = attrs.field(init=False, default=None)
 
     async def before_send(self) -> None:
-        self._may_be_claimed = True
         patience = store_patience(self._claim.request_timeout)
+        await self._wait_until_released(patience)
+
+        self._may_be_claimed = True
         try:
             in_the_way = await self._store.claim(self._claim, patience=patience)
         except ConfigurationError as error:
@@ -246,39 +266,35 @@ class _ClaimedStart:
         elif isinstance(outcome, StartUnknown):
             await self._persist(lambda: self._record(None))
         elif self._may_be_claimed:
-            await self._persist(self._release)
+            # After a claim that failed, the caller has waited for the store for long enough.
+            has_failed = isinstance(outcome, ConfigurationError)
+            await self._persist(self._release, wait=not has_failed)
+
+    async def _wait_until_released(self, patience: float) -> None:
+        """Wait for what an earlier attempt left to do: it would undo the next claim."""
+        if self._writing is None:
+            return
+        await asyncio.wait([self._writing], timeout=patience)
+        if not self._writing.done():
+            late = ConfigurationError("the record of starts cannot be used")
+            raise _nothing_started(late)
 
     async def _persist(
-        self, write: Callable[[], Awaitable[None]], execution_id: int | None = None
+        self,
+        call: Callable[[], Awaitable[None]],
+        execution_id: int | None = None,
+        *,
+        wait: bool = True,
     ) -> None:
         """Write to the store, beside the caller if the store is away."""
-        writing = self._lifetime.spawn(
-            self._write(write), name="promptlayer_exec.StartRecord", cancel=self._closing.set
+        write = _Write(call, self._claim.key, execution_id)
+        if self._lifetime.is_closing():
+            write.close()  # whoever closes the session waits for this one
+        self._writing = self._lifetime.spawn(
+            write.run(), name="promptlayer_exec.StartRecord", cancel=write.close
         )
-        await asyncio.wait([writing], timeout=_RECORD.until_reported)
-        if not writing.done() and execution_id is not None:
-            report_unrecorded(execution_id, f"the key {self._claim.key!r}")
-
-        rest = _RECORD.until_delivered - _RECORD.until_reported
-        await asyncio.wait([writing], timeout=rest)
-
-    async def _write(self, write: Callable[[], Awaitable[None]]) -> None:
-        """Write, again and again while the store is away; closing allows one more try."""
-        is_last = False
-        while True:
-            try:
-                await write()
-            except ConfigurationError as error:
-                if is_last:
-                    logger.error("key %.100r: %s", self._claim.key, error)
-                    return
-            else:
-                return
-
-            is_last = self._closing.is_set()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_RECORD.between_tries):
-                    await self._closing.wait()
+        if wait:
+            await asyncio.wait([self._writing], timeout=_RECORD.until_delivered)
 
     async def _record(self, execution_id: int | None) -> None:
         claim = self._claim
@@ -297,3 +313,66 @@ class _ClaimedStart:
         claim = self._claim
         await self._store.release(claim.key, claim.token, patience=_RECORD.one_try)
         self._may_be_claimed = False
+
+
+@attrs.define(eq=False)
+class _Write:
+    """A write to the store, which is tried again until it is done or the session has closed."""
+
+    _call: Callable[[], Awaitable[None]]
+    _key: str
+    _execution_id: int | None
+    _try: asyncio.Timeout | None = attrs.field(init=False, default=None)
+    _is_closing: bool = attrs.field(init=False, default=False)
+    _is_reported: bool = attrs.field(init=False, default=False)
+
+    def close(self) -> None:
+        """Allow one more try."""
+        if not self._is_closing:
+            self._is_closing = True
+            if self._try is not None:
+                self._try.reschedule(clock())
+
+    async def run(self) -> None:
+        """Write; if that takes a while or fails, report the execution's id."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(_RECORD.until_reported, self._report)
+        try:
+            await self._repeat()
+        finally:
+            self._try = None
+            timer.cancel()
+
+    async def _repeat(self) -> None:
+        while True:
+            is_last = self._is_closing
+            try:
+                async with asyncio.timeout(None) as self._try:
+                    error = await self._failure()
+                    if error is None:
+                        return
+                    if not is_last:
+                        await asyncio.sleep(_RECORD.between_tries)
+            except TimeoutError:
+                continue  # the session is closing
+            except asyncio.CancelledError:
+                # The event loop ends, and so does the session.
+                self._is_closing = True
+                error = SessionClosed()
+
+            if is_last:
+                logger.error("key %.100r: %s", self._key, error)
+                self._report()
+                return
+
+    async def _failure(self) -> Exception | None:
+        try:
+            await self._call()
+        except Exception as error:  # noqa: BLE001 - the store may be an app's own
+            return error
+        return None
+
+    def _report(self) -> None:
+        if self._execution_id is not None and not self._is_reported:
+            self._is_reported = True
+            report_unrecorded(self._execution_id, f"the key {self._key!r}")

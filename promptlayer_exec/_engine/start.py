@@ -169,12 +169,18 @@ class Start:
             outcome = self._judge(error)
 
         if self._hooks is not None:
-            recording = asyncio.ensure_future(self._hooks.ended(outcome))
-            # A cancellation comes too late: what the outcome is has been decided.
-            with suppress(asyncio.CancelledError):
-                await wait_even_if_cancelled(recording)
-            recording.result()
+            await self._tell(self._hooks, outcome)
         return outcome
+
+    async def _tell(self, hooks: SendHooks, outcome: StartOutcome) -> None:
+        """Wait until the hooks know the outcome; whatever they do, that is what it is."""
+        telling = asyncio.ensure_future(hooks.ended(outcome))
+        while not telling.done():
+            with suppress(asyncio.CancelledError):  # it comes too late
+                await asyncio.wait([telling])
+
+        if not telling.cancelled() and (error := telling.exception()) is not None:
+            logger.error("the end of a start could not be recorded", exc_info=error)
 
     def _cancel(self) -> None:
         if not self.sent:

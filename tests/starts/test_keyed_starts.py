@@ -1,0 +1,1113 @@
+"""Starts with a key, by sessions and real sockets: the server's log says how many there were."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, aclosing, closing, contextmanager, suppress
+from typing import Any, Self
+
+import attrs
+import pytest
+
+from promptlayer_exec import (
+    BadRequest,
+    ConfigurationError,
+    ConnectionFailed,
+    Execution,
+    ExecutionStarted,
+    ExecutionTimeout,
+    InvalidInputs,
+    KeyConflict,
+    RetryPolicy,
+    Session,
+    SessionClosed,
+    StartFailed,
+    StartRequest,
+    StartUnknown,
+    StatusError,
+)
+from promptlayer_exec._engine import keyed_starts
+from promptlayer_exec._integration import receive_callback
+from promptlayer_exec.dbos import Batch
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.starts import SQLStartStore, StartStore
+from promptlayer_exec.webhooks import Callbacks
+
+INPUTS = {"topic": "otters"}
+CALLBACKS = Callbacks("http://127.0.0.1:9/callbacks", secret="of the sessions")
+LONG = 20.0
+
+
+class Watched:
+    """A store that records which of its methods were called, and that can be held up or away.
+
+    Attributes:
+        calls: the names of the methods, in the order of the calls.
+        before: called before each call of a method, by its name.
+        after: called after each call of a method, by its name.
+    """
+
+    def __init__(self, store: StartStore) -> None:
+        self.store = store
+        self.calls: list[str] = []
+        self.before: dict[str, Callable[[], Awaitable[object]]] = {}
+        self.after: dict[str, Callable[[], Awaitable[object]]] = {}
+
+    async def nothing(self) -> None:
+        """Do nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a method of the store."""
+
+        async def call(*arguments: Any, **options: Any) -> Any:
+            self.calls.append(name)
+            await self.before.get(name, self.nothing)()
+            result = await getattr(self.store, name)(*arguments, **options)
+            await self.after.get(name, self.nothing)()
+            return result
+
+        return call
+
+    async def aclose(self) -> None:
+        """Close the store."""
+        await self.store.aclose()  # type: ignore[attr-defined]
+
+
+class Gate:
+    """Lets a test wait until something has been reached, which then waits for the test."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self.opened = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Wait for the test."""
+        self.reached.set()
+        await self.opened.wait()
+
+    async def arrive(self) -> None:
+        """Wait, in the test, until somebody waits."""
+        async with asyncio.timeout(LONG):
+            await self.reached.wait()
+
+
+@pytest.fixture
+def flow(sim: Simulator) -> str:
+    """Return the name of a workflow whose output is its topic."""
+
+    def scenario(inputs: Any) -> Scenario:
+        return Scenario([SimNode("Answer", inputs.get("topic"), is_output_node=True)])
+
+    sim.add_workflow("write", scenario, inputs={"topic": "string"})
+    return "write"
+
+
+@pytest.fixture
+async def store_of(url: str) -> AsyncIterator[Callable[..., Watched]]:
+    """Return a function that makes a store, which is closed after the test."""
+    async with AsyncExitStack() as stores:
+
+        def make(**settings: Any) -> Watched:
+            store = Watched(SQLStartStore(url, **settings))
+            stores.push_async_callback(store.aclose)
+            return store
+
+        yield make
+
+
+@pytest.fixture
+def store(store_of: Callable[..., Watched]) -> Watched:
+    """Return a store that restarts nothing."""
+    return store_of()
+
+
+@pytest.fixture
+def session(open_session: Callable[..., Session], store: Watched) -> Session:
+    """Return a session whose starts can be called back."""
+    return open_session(starts=store, callbacks=CALLBACKS)
+
+
+@contextmanager
+def connected(url: str) -> Iterator[sqlite3.Connection]:
+    """Yield a connection to the database, as another program has."""
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection, connection:
+        yield connection
+
+
+@contextmanager
+def locked(url: str) -> Iterator[None]:
+    """Keep all others from using the database."""
+    with connected(url) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+class Lock:
+    """Locks a database when it is told to, until its end."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._lock: Any = None
+
+    async def lock(self) -> None:
+        """Lock the database, unless it is locked."""
+        if self._lock is None:
+            self._lock = locked(self._url)
+            self._lock.__enter__()
+
+    def unlock(self) -> None:
+        """Unlock it."""
+        if self._lock is not None:
+            self._lock.__exit__(None, None, None)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unlock()
+
+
+def age(url: str, seconds: float) -> None:
+    """Let everything that is recorded be older by some seconds."""
+    moved = ", ".join(f"{name} = {name} - {seconds}" for name in ("created", "updated", "until"))
+    with connected(url) as connection:
+        connection.execute(f"UPDATE promptlayer_exec_starts SET {moved}")
+
+
+def rows(url: str) -> list[tuple[Any, ...]]:
+    """Return the key, the state, the id and the number of attempts of each row."""
+    with connected(url) as connection:
+        columns = "key, state, execution_id, attempts"
+        return list(connection.execute(f"SELECT {columns} FROM promptlayer_exec_starts"))
+
+
+def posts(sim: Simulator) -> int:
+    """Return how many requests to start a run the server has received."""
+    return [request.method for request in sim.requests].count("POST")
+
+
+def hold(sim: Simulator, gate: Gate, *, before: bool = False) -> None:
+    """Hold up the response to the next start, or the start itself."""
+
+    async def effect(_: Any, answer: Any) -> Any:
+        response = None if before else answer()
+        await gate.wait()
+        return response
+
+    sim.inject(Fault(effect), path="/run")
+
+
+def start(session: Session, flow: str, key: str = "order") -> asyncio.Task[Execution]:
+    """Begin a start."""
+    return asyncio.create_task(session.start(flow, INPUTS, key=key))
+
+
+async def lose(session: Session, sim: Simulator, flow: str, key: str = "order") -> StartUnknown:
+    """Start a run whose response is lost."""
+    sim.inject(Fault.disconnect(), path="/run")
+    with pytest.raises(StartUnknown) as error:
+        await session.start(flow, INPUTS, key=key)
+    return error.value
+
+
+def token_of(sim: Simulator, number: int = -1) -> str:
+    """Return the token in the callback URL of a run."""
+    return str(sim.runs[number].body["callback_url"]).rpartition("/")[2]
+
+
+# Repetitions
+
+
+async def test_a_repetition_returns_the_handle_of_the_one_run(
+    session: Session, sim: Simulator, flow: str, recorder: Any
+) -> None:
+    """It sends nothing, and nobody is told of a start."""
+    first = await session.start(flow, INPUTS, key="order")
+    count = sim.request_count
+    again = await session.start(flow, INPUTS, key="order")
+    assert (again.id, again.workflow) == (first.id, flow)
+    assert sim.request_count == count
+    assert [event.execution_id for event in recorder.of(ExecutionStarted)] == [first.id]
+    assert await first.output() == await again.output() == "otters"
+    assert posts(sim) == 1
+
+
+async def test_a_repetition_does_not_look_at_the_definition(
+    open_session: Callable[..., Session], store_of: Callable[..., Watched], flow: str, sim: Any
+) -> None:
+    """In another session, too, it needs nothing but the record."""
+    sessions = [open_session(starts=store_of(), check_inputs=True) for _ in range(2)]
+    first = await sessions[0].start(flow, INPUTS, key="order")
+    count = sim.request_count
+    assert (await sessions[1].start(flow, INPUTS, key="order")).id == first.id
+    assert sim.request_count == count
+
+
+async def test_other_keys_are_other_runs(session: Session, sim: Simulator, flow: str) -> None:
+    """As are starts without a key, of which nothing is recorded."""
+    keys = ["one", "two", None, None]
+    runs = await asyncio.gather(*(session.start(flow, INPUTS, key=key) for key in keys))
+    assert len({run.id for run in runs}) == posts(sim) == 4
+
+
+async def test_calls_at_the_same_time_share_one_start(
+    session: Session, store: Watched, sim: Simulator, flow: str
+) -> None:
+    """They ask the record together: once before the start, and once after it."""
+    runs = await asyncio.gather(*(session.start(flow, INPUTS, key="order") for _ in range(50)))
+    assert len({run.id for run in runs}) == posts(sim) == 1
+    assert store.calls == ["find", "claim", "record", "find"]
+
+
+async def test_sessions_share_one_start(
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    recorder: Any,
+) -> None:
+    """Each has a store of its own, as in two processes; one of the claims wins."""
+    sessions = [open_session(starts=store_of()) for _ in range(4)]
+    starts = [start(sessions[number % 4], flow) for number in range(20)]
+    assert len({run.id for run in await asyncio.gather(*starts)}) == posts(sim) == 1
+    assert len(recorder.of(ExecutionStarted)) == 1
+    assert recorder.of(StartFailed) == []
+
+
+async def test_who_loses_the_race_sends_nothing(
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    recorder: Any,
+) -> None:
+    """It has seen no record, and finds one when it claims the key."""
+    slow, gate = store_of(), Gate()
+    slow.before["claim"] = gate.wait
+    losing = start(open_session(starts=slow), flow)
+    await gate.arrive()
+    winner = await start(open_session(starts=store_of()), flow)
+    gate.opened.set()
+    assert (await losing).id == winner.id
+    assert posts(sim) == len(recorder.of(ExecutionStarted)) == 1
+    assert recorder.of(StartFailed) == []
+
+
+# A start in flight
+
+
+async def test_a_start_in_flight_elsewhere_is_waited_for(
+    open_session: Callable[..., Session], store_of: Callable[..., Watched], sim: Any, flow: str
+) -> None:
+    """Until its response has come."""
+    gate = Gate()
+    hold(sim, gate)
+    first = start(open_session(starts=store_of()), flow)
+    await gate.arrive()
+    other = store_of()
+    looked_twice = asyncio.Event()
+
+    async def look() -> None:
+        if other.calls.count("find") > 1:
+            looked_twice.set()
+
+    other.after["find"] = look
+    second = start(open_session(starts=other), flow)
+    async with asyncio.timeout(LONG):
+        await looked_twice.wait()
+    assert not second.done()
+    gate.opened.set()
+    assert (await first).id == (await second).id
+    assert posts(sim) == 1
+
+
+@pytest.mark.parametrize("where", ["the same session", "another session"])
+async def test_waiting_for_a_start_ends_with_the_call_s_own_deadline(
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    recorder: Any,
+    *,
+    where: str,
+) -> None:
+    """The error says that this call sent nothing; the start itself goes on."""
+    gate = Gate()
+    hold(sim, gate)
+    session = other = open_session(starts=store_of())
+    if where == "another session":
+        other = open_session(starts=store_of())
+    first = start(session, flow)
+    await gate.arrive()
+    with pytest.raises(ExecutionTimeout, match=r"key 'order' .* this call sent nothing") as error:
+        await other.run(flow, INPUTS, key="order", timeout=0.1)
+    assert error.value.execution_id is None
+    assert [event.error for event in recorder.of(StartFailed)] == [error.value]
+    gate.opened.set()
+    assert (await first).id == sim.runs[0].execution_id
+    assert posts(sim) == 1
+
+
+async def test_a_call_that_waits_can_be_cancelled_or_closed(
+    open_session: Callable[..., Session], store_of: Callable[..., Watched], sim: Any, flow: str
+) -> None:
+    """The start in flight is none of its business."""
+    gate = Gate()
+    hold(sim, gate)
+    first = start(open_session(starts=store_of()), flow)
+    await gate.arrive()
+    store = store_of()
+    other = open_session(starts=store)
+    waiting = Gate()
+    store.after["find"] = waiting.wait
+    cancelled, closed = start(other, flow), start(other, flow)
+    await waiting.arrive()
+    cancelled.cancel()
+    waiting.opened.set()
+    await asyncio.sleep(0)
+    await other.aclose()
+    errors = await asyncio.gather(cancelled, closed, return_exceptions=True)
+    assert [type(error) for error in errors] == [asyncio.CancelledError, SessionClosed]
+    gate.opened.set()
+    await first
+    assert posts(sim) == 1
+
+
+# Another request
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"workflow": "other"}, "workflow"),
+        ({"inputs": {"topic": "seals"}}, r"inputs\.topic"),
+        ({"inputs": {**INPUTS, "style": "dry"}}, r"inputs\.style"),
+        ({"label": "prod"}, "label"),
+        ({"version": 3, "metadata": {"user": "u"}}, r"version, metadata\.user"),
+    ],
+)
+async def test_another_request_with_the_key_is_a_conflict(
+    session: Session, sim: Simulator, flow: str, changes: dict[str, Any], names: str
+) -> None:
+    """It says what differs, and shows no value."""
+    await session.start(flow, INPUTS, key="order")
+    arguments = {"workflow": flow, "inputs": INPUTS, **changes}
+    with pytest.raises(
+        KeyConflict, match=rf"'order' .* differs in {names}\. Nothing was sent"
+    ) as e:
+        await session.start(**arguments, key="order")
+    assert e.value.key == "order"
+    assert isinstance(e.value, ValueError)
+    assert "seals" not in str(e.value)
+    assert "otters" not in str(e.value)
+    assert posts(sim) == 1
+
+
+async def test_another_server_is_a_conflict(
+    open_session: Callable[..., Session], store_of: Callable[..., Watched], sim: Any, flow: str
+) -> None:
+    """Its runs are others; the API key may differ, since keys are rotated."""
+    await open_session(starts=store_of()).start(flow, INPUTS, key="order")
+    other = open_session(starts=store_of(), base_url=f"{sim.base_url}/staging")
+    with pytest.raises(KeyConflict, match=r"on another server, http://127\.0\.0\.1"):
+        await other.start(flow, INPUTS, key="order")
+    rotated = open_session(starts=store_of(), api_key="of-another-day")
+    await rotated.start(flow, INPUTS, key="order")
+    assert posts(sim) == 1
+
+
+async def test_a_conflict_is_seen_while_the_start_is_in_flight(
+    open_session: Callable[..., Session], store_of: Callable[..., Watched], sim: Any, flow: str
+) -> None:
+    """Another process need not wait for the response."""
+    gate = Gate()
+    hold(sim, gate)
+    first = start(open_session(starts=store_of()), flow)
+    await gate.arrive()
+    with pytest.raises(KeyConflict):
+        await open_session(starts=store_of()).start(flow, {"topic": "seals"}, key="order")
+    gate.opened.set()
+    await first
+
+
+# What started nothing
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+async def test_a_refused_start_leaves_no_row(
+    session: Session, sim: Simulator, flow: str, url: str, status: int
+) -> None:
+    """The next call with the key starts."""
+    sim.inject(Fault.status(status), path="/run")
+    with pytest.raises(StatusError, match="no run"):
+        await session.start(flow, INPUTS, key="order")
+    assert rows(url) == []
+    assert (await session.start(flow, INPUTS, key="order")).id == sim.runs[0].execution_id
+    assert posts(sim) == 2
+
+
+async def test_missing_inputs_leave_no_row(
+    open_session: Callable[..., Session], store: Watched, sim: Simulator, flow: str
+) -> None:
+    """They are found before the key is claimed."""
+    session = open_session(starts=store, check_inputs=True)
+    with pytest.raises(InvalidInputs):
+        await session.start(flow, {}, key="order")
+    assert store.calls == ["find"]
+    await session.start(flow, INPUTS, key="order")
+    assert posts(sim) == 1
+
+
+async def test_a_429_is_waited_out(
+    session: Session, store: Watched, sim: Simulator, flow: str, url: str
+) -> None:
+    """Meanwhile there is no row: another process may start."""
+    seen: list[Any] = []
+
+    async def look() -> None:
+        seen.append(rows(url))
+
+    store.after["release"] = look
+    sim.inject(Fault.status(429, times=2), path="/run")
+    run = await session.start(flow, INPUTS, key="order")
+    assert store.calls == ["find", *["claim", "release"] * 2, "claim", "record"]
+    assert seen == [[], []]
+    assert rows(url) == [("order", "started", run.id, 1)]
+    assert len(sim.runs) == 1
+
+
+async def test_a_server_that_is_not_reached_leaves_no_row(
+    open_session: Callable[..., Session], store: Watched, url: str, flow: str
+) -> None:
+    """The key is claimed only when the connection stands."""
+    away = open_session(starts=store, base_url="http://127.0.0.1:9", retry=RetryPolicy(outage=0.0))
+    with pytest.raises(ConnectionFailed):
+        await away.start(flow, INPUTS, key="order")
+    assert store.calls == ["find"]
+    assert rows(url) == []
+
+
+@pytest.mark.parametrize("key", ["", "x" * 501, "a\0b", "\ud800"])
+async def test_a_key_that_cannot_be_stored_is_an_error(
+    session: Session, sim: Simulator, store: Watched, flow: str, key: str
+) -> None:
+    """Before anything is asked or sent."""
+    with pytest.raises(ValueError, match="key must be 1 to 500 characters"):
+        await session.start(flow, INPUTS, key=key)
+    with pytest.raises(TypeError, match="key must be a str"):
+        await session.start(flow, INPUTS, key=7)  # type: ignore[arg-type]
+    assert store.calls == []
+    assert sim.request_count == 0
+
+
+async def test_a_key_needs_a_record(
+    open_session: Callable[..., Session], sim: Simulator, flow: str
+) -> None:
+    """The error names the argument and the extra."""
+    session = open_session()
+    for call in (session.start, session.run):
+        with pytest.raises(ConfigurationError, match=r"pass starts=.*the extra \"starts\""):
+            await call(flow, INPUTS, key="order")
+    assert sim.request_count == 0
+
+
+# A lost response
+
+
+@pytest.mark.parametrize("fault", [Fault.disconnect(), Fault.status(503), Fault.truncate()])
+async def test_a_lost_response_stays_unknown(
+    session: Session, sim: Simulator, flow: str, url: str, fault: Fault
+) -> None:
+    """Each later call says so again, and sends nothing."""
+    sim.inject(fault, path="/run")
+    errors = []
+    for _ in range(3):
+        with pytest.raises(StartUnknown, match="with the key 'order'") as error:
+            await session.start(flow, INPUTS, key="order")
+        errors.append(error.value)
+        assert error.value.key == "order"
+    assert {error.callback_token for error in errors} == {errors[0].callback_token}
+    assert errors[0].callback_token is not None
+    assert "nothing was sent now" in str(errors[1])
+    assert posts(sim) == 1
+    assert rows(url) == [("order", "unknown", None, 1)]
+
+
+async def test_a_callback_says_which_run_it_was(
+    open_session: Callable[..., Session], store_of: Callable[..., Watched], sim: Any, flow: str
+) -> None:
+    """It may come to a process that has never known of the start."""
+    error = await lose(open_session(starts=store_of(), callbacks=CALLBACKS), sim, flow)
+    assert error.callback_token == token_of(sim)
+    assert await store_of().resolve(token_of(sim), sim.runs[0].execution_id)
+    run = await open_session(starts=store_of()).start(flow, INPUTS, key="order")
+    assert run.id == sim.runs[0].execution_id
+    assert await run.output() == "otters"
+    assert posts(sim) == 1
+
+
+async def test_recover_waits_on_the_row(
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    recorder: Any,
+) -> None:
+    """The callback comes to another process, with which only the database is shared."""
+    store = store_of()
+    session = open_session(starts=store, callbacks=CALLBACKS)
+    error = await lose(session, sim, flow)
+    gate = Gate()
+    store.after["find"] = gate.wait
+    recovering = asyncio.create_task(session.recover(error))
+    await gate.arrive()
+    assert await store_of().resolve(token_of(sim), sim.runs[0].execution_id)
+    gate.opened.set()
+    run = await recovering
+    assert run.id == sim.runs[0].execution_id
+    assert [event.recovered for event in recorder.of(ExecutionStarted)] == [True]
+    assert "order" in repr(run.__reduce__())  # for the log
+
+
+async def test_recover_survives_a_store_that_is_away(
+    session: Session, store: Watched, sim: Simulator, flow: str
+) -> None:
+    """The callback may also come to this very session."""
+    error = await lose(session, sim, flow)
+    gate = Gate()
+
+    async def fail() -> None:
+        gate.reached.set()
+        raise ConfigurationError("the database is away")
+
+    store.before["find"] = fail
+    recovering = asyncio.create_task(session.recover(error))
+    await gate.arrive()
+    receive_callback(session, token_of(sim), sim.runs[0].execution_id)
+    assert (await recovering).id == sim.runs[0].execution_id
+
+
+async def test_a_start_with_a_callback_url_of_its_own_cannot_be_recovered(
+    session: Session, sim: Simulator
+) -> None:
+    """No callback comes to the session, so no later error has a token either."""
+    sim.add_workflow("own", Scenario([SimNode("Answer", None, None)]))
+    sim.inject(Fault.disconnect(), path="/run")
+    for _ in range(2):
+        with pytest.raises(StartUnknown) as error:
+            await session.start("own", key="order", callback_url="http://127.0.0.1:9/mine")
+        assert error.value.callback_token is None
+    assert posts(sim) == 1
+
+
+async def test_a_process_that_was_killed_leaves_an_unknown_start(
+    session: Session, store: Watched, sim: Simulator, flow: str, url: str
+) -> None:
+    """Others wait for it for its time-out and a few seconds, and then say that nobody knows."""
+    gate = Gate()
+    hold(sim, gate)
+    first = start(session, flow)
+    await gate.arrive()
+    age(url, 34.0)  # as if its process had vanished
+    other = Session(sim.api_key, base_url=sim.base_url, starts=SQLStartStore(url))
+    async with other:
+        with pytest.raises(StartUnknown, match="was killed before it recorded"):
+            await other.start(flow, INPUTS, key="order")
+    gate.opened.set()  # but it was only asleep
+    run = await first
+    assert rows(url) == [("order", "started", run.id, 1)]
+    assert posts(sim) == 1
+
+
+async def test_an_unknown_start_is_repeated_after_a_while(
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    url: str,
+) -> None:
+    """Only if the store says so; several that repeat it send one request."""
+    sessions = [open_session(starts=store_of(restart_unknown_after=20.0)) for _ in range(2)]
+    await lose(sessions[0], sim, flow)
+    with pytest.raises(StartUnknown):
+        await sessions[1].start(flow, INPUTS, key="order")
+    age(url, 21.0)
+    with pytest.raises(StartUnknown):
+        await open_session(starts=store_of()).start(flow, INPUTS, key="order")
+    starts = [start(sessions[number % 2], flow) for number in range(10)]
+    ids = {run.id for run in await asyncio.gather(*starts)}
+    assert ids == {sim.runs[1].execution_id}
+    assert posts(sim) == 2
+    assert rows(url) == [("order", "started", sim.runs[1].execution_id, 2)]
+
+
+async def test_a_repeated_start_that_is_refused_is_unknown_again(
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    url: str,
+) -> None:
+    """The callback of the first one still counts."""
+    session = open_session(starts=store_of(restart_unknown_after=20.0), callbacks=CALLBACKS)
+    first = await lose(session, sim, flow)
+    age(url, 21.0)
+    sim.inject(Fault.status(400), path="/run")
+    with pytest.raises(BadRequest):
+        await session.start(flow, INPUTS, key="order")
+    assert rows(url) == [("order", "unknown", None, 1)]
+    assert first.callback_token is not None
+    assert await store_of().resolve(first.callback_token, sim.runs[0].execution_id)
+    run = await session.start(flow, INPUTS, key="order")
+    assert run.id == sim.runs[0].execution_id
+    assert posts(sim) == 2
+
+
+async def test_a_forgotten_key_starts_again(
+    session: Session, store: Watched, sim: Simulator, flow: str
+) -> None:
+    """Deliberately."""
+    first = await session.start(flow, INPUTS, key="order")
+    assert await store.forget("order")
+    second = await session.start(flow, INPUTS, key="order")
+    assert first.id != second.id
+    assert posts(sim) == 2
+
+
+async def test_a_key_that_is_forgotten_while_its_start_is_in_flight(
+    session: Session, store: Watched, sim: Simulator, flow: str, caplog: Any
+) -> None:
+    """Its caller gets the handle all the same, and the log says that the key has no run."""
+    gate = Gate()
+    hold(sim, gate)
+    starting = start(session, flow)
+    await gate.arrive()
+    await store.forget("order")
+    gate.opened.set()
+    run = await starting
+    assert f"execution {run.id} was started for the key 'order'" in caplog.text
+
+
+# Run and fan-outs
+
+
+async def test_run_takes_a_key(session: Session, sim: Simulator, flow: str) -> None:
+    """Every repetition has the output of the one run."""
+    outputs = [await session.run(flow, INPUTS, key="order", into=str) for _ in range(3)]
+    assert outputs == ["otters"] * 3
+    assert posts(sim) == 1
+
+
+@pytest.mark.parametrize("how", ["as_completed", "collect"])
+async def test_a_fan_out_that_is_interrupted_and_run_again_pays_for_no_row_twice(
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    url: str,
+    *,
+    how: str,
+) -> None:
+    """The second time it yields the outcomes of all, whatever was in flight the first time."""
+    requests = [StartRequest(flow, {"topic": f"{n}"}, key=f"row {n}") for n in range(40)]
+    session = open_session(starts=store_of())
+    if how == "as_completed":
+        async with aclosing(session.as_completed(requests, max_in_flight=10)) as outcomes:
+            async for _ in outcomes:
+                if posts(sim) >= 15:
+                    break
+    else:
+        collecting = asyncio.create_task(session.collect(requests, max_in_flight=10))
+        await sim.wait_for_requests(15)
+        collecting.cancel()
+        with suppress(asyncio.CancelledError):
+            await collecting
+    await session.aclose()
+    assert 0 < posts(sim) < 40
+
+    again = await open_session(starts=store_of()).collect(requests, max_in_flight=10)
+    assert [outcome.result() for outcome in again] == [f"{n}" for n in range(40)]
+    assert posts(sim) == len(sim.runs) == 40
+    assert len(rows(url)) == 40
+
+
+async def test_the_key_of_an_item_must_be_a_str(
+    session: Session, open_session: Callable[..., Session], sim: Simulator, flow: str
+) -> None:
+    """It is the item's error; in a session without `starts` it may be anything."""
+    requests = [StartRequest(flow, INPUTS, key=key) for key in (("a", 1), "b", None)]
+    outcomes = await session.collect(requests)
+    assert [type(outcome.error) for outcome in outcomes] == [TypeError, type(None), type(None)]
+    assert "key must be a str, got ('a', 1)" in str(outcomes[0].error)
+    assert posts(sim) == 2
+    assert all(outcome.ok for outcome in await open_session().collect(requests))
+
+
+async def test_a_batch_keeps_its_own_keys(
+    session: Session,
+    open_session: Any,
+    store_of: Any,
+    sim: Simulator,
+    flow: str,
+    *,
+    batches_file: Any,
+) -> None:
+    """What its session records of other starts does not matter to it."""
+    await session.start(flow, {"topic": "of another"}, key="row-1")
+    store = store_of()
+    batch = Batch(
+        "b",
+        database_url=f"sqlite:///{batches_file}",
+        session=lambda: open_session(starts=store),
+    )
+    await batch.add([StartRequest(flow, INPUTS, key="row-1")])
+    await batch.work()
+    assert [outcome.output async for outcome in batch.outcomes()] == ["otters"]
+    assert posts(sim) == 2
+    assert store.calls == []
+
+
+# The database is away
+
+
+async def test_without_its_database_nothing_is_sent(
+    open_session: Callable[..., Session], store: Watched, sim: Simulator, flow: str, url: str
+) -> None:
+    """The error comes within a third of the request's own time, and says that nothing started."""
+    session = open_session(starts=store, request_timeout=1.2)
+    await store.find("order")
+    with locked(url):
+        began = time.monotonic()
+        with pytest.raises(ConfigurationError, match="no run was started: the database") as error:
+            await session.start(flow, INPUTS, key="order")
+        assert time.monotonic() - began < 0.4 + 0.5
+        assert error.value.execution_id is None
+    assert posts(sim) == 0
+    await session.start(flow, INPUTS, key="order")
+    assert posts(sim) == 1
+
+
+async def test_a_database_that_is_away_when_the_key_is_claimed(
+    open_session: Callable[..., Session],
+    store: Watched,
+    sim: Simulator,
+    flow: str,
+    *,
+    url: str,
+    recorder: Any,
+) -> None:
+    """Nothing is sent either, and the claim that its thread may still write is taken back."""
+    session = open_session(starts=store, request_timeout=1.2)
+    with Lock(url) as locks:
+        store.before["claim"] = locks.lock
+        with pytest.raises(ConfigurationError, match="no run was started: the database"):
+            await session.start(flow, INPUTS, key="order")
+    assert [type(event.error) for event in recorder.of(StartFailed)] == [ConfigurationError]
+    await session.aclose()
+    assert rows(url) == []
+    assert sim.runs == []
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a start wait for the record of its end for a moment only."""
+    policy = attrs.evolve(
+        keyed_starts._RECORD, until_reported=0.1, until_delivered=0.3, between_tries=0.05
+    )
+    monkeypatch.setattr(keyed_starts, "_RECORD", policy)
+
+
+def test_the_times_of_a_record_are_those_that_are_promised() -> None:
+    """The id is reported within a second, and the handle comes after five at most."""
+    policy = keyed_starts._RECORD
+    assert (policy.until_reported, policy.until_delivered, policy.one_try) == (1.0, 5.0, 5.0)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_database_that_is_away_after_the_start(
+    session: Session,
+    store: Watched,
+    sim: Simulator,
+    flow: str,
+    url: str,
+    *,
+    capfd: Any,
+    caplog: Any,
+) -> None:
+    """The id is in the log and on stderr, the caller gets the handle; later it is recorded."""
+    with Lock(url) as locks:
+        store.before["record"] = locks.lock
+        run = await session.start(flow, INPUTS, key="order")
+        line = f"execution {run.id} was started for the key 'order', but the database could not"
+        assert line in capfd.readouterr().err
+        assert line in caplog.text
+        del store.before["record"]
+        recorded = asyncio.Event()
+
+        async def record() -> None:
+            recorded.set()
+
+        store.after["record"] = record
+        locks.unlock()
+        async with asyncio.timeout(LONG):
+            await recorded.wait()
+    assert rows(url) == [("order", "started", run.id, 1)]
+    assert caplog.text.count("was started for the key") == 1
+    assert (await session.start(flow, INPUTS, key="order")).id == run.id
+    assert posts(sim) == 1
+
+
+@pytest.mark.usefixtures("quick")
+async def test_closing_tries_to_record_once_more(
+    session: Session, store: Watched, sim: Simulator, flow: str, url: str
+) -> None:
+    """Although the try before was still waiting."""
+    with Lock(url) as locks:
+        store.before["record"] = locks.lock
+        run = await session.start(flow, INPUTS, key="order")
+
+        async def unlock() -> None:
+            locks.unlock()
+
+        store.before["record"] = unlock
+        await session.aclose()
+    assert rows(url) == [("order", "started", run.id, 1)]
+
+
+async def test_closing_gives_up_after_one_more_try(
+    session: Session,
+    store: Watched,
+    sim: Simulator,
+    flow: str,
+    *,
+    caplog: Any,
+    capfd: Any,
+) -> None:
+    """A store that fails at once lets the id go to the log and to stderr, too."""
+
+    async def fail() -> None:
+        raise ConfigurationError("the database is away")
+
+    gate = Gate()
+    hold(sim, gate)
+    store.before["record"] = fail
+    starting = start(session, flow)
+    await gate.arrive()
+    closing_it = asyncio.create_task(session.aclose())
+    await asyncio.sleep(0)
+    gate.opened.set()
+    await closing_it
+    with pytest.raises(SessionClosed) as error:
+        await starting
+    assert error.value.execution_id == sim.runs[0].execution_id
+    line = f"execution {sim.runs[0].execution_id} was started for the key 'order', but"
+    assert line in capfd.readouterr().err
+    assert line in caplog.text
+    assert "key 'order': the database is away" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_store_with_a_bug_loses_no_id(
+    session: Session, store: Watched, sim: Simulator, flow: str, capfd: Any
+) -> None:
+    """The store may be an app's own; the caller gets the handle all the same."""
+
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    store.before["record"] = fail
+    run = await session.start(flow, INPUTS, key="order")
+    assert run.id == sim.runs[0].execution_id
+    assert f"execution {run.id} was started" in capfd.readouterr().err
+    await session.aclose()
+    gc.collect()  # an error that nobody has retrieved would warn
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_release_that_hangs_does_not_undo_the_next_claim(
+    open_session: Callable[..., Session], store: Watched, sim: Simulator, flow: str, url: str
+) -> None:
+    """After a 429 the key is released and claimed again; the first must be over."""
+    session = open_session(starts=store, request_timeout=1.2)
+    gate = Gate()
+    store.before["release"] = gate.wait
+    sim.inject(Fault.status(429), path="/run")
+    with pytest.raises(ConfigurationError, match="no run was started: the record of starts"):
+        await session.start(flow, INPUTS, key="order")
+    gate.opened.set()
+    assert len(sim.runs) == 0
+    await session.aclose()
+    assert rows(url) == []
+
+
+async def test_a_look_up_that_fails_when_all_callers_are_gone_is_nobody_s_error(
+    session: Session, store: Watched, flow: str, caplog: Any
+) -> None:
+    """No "exception was never retrieved" is logged."""
+    gate = Gate()
+
+    async def fail() -> None:
+        await gate.wait()
+        raise ConfigurationError("the database is away")
+
+    store.before["find"] = fail
+    starting = start(session, flow)
+    await gate.arrive()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    gate.opened.set()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert caplog.text == ""
+
+
+# The caller is gone
+
+
+@pytest.mark.parametrize("how", ["cancelled", "closed"])
+async def test_a_start_on_the_wire_is_recorded_without_its_caller(
+    session: Session,
+    store_of: Any,
+    open_session: Any,
+    sim: Simulator,
+    flow: str,
+    *,
+    url: str,
+    how: str,
+    caplog: Any,
+) -> None:
+    """The next call attaches to its run; the log names the run and its key."""
+    gate = Gate()
+    hold(sim, gate)
+    starting = start(session, flow)
+    await gate.arrive()
+    if how == "cancelled":
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        gate.opened.set()
+    else:
+        closing_it = asyncio.create_task(session.aclose())
+        await asyncio.sleep(0)
+        gate.opened.set()
+        await closing_it
+        with pytest.raises(SessionClosed) as error:
+            await starting
+        assert error.value.execution_id == sim.runs[0].execution_id
+    await session.aclose()
+    execution_id = sim.runs[0].execution_id
+    assert rows(url) == [("order", "started", execution_id, 1)]
+    assert f"execution {execution_id} of workflow 'write' (key 'order') started" in caplog.text
+    again = open_session(starts=store_of())
+    assert (await again.start(flow, INPUTS, key="order")).id == execution_id
+    assert posts(sim) == 1
+
+
+def test_a_start_whose_loop_ends_while_it_is_recorded(
+    threaded_sim: Simulator, url: str, caplog: Any
+) -> None:
+    """`asyncio.run` cancels every task; the id is recorded, or in the log."""
+    threaded_sim.add_workflow("write", Scenario([SimNode("Answer", "42", is_output_node=True)]))
+    store = Watched(SQLStartStore(url))
+
+    async def main() -> None:
+        gate = Gate()
+        store.before["record"] = gate.wait
+        session = Session(
+            threaded_sim.api_key,
+            base_url=threaded_sim.base_url,
+            check_inputs=False,
+            push=False,
+            starts=store,
+        )
+        starting = asyncio.create_task(session.start("write", key="order"))
+        await gate.arrive()
+        assert not starting.done()
+        gate.opened.set()
+
+    asyncio.run(main())
+    execution_id = threaded_sim.runs[0].execution_id
+    assert rows(url) == [("order", "started", execution_id, 1)]
+    assert f"execution {execution_id} of workflow 'write' (key 'order')" in caplog.text
+
+
+@pytest.mark.parametrize("fails", ["fan-out", "run"])
+async def test_the_log_names_the_key_of_a_run_whose_outcome_nobody_gets(
+    session: Session, sim: Simulator, caplog: Any, fails: str
+) -> None:
+    """So that twenty of them can be matched with rows."""
+    sim.add_workflow("slow", Scenario([SimNode("Answer", None, None, is_output_node=True)]))
+    caplog.set_level(logging.WARNING)
+    if fails == "fan-out":
+        requests = [StartRequest("slow", key=f"row {n}") for n in range(3)]
+        running: asyncio.Task[Any] = asyncio.create_task(session.collect(requests))
+    else:
+        requests = [StartRequest("slow", key="row 0")]
+        running = asyncio.create_task(session.run("slow", key="row 0"))
+    while len(sim.requests) < 2 * len(requests):  # each has been polled
+        await sim.wait_for_requests(sim.request_count + 1)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    for request in requests:
+        assert f"(key {request.key!r})" in caplog.text
+
+
+# The rest
+
+
+async def test_nothing_is_left(
+    open_session: Callable[..., Session], sim: Simulator, flow: str, url: str, our_tasks: Any
+) -> None:
+    """The session closes what the store has opened; the store can be used by another one."""
+    store = SQLStartStore(url)
+    for _ in range(2):
+        async with open_session(starts=store) as session:
+            runs = [session.start(flow, INPUTS, key=f"{n % 5}") for n in range(20)]
+            await asyncio.gather(*runs)
+        assert our_tasks() == []
+    assert posts(sim) == 5
+    gc.collect()  # a connection that is open would warn
+
+
+FORKED = """
+import asyncio, os, sys
+from promptlayer_exec import Session
+from promptlayer_exec.starts import SQLStartStore
+
+url, base_url, api_key = sys.argv[1:]
+store = SQLStartStore(url)
+
+async def start(*keys):
+    async with Session(api_key, base_url=base_url, starts=store) as session:
+        return [(await session.start("write", {"topic": "x"}, key=key)).id for key in keys]
+
+(first,) = asyncio.run(start("parent"))
+child = os.fork()
+if not child:
+    again, _ = asyncio.run(start("parent", "child"))
+    os._exit(again != first)
+assert os.waitpid(child, 0)[1] == 0
+assert asyncio.run(start("parent"))[0] == first
+asyncio.run(start("child"))
+"""
+
+
+def test_a_store_of_a_module_can_be_used_after_a_fork(threaded_sim: Simulator, url: str) -> None:
+    """As in the workers of gunicorn that have loaded the app before."""
+    threaded_sim.add_workflow("write", Scenario([SimNode("Answer", "42", is_output_node=True)]))
+    arguments = [url, threaded_sim.base_url, threaded_sim.api_key]
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(threaded_sim.runs) == 2
