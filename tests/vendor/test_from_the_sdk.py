@@ -153,7 +153,9 @@ def with_ours(*args: Any, **options: Any) -> Any:
 
 def errors_in(cell: str) -> set[str]:
     """Return the names of the errors that a cell names."""
-    return set(re.findall(r"`(\w*(?:Error|Unknown|Failed|Timeout|Found|Inputs|Unauthorized))`", cell))
+    return set(
+        re.findall(r"`(\w*(?:Error|Unknown|Failed|Timeout|Found|Inputs|Unauthorized))`", cell)
+    )
 
 
 def name_of(result: Any) -> set[str]:
