@@ -222,7 +222,7 @@ def _contents(wheel: Path) -> dict[str, int]:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the pages in docs/, and llms.txt, to build/docs; a warning is an error."""
-    _install(session, "docs", "pytest", ".[cli,dbos,fastapi,mcp,opentelemetry,redis,viewer]")
+    _install(session, "docs", "pytest", ".[cli,dbos,fastapi,mcp,opentelemetry,redis,starts,viewer]")
     shutil.rmtree("build/docs", ignore_errors=True)
     session.run("sphinx-build", "-n", "-W", "--keep-going", "docs", "build/docs")
     full = Path("build/docs/llms-full.txt").read_text(encoding="utf-8")
@@ -244,7 +244,7 @@ JAVASCRIPT_SDK = "promptlayer@1.3.6"
 @nox.session
 def vendor(session: nox.Session) -> None:
     """Check the simulator of the built wheel with the vendor's own SDKs and OpenAPI documents."""
-    _install(session, "vendor", SDK, ".")
+    _install(session, "vendor", SDK, ".[starts]")
     prefix = str(Path(session.create_tmp()).resolve())
     npm = ("npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", prefix)
     session.run(*npm, JAVASCRIPT_SDK, silent=True)
@@ -274,7 +274,7 @@ def frameworks(session: nox.Session, framework: str) -> None:
     page = Path("docs/frameworks.md").read_text(encoding="utf-8")
     section = page.partition(f"\n## {FRAMEWORKS[framework]}\n")[2].partition("\n## ")[0]
     requirements = re.findall(r"`([\w-]+==[\w.]+)`", section)
-    _install(session, "frameworks", *requirements, ".[mcp]" if framework == "mcp" else ".")
+    _install(session, "frameworks", *requirements, ".[mcp]" if framework == "mcp" else ".[starts]")
     # The suite's own conftest.py needs packages that are not installed here.
     own_fixtures = "--confcutdir=tests/frameworks"
     tests = f"tests/frameworks/test_{framework}.py"

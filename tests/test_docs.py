@@ -14,7 +14,7 @@ import sys
 import tomllib
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +38,7 @@ from promptlayer_exec import (
     RetryPolicy,
     Session,
     StartFailed,
+    StartUnknown,
     opentelemetry,
 )
 from promptlayer_exec._install import install_hint
@@ -87,15 +88,24 @@ def run_blocks(code: list[str], namespace: dict[str, Any]) -> set[str]:
     return marks.functions
 
 
-@contextmanager
-def names(page: str, module: str = "page") -> Iterator[dict[str, Any]]:
+def names(page: str, module: str = "page") -> AbstractContextManager[dict[str, Any]]:
     """Yield what a page defines; each of its functions must be called within the context."""
+    return defined([block for block in blocks(page, "python") if not is_program(block)], module)
+
+
+def part_of(page: str, index: int) -> AbstractContextManager[dict[str, Any]]:
+    """Yield what one block of a page defines, as `names` does."""
+    return defined([blocks(page, "python")[index]], "page")
+
+
+@contextmanager
+def defined(code: list[str], module: str) -> Iterator[dict[str, Any]]:
+    """Yield what blocks define, and check that each of their functions was called."""
     namespace = ModuleType(module)
     # Python 3.15 warns of a module whose `__spec__` is None when it formats a traceback.
     del namespace.__spec__
     sys.modules[module] = namespace
     try:
-        code = [block for block in blocks(page, "python") if not is_program(block)]
         functions = run_blocks(code, vars(namespace))
         yield vars(namespace)
     finally:
@@ -418,12 +428,11 @@ async def test_the_client_session_on_security_reads_no_surplus_response(
         assert await read(http=http) == [1, 2]
 
 
-async def test_the_code_on_failures_returns_the_reason_and_pays_once(
-    sim: Simulator, session: Session, held: int, tmp_path: Path
+async def test_the_code_on_failures_returns_the_reason(
+    sim: Simulator, session: Session, held: int
 ) -> None:
-    """It returns an error or success; `run_once` repeats no start that may have run."""
-    sim.add_workflow("write-report", REPORT)
-    with names("docs/failures.md") as page:
+    """It returns an error or success."""
+    with part_of("docs/failures.md", 0) as page:
         result_or_reason = page["result_or_reason"]
         sim.inject(Fault.status(404))
         assert (await result_or_reason(session, held)).startswith("NotFound: execution")
@@ -431,14 +440,23 @@ async def test_the_code_on_failures_returns_the_reason_and_pays_once(
         await sim.wait_for_requests(sim.request_count + 1)
         sim.finish(held, "Answer")
         assert await waiting == "succeeded"
+
+
+async def test_the_code_on_failures_pays_once(
+    server: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run_once` repeats no start that may have run."""
+    with part_of("docs/failures.md", 1) as page:
+        monkeypatch.chdir(tmp_path)
+        server.add_workflow("write-report", REPORT, inputs={"topic": "string"})
         for _ in range(2):
-            with closing(page["open_jobs"](str(tmp_path / "jobs"))) as jobs:
-                assert await page["run_once"](session, jobs, "a", "otters") == "done"
-                sim.inject(Fault.disconnect())
-                with pytest.raises(Exception, match="may have started"):
-                    await page["run_once"](session, jobs, "b", "newts")
-                sim.clear_faults()
-    assert [run.body["metadata"]["job"] for run in sim.runs] == ["a", "b"]
+            async with page["open_session"]() as keyed:
+                assert await page["run_once"](keyed, "a", "otters") == "done"
+                server.inject(Fault.disconnect(), path="/run")
+                with pytest.raises(StartUnknown):
+                    await page["run_once"](keyed, "b", "newts")
+                server.clear_faults()
+    assert [run.inputs["topic"] for run in server.runs] == ["otters", "newts"]
 
 
 async def test_the_code_on_outputs_works(
@@ -543,9 +561,9 @@ def check_dashboard(scraped: str) -> None:
 
 
 async def test_the_code_on_fanning_out_works(
-    sim: Simulator, session: Session, monkeypatch: pytest.MonkeyPatch
+    server: Simulator, sim: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each item comes back with its output or its error; each limiter is acquired per request."""
+    """Each item comes back with its output or its error, and starts once; limiters are acquired."""
     checked = (ROOT / "tests" / "typing" / "limiter.py").read_text()
     assert blocks("docs/fanning-out.md", "python")[1] in checked
 
@@ -556,9 +574,12 @@ async def test_the_code_on_fanning_out_works(
         yield {"id": "a", "grade": 0.5}
         yield {"id": "b", "grade": "none"}
 
-    sim.add_workflow("grade", grade)
+    server.add_workflow("grade", grade, definition=grade({"grade": 1.0}))
+    monkeypatch.chdir(tmp_path)
     with names("docs/fanning-out.md") as page:
-        lines = sorted(await page["grade"](session, rows()))
+        lines = sorted(await page["grade"](rows()))
+        assert sorted(await page["grade"](rows())) == lines
+        assert len(server.runs) == 2
         bucket = page["InMemoryBucket"]  # in place of the one in Redis
         init = AsyncMock(side_effect=lambda rates, redis, key: bucket(rates))
         monkeypatch.setattr(page["RedisBucket"], "init", init)

@@ -1,4 +1,4 @@
-"""The docs' pages on FastAPI and on production: their apps and commands are executed."""
+"""The docs' pages on FastAPI, production and once per order: their apps and commands are run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
 from http.client import HTTPConnection, HTTPResponse
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.starts import SQLStartStore
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "fastapi.md").read_text(encoding="utf-8")
 PRODUCTION = (DOCS / "production.md").read_text(encoding="utf-8")
+ONCE = (DOCS / "once.md").read_text(encoding="utf-8")
 PROBLEM = "application/problem+json"
 AUTHORIZATION = {"Authorization": "Basic bWU6c2VjcmV0"}  # me:secret
 
@@ -333,3 +338,157 @@ def test_the_app_in_production_starts_follows_and_receives_webhooks(
     post = f"curl http://127.0.0.1:8000/webhook -w %{{http_code}} -d '{body}'"
     assert app.run(f"{post} -H 'X-PromptLayer-Signature: {signature}'") == "204"
     assert "Redis cannot be used" in app.end()
+
+
+ORDERS, START_OVER, RESTARTING = blocks("python", ONCE)
+
+
+class Orders:
+    """The app of the page on once per order, served by its command with two workers."""
+
+    def __init__(self, folder: Path, sim: Simulator, database: str) -> None:
+        (folder / "app.py").write_text(ORDERS)
+        with socket.socket() as bound:  # PromptLayer calls this port back
+            bound.bind(("127.0.0.1", 0))
+            self.port: int = bound.getsockname()[1]
+        self._folder = folder
+        self._environment = {
+            **os.environ,
+            "APP_SECRET": "of the app",
+            "APP_URL": f"http://127.0.0.1:{self.port}",
+            "DATABASE_URL": database,
+            "PROMPTLAYER_API_KEY": sim.api_key,
+            "PROMPTLAYER_BASE_URL": sim.base_url,
+        }
+        self.start()
+
+    def start(self) -> None:
+        """Start the app, and wait until it listens."""
+        command = shlex.split(blocks("sh", ONCE)[1].splitlines()[-1])
+        with (self._folder / "log").open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "error", "-m", *command, "--port", str(self.port)],
+                cwd=self._folder,
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        while self.process.poll() is None:
+            with suppress(ConnectionRefusedError):
+                return socket.create_connection(("127.0.0.1", self.port)).close()
+        raise RuntimeError((self._folder / "log").read_text())
+
+    def kill(self) -> None:
+        """Kill the app and its workers."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def post(self, order: int, topic: str = "otters") -> tuple[int, Any]:
+        """Order a report, and return the status and the body of the response."""
+        with closing(HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
+            connection.request("POST", f"/orders/{order}/report?topic={topic}")
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+
+
+def running_postgres() -> Any:
+    """Return a context manager that runs a PostgreSQL server; it is one of the tests with kills."""
+    spec = spec_from_file_location("kill_conftest", DOCS.parent / "tests/kill/conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.running_postgres()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Return the URL of an empty database."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'orders.sqlite'}"
+    else:
+        with running_postgres() as server:
+            yield server.url.replace("/batches", "/postgres")
+
+
+@pytest.fixture
+async def store(database: str) -> AsyncIterator[SQLStartStore]:
+    """Return the record of starts in that database."""
+    async with SQLStartStore(database) as store:
+        yield store
+
+
+@pytest.fixture
+def orders(database: str, threaded_sim: Simulator, tmp_path: Path) -> Iterator[Orders]:
+    """Return the app, which runs."""
+    served = Orders(tmp_path, threaded_sim, database)
+    yield served
+    served.kill()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Return threads that send requests at the same time."""
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+async def started(store: SQLStartStore, key: str) -> None:
+    """Wait until the id of a key's run is recorded."""
+    while (stored := await store.find(key)) is None or stored.state != "started":
+        pass
+
+
+async def test_an_order_is_one_run_for_two_workers_even_if_they_are_killed(
+    threaded_sim: Simulator, orders: Orders, pool: ThreadPoolExecutor, store: SQLStartStore
+) -> None:
+    """Eight requests at once, a kill during the run, eight more, and another; then start over."""
+    sim = threaded_sim
+    sim.add_workflow("write-report", report())
+    first = [pool.submit(orders.post, 42) for _ in range(8)]
+    await started(store, "report/42")
+    orders.kill()
+    assert all(isinstance(request.exception(), OSError) for request in first)
+
+    orders.start()
+    repeated = [pool.submit(orders.post, 42) for _ in range(8)]
+    sim.finish(1001, "Report", value="done")
+    assert {request.result() for request in repeated} == {(200, "done")}
+    assert orders.post(42) == (200, "done")
+    _, problem = orders.post(42, "newts")
+    assert problem["type"] == "urn:promptlayer-exec:KeyConflict"
+    assert len(sim.runs) == 1
+
+    page: dict[str, Any] = {}
+    exec(compile(START_OVER, "page.py", "exec"), page)
+    assert not await page["start_over"](store, "43")
+    assert await page["start_over"](store, "42")
+    again = pool.submit(orders.post, 42)
+    await started(store, "report/42")
+    sim.finish(1002, "Report", value="anew")
+    assert again.result() == (200, "anew")
+    assert await page["clean_up"](orders._environment["DATABASE_URL"]) == 0
+
+
+async def test_a_callback_to_any_worker_settles_a_lost_start(
+    threaded_sim: Simulator, orders: Orders
+) -> None:
+    """Until it comes, each request says that the run may have started, and starts nothing."""
+    sim = threaded_sim
+    sim.add_workflow("write-report", report())
+    sim.inject(Fault.disconnect(), path="/run")
+    for _ in range(4):
+        status, problem = orders.post(7)
+        assert (status, problem["type"]) == (502, "urn:promptlayer-exec:StartUnknown")
+
+    sim.finish(1001, "Report", value="done")
+    while (answer := orders.post(7))[0] == 502:
+        pass
+    assert answer == (200, "done")
+    assert len(sim.runs) == 1
+
+
+def test_the_store_that_restarts_unknown_starts_can_be_made() -> None:
+    """Its arguments are those of the page."""
+    exec(compile(RESTARTING, "page.py", "exec"), {})

@@ -35,7 +35,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
-APP, OTHER_FRAMEWORK, SHARING, _, TEST = blocks("python")
+APP, OTHER_FRAMEWORK, _, TEST = blocks("python")
 _, SERVE, RIGHT, _ = blocks("sh")
 CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="the docs' commands use curl")
 
@@ -58,6 +58,7 @@ class Process:
             **os.environ,
             **SETTINGS,
             "APP_URL": called_back_at or self.url,
+            "DATABASE_URL": f"sqlite:///{folder / 'app.sqlite'}",
             "PROMPTLAYER_API_KEY": sim.api_key,
             "PROMPTLAYER_BASE_URL": sim.base_url,
         }
@@ -145,10 +146,10 @@ def with_sharing() -> str:
     app = APP
     for diff in blocks("diff"):
         (removed,) = re.findall(r"^-(.*\n)", diff, re.MULTILINE)
-        (added,) = re.findall(r"^\+(.*\n)", diff, re.MULTILINE)
+        added = "".join(re.findall(r"^\+(.*\n)", diff, re.MULTILINE))
         assert removed in app
         app = app.replace(removed, added)
-    return app.replace("callbacks = Callbacks(", f"{SHARING}\n\ncallbacks = Callbacks(", 1)
+    return app
 
 
 @CURL

@@ -41,11 +41,12 @@ def write_report(inputs: Any) -> Scenario:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Simulator]:
     """Return a simulator that sessions find in the environment."""
     with Simulator() as sim:
         monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
         monkeypatch.setenv("PROMPTLAYER_BASE_URL", sim.base_url)
+        monkeypatch.setenv("PROMPTLAYER_EXEC_DB", f"sqlite:///{tmp_path / 'starts.sqlite'}")
         definition = write_report({"topic": "otters"})
         sim.add_workflow("write-report", write_report, definition=definition)
         yield sim

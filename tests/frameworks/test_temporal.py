@@ -18,6 +18,7 @@ from temporalio.worker import Worker
 
 from promptlayer_exec import Session
 from promptlayer_exec.simulator import Fault, Simulator
+from promptlayer_exec.starts import SQLStartStore
 
 QUEUE = "reports"
 
@@ -42,7 +43,7 @@ async def client(server: Simulator, page: ModuleType) -> AsyncIterator[Client]:
     environment = await WorkflowEnvironment.start_local(
         dev_server_existing_path=shutil.which("temporal"), dev_server_log_level="error"
     )
-    async with environment, Session() as session:
+    async with environment, Session(starts=SQLStartStore()) as session:
         reports = page.Reports(session)
         activities = [reports.start_report, reports.follow_report]
         workflows = [page.WriteReport]

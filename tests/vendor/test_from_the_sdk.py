@@ -153,7 +153,9 @@ def with_ours(*args: Any, **options: Any) -> Any:
 
 def errors_in(cell: str) -> set[str]:
     """Return the names of the errors that a cell names."""
-    return set(re.findall(r"`(\w*(?:Error|Unknown|Failed|Timeout|Found|Unauthorized))`", cell))
+    return set(
+        re.findall(r"`(\w*(?:Error|Unknown|Failed|Timeout|Found|Inputs|Unauthorized))`", cell)
+    )
 
 
 def name_of(result: Any) -> set[str]:
@@ -297,6 +299,7 @@ def test_a_celery_worker_runs_the_task(sim: Simulator, tmp_path: Path) -> None:
         **os.environ,
         "BROKER_URL": "filesystem://",
         "RESULT_BACKEND": f"file://{results}",
+        "PROMPTLAYER_EXEC_DB": f"sqlite:///{tmp_path / 'starts.sqlite'}",
         "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
     }
     call = (
