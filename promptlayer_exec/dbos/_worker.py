@@ -129,6 +129,7 @@ class Worker:
     async def _wait(self, watching: asyncio.Task[None], *, until_done: bool) -> None:
         store = self._store
         checks = 0  # counted, because time in which the database is away does not count
+        was_pausing = False
         while self._error is None:
             if watching.done():
                 await watching
@@ -140,11 +141,11 @@ class Worker:
             if not until_done or len(self._items.waiting) < max(len(self._items.active), 1):
                 checks = 0
             elif checks * TIMES.check_interval > TIMES.idle:
-                # Items that pause before their next attempt still come.
-                if await store.run_in_thread(store.has_pausing, self._batch):
-                    checks = 0
-                else:
+                # Items that pause before their next attempt still come, a moment after their pause.
+                is_pausing = await store.run_in_thread(store.has_pausing, self._batch)
+                if not (is_pausing or was_pausing):
                     self._give_up(next(iter(self._items.waiting.values())))
+                checks, was_pausing = 0, is_pausing
             await asyncio.sleep(TIMES.check_interval)
 
     async def _wait_until_idle(self) -> None:

@@ -89,16 +89,18 @@ export type Options = {
  */
 export declare const UNSEEN: View;
 /**
- * Start a run. If this fails, the run may have started all the same.
+ * Start a run. If this fails, the run may have started all the same: with a `key`, such as the id
+ * of an order, you can call it again, and get the same run. The app's session needs `starts=`.
  *
  * @param {string} workflow
  * @param {Record<string, any>} [inputs]
- * @param {{base?: string, headers?: Record<string, string>}} [options]
+ * @param {{base?: string, headers?: Record<string, string>, key?: string}} [options]
  * @returns {Promise<{execution_id: string, ticket?: string, warning?: string}>}
  */
-export declare function start(workflow: string, inputs?: Record<string, any>, { base, headers }?: {
+export declare function start(workflow: string, inputs?: Record<string, any>, { base, headers, key }?: {
     base?: string;
     headers?: Record<string, string>;
+    key?: string;
 }): Promise<{
     execution_id: string;
     ticket?: string;

@@ -50,17 +50,21 @@ export const UNSEEN = Object.freeze({
 });
 
 /**
- * Start a run. If this fails, the run may have started all the same.
+ * Start a run. If this fails, the run may have started all the same: with a `key`, such as the id
+ * of an order, you can call it again, and get the same run. The app's session needs `starts=`.
  *
  * @param {string} workflow
  * @param {Record<string, any>} [inputs]
- * @param {{base?: string, headers?: Record<string, string>}} [options]
+ * @param {{base?: string, headers?: Record<string, string>, key?: string}} [options]
  * @returns {Promise<{execution_id: string, ticket?: string, warning?: string}>}
  */
-export async function start(workflow, inputs = {}, { base = BASE, headers = {} } = {}) {
+export async function start(workflow, inputs = {}, { base = BASE, headers = {}, key } = {}) {
+  /** @type {Record<string, string>} */
+  const all = { "Content-Type": "application/json", ...headers };
+  if (key !== undefined) all["Idempotency-Key"] = key;
   const response = await fetch(base, {
     method: "POST",
-    headers: { "Content-Type": "application/json", ...headers },
+    headers: all,
     body: JSON.stringify({ workflow, inputs }),
   });
   if (!response.ok) throw new Error(await problem(response));

@@ -155,6 +155,21 @@ async def test_the_page_starts_a_run_and_follows_it(sim: Simulator, page: Page) 
     assert await page.locator("#nodes").text_content() == lines
 
 
+async def test_a_key_travels_as_the_idempotency_key(sim: Simulator, page: Page) -> None:
+    """Without a key, the header is not there."""
+    program = """async (options) => {
+        const {start} = await import("/executions/client.js");
+        return (await start("write-report", {topic: "owls"}, options)).execution_id;
+    }"""
+    options: dict[str, str]
+    for options in ({"key": "order-42"}, {}):
+        async with page.expect_request("**/executions") as sent:
+            assert await page.evaluate(program, options)
+        request = await sent.value
+        assert await request.header_value("idempotency-key") == options.get("key")
+    assert len(sim.runs) == 2
+
+
 async def test_a_run_is_shown_to_its_end_by_another_process(
     sim: Simulator, app: App, page: Page, browser_errors: Any
 ) -> None:

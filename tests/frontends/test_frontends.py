@@ -222,7 +222,7 @@ STRICT = (
 
 
 async def test_the_declarations_are_those_of_the_module(tmp_path: Path) -> None:
-    """TypeScript makes them from the comments; this renews them in a checkout."""
+    """TypeScript makes them from the comments of the module."""
     (tmp_path / "client.js").write_bytes(MODULE.read_bytes())
     emit = ("--allowJs", "--checkJs", "--declaration", "--emitDeclarationOnly")
     await execute("tsc", *STRICT, *emit, "client.js", cwd=tmp_path)
