@@ -16,8 +16,13 @@ T = TypeVar("T")
 class Poll(Protocol):
     """A function that requests an execution's node map, with retries."""
 
-    async def __call__(self, *, due: float) -> Reply[NodeMap]:
-        """Return the answer to a request that is due at `due`, on the loop's clock."""
+    async def __call__(
+        self, *, due: float, on_sending: Callable[[bool], object] | None = None
+    ) -> Reply[NodeMap]:
+        """Return the answer to a request that is due at `due`, on the loop's clock.
+
+        `on_sending` is that of an `Attempt`.
+        """
 
 
 class SharedPolls(Protocol):

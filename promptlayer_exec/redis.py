@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -24,7 +25,7 @@ try:
     from redis.asyncio.client import PubSub
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
-    from redis.exceptions import RedisError
+    from redis.exceptions import ConnectionError as RedisConnectionError
 except ModuleNotFoundError as error:
     error.add_note(f"this needs {install_hint('redis')}")
     raise
@@ -44,11 +45,13 @@ class Terms:
     """For how long what is in Redis counts, and how long this waits for Redis, in seconds.
 
     A session may poll for `lease` without a sign of life. It gives one every `renewal` while it
-    sleeps, and with each poll, but not during a poll: one that hangs is taken over. Hints may be
-    lost, so everybody looks at the lease again after `recheck`.
+    sleeps or waits for the rate, and with each poll, but not while a request is on its way: one
+    that hangs is taken over. Hints may be lost, so everybody looks at the lease again after
+    `recheck`.
 
     A command may take `command`, which is also the longest silence of Redis. Once that cannot be
-    used, it is tried again every `pause`.
+    used, it is tried again every `pause`, and the latest `most_kept` messages for other sessions
+    are kept until it can.
 
     Answers of over `most_bytes` are not shared. Those of complete runs are kept for `complete`,
     others for `incomplete` after the last sign of life, callbacks for `callback`.
@@ -59,6 +62,7 @@ class Terms:
     recheck: float = 5.0
     command: float = 1.0
     pause: float = 1.0
+    most_kept: int = 10_000
     most_bytes: int = 1024 * 1024
     complete: float = 300.0
     incomplete: float = 60.0
@@ -121,7 +125,8 @@ class RedisBackplane:
     One of the sessions with the same Redis, prefix, server and key polls an execution, and the
     others take its answers. If that session ends, fails or hangs, another one polls. Wake-ups and
     callbacks reach the session that needs them, and a run that one session has started is known as
-    new to all. While Redis cannot be used, each session polls for itself.
+    new to all. While Redis cannot be used, each session polls for itself, and keeps what the others
+    are to know.
 
     Args:
         url_or_client: a URL as for `redis.asyncio.Redis.from_url`, or a `redis.asyncio.Redis` of
@@ -154,7 +159,8 @@ class RedisBackplane:
             self._source,
             socket_timeout=TERMS.command,
             socket_connect_timeout=TERMS.command,
-            retry=Retry(NoBackoff(), 0),
+            # A server or proxy may close idle connections. Nothing else is worth a retry.
+            retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
         )
 
     def connect(self, client: OpenSession, namespace: str) -> RedisConnection:
@@ -174,7 +180,7 @@ class SharedWatch:
     # Names the watch in Redis; a later watch of the same session has another.
     token: str = attrs.field(init=False, factory=lambda: uuid4().hex)
     is_held: bool = attrs.field(init=False, default=False)  # the lease, as far as is known here
-    is_polling: bool = attrs.field(init=False, default=False)  # and the lease is not renewed
+    is_sent: bool = attrs.field(init=False, default=False)  # so the lease is not renewed
     is_waiting: bool = attrs.field(init=False, default=False)  # for the answer of another watch
     news: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)  # set by hints
     _seen: str = attrs.field(init=False, default="")  # the version of the latest answer
@@ -193,19 +199,22 @@ class SharedWatch:
             due = max(due, now())  # to wait for the others is not lateness
 
         try:
-            reply = await poll(due=due)
+            reply = await poll(due=due, on_sending=self._set_sent)
         except NotFound:
             if not await self._connection.find_start(self.execution_id):
                 raise
-            reply = await poll(due=now())
+            reply = await poll(due=now(), on_sending=self._set_sent)
 
-        self.is_polling = False
+        self.is_sent = False
         # What is complete does not change, whoever polls.
         source = reply.value.source
         if source is not None and (self.is_held or reply.value.complete):
             with suppress(RedisUnavailable):
                 await self._publish(*source)
         return reply
+
+    def _set_sent(self, is_sent: bool) -> None:
+        self.is_sent = is_sent
 
     async def _wait_for_turn(self, streams: Callable[[], bool]) -> Response | None:
         """Wait for an answer of another session; None: this one is to poll."""
@@ -235,7 +244,7 @@ class SharedWatch:
             hint = connection.hint("streams", self.execution_id)
         arguments = (self.token, _ms(TERMS.lease), self._seen, connection.channel, hint)
         turn = await connection.eval(_TURN, self.execution_id, *arguments)
-        self.is_held = self.is_polling = isinstance(turn, str | bytes)
+        self.is_held = isinstance(turn, str | bytes)
         if self._is_ended:
             connection.release(self)
         return turn
@@ -278,6 +287,10 @@ class RedisConnection:
     _is_up: bool = attrs.field(init=False, default=True)
     _slots: asyncio.Semaphore = attrs.field(init=False, factory=partial(asyncio.Semaphore, 8))
     _watches: dict[int, SharedWatch] = attrs.field(init=False, factory=dict)
+    # What other sessions are to know once Redis is back.
+    _kept: deque[Callable[[], Awaitable[Any]]] = attrs.field(
+        init=False, factory=lambda: deque(maxlen=TERMS.most_kept)
+    )
 
     def __attrs_post_init__(self) -> None:
         self._spawn(self._listen)
@@ -292,14 +305,19 @@ class RedisConnection:
     def wake(self, execution_id: int, source: WakeSource) -> None:
         watch = self._watches.get(execution_id)
         if watch is None or not watch.is_held:
-            self._spawn(self._publish, self.hint("wake", execution_id, source))
+            self._hand_on(partial(self._publish, self.hint("wake", execution_id, source)))
             if watch is not None:
                 watch.news.set()
 
     def started(self, execution_id: int, grace: float) -> None:
         if grace:
-            key = self._key(execution_id, "start")
-            self._spawn(self.run, partial(self._redis.set, key, 1, px=_ms(grace)))
+            until = asyncio.get_running_loop().time() + grace
+            self._hand_on(partial(self._announce_start, execution_id, until))
+
+    async def _announce_start(self, execution_id: int, until: float) -> None:
+        left = _ms(until - asyncio.get_running_loop().time())
+        if left > 0:
+            await self.run(self._redis.set, self._key(execution_id, "start"), 1, px=left)
 
     async def find_start(self, execution_id: int) -> bool:
         """Return True if another session has started a run that the server may not know yet."""
@@ -311,7 +329,7 @@ class RedisConnection:
         return left > 0
 
     def called_back(self, token: str, execution_id: int) -> None:
-        self._spawn(self._publish_callback, _digest(token), execution_id)
+        self._hand_on(partial(self._publish_callback, _digest(token), execution_id))
 
     async def _publish_callback(self, digest: str, execution_id: int) -> None:
         key = self._key(digest, "callback")
@@ -358,7 +376,7 @@ class RedisConnection:
 
     async def _release(self, watches: list[SharedWatch], within: float = TERMS.command) -> None:
         # Even if Redis is taken for away: one that is full can still delete.
-        with suppress(RedisError, OSError):  # the leases run out
+        with suppress(Exception):  # the leases run out
             async with asyncio.timeout(within):
                 await self._extend(watches, 0)
 
@@ -394,6 +412,27 @@ class RedisConnection:
         if not self._client.is_closing():
             self._client.spawn(run(), name="promptlayer_exec.Backplane")
 
+    def _hand_on(self, work: Callable[[], Awaitable[Any]]) -> None:
+        """Tell other sessions something, now or when Redis is back."""
+
+        async def run() -> None:
+            try:
+                await work()
+            except RedisUnavailable:
+                self._kept.append(work)
+
+        self._spawn(run)
+
+    async def _hand_on_kept(self) -> None:
+        kept = [self._kept.popleft() for _ in range(len(self._kept))]
+        for work in kept:
+            self._hand_on(work)
+
+        # Sessions that were back later have missed the hints.
+        await asyncio.sleep(TERMS.recheck)
+        for work in kept:
+            self._hand_on(work)
+
     async def run(
         self, command: Callable[..., Awaitable[Any]], *arguments: Any, **options: Any
     ) -> Any:
@@ -416,7 +455,7 @@ class RedisConnection:
                 try:
                     async with asyncio.timeout(TERMS.command):
                         return await command()
-                except (RedisError, OSError, ValueError) as error:
+                except Exception as error:  # noqa: BLE001 - whatever it is, Redis is of no use
                     self._mark_unavailable(error)
         return None
 
@@ -442,46 +481,55 @@ class RedisConnection:
             watch.news.set()
 
     async def _renew_leases(self) -> None:
-        """Renew the leases, and try Redis again while it is away."""
         while not self._client.is_closing():
-            await asyncio.sleep(TERMS.renewal if self._is_up else TERMS.pause)
+            await asyncio.sleep(TERMS.renewal)
             with suppress(RedisUnavailable):
-                if self._is_up:
-                    await self._extend_all()
-                else:
-                    await self._probe()
+                await self._extend_all()
 
     async def _extend_all(self) -> None:
-        """Keep the leases of all watches that sleep between two polls."""
+        """Keep the leases of all watches that sleep, or wait for the rate."""
         watches = self._watches.values()
-        held = [watch for watch in watches if watch.is_held and not watch.is_polling]
+        held = [watch for watch in watches if watch.is_held and not watch.is_sent]
         for start in range(0, len(held), 100):  # each with a command's time
             await self.run(self._extend, held[start : start + 100], TERMS.lease)
 
+    async def _listen(self) -> None:
+        """Receive hints until Redis is away, and again once it is back."""
+        while not self._client.is_closing():
+            try:
+                if not self._is_up:
+                    await self._drop_connections()
+                async with self._redis.pubsub() as pubsub:
+                    async with asyncio.timeout(TERMS.command):
+                        await pubsub.subscribe(self.channel)
+                    await self._probe()
+                    await self._receive(pubsub)
+            except Exception as error:  # noqa: BLE001 - it would end the hints
+                self._mark_unavailable(error)
+            await asyncio.sleep(TERMS.pause)
+
+    async def _drop_connections(self) -> None:
+        """Have new connections made: the old ones may lead to a server that was demoted."""
+        async with asyncio.timeout(TERMS.command):
+            await self._redis.connection_pool.disconnect(inuse_connections=False)
+
     async def _probe(self) -> None:
         """Try whether Redis can be used again, by a real write: a full one answers all else."""
+        if self._is_up:
+            return
+
         arguments = (self._id, _ms(TERMS.command), "", self.channel, "")
         probe = partial(self.eval, _TURN, f"probe-{self._id}", *arguments)
         if await self._try(probe, is_probe=True) is not None:
             self._is_up = True
             _logger.info("Redis can be used again; this session shares its polls")
-            self.find_callbacks()
-
-    async def _listen(self) -> None:
-        """Receive hints, over a connection that is made again whenever it is lost."""
-        while not self._client.is_closing():
-            try:
-                async with self._redis.pubsub() as pubsub:
-                    async with asyncio.timeout(TERMS.command):
-                        await pubsub.subscribe(self.channel)
-                    await self._receive(pubsub)
-            except (RedisError, OSError) as error:
-                self._mark_unavailable(error)
-            await asyncio.sleep(TERMS.pause)
+            self._spawn(self._hand_on_kept)
 
     async def _receive(self, pubsub: PubSub) -> None:
         is_pinged = False
-        while not self._client.is_closing():  # a cancellation may be swallowed
+        # The first: after an outage, hints may come from another server. The second: a cancellation
+        # may be swallowed.
+        while self._is_up and not self._client.is_closing():
             message = await pubsub.get_message(timeout=TERMS.command)
             if message is None:  # it is quiet, or hangs
                 if is_pinged:
@@ -491,7 +539,10 @@ class RedisConnection:
                 self._recheck_leases()
                 self.find_callbacks()
             elif message["type"] == "message":
-                self._handle_message(*_text(message["data"]).split(" "))
+                try:
+                    self._handle_message(*_text(message["data"]).split(" "))
+                except (TypeError, ValueError) as error:
+                    _logger.debug("a hint cannot be read (%s)", type(error).__name__)
 
             is_pinged = message is None
 

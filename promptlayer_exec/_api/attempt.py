@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -40,14 +41,24 @@ class AtMostOnce(Protocol):
         """Record that the server refused the request or the TLS handshake, and started nothing."""
 
 
+class Priority(enum.Enum):
+    """Which requests go first when not all can be sent at once."""
+
+    URGENT = enum.auto()  # before all others: control requests, and polls after a wake-up
+    FIRST = enum.auto()  # somebody has seen nothing yet: first polls, single reads, starts
+    REPEATED = enum.auto()  # the polls that follow
+
+
 @attrs.frozen
 class Attempt:
     """One try to send a request."""
 
     due: float  # on the event loop's clock
-    priority: bool = False  # before ordinary requests, as a poll after a wake-up
+    priority: Priority = Priority.FIRST
     start: AtMostOnce | None = None  # which must not be sent twice
-    # A request of push or for a definition. It has priority and its own connections, so that no
+    # Called with False when it begins to wait for a connection and the rate, True when it is sent.
+    on_sending: Callable[[bool], object] | None = None
+    # A request of push or for a definition. It is urgent and has its own connections, so that no
     # other kind of request waits while its response is late.
     is_control: bool = False
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import attrs
 
-from promptlayer_exec._api.attempt import AtMostOnce
+from promptlayer_exec._api.attempt import AtMostOnce, Priority
 from promptlayer_exec._api.catalog import WorkflowsPage, read_workflow, workflows_request
 from promptlayer_exec._api.messages import Reply, Request, Response
 from promptlayer_exec._api.redaction import Redactor
@@ -61,9 +61,21 @@ class _Fetch:
     _node_maps: NodeMapReader
     _latest: NodeMap | None = None
 
-    async def __call__(self, retries: RetryState, *, due: float, priority: bool) -> Reply[NodeMap]:
+    async def __call__(
+        self,
+        retries: RetryState,
+        *,
+        due: float,
+        priority: Priority,
+        on_sending: Callable[[bool], object] | None = None,
+    ) -> Reply[NodeMap]:
         return await self._retrying.call(
-            self._request, self.read, retries, due=due, priority=priority
+            self._request,
+            self.read,
+            retries,
+            due=due,
+            priority=priority,
+            on_sending=on_sending,
         )
 
     def read(self, response: Response) -> NodeMap:

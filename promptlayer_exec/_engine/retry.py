@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import attrs
 
-from promptlayer_exec._api.attempt import AtMostOnce, Attempt, Send
+from promptlayer_exec._api.attempt import AtMostOnce, Attempt, Priority, Send
 from promptlayer_exec._api.messages import Reply, Request, Response
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import NotFound, RateLimited, RequestError, StatusError
@@ -139,20 +139,22 @@ class Retrying:
         state: RetryState,
         *,
         due: float,
-        priority: bool = False,
+        priority: Priority = Priority.FIRST,
         start: AtMostOnce | None = None,
+        on_sending: Callable[[bool], object] | None = None,
     ) -> Reply[T]:
         """Return the first good response to a request due at `due`, or raise the last error.
 
         An error that `read` raises is handled like any other failure. `state` has the failures so
-        far, of this request or of its watch. `priority` and `start` are those of an `Attempt`.
+        far, of this request or of its watch. The rest is that of an `Attempt`.
         """
+        attempt = Attempt(due, priority, start, on_sending)
         answered = False
 
         try:
             while True:
                 try:
-                    reply = await self._send(request, read, Attempt(due, priority, start))
+                    reply = await self._send(request, read, attempt)
                 except RequestError as error:
                     state.excuse(error.waited)
                     if (delay := self._delay(error, request, state, start)) is None:
@@ -163,7 +165,7 @@ class Retrying:
                     answered = True
                     return reply
 
-                due = clock() + delay
+                attempt = attrs.evolve(attempt, due=clock() + delay)
                 await asyncio.sleep(delay)
         finally:
             if state.failures:

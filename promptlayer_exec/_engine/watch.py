@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from promptlayer_exec._api.attempt import Priority
 from promptlayer_exec._api.messages import Reply
 from promptlayer_exec._api.runs import NodeMap
 from promptlayer_exec._backplane import SharedPolls
@@ -37,10 +38,17 @@ if TYPE_CHECKING:
 class Fetch(Protocol):
     """A function that requests an execution's node map, with retries."""
 
-    async def __call__(self, retries: RetryState, *, due: float, priority: bool) -> Reply[NodeMap]:
+    async def __call__(
+        self,
+        retries: RetryState,
+        *,
+        due: float,
+        priority: Priority,
+        on_sending: Callable[[bool], object] | None = None,
+    ) -> Reply[NodeMap]:
         """Return the response to a request that is due at `due`, on the loop's clock.
 
-        A request with `priority` does not wait behind others for the rate.
+        The rest is that of an `Attempt`.
         """
 
 
@@ -196,7 +204,7 @@ class Watch:
         # A separate method, so that a poll's locals are freed while the watch sleeps.
         if self.retries.failures:
             self.retries = RetryState(self._retry, self._retry.watch_outage)
-        reply = await self._request(due, priority=woken and not self._has_false_wakes)
+        reply = await self._request(due, self._priority(woken=woken))
 
         previous, elapsed = self.latest, clock() - self._started
         snapshot = take_snapshot(self.execution_id, reply, elapsed=elapsed, previous=previous)
@@ -228,7 +236,12 @@ class Watch:
         )
         return snapshot.complete
 
-    async def _request(self, due: float, *, priority: bool) -> Reply[NodeMap]:
+    def _priority(self, *, woken: bool) -> Priority:
+        if woken and not self._has_false_wakes:
+            return Priority.URGENT
+        return Priority.FIRST if self.latest is None else Priority.REPEATED
+
+    async def _request(self, due: float, priority: Priority) -> Reply[NodeMap]:
         if self._shared is None:
             return await self._fetch(self.retries, due=due, priority=priority)
         poll = partial(self._fetch, self.retries, priority=priority)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import select
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -17,13 +18,14 @@ from multidict import CIMultiDict
 
 from promptlayer_exec._errors import SessionClosed
 from promptlayer_exec._http.failures import reason_of
+from promptlayer_exec._http.throttle import Queues
 from promptlayer_exec._version import __version__
 
 if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.tracing import Trace
 
-    from promptlayer_exec._api.attempt import AtMostOnce
+    from promptlayer_exec._api.attempt import AtMostOnce, Priority
     from promptlayer_exec._settings import Settings
 
 _HEADERS = {
@@ -93,30 +95,31 @@ async def _no_hidden_retry(
     return response
 
 
-class Slots(AbstractAsyncContextManager[None]):
-    """The right to use one of a number of connections; `async with` waits in order of arrival.
-
-    With `priority`, a request waits for at most one ordinary request, and for others with priority.
-    """
+class Slots:
+    """The right to use one of a number of connections, in the order of `Queues`."""
 
     def __init__(self, connections: int) -> None:
-        self.priority = anyio.Semaphore(connections, fast_acquire=True)
-        self._queue = asyncio.Lock()
+        self._free = anyio.Semaphore(connections, fast_acquire=True)
+        self._queues = Queues()
         self._waiting = 0
 
-    async def __aenter__(self) -> None:
-        if not self._waiting and self.priority.value:
-            self.priority.acquire_nowait()
-            return
-        self._waiting += 1
-        try:
-            async with self._queue:
-                await self.priority.acquire()
-        finally:
-            self._waiting -= 1
+    @asynccontextmanager
+    async def use(self, priority: Priority) -> AsyncGenerator[None]:
+        """Wait for a connection, and use it."""
+        if not self._waiting and self._free.value:
+            self._free.acquire_nowait()
+        else:
+            self._waiting += 1
+            try:
+                async with self._queues.line(priority):
+                    await self._free.acquire()
+            finally:
+                self._waiting -= 1
 
-    async def __aexit__(self, *_: object) -> None:
-        self.priority.release()
+        try:
+            yield
+        finally:
+            self._free.release()
 
 
 @attrs.frozen(eq=False)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 
 import anyio
 import attrs
 
+from promptlayer_exec._api.attempt import Priority
 from promptlayer_exec._policies import Limiter, or_infinity
 
 
@@ -83,29 +84,41 @@ class Rate:
         return self._now
 
 
+class Queues:
+    """The lines in which requests wait before the lock or semaphore that admits them in order.
+
+    Urgent requests go to it at once. Of the first requests and of the repeated ones, only one each
+    does so at a time. So an urgent request is behind two others at most, a first one does not wait
+    for all repeated ones, and first and repeated ones take turns while many of both wait.
+    """
+
+    def __init__(self) -> None:
+        self._lines = {Priority.FIRST: asyncio.Lock(), Priority.REPEATED: asyncio.Lock()}
+
+    def line(self, priority: Priority) -> AbstractAsyncContextManager[None]:
+        """Return what a request holds while it waits to be admitted."""
+        return self._lines.get(priority) or nullcontext()
+
+
 class Throttle:
     """Lets HTTP attempts go one after the other, by rate and then by limiters.
 
-    Attempts go in order of arrival, except for those with priority: control requests, and the polls
-    of watches that were woken. A 429 stops all attempts for as long as the server asked. The
-    sequence of limiters may change.
+    Attempts of the same priority go in order of arrival. A 429 stops all attempts for as long as
+    the server asked. The sequence of limiters may change.
     """
 
     def __init__(self, rate: float | None, limiters: Sequence[Limiter] = ()) -> None:
         self._clock = asyncio.get_running_loop().time
         self.rate = Rate(or_infinity(rate))
         self._limiters = limiters
-        self._queue = asyncio.Lock()
+        self._queues = Queues()
         self._lock = asyncio.Lock()
         # The lock does not tell: it is free for a moment between two waiting attempts.
         self._waiting = 0
         self._next_at = -math.inf
 
-    async def acquire(self, *, priority: bool = False) -> float:
-        """Wait until an attempt may be made, and return the time.
-
-        A request with `priority` waits for at most one other, and for others with priority.
-        """
+    async def acquire(self, priority: Priority = Priority.FIRST) -> float:
+        """Wait until an attempt may be made, and return the time."""
         now = self._clock()
         waits = self._waiting > 0 or self._next_at > now
         if not waits and not self._limiters:
@@ -114,8 +127,7 @@ class Throttle:
 
         self._waiting += 1
         try:
-            # Of those without priority, only one at a time waits for the lock.
-            async with nullcontext() if priority else self._queue, self._lock:
+            async with self._queues.line(priority), self._lock:
                 await self._wait()
                 for limiter in self._limiters:
                     await limiter.acquire()

@@ -12,7 +12,7 @@ import attrs
 from multidict import CIMultiDict
 from yarl import URL
 
-from promptlayer_exec._api.attempt import AtMostOnce, Attempt
+from promptlayer_exec._api.attempt import AtMostOnce, Attempt, Priority
 from promptlayer_exec._api.messages import (
     Reply,
     Request,
@@ -86,8 +86,15 @@ class Transport:
         if attempt.start is not None:
             redactor = redactor.also(attempt.start.secret)
 
-        async with pool.slots.priority if attempt.priority else pool.slots:
-            sent_at = await self._throttle.acquire(priority=attempt.priority or attempt.is_control)
+        on_sending = attempt.on_sending
+        if on_sending is not None:
+            on_sending(False)
+
+        priority = Priority.URGENT if attempt.is_control else attempt.priority
+        async with pool.slots.use(priority):
+            sent_at = await self._throttle.acquire(priority)
+            if on_sending is not None:
+                on_sending(True)
             until = sent_at + self._settings.request_timeout
             received = await self._exchange(pool, request, attempt.start, until)
         duration = self._clock() - sent_at
@@ -176,7 +183,7 @@ class Transport:
         """Open a WebSocket, without the key, before ordinary requests; raises as `send` does."""
         pool = self.pools.reads
         pool.check_open()
-        sent_at = await self._throttle.acquire(priority=True)
+        sent_at = await self._throttle.acquire(Priority.URGENT)
 
         # With https in place of wss, aiohttp finds the same proxy as for requests.
         url = URL(self.base_url + path, encoded=True)

@@ -15,6 +15,7 @@ from functools import partial
 from random import random
 from typing import Any, TypeVar
 from urllib.parse import quote
+from weakref import WeakValueDictionary
 
 import aiohttp
 import attrs
@@ -47,6 +48,7 @@ class ChannelPolicy:
         pauses: how long it is given up for: the first time, the second time, and from then on.
         retry: the pause after the first request or connection that failed; it doubles.
         longest_retry: the longest of these pauses; an attempt that lasted longer did succeed.
+        most_unwatched: how many runs that nobody watches are remembered.
     """
 
     handshake: float = 10.0
@@ -57,6 +59,7 @@ class ChannelPolicy:
     pauses: tuple[float, ...] = (60.0, 300.0, 900.0)
     retry: float = 0.5
     longest_retry: float = 10.0
+    most_unwatched: int = 10_000
 
 
 _POLICY = ChannelPolicy()
@@ -117,8 +120,12 @@ class Push:
     has_announced: bool = attrs.field(init=False, default=False)
     _has_reported: bool = attrs.field(init=False, default=False)
     _channels: dict[str | int, Channel] = attrs.field(init=False, factory=dict)
-    # The runs that were started here and are not complete, by execution id.
-    runs: ExpiringDict[int, PushedRun] = attrs.field(init=False, factory=ExpiringDict)
+    # The runs that were started here and are not complete, by execution id: all that have a watch,
+    # whose completions must be noticed, and the latest ones.
+    runs: WeakValueDictionary[int, PushedRun] = attrs.field(init=False, factory=WeakValueDictionary)
+    _latest: ExpiringDict[int, PushedRun] = attrs.field(
+        init=False, factory=lambda: ExpiringDict(most=_POLICY.most_unwatched)
+    )
 
     def started(
         self, workflow: str | int, execution_id: int, *, sent_at: float, waited: float
@@ -138,8 +145,13 @@ class Push:
         run = PushedRun(execution_id, channel, sent_at, waited)
         # Its message may have arrived before the response to its start.
         run.is_announced = self._early_wake_ups.get(execution_id) == "push"
-        self.runs.add(execution_id, run)
+        self.runs[execution_id] = run
+        self._latest.add(execution_id, run)
         channel.started()
+
+    def forget(self, run: PushedRun) -> None:
+        self.runs.pop(run.execution_id, None)
+        self._latest.pop(run.execution_id)
 
     def receive(self, data: Any) -> None:
         """Wake the watch that a message is for."""
@@ -340,7 +352,7 @@ class Channel:
 
     def _conclude(self, run: PushedRun) -> None:
         """Forget a run that is complete; if a message announced it, push can be trusted."""
-        self._push.runs.pop(run.execution_id)
+        self._push.forget(run)
         if run.is_announced:
             self._push.has_announced = True
             self._silent = self._failures = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections.abc import AsyncIterable, Iterator
 from contextlib import aclosing, contextmanager, suppress
@@ -49,7 +50,7 @@ async def write_results(batch: Batch, file: Results, *, until_done: bool) -> Non
 def open_results(path: Path | None) -> Iterator[Results]:
     """Open the results at a path, by its suffix; None stands for standard output.
 
-    The file is locked meanwhile: with two writers, each result would be there twice. If it is new
+    It is locked meanwhile: with two writers, each result would be there twice. If the file is new
     and nothing writes it, because the command is refused, it is removed.
     """
     if path is None:
@@ -58,26 +59,25 @@ def open_results(path: Path | None) -> Iterator[Results]:
 
     name = printable(str(path))
     is_table = path.suffix.lower() == ".csv"
-    written = path.with_name(path.name + ".part") if is_table else path
+    # A table is replaced, which Windows refuses for an open file, so its lock is another file.
+    locked = path.with_name(path.name + ".lock") if is_table else path
     try:
         if path.is_char_device():  # to read what it has would take for ever
             raise Misuse(f"{name} is a device: name a file, or omit --out")
-        is_new = not written.exists()
-        opened = written.open("a+b", buffering=0)
+        is_new = not locked.exists()
+        opened = _open_locked(locked, name)
     except OSError as error:
         raise _cannot_write(name, error) from error
 
     file: LineFile | TableFile | None = None
     with opened:
-        _lock(opened, name)
         try:
-            file = TableFile(path, written, name) if is_table else LineFile(path, opened, name)
+            file = TableFile(path, name) if is_table else LineFile(path, opened, name)
             yield file
         finally:
             is_written = isinstance(file, LineFile) and file.is_written
             if is_table or (is_new and not is_written):
-                with suppress(OSError):  # Windows does not remove an open file
-                    written.unlink()
+                _remove(locked, opened)
 
 
 class LineFile:
@@ -137,9 +137,9 @@ def _is_cut_off(line: bytes) -> bool:
 class TableFile:
     """Results as a table in CSV, which is written as a whole and then put in place."""
 
-    def __init__(self, path: Path, part: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str) -> None:
         self.name = name
-        self._path, self._part = path, part
+        self._path = path
 
         try:
             self.results = set(_read_csv(path))
@@ -151,11 +151,15 @@ class TableFile:
 
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
         """Write all results, and then replace the file."""
+        part = self._path.with_name(self._path.name + ".part")
         try:
-            await _write_csv(self._part, outcomes)
-            self._part.replace(self._path)
+            await _write_csv(part, outcomes)
+            part.replace(self._path)
         except OSError as error:
             raise _cannot_write(self.name, error) from error
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 Results: TypeAlias = LineFile | TableFile | None
@@ -192,6 +196,30 @@ def _read_csv(path: Path) -> Iterator[Result]:
             yield Result(row["key"], row["finished"], row["succeeded"] == "true")
 
 
+def _open_locked(path: Path, name: str) -> FileIO:
+    """Open and lock a file; raise an `OSError` if it cannot be opened."""
+    while True:
+        file = path.open("a+b", buffering=0)
+        try:
+            _lock(file, name)
+            if _is_at(path, file):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _is_at(path: Path, file: FileIO) -> bool:
+    """Return False if a file was removed by its last owner between being opened and locked."""
+    if sys.platform == "win32":  # pragma: no cover - it does not remove an open file
+        return True
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _lock(file: FileIO, name: str) -> None:
     try:
         if sys.platform == "win32":  # pragma: no cover
@@ -199,11 +227,21 @@ def _lock(file: FileIO, name: str) -> None:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except (BlockingIOError, PermissionError) as error:  # the latter on Windows
         problem = f"another process is writing to {name}: let it do so, and help it with"
         raise Misuse(f"{problem} `batch work`, or use another --out") from error
     except OSError as error:
         raise Misuse(f"cannot lock {name}: {error.strerror or error}") from error
+
+
+def _remove(path: Path, file: FileIO) -> None:
+    """Remove a locked file, and unlock it."""
+    # Windows does not remove an open file. Elsewhere, the lock must outlast the file's name, or the
+    # next owner would lose its file.
+    if sys.platform == "win32":  # pragma: no cover
+        file.close()
+    with suppress(OSError):
+        path.unlink()
 
 
 def _cannot_write(name: str, error: OSError) -> Misuse:

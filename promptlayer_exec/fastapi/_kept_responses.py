@@ -10,7 +10,6 @@ from typing import Any
 import attrs
 
 from promptlayer_exec import Session
-from promptlayer_exec._integration import ExpiringDict
 from promptlayer_exec.fastapi._responses import dump_json
 from promptlayer_exec.fastapi._visible_fields import shown_snapshot
 
@@ -23,9 +22,8 @@ class KeptResponses:
     """Reads executions, and keeps the latest complete responses, which do not change."""
 
     _hidden: Collection[str]
-    _kept: ExpiringDict[_Key, _Body] = attrs.field(
-        init=False, factory=lambda: ExpiringDict(most=1_000)
-    )
+    _kept: dict[_Key, _Body] = attrs.field(init=False, factory=dict)  # the oldest first
+    _kept_bytes: int = attrs.field(init=False, default=0)
     _readings: dict[_Key, asyncio.Task[_Body]] = attrs.field(init=False, factory=dict)
 
     async def get(self, session: Session, execution_id: int) -> _Body:
@@ -54,9 +52,17 @@ class KeptResponses:
             return body, None
 
         tagged = body, _tag(shown)
-        if len(body) <= 2**20:  # 1,000 of them stay under a GiB
-            self._kept.add(key, tagged)
+        if len(body) <= 2**20:  # a larger one would take the place of many
+            self._keep(key, tagged)
         return tagged
+
+    def _keep(self, key: _Key, body: _Body) -> None:
+        """Keep a response, in at most 32 MiB and 1,000 entries."""
+        self._kept[key] = body
+        self._kept_bytes += len(body[0])
+        while self._kept_bytes > 32 * 2**20 or len(self._kept) > 1_000:
+            oldest, _ = self._kept.pop(next(iter(self._kept)))
+            self._kept_bytes -= len(oldest)
 
 
 def _tag(shown: dict[str, Any]) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
+import os
 import resource
 from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,6 +139,62 @@ def test_two_commands_do_not_write_to_one_file(tmp_path: Path) -> None:
         with open_results(tmp_path / name):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last owner removes it: the next command locks the file that has the name now."""
+    path, lock = tmp_path / "out.csv", fcntl.flock
+
+    def lock_late(file: Any, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        (tmp_path / "out.csv.lock").unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    with (
+        open_results(path),
+        pytest.raises(Misuse, match="another process is writing to"),
+        open_results(path),
+    ):
+        pass
+
+
+def test_windows_refuses_a_lock_as_it_refuses_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which it does by another error than other systems: the message is the same."""
+
+    def refuse(file: Any, how: int) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(Misuse, match="another process is writing to"), open_results(tmp_path / "o"):
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="it lists open files on Linux only")
+async def test_no_file_that_is_replaced_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows would refuse to replace it."""
+    path, replace = tmp_path / "out.csv", Path.replace
+    replaced = []
+
+    def check(source: Path, target: Path) -> Path:
+        for descriptor in Path("/proc/self/fd").iterdir():
+            with suppress(FileNotFoundError):
+                assert descriptor.readlink() not in (source, target)
+        replaced.append(target)
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", check)
+    for _ in range(2):
+        with open_results(path) as file:
+            await file.write_all(each(OUTCOMES))
+    assert replaced == [path, path]
+    assert os.listdir(tmp_path) == ["out.csv"]  # noqa: PTH208
 
 
 async def test_a_file_for_results_is_made_if_there_are_none(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -62,6 +62,35 @@ async def test_stream_yields_a_snapshot_on_every_poll(
                 sim.finish(held, "Answer")
     assert polls == [(1, False), (2, False), (3, False), (4, True)]
     assert sim.request_count == 4
+
+
+async def test_what_is_seen_first_goes_before_repeated_polls(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """Beside watches that use up the rate, single reads, first polls and starts hardly wait."""
+    done = Scenario([SimNode("Answer", "done", is_output_node=True)])
+    sim.add_workflow("report", done)
+    session = open_session(rate=100.0, poll=PollPolicy.fixed(0.05), max_connections=20)
+    held = Scenario([SimNode("Answer", "42", None, is_output_node=True)])
+    ids = [sim.add_execution(held) for _ in range(100)]
+    streams = [
+        asyncio.create_task(anext(session.execution(execution_id).stream())) for execution_id in ids
+    ]
+    waits = [asyncio.create_task(session.execution(execution_id).wait()) for execution_id in ids]
+    await asyncio.gather(*streams)
+
+    async def requests_until(work: Awaitable[Any]) -> int:
+        before = sim.request_count
+        await work
+        return sim.request_count - before
+
+    assert await requests_until(session.execution(ids[0]).snapshot()) < 15
+    assert await requests_until(session.get_results(ids[0])) < 15
+    assert await requests_until(session.start("report")) < 15
+    assert await requests_until(session.execution(sim.add_execution(done)).wait()) < 15
+    for waiting in waits:
+        waiting.cancel()
+    await asyncio.wait(waits)
 
 
 async def test_snapshots_have_the_time_when_each_node_was_first_seen(

@@ -232,6 +232,23 @@ async def test_a_complete_answer_is_kept_and_has_a_tag(
         assert (await client.get(path, headers=known)).status_code == 403
 
 
+async def test_complete_answers_are_kept_in_bounded_memory(
+    sim: Simulator, session: Session
+) -> None:
+    """Those of the latest 32 MiB: the oldest one is read again, the latest ones are not."""
+    scenario = Scenario([SimNode("Answer", "x" * 1_000_000)])
+    paths = [f"/executions/{sim.add_execution(scenario)}" for _ in range(34)]
+    async with connect(session) as client:
+        for path in paths:
+            await client.get(path)
+        before = sim.request_count
+        for path in paths[-30:]:
+            await client.get(path)
+        assert sim.request_count == before
+        await client.get(paths[0])
+        assert sim.request_count == before + 1
+
+
 async def test_a_large_answer_is_not_kept(sim: Simulator, session: Session) -> None:
     """An answer of over 1 MiB is read again for each caller, and has a tag all the same."""
     execution_id = sim.add_execution(Scenario([SimNode("Answer", "x" * 2**20)]))

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from promptlayer_exec._api.attempt import Priority
 from promptlayer_exec._http.throttle import Throttle
 
 
@@ -99,36 +100,65 @@ async def test_the_rate_is_fully_used_and_never_exceeded(
 
 
 @in_virtual_time
-async def test_a_request_with_priority_waits_for_one_other_at_most() -> None:
-    """It also waits for earlier requests with priority; the others keep their order."""
+async def test_an_urgent_request_waits_for_two_others_at_most() -> None:
+    """It also waits for earlier urgent ones; those of the same priority keep their order."""
     throttle = Throttle(100.0)
     await throttle.acquire()
     order: list[str] = []
 
-    async def acquire(name: str, *, priority: bool = False) -> None:
-        await throttle.acquire(priority=priority)
+    async def acquire(name: str, priority: Priority) -> None:
+        await throttle.acquire(priority)
         order.append(name)
 
-    others = [acquire(name) for name in ("one", "two", "three")]
-    urgent = [acquire(name, priority=True) for name in ("a", "b")]
-    await asyncio.gather(*others, *urgent)
-    assert order == ["one", "a", "b", "two", "three"]
+    repeated = [acquire(name, Priority.REPEATED) for name in ("r1", "r2", "r3")]
+    first = [acquire(name, Priority.FIRST) for name in ("f1", "f2")]
+    urgent = [acquire(name, Priority.URGENT) for name in ("u1", "u2")]
+    await asyncio.gather(*repeated, *first, *urgent)
+    assert order == ["r1", "f1", "u1", "u2", "r2", "f2", "r3"]
 
 
 @in_virtual_time
-async def test_priority_starves_nobody() -> None:
-    """Ten senders with priority get one slot each before one without it."""
+async def test_a_first_request_does_not_wait_for_all_repeated_ones() -> None:
+    """Beside 2,000 watches that are polled as often as the rate allows, it is sent at once."""
     throttle = Throttle(100.0)
 
-    async def flood() -> None:
+    async def watch() -> None:
         while True:
-            await throttle.acquire(priority=True)
+            await throttle.acquire(Priority.REPEATED)
 
-    floods = [asyncio.create_task(flood()) for _ in range(10)]
+    watches = [asyncio.create_task(watch()) for _ in range(2_000)]
     await asyncio.sleep(1.0)
     started = now()
-    await throttle.acquire()
-    assert now() - started == pytest.approx(0.11, abs=0.011)
+    await throttle.acquire(Priority.FIRST)
+    assert now() - started < 0.03
+    for task in watches:
+        task.cancel()
+    await asyncio.wait(watches)
+
+
+@pytest.mark.parametrize(
+    ("flood", "waits", "seconds"),
+    [
+        (Priority.URGENT, Priority.FIRST, 0.11),
+        (Priority.URGENT, Priority.REPEATED, 0.11),
+        (Priority.FIRST, Priority.REPEATED, 0.02),
+        (Priority.REPEATED, Priority.FIRST, 0.02),
+    ],
+)
+@in_virtual_time
+async def test_priority_starves_nobody(flood: Priority, waits: Priority, seconds: float) -> None:
+    """Ten senders of urgent requests get one slot each before another; others take turns."""
+    throttle = Throttle(100.0)
+
+    async def send_all() -> None:
+        while True:
+            await throttle.acquire(flood)
+
+    floods = [asyncio.create_task(send_all()) for _ in range(10)]
+    await asyncio.sleep(1.0)
+    started = now()
+    await throttle.acquire(waits)
+    assert now() - started == pytest.approx(seconds, abs=0.011)
     for task in floods:
         task.cancel()
     await asyncio.wait(floods)

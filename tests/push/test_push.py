@@ -789,6 +789,31 @@ class TestFaults:
         await log.given_up()
         assert "it did not announce the last 3 completions" in log.warnings[0]
 
+    async def test_many_open_runs_are_no_silence(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+    ) -> None:
+        """A session that starts thousands forgets runs, but none that somebody waits for."""
+        policy = channels.ChannelPolicy(silence=0.0, most_unwatched=1)
+        monkeypatch.setattr(channels, "_POLICY", policy)
+        session = open_pushed(poll=OFTEN)
+        await session.start("w")
+        await server.subscribed()
+
+        waiting = []
+        for _ in range(5):
+            run = await session.start("w")
+            waiting.append((run.id, asyncio.create_task(run.output())))
+            await asyncio.sleep(0)  # it is watched before the next one starts
+        for execution_id, output in waiting:
+            await server.finish(execution_id)
+            await output
+        await asyncio.sleep(0.02)
+        assert log.warnings == []
+
     @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
     async def test_a_redirect_of_the_handshake_is_not_followed(
         self,

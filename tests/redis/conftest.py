@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,9 +25,12 @@ class RedisServer:
     """A Redis server, of its own process, on a socket in a directory."""
 
     def __init__(self, directory: Path, binary: str) -> None:
-        path = directory / "redis.sock"
-        self.url = f"unix://{path}"
-        self._command = [binary, "--port", "0", "--unixsocket", str(path), "--save", ""]
+        self.path = directory / "redis.sock"
+        self.url = f"unix://{self.path}"
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.tcp_url = f"redis://127.0.0.1:{port}"
+        self._command = [binary, "--port", str(port), "--unixsocket", str(self.path), "--save", ""]
         self._command += ["--dir", str(directory)]
         self.start()
 
@@ -43,6 +47,12 @@ class RedisServer:
         """Kill the server."""
         self.process.kill()
         self.process.communicate()
+
+    def demote_for(self, primary: RedisServer) -> None:
+        """Become a replica that keeps its connections; new ones lead to the new primary."""
+        with self.client() as client:
+            client.replicaof("127.0.0.1", 1)
+        primary.path.replace(self.path)
 
     def hang(self) -> None:
         """Stop the process, so that nothing is answered and no connection ends."""
@@ -82,6 +92,12 @@ def own_server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
+def second_server() -> Iterator[RedisServer]:
+    """Return one more Redis server of the test's own."""
+    yield from _serve()
+
+
+@pytest.fixture
 def server(_shared_server: RedisServer) -> RedisServer:
     """Return a Redis server that other tests use, too."""
     return _shared_server
@@ -100,8 +116,8 @@ class Worker:
 
     def new_session(self, **settings: Any) -> Session:
         """Replace the session by one with other settings."""
-        settings = {"poll": PollPolicy.fixed(0.1), **settings}
-        self.session = self._open(backplane=self._backplane, observers=[self._observe], **settings)
+        settings = {"poll": PollPolicy.fixed(0.1), "backplane": self._backplane, **settings}
+        self.session = self._open(observers=[self._observe], **settings)
         return self.session
 
     def _observe(self, event: Event) -> None:

@@ -13,8 +13,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import attrs
 import pytest
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 
 from promptlayer_exec import (
     ConfigurationError,
@@ -28,6 +30,7 @@ from promptlayer_exec import (
     Unauthorized,
     WatchWoken,
 )
+from promptlayer_exec import redis as backplane_module
 from promptlayer_exec._integration import receive_callback
 from promptlayer_exec.redis import RedisBackplane
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -374,6 +377,165 @@ async def test_without_redis_each_session_polls_for_itself(
         sim.finish(held, "Answer")
         assert all(last.complete for last in await asyncio.gather(*streams))
     assert warnings(caplog) == 3
+
+
+async def test_closed_idle_connections_lose_nothing(
+    sim: Simulator, open_session: Callable[..., Session], own_server: Any, prefix: str, caplog: Any
+) -> None:
+    """As with the server's `timeout` or a proxy: the next command uses a new connection."""
+    sim.add_workflow("report", DONE)
+    first, second = (
+        open_session(backplane=RedisBackplane(own_server.tcp_url, prefix=prefix)) for _ in range(2)
+    )
+    await second.__aenter__()
+    await (await first.start("report")).wait()
+    with own_server.client() as client:
+        for _ in range(3):
+            client.client_kill_filter(_type="normal", skipme=True)
+            execution = await first.start("report")
+            key = f"{prefix}:*{execution.id}*:start"
+            async with asyncio.timeout(5):
+                while not list(client.scan_iter(key)):  # noqa: ASYNC110 - Redis has no event
+                    await asyncio.sleep(0)
+            client.client_kill_filter(_type="normal", skipme=True)
+            sim.inject(Fault.status(404, times=2, execution_id=execution.id))
+            assert (await second.execution(execution.id).wait()).complete
+    assert warnings(caplog) == 0
+
+
+async def test_what_others_are_to_know_is_kept_while_redis_is_away(
+    sim: Simulator, own_workers: Any, own_server: Any, prefix: str
+) -> None:
+    """A callback, a wake-up and the announcement of a run reach the others once it is back."""
+    sim.add_workflow("report", DONE)
+    held = sim.add_execution(HELD)
+    for worker in own_workers:
+        worker.new_session(callbacks=CALLBACKS, poll=NEVER, retry=RetryPolicy(not_found_grace=60.0))
+        await worker.session.__aenter__()
+    first, second, third = own_workers
+    sim.inject(Fault.disconnect())
+    with pytest.raises(StartUnknown) as caught:
+        await first.session.start("report")
+    error, (run,) = caught.value, sim.runs
+    recovering = asyncio.create_task(second.session.recover(error, timeout=20))
+
+    async with streaming([second], held) as (stream,):
+        await second.polled()
+        own_server.stop()
+        sim.finish(held, "Answer")
+        assert not third.session.wake(held)
+        assert error.callback_token is not None
+        receive_callback(third.session, error.callback_token, run.execution_id)
+        execution = await third.session.start("report")
+        own_server.start()
+        async with asyncio.timeout(20):
+            assert (await recovering).id == run.execution_id
+            assert (await stream).complete
+
+    with own_server.client() as client:
+        assert list(client.scan_iter(f"{prefix}:*{execution.id}*:start"))
+    first.new_session()
+    sim.inject(Fault.status(404, times=2, execution_id=execution.id))
+    assert (await first.stream(execution.id)).complete
+
+
+async def test_sharing_returns_after_a_failover(
+    sim: Simulator, own_workers: Any, own_server: Any, second_server: Any, caplog: Any
+) -> None:
+    """A primary that was demoted keeps its connections, and refuses what is written over them."""
+    held = sim.add_execution(HELD)
+    async with streaming(own_workers, held) as streams:
+        await all_share(own_workers)
+        own_server.demote_for(second_server)
+        await asyncio.gather(*(worker.polled(shared=False) for worker in own_workers))
+        await all_share(own_workers)
+        with own_server.client() as client:
+            (channel,) = client.pubsub_channels("*")
+            assert client.pubsub_numsub(channel) == [(channel, 3)]
+        sim.finish(held, "Answer")
+        assert all(last.complete for last in await asyncio.gather(*streams))
+    assert warnings(caplog) == 3
+
+
+class FaultyRedis(Redis):
+    """A client whose commands and subscriptions raise `failure`."""
+
+    failure: Exception | None = None
+
+    async def execute_command(self, *arguments: Any, **options: Any) -> Any:
+        """Run a command."""
+        if self.failure is not None:
+            raise self.failure
+        return await super().execute_command(*arguments, **options)
+
+    def pubsub(self, **options: Any) -> PubSub:
+        """Return a subscriber."""
+        client, pubsub = self, super().pubsub(**options)
+        get_message = pubsub.get_message
+
+        async def get(**options: Any) -> Any:
+            if client.failure is not None:
+                raise client.failure
+            return await get_message(**options)
+
+        pubsub.get_message = get  # type: ignore[method-assign]
+        return pubsub
+
+
+async def test_an_unexpected_exception_of_the_client_is_an_outage(
+    sim: Simulator, workers: Any, place: Any, held: int, caplog: Any
+) -> None:
+    """Sharing and hints return after it, as after any other."""
+    url, prefix = place
+    client = FaultyRedis.from_url(url)
+    first, second, _ = workers
+    first.new_session(backplane=RedisBackplane(client, prefix=prefix))
+    async with streaming([first, second], held) as streams:
+        await all_share([first, second])
+        client.failure = KeyError("no such thing")
+        await first.polled(20, shared=False)
+        client.failure = None
+        await all_share([first, second])
+        sim.finish(held, "Answer")
+        assert all(last.complete for last in await asyncio.gather(*streams))
+    assert warnings(caplog) == 1
+    await first.session.aclose()
+    await client.aclose()
+
+
+async def test_a_hint_that_cannot_be_read_is_ignored(
+    workers: Any, held: int, place: Any, caplog: Any
+) -> None:
+    """It may come from another version."""
+    url, prefix = place
+    first, second, _ = workers
+    async with streaming([first], held):
+        await first.polled()
+        async with Redis.from_url(url) as client:
+            await all_listen(place, 1)
+            (channel,) = await client.pubsub_channels(f"{prefix}:*")
+            for hint in ("news", "news x - y", "news 1 2 3 4", b"\xff - - -"):
+                await client.publish(channel, hint)
+        async with streaming([second], held):
+            await second.polled(5, shared=True, within=5.0)
+    assert warnings(caplog) == 0
+
+
+async def test_a_lease_is_kept_while_a_poll_waits_for_the_rate(
+    sim: Simulator, workers: Any, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise others would take over one after the other, and poll for themselves."""
+    terms = attrs.evolve(backplane_module.TERMS, lease=1.0, renewal=0.2, recheck=0.2)
+    monkeypatch.setattr(backplane_module, "TERMS", terms)
+    first, second, _ = workers
+    first.new_session(rate=0.5)
+    async with streaming([first], held) as (stream,):
+        await first.polled()
+        async with streaming([second], held) as (other,):
+            await second.polled(3, shared=True)
+            sim.finish(held, "Answer")
+            await asyncio.gather(stream, other)
+    assert second.own_polls == 0
 
 
 async def test_redis_need_not_be_there(
