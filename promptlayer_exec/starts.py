@@ -187,7 +187,9 @@ class _StartsTable:
         ]
         # In one order in all processes: two transactions that lock rows of each other would fail.
         parameters.sort(key=lambda row: str(row["the_key"]))
-        connection.execute(self._claim, parameters)
+        written = connection.execute(self._claim, parameters)
+        if written.rowcount == len(claims):  # the usual case: each is a new row
+            return [None] * len(claims)
 
         found = self.find(connection, [claim.key for claim in claims])
         return [
@@ -206,10 +208,13 @@ class _StartsTable:
             for key, token, execution_id in sorted(records, key=lambda record: record.key)
             if execution_id is None
         ]
+        changed = 0
         if known:
-            connection.execute(self._record, known)
+            changed += connection.execute(self._record, known).rowcount
         if unknown:
-            connection.execute(self._record_unknown, unknown)
+            changed += connection.execute(self._record_unknown, unknown).rowcount
+        if changed == len(records):  # the usual case
+            return [True] * len(records)
 
         keys = [record.key for record in records]
         rows = {row.key: row for row in self._rows(connection, _row.key.in_(keys))}
