@@ -350,7 +350,7 @@ def bench(session: nox.Session) -> None:
     # Two programs also measure the vendor's SDK, and one this package with msgspec.
     others = {"speed": ".[speed]", "vendor": SDK}
     pythons = {name: _make_venv(session, name, package) for name, package in others.items()}
-    session.install(".[dbos,fastapi,redis]", "httpx", "matplotlib", "uvicorn>=0.35")
+    session.install(".[dbos,fastapi,redis,starts]", "httpx", "matplotlib", "uvicorn>=0.35")
     _install_postgresql(session)
     _install_redis(session)
     if shutil.which("valgrind") is None:
@@ -363,6 +363,7 @@ def bench(session: nox.Session) -> None:
         ("bucket.py",),
         ("durable.py",),
         ("network.py",),
+        ("starts.py",),
         ("backplane.py",),
         ("streams.py",),
         ("__main__.py", *session.posargs),
@@ -431,7 +432,7 @@ def kill(session: nox.Session) -> None:
 
 
 def _run_kill_tests(session: nox.Session, *arguments: str) -> None:
-    _install(session, "kill", ".[cli,dbos]")
+    _install(session, "kill", ".[cli,dbos,fastapi,starts]")
     _install_postgresql(session)
     _install_pgbouncer(session)
     environment = {"PYTHONSAFEPATH": "1"}

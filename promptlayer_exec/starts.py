@@ -187,7 +187,9 @@ class _StartsTable:
         ]
         # In one order in all processes: two transactions that lock rows of each other would fail.
         parameters.sort(key=lambda row: str(row["the_key"]))
-        connection.execute(self._claim, parameters)
+        written = connection.execute(self._claim, parameters)
+        if written.rowcount == len(claims):  # the usual case: each is a new row
+            return [None] * len(claims)
 
         found = self.find(connection, [claim.key for claim in claims])
         return [
@@ -206,10 +208,13 @@ class _StartsTable:
             for key, token, execution_id in sorted(records, key=lambda record: record.key)
             if execution_id is None
         ]
+        changed = 0
         if known:
-            connection.execute(self._record, known)
+            changed += connection.execute(self._record, known).rowcount
         if unknown:
-            connection.execute(self._record_unknown, unknown)
+            changed += connection.execute(self._record_unknown, unknown).rowcount
+        if changed == len(records):  # the usual case
+            return [True] * len(records)
 
         keys = [record.key for record in records]
         rows = {row.key: row for row in self._rows(connection, _row.key.in_(keys))}
@@ -285,7 +290,7 @@ def _is_recorded(row: Any, record: _Recorded) -> bool:
 
 
 class _OpenStore:
-    """The connections and the thread of a store in one process.
+    """The connections and the threads of a store in one process.
 
     Args:
         url: where the database is.
@@ -294,21 +299,27 @@ class _OpenStore:
 
     def __init__(self, url: sa.URL, restart_after: float | None) -> None:
         # A call is retried until its own patience ends, so a single try is to be short.
-        limits = attrs.evolve(LIMITS, locked=1.0, locked_file=1.0, connections=1, threads=1)
+        limits = attrs.evolve(LIMITS, locked=1.0, locked_file=1.0, connections=3, threads=1)
         self._url = url
         self.database = Database(url, limits)
         self._is_prepared = False
         self._running: set[Future[Any]] = set()
 
         table = _StartsTable(self.database, restart_after)
+        works = [
+            (table.find, table.forget, table.prune),
+            (table.claim, table.release),
+            (table.record, table.resolve),
+        ]
+        # Behind a network, starts need not wait for each other's round trips. Connections to one
+        # file would wait for each other, and longer than they need to.
         thread = OneThread()
-        self._groups: dict[str, Group[_StoreCall, Any]] = {
-            work.__name__: Group(partial(self._write, work), thread=thread)
-            for work in (
-                *(table.find, table.claim, table.record, table.release, table.resolve),
-                *(table.forget, table.prune),
-            )
-        }
+        self._groups: dict[str, Group[_StoreCall, Any]] = {}
+        for works_of_thread in works:
+            if not self.database.is_sqlite:
+                thread = OneThread()
+            for work in works_of_thread:
+                self._groups[work.__name__] = Group(partial(self._write, work), thread=thread)
 
     def submit(self, what: str, call: _StoreCall) -> Future[Any]:
         future = self._groups[what].submit(call)
