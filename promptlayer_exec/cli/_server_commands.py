@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import html
+import logging
 import os
 import re
 import secrets
+import socket
 import sys
 import time
 import webbrowser
@@ -26,6 +28,7 @@ from promptlayer_exec.cli._exit import Misuse, Subject, command, listening, run_
 from promptlayer_exec.cli._printing import err, out, show_warnings
 
 TOKEN = "PROMPTLAYER_EXEC_VIEW_TOKEN"  # noqa: S105 - the name of a variable
+MCP_TOKEN = "PROMPTLAYER_EXEC_MCP_TOKEN"  # noqa: S105 - the name of a variable
 
 
 @command
@@ -73,7 +76,7 @@ async def view(
         raise Misuse(f"the viewer needs {install_hint('viewer')}") from error
 
     board: Board  # made once the session is open
-    token = _token()
+    token = _token(TOKEN) or secrets.token_urlsafe(32)
     show_warnings(err)
 
     async with AsyncExitStack() as stack:
@@ -121,13 +124,13 @@ async def view(
                 await serve(board, listener, address, token)
 
 
-def _token() -> str:
-    """Return the token of the environment, which survives a restart, or a new one."""
-    token = os.environ.get(TOKEN)
+def _token(variable: str) -> str | None:
+    """Return the token of the environment, which survives a restart."""
+    token = os.environ.get(variable)
     if not token:
-        return secrets.token_urlsafe(32)
+        return None
     if not re.fullmatch(r"[\w-]{22,}", token, re.ASCII):
-        raise Misuse(f"{TOKEN} is too weak: use at least 22 random letters, digits, - or _")
+        raise Misuse(f"{variable} is too weak: use at least 22 random letters, digits, - or _")
     return token
 
 
@@ -169,6 +172,30 @@ def mcp(
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
     *,
+    is_http: Annotated[
+        bool, typer.Option("--http", help="Serve a team over HTTP, instead of one client.")
+    ] = False,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="With --http: address to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="With --http: port to listen on; 0 takes a free port.",
+        ),
+    ] = 8788,
+    allowed_hosts: Annotated[
+        list[str],
+        typer.Option(
+            "--allow-host",
+            metavar="NAME",
+            help="With --http: a host by which clients reach the server, such as mcp.example.com;"
+            " repeatable.",
+        ),
+    ] = [],  # noqa: B006 - Typer's way to declare a list
     database: options.Database = None,
     no_push: options.NoPush = False,
     base_url: options.BaseUrl = None,
@@ -196,14 +223,28 @@ def mcp(
 
     The command ends when standard input is closed. Executions that were running then go on; their
     ids are written to standard error.
+
+    Use --http to let a team run a few workflows without giving everyone the API key. You then run
+    one server, and agents reach it by its URL. The key stays there; clients send a token of yours
+    instead, as `Authorization: Bearer ...`. --http needs this token in PROMPTLAYER_EXEC_MCP_TOKEN,
+    and --workflow. Ctrl-C ends the server, with exit code 0.
+
+    The server speaks plain HTTP, and listens on this machine only. For other machines, let a proxy
+    with TLS, such as Caddy or nginx, forward the requests, and name its host with --allow-host.
     """
 
     async def work() -> None:
         if not all(workflows):
             raise Misuse("--workflow must not be empty")
 
+        token = None
+        if is_http:
+            token = _team_token(workflows)
+        elif (host, port, allowed_hosts) != ("127.0.0.1", 8788, []):
+            raise Misuse("--host, --port and --allow-host need --http")
+
         try:
-            from promptlayer_exec.mcp import serve_stdio  # noqa: PLC0415 - an extra
+            from promptlayer_exec.mcp import serve_http, serve_stdio  # noqa: PLC0415 - an extra
         except ModuleNotFoundError as error:
             raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
 
@@ -212,11 +253,24 @@ def mcp(
         session = options.open_session(
             base_url, outage, wait_timeout=45.0, no_push=no_push, starts=_start_store(database)
         )
-        if sys.stdin.isatty():
-            err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
 
         try:
-            await serve_stdio(session, workflows=workflows)
+            if token is None:
+                if sys.stdin.isatty():
+                    err(
+                        "this is a server for MCP clients, which start it themselves;"
+                        " Ctrl-C ends it"
+                    )
+                await serve_stdio(session, workflows=workflows)
+                return
+
+            listener, name = _listen_for_agents(host, port)
+            names = [name, *allowed_hosts]
+            # The SDK warns of each call that the end of the server leaves without an answer.
+            logging.getLogger("mcp.shared").setLevel(logging.ERROR)
+            # Ctrl-C is the usual end.
+            with suppress(asyncio.CancelledError):
+                await serve_http(session, listener, token=token, workflows=workflows, hosts=names)
         finally:
             # A client waits about two seconds for the process to end, and then kills it.
             with move_on_after(0.5):
@@ -226,6 +280,41 @@ def mcp(
     if code > 128:  # a signal ended it: a thread still waits for the next line of standard input
         os._exit(code)
     raise typer.Exit(code)
+
+
+def _team_token(workflows: list[str]) -> str:
+    """Return the token for a server that others can use, and check that it limits what they can."""
+    if not workflows:
+        raise Misuse("--http needs --workflow: name each workflow that clients may start")
+
+    token = _token(MCP_TOKEN)
+    if token is None:
+        raise Misuse(
+            f"--http needs a token for the clients: set {MCP_TOKEN} to at least 22 random"
+            " characters, such as those of `openssl rand -hex 32`"
+        )
+    return token
+
+
+def _listen_for_agents(host: str, port: int) -> tuple[socket.socket, str]:
+    """Return a listening socket, and the host in its URL; print the URL."""
+    with listening(host, port):
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family)
+
+    wildcards = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to recognise them
+    name = wildcards.get(host, host.lower())
+    if ":" in name:
+        name = f"[{name}]"
+
+    if host.lower() not in ("127.0.0.1", "localhost", "::1"):
+        err(
+            "warning: other machines can reach this server over plain http, and whoever reads the"
+            " traffic gets the token: let only a proxy with TLS reach it"
+        )
+    err("Agents reach this MCP server with the token at (Ctrl-C ends it):")
+    out(f"http://{name}:{listener.getsockname()[1]}/mcp")
+    return listener, name
 
 
 def _start_store(database: str | None) -> StartStore | None:

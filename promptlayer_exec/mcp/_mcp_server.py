@@ -46,7 +46,7 @@ def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[
         TypeError: `workflows` is a single string.
         ValueError: a name is no text, or empty.
     """
-    return _make_server(Calls(session, workflows))
+    return make_server(Calls(session, workflows))
 
 
 async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> None:
@@ -63,7 +63,7 @@ async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> Non
         workflows: as for `create_server`.
     """
     calls = Calls(session, workflows)
-    server = _make_server(calls)
+    server = make_server(calls)
 
     try:
         async with stdio_server(cast("Any", _Lines())) as (given, sent):
@@ -74,7 +74,8 @@ async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> Non
         calls.close()
 
 
-def _make_server(calls: Calls) -> Server[Any]:
+def make_server(calls: Calls) -> Server[Any]:
+    """Return the server of these calls."""
     tasks = Tasks(calls)
     handlers = _Handlers(calls, tasks)
     instructions = INSTRUCTIONS
@@ -91,6 +92,8 @@ def _make_server(calls: Calls) -> Server[Any]:
         on_list_resources=handlers.list_resources,
         on_list_resource_templates=handlers.list_templates,
         on_read_resource=handlers.read_resource,
+        # No argument is a header, too. Over HTTP, the SDK would list the tools at each call to see.
+        get_tool_input_schema=lambda _name: None,
     )
 
     tasks.add_to(server)

@@ -1,0 +1,133 @@
+"""The server over HTTP, for a team: the SDK's Streamable HTTP behind a token."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterable
+from contextlib import nullcontext
+from secrets import compare_digest
+from typing import Any
+
+import attrs
+import uvicorn
+from mcp import types
+from mcp.server.transport_security import TransportSecuritySettings
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from promptlayer_exec import Session
+from promptlayer_exec._integration import wait_even_if_cancelled
+from promptlayer_exec.mcp._mcp_server import make_server
+from promptlayer_exec.mcp._tool_calls import Calls
+
+# Clients show the message of an error that has this form.
+_REFUSAL = {
+    "jsonrpc": "2.0",
+    "id": None,
+    "error": {
+        "code": types.INVALID_REQUEST,
+        "message": "the bearer token is missing or wrong: ask whoever runs this server for it",
+    },
+}
+
+
+async def serve_http(
+    session: Session,
+    listener: socket.socket,
+    *,
+    token: str,
+    workflows: Iterable[str],
+    hosts: Iterable[str] = (),
+) -> None:
+    """Serve MCP clients over Streamable HTTP, at the path `/mcp`, until cancelled.
+
+    Every request needs the token as a bearer token. Whoever has it can start the named workflows,
+    and read every execution of the key's workspace. The key itself never leaves this process.
+
+    When it is cancelled, calls get one second to finish. At the end, the logger `promptlayer_exec`
+    names the executions that were not complete when they were last seen.
+
+    Args:
+        session: as for `create_server`.
+        listener: a listening socket; it is closed at the end. It speaks plain HTTP: put a proxy
+            with TLS in front of it if other machines can reach it.
+        token: a secret that cannot be guessed.
+        workflows: as for `create_server`, but at least one.
+        hosts: the names by which clients may reach the server, besides 127.0.0.1, localhost and
+            [::1]. A request with another `Host` is refused, and so is one with the `Origin` of
+            another site.
+
+    Raises:
+        TypeError: `workflows` is a single string.
+        ValueError: the token is empty, or no workflow is named.
+    """
+    calls = Calls(session, workflows)
+    if not token or not calls.allowed:
+        raise ValueError("serve_http needs a token, and the name of at least one workflow")
+
+    app = make_server(calls).streamable_http_app(transport_security=_security(hosts))
+    config = uvicorn.Config(
+        _TokenCheck(app, token),
+        ws="none",
+        lifespan="on",  # it ends the sessions of clients
+        log_config=None,
+        access_log=False,
+        server_header=False,
+    )
+    server = _SignalFreeServer(config)
+    serving = asyncio.create_task(server.serve([listener]), name="mcp")
+
+    try:
+        await asyncio.wait([serving])
+    finally:
+        calls.close()
+        ending = asyncio.create_task(_end(server, serving))
+        await wait_even_if_cancelled(ending)
+        ending.result()
+
+
+async def _end(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    server.should_exit = True
+    await asyncio.wait([serving], timeout=1)
+
+    # A call waits up to a minute for its run, and some clients keep a stream open all the time.
+    # Both end with their connection.
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()
+    await serving
+
+
+def _security(hosts: Iterable[str]) -> TransportSecuritySettings:
+    names = ["127.0.0.1", "localhost", "[::1]", *(host.lower() for host in hosts)]
+    any_port = [f"{name}:*" for name in names]
+    allowed = [*names, *any_port]
+    origins = [f"{scheme}://{host}" for scheme in ("http", "https") for host in allowed]
+    return TransportSecuritySettings(allowed_hosts=allowed, allowed_origins=origins)
+
+
+class _SignalFreeServer(uvicorn.Server):
+    """Uvicorn without its signal handlers: the program has its own."""
+
+    def capture_signals(self) -> Any:
+        return nullcontext()
+
+
+@attrs.frozen(eq=False)
+class _TokenCheck:
+    """Passes on only the requests that have the token."""
+
+    _app: ASGIApp
+    _token: str = attrs.field(repr=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and not self._is_allowed(Headers(scope=scope)):
+            app = JSONResponse(_REFUSAL, 401, {"WWW-Authenticate": "Bearer"})
+        await app(scope, receive, send)
+
+    def _is_allowed(self, headers: Headers) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        is_same = compare_digest(given.strip().encode(), self._token.encode())
+        return is_same and scheme.lower() == "bearer"
