@@ -236,6 +236,10 @@ def add_history_routes(app: FastAPI, history: History) -> None:
     async def get_trends() -> Response:
         return _json(await history.trends())
 
+    @app.get("/api/history/usual")
+    async def get_usual(workflow: str) -> Response:
+        return _json(await history.usual(workflow))
+
     @app.get("/api/history/{key}/inputs")
     async def get_remembered_inputs(key: _Key) -> Response:
         known = await history.find_row(key)

@@ -113,7 +113,7 @@ async def test_the_failed_one_of_sixty_nodes_is_in_sight(
     ui.viewer.board.follow(failed)
     await page.get_by_role("link", name=f"Execution {failed}").click()
     await expect(ui.part("count")).to_have_text("57 of 60 nodes succeeded, 1 failed, 2 skipped.")
-    await expect(ui.part("first-error")).to_have_text(f"node 45: {ERROR}")
+    await expect(ui.part("sentence")).to_contain_text(f" in node 45: {ERROR}.")
     trace = ui.selected.locator('[data-part="trace"]')
     await expect(trace).to_have_text(TRACE)
     await expect(ui.row("node 45")).to_have_class(re.compile("selected"))
@@ -124,7 +124,7 @@ async def test_the_failed_one_of_sixty_nodes_is_in_sight(
         assert box is not None
         assert 0 <= box["y"] <= 800 - min(box["height"], 40)
 
-    await in_sight(ui.part("first-error"))
+    await in_sight(ui.part("sentence"))
     await in_sight(trace)
     await ui.row("node 30").scroll_into_view_if_needed()
     before = await page.evaluate("scrollY")
@@ -136,7 +136,7 @@ async def test_the_failed_one_of_sixty_nodes_is_in_sight(
     if width > 1000:
         await in_sight(ui.part("axis"))
     await page.evaluate("scrollTo(0, 0)")
-    await ui.part("first-error").click()
+    await ui.part("sentence").get_by_role("link", name="node 45").click()
     await page.get_by_role("button", name="Copy the error of node 45").click()
     copied = ui.selected.locator('[data-part="error-copied"]')
     await expect(copied).to_have_text("Copied")

@@ -5,9 +5,10 @@ import { call } from "./api.js";
 import { announce, byId, clone, find, findAll, notify, part, placeAt, write } from "./dom.js";
 import { handle, showErrors } from "./forms.js";
 import { board, groupOf, runs } from "./model.js";
-import { showSegments, showState, showTime } from "./progress.js";
+import { showSegments, showSentence, showState, showTime } from "./progress.js";
 import { addressOf, replace } from "./router.js";
 import { matches, Rows } from "./rows.js";
+import { ago, fully, machine } from "./times.js";
 
 const FEW = 5; // succeeded runs that are shown before the others are asked for
 
@@ -64,6 +65,11 @@ export const boardView = {
     for (const line of lines.values()) {
       if (["running", "waiting"].includes(line.run.data.state)) tick(line);
     }
+  },
+
+  refresh() {
+    for (const line of lines.values()) tick(line);
+    for (const group of groups) showLatest(group);
   },
 
   title: () => "Executions",
@@ -129,11 +135,27 @@ function showLine(line) {
 
 function tick(line) {
   const { root, run, rows } = line;
-  const failed = run.firstFailed();
-  const error = failed === null ? null : `${failed.name}: ${failed.error_message}`;
-  const problem = showTime(root, run) ?? error ?? run.data.warning ?? "";
-  if (write(part(root, "problem"), problem)) part(root, "problem").title = problem;
+  const problem = showTime(root, run) ?? run.data.warning ?? "";
+  write(part(root, "problem"), run.data.state === "lost" ? "" : problem);
+  showSentence(root, run);
+  showWhen(part(root, "when"), run.endedAt());
   if (rows !== null && !part(root, "body").hidden) rows.tick(run.now());
+}
+
+function showWhen(time, moment) {
+  write(time, moment === null ? "" : ago(moment));
+  if (moment === null) return;
+  time.dateTime = machine(moment);
+  time.title = fully(moment);
+}
+
+// When the latest run of a group ended.
+function showLatest(group) {
+  const moments = listed()
+    .filter((run) => groupOf(run.data.state) === group.dataset.group)
+    .map((run) => run.endedAt() ?? 0);
+  const latest = Math.max(0, ...moments);
+  write(part(group, "latest"), latest === 0 ? "" : `latest ${ago(latest)}`);
 }
 
 function drop(id) {
@@ -226,6 +248,7 @@ function placeGroup(group, found, state) {
     line.root.hidden = !isShownHere;
   }
   group.hidden = shown.size === 0;
+  showLatest(group);
   if (name !== "succeeded") return;
   const rest = isUnfolded ? shown.size - FEW : shown.size - few;
   byId("unfold").hidden = rest <= 0 || state !== "all" || byId("filter").value !== "";

@@ -81,7 +81,30 @@ export class Run {
   }
 
   firstFailed() {
-    return [...this.nodes.values()].find((node) => node.status === "FAILED") ?? null;
+    return this.failed()[0] ?? null;
+  }
+
+  failed() {
+    return [...this.nodes.values()].filter((node) => node.status === "FAILED");
+  }
+
+  // The nodes that run, the one that began first before the others.
+  running() {
+    const found = [...this.nodes.values()].filter((node) => node.status === "RUNNING");
+    return found.sort((one, other) => (one.running ?? 0) - (other.running ?? 0));
+  }
+
+  // The node that people come for: it runs, or else it failed. Null if there is none.
+  action() {
+    return (this.isEnded ? null : this.running()[0]) ?? this.firstFailed() ?? this.running()[0] ?? null;
+  }
+
+  // The moment at which it ended, or was given up; null if nobody saw that.
+  endedAt() {
+    const { state, since, elapsed, problem } = this.data;
+    if (state === "lost") return problem?.since ?? null;
+    const isOver = state === "succeeded" || state === "failed";
+    return isOver && since !== null && elapsed !== null ? since + elapsed : null;
   }
 
   // The state in words; what failed on the way to a success is part of that.

@@ -53,6 +53,7 @@ export class GraphPanel {
     this.graph.draw(definition);
     this.graph.update(this.run);
     this.graph.select(this.selected ?? null);
+    this.graph.follow(this.run.action()?.name ?? null);
     const unknown = [...this.run.nodes.keys()].filter((name) => !(name in definition.nodes));
     const { name, version } = definition;
     const which = `${name}${version === null ? "" : `, version ${version}`}`;
@@ -79,7 +80,9 @@ export class GraphPanel {
   update(run, names = null) {
     this.run = run;
     this.load(run);
-    if (this.definition !== null) this.graph.update(run, names);
+    if (this.definition === null) return;
+    this.graph.update(run, names);
+    this.graph.follow(run.action()?.name ?? null);
   }
 
   select(name) {

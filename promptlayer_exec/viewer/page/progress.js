@@ -1,9 +1,13 @@
 // @ts-check
-// What the line of an execution and its own page have in common: state, segments, time, problem.
+// What the line of an execution and its own page have in common: state, sentence, segments, time.
 
+import { runAgain } from "./again.js";
 import { draw, make, part, show, write } from "./dom.js";
 import { STATES } from "./model.js";
+import { addressOf } from "./router.js";
+import { sentenceOf } from "./sentence.js";
 import { clock, duration, sinceText } from "./times.js";
+import { usualOf } from "./usual.js";
 
 export function showState(root, run) {
   const { data } = run;
@@ -51,4 +55,40 @@ function problemText({ data }, { text, since, until }) {
   const wait = until === null ? 0 : until - Date.now() / 1000;
   const next = wait > 5 ? `the next attempt is at ${clock(until)}` : "the viewer keeps trying";
   return `${text} Since ${sinceText(since)}; ${next}.`;
+}
+
+// Writes the sentence. Its links stay the same elements while only words change, and so keep the
+// focus.
+export function showSentence(root, run) {
+  const place = part(root, "sentence");
+  const { pieces, isSlow } = sentenceOf(run, usualOf(run));
+  root.classList.toggle("slow", isSlow);
+
+  const kinds = pieces.map((piece) => piece.kind).join(" ");
+  if (place.dataset.kinds !== kinds) {
+    place.dataset.kinds = kinds;
+    place.replaceChildren(...pieces.map((piece) => elementOf(piece, run)));
+  }
+  pieces.forEach((piece, index) => {
+    const element = place.children[index];
+    write(element, piece.text);
+    const address = addressFor(piece, run);
+    if (address !== null && element.getAttribute("href") !== address) element.setAttribute("href", address);
+  });
+}
+
+function elementOf({ kind }, run) {
+  if (kind === "text") return make("span");
+  if (kind === "node" || kind === "compare") return make("a", { "data-piece": kind });
+  const button = make("button", { type: "button", class: "link", "data-piece": kind });
+  button.addEventListener("click", () => runAgain(run));
+  return button;
+}
+
+/** @type {(piece: import("./sentence.js").Piece, run: any) => string | null} */
+function addressFor({ kind, text, id }, run) {
+  if (kind === "node") return addressOf(["executions", run.id], { node: text });
+  if (kind !== "compare") return null;
+  const pair = [run.id, id].sort((one, other) => (BigInt(one) < BigInt(other) ? -1 : 1));
+  return addressOf(["compare", ...pair], { only: "changes" });
 }

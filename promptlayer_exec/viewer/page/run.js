@@ -8,7 +8,7 @@ import { criticalPath } from "./critical.js";
 import { Inspector } from "./inspector.js";
 import { board, runs } from "./model.js";
 import { GraphPanel } from "./panel.js";
-import { showSegments, showState, showTime } from "./progress.js";
+import { showSegments, showSentence, showState, showTime } from "./progress.js";
 import { addressOf, go, replace } from "./router.js";
 import { matches, Rows } from "./rows.js";
 import { showSnippets } from "./snippets.js";
@@ -16,6 +16,7 @@ import { STATUSES, UNKNOWN } from "./statuses.js";
 import { runAgain } from "./again.js";
 import { offerComparison } from "./compare.js";
 import { ago, clock, duration, fully, machine } from "./times.js";
+import { usualOf } from "./usual.js";
 
 const MARKS = {
   succeeded: STATUSES.get("SUCCESS").mark,
@@ -66,6 +67,10 @@ export const runView = {
 
   tick() {
     if (["running", "waiting"].includes(page?.run?.data.state)) page.tick();
+  },
+
+  refresh() {
+    if (page?.run) page.update();
   },
 
   title() {
@@ -120,10 +125,11 @@ class RunPage {
     at("filter").addEventListener("input", () => this.filter());
     at("sort").addEventListener("change", () => this.sort());
     at("download").addEventListener("click", () => this.download());
-    at("first-error").addEventListener("click", (event) => {
-      if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+    at("sentence").addEventListener("click", (event) => {
+      const link = event.target.closest("[data-piece=node]");
+      if (link === null || event.ctrlKey || event.metaKey || event.shiftKey) return;
       event.preventDefault();
-      this.choose(this.run.firstFailed().name, event.detail === 0);
+      this.choose(link.textContent, event.detail === 0);
     });
     this.root.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && this.selected !== null && !event.target.matches("input")) this.close();
@@ -222,12 +228,17 @@ class RunPage {
   }
 
   tick() {
-    show(part(this.root, "problem"), showTime(this.root, this.run));
+    const { root, run } = this;
+    const problem = showTime(root, run);
+    show(part(root, "problem"), run.data.state === "lost" ? null : problem);
+    showSentence(root, run);
+    const { duration: usual } = usualOf(run);
+    write(part(root, "usual"), usual === null ? "" : `usually ${duration(usual)}`);
     this.rows.tick(this.run.now());
     this.graph.tick(this.run);
   }
 
-  // How many nodes did what, and the first error, which leads to its node.
+  // How many nodes did what.
   showHeadline() {
     const { run } = this;
     const counts = run.counts();
@@ -237,9 +248,6 @@ class RunPage {
       if (counts[status] > 0) words.push(`${counts[status]} ${status}`);
     }
     write(part(this.root, "count"), total === 0 ? "" : `${words.join(", ")}.`);
-    const failed = run.firstFailed();
-    show(part(this.root, "first-error"), failed === null ? null : `${failed.name}: ${failed.error_message}`);
-    if (failed !== null) part(this.root, "first-error").href = addressOf(["executions", this.id], { node: failed.name });
   }
 
   showFacts() {

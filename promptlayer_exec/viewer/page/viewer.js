@@ -16,6 +16,7 @@ import { startView } from "./start.js";
 import { follow } from "./stream.js";
 import { leads, shareStream } from "./tabs.js";
 import { clock, sinceText } from "./times.js";
+import { usualMayChange, whenUsualIsKnown } from "./usual.js";
 
 const TICK = 200;
 const CONNECTIONS = {
@@ -155,6 +156,7 @@ const on = {
     showTitle();
     const isNew = ["waiting", "running"].includes(before.state) && before.total > 0;
     if (run.isEnded && isNew) {
+      usualMayChange(run);
       announce(`${run.name}, execution ${run.id}: ${STATES[data.state][0]}.`);
       notifyOfEnd(run);
     }
@@ -229,6 +231,7 @@ addEventListener("hashchange", () => {
   else if (view !== null) showView();
 });
 listenToKeys(() => view);
+whenUsualIsKnown(() => view?.refresh?.());
 api.whenRefused(showRefusal);
 if (await api.findToken()) {
   showView();
