@@ -25,8 +25,7 @@ SIZES = [{"width": 1280, "height": 900}, {"width": 390, "height": 844}]
 def forty(*, failing: bool = False) -> Scenario:
     """Return forty nodes one after the other, of which the 25th is held, or fails."""
     nodes = [SimNode("node 0")]
-    for number in range(1, 40):
-        nodes.append(SimNode(f"node {number}", after=[f"node {number - 1}"]))
+    nodes += [SimNode(f"node {number}", after=[f"node {number - 1}"]) for number in range(1, 40)]
     nodes[24] = SimNode("call the model", None, None, after=["node 23"])
     if failing:
         nodes[24] = SimNode(
@@ -108,6 +107,41 @@ async def test_a_failed_run_is_one_sentence(
     await in_sight(ui.part("sentence"))
     await ui.part("sentence").get_by_role("link", name="Compare").click()
     await expect(page).to_have_url(re.compile(f"#/compare/{success}/{failed}"))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
+async def test_a_failed_run_opens_at_its_cause(
+    sim: Simulator, viewer: Any, ui: Any, page: Page, size: Any
+) -> None:
+    """Inputs and the traceback's last line are in sight, and differences from the last success."""
+    await page.set_viewport_size(size)
+    sim.add_workflow(
+        "flow",
+        lambda inputs: forty(failing=inputs["topic"] == "newts"),
+        definition=forty(),
+    )
+    success = await viewer.board.start("flow", {"topic": "otters"})
+    sim.finish(success.id, "call the model")
+    await expect(page.locator('.line[data-state="succeeded"]')).to_be_visible()
+    failed = await viewer.board.start("flow", {"topic": "newts"})
+    await expect(page.locator('.line[data-state="failed"]')).to_be_visible()
+    await ui.open_run(failed.id)
+    trace = ui.selected.locator('[data-part="trace"]')
+    await expect(trace).to_contain_text(f"RateLimitError: {LIMIT}")
+    await in_sight(trace)
+    at_the_end = "(one) => one.scrollTop + one.clientHeight >= one.scrollHeight - 2"
+    assert await trace.evaluate(at_the_end)
+    assert await trace.evaluate("(one) => one.scrollHeight > one.clientHeight")
+    await in_sight(page.get_by_role("button", name="Copy the traceback of call the model"))
+    await in_sight(ui.part("inputs").get_by_text('"newts"'))
+    shown = ui.selected.get_by_text(LIMIT).filter(visible=True)
+    await expect(shown).to_have_count(1)  # and once above, as the reason
+    await ui.part("sentence").get_by_role("link", name="Compare").click()
+    await expect(page.locator("#compare-summary")).to_have_text("16 of 40 nodes differ.")
+    await expect(page.locator("#compare .pair").first).to_have_class(re.compile("differs|inputs"))
+    await expect(page.locator('.pair[data-name="node 3"]')).to_be_hidden()
+    await page.get_by_text("24 nodes are equal").click()
+    await expect(page.locator('.pair[data-name="node 3"]')).to_be_visible()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])

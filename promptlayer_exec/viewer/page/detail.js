@@ -46,8 +46,7 @@ export class Detail {
     if (this.node === null) this.label(this.title ?? node.name);
     this.node = node;
     this.showTimes();
-    part(root, "error").replaceChildren(...linked(node.error_message ?? ""));
-    show(part(root, "trace"), node.raw_error_message);
+    this.showError();
     part(root, "failure").hidden = node.error_message === null && node.raw_error_message === null;
     part(root, "copy-error").hidden = node.error_message === null;
     part(root, "copy-trace").hidden = node.raw_error_message === null;
@@ -56,6 +55,19 @@ export class Detail {
     this.text = node.length <= node.value.length ? node.value : null;
     this.render(node.value);
     if (this.text === null && node.length <= LARGE) this.load(false);
+  }
+
+  // A traceback opens at its last line; if that has the message, the message stands there alone.
+  showError() {
+    const { error_message: message, raw_error_message: details } = this.node;
+    const trace = part(this.root, "trace");
+    const isNew = trace.textContent !== (details ?? "");
+    part(this.root, "error").replaceChildren(...linked(message ?? ""));
+    part(this.root, "error").hidden = details !== null && details.trimEnd().endsWith(message ?? "");
+    show(trace, details);
+    if (isNew && details !== null) {
+      requestAnimationFrame(() => trace.scrollTo({ top: trace.scrollHeight, behavior: "instant" }));
+    }
   }
 
   label(name) {

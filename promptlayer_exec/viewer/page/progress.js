@@ -90,5 +90,5 @@ function addressFor({ kind, text, id }, run) {
   if (kind === "node") return addressOf(["executions", run.id], { node: text });
   if (kind !== "compare") return null;
   const pair = [run.id, id].sort((one, other) => (BigInt(one) < BigInt(other) ? -1 : 1));
-  return addressOf(["compare", ...pair], { only: "changes" });
+  return addressOf(["compare", ...pair]);
 }

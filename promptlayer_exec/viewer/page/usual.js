@@ -9,6 +9,7 @@ const PAUSE = 500; // milliseconds in which the viewer records a run that has en
 const NONE = { duration: null, nodes: {}, successes: [] };
 
 const known = new Map(); // by workflow
+const awaited = new Set(); // workflows that are about to be asked for again
 /** @type {() => void} */
 let onLoaded = () => {};
 
@@ -29,7 +30,12 @@ export function usualOf(run) {
 
 export function usualMayChange(run) {
   const { workflow } = run.data;
-  if (known.has(workflow)) setTimeout(() => load(workflow), PAUSE);
+  if (!known.has(workflow) || awaited.has(workflow)) return;
+  awaited.add(workflow);
+  setTimeout(() => {
+    awaited.delete(workflow);
+    load(workflow);
+  }, PAUSE);
 }
 
 async function load(workflow) {

@@ -155,8 +155,8 @@ const on = {
     view.onExecution?.(run, before);
     showTitle();
     const isNew = ["waiting", "running"].includes(before.state) && before.total > 0;
+    if (run.isEnded && before.state !== data.state) usualMayChange(run);
     if (run.isEnded && isNew) {
-      usualMayChange(run);
       announce(`${run.name}, execution ${run.id}: ${STATES[data.state][0]}.`);
       notifyOfEnd(run);
     }
