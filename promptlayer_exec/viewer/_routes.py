@@ -113,7 +113,7 @@ def add_workflow_routes(app: FastAPI, board: Board) -> None:
         try:
             summaries = await listed.get()
         except NoDefinition as error:
-            return _json({"workflows": [], "reason": str(error)})
+            return _json({"workflows": [], "reason": str(error), "kind": error.kind})
         workflows = [{"id": str(summary.id), "name": summary.name} for summary in summaries]
         return _json({"workflows": workflows, "reason": None})
 

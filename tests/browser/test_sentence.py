@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.async_api import BrowserContext, Locator, Page, expect
 
-from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -204,3 +204,46 @@ async def test_a_notification_has_the_sentence(
     assert await page.evaluate("window.told") == [
         f"tickets: failed | Failed just now in call the model: {LIMIT}."
     ]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
+async def test_an_outage_is_one_banner(
+    sim: Simulator, viewer: Any, ui: Any, page: Page, size: Any
+) -> None:
+    """It is complete: the reason, since when, the next attempt, what to do; lines stay as seen."""
+    await page.set_viewport_size(size)
+    held = [(await start(sim, viewer, forty()))]
+    held += [(await viewer.board.start("tickets", {})).id for _ in range(2)]
+    sentence = page.locator('.line [data-part="sentence"]')
+    await expect(sentence).to_contain_text(["Running in call the model"] * 3)
+    sim.inject(Fault.status(503, retry_after=60.0, times=None))
+    banner = page.locator("#outage")
+    await expect(banner).to_have_text(
+        re.compile(
+            r"^PromptLayer answers 503 .* Since .*\. The next attempt is at \d.* wait\. Runs "
+        )
+    )
+    await in_sight(banner)
+    await expect(page.get_by_text("PromptLayer answers 503").filter(visible=True)).to_have_count(1)
+    await expect(sentence).to_contain_text(["Last seen running in call the model"] * 3)
+    await in_sight(sentence.first)
+    await ui.open_run(held[0])
+    await in_sight(banner)
+    assert await page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
+async def test_a_wrong_key_shows_on_the_empty_board(
+    sim: Simulator, viewer: Any, page: Page, size: Any
+) -> None:
+    """Before anything is followed, the banner says what to do."""
+    await page.set_viewport_size(size)
+    sim.inject(Fault.status(401, times=None))
+    await viewer.stop()
+    await viewer.start()
+    await page.goto("about:blank")
+    await page.goto(viewer.url)
+    banner = page.locator("#outage")
+    await expect(banner).to_contain_text("Check PROMPTLAYER_API_KEY where the viewer was started")
+    await in_sight(banner)
+    await expect(page.locator("#connection")).to_have_text("PromptLayer refuses the key")

@@ -36,6 +36,7 @@ export const board = {
   note: "",
   server: "",
   hasHistory: false,
+  refusal: null, // the problem of a key that is refused before anything is followed
   returning: new Set(), // ids that a restarted viewer is asked to follow again
 };
 export const connection = { state: "connecting", lostAt: 0 }; // lostAt: when the times stopped
@@ -170,27 +171,41 @@ export class Run {
   }
 }
 
+const GOES_ON = "Runs continue on PromptLayer; the page shows what was last seen.";
+// By kind of problem: a few words, and what to do.
 const SERVER = {
-  unreachable: "PromptLayer cannot be reached",
-  slow: "PromptLayer does not answer",
-  stale: "PromptLayer does not answer",
-  failing: "PromptLayer has errors",
-  waiting: "PromptLayer asks to wait",
-  refused: "PromptLayer refuses the key",
+  unreachable: ["PromptLayer cannot be reached", `Check the network of the machine that runs the viewer. ${GOES_ON}`],
+  slow: ["PromptLayer does not answer", GOES_ON],
+  stale: ["PromptLayer does not answer", GOES_ON],
+  failing: ["PromptLayer has errors", `There is nothing to do but wait. ${GOES_ON}`],
+  waiting: ["PromptLayer asks to wait", `Start fewer runs in parallel if this happens often. ${GOES_ON}`],
+  refused: ["PromptLayer refuses the key", ""], // the text says what to do
 };
 
-// What is wrong with PromptLayer as a whole: { text, since }, or null.
-export function serverProblem() {
-  let found = null;
+// Whether a problem is none of a single run.
+export const isServerWide = ({ kind }) => kind in SERVER;
+
+// What is wrong with PromptLayer as a whole: { kind, text, since, until }, or null.
+function findServerProblem() {
+  const problems = board.refusal === null ? [] : [board.refusal];
   for (const run of runs.values()) {
     const problem = ["running", "waiting", "lost"].includes(run.data.state) ? run.problem() : null;
-    if (problem === null || !(problem.kind in SERVER)) continue;
+    if (problem === null || !isServerWide(problem)) continue;
     if (run.data.state === "lost" && problem.kind !== "refused") continue;
-    if (found === null || problem.since < found.since) {
-      found = { text: SERVER[problem.kind], since: problem.since };
-    }
+    problems.push(problem);
   }
-  return found;
+  const [first] = problems.sort((one, other) => one.since - other.since);
+  if (first === undefined) return null;
+  const attempts = problems.map(({ until }) => until).filter((until) => until > Date.now() / 1000);
+  return { ...first, until: attempts.length === 0 ? null : Math.min(...attempts) };
+}
+
+// The same with a few words, and what to do.
+export function serverProblem() {
+  const problem = findServerProblem();
+  if (problem === null) return null;
+  const [words, advice] = SERVER[problem.kind];
+  return { ...problem, words, advice };
 }
 
 export function runOf(id) {

@@ -3,7 +3,7 @@
 
 import { runAgain } from "./again.js";
 import { draw, make, part, show, write } from "./dom.js";
-import { STATES } from "./model.js";
+import { isServerWide, STATES } from "./model.js";
 import { addressOf } from "./router.js";
 import { sentenceOf } from "./sentence.js";
 import { clock, duration, sinceText } from "./times.js";
@@ -44,7 +44,8 @@ export function showTime(root, run) {
   const problem = run.problem();
   write(part(root, "state"), run.stateText());
   root.classList.toggle("old", problem !== null && run.data.state === "running");
-  return problem === null ? null : problemText(run, problem);
+  // What concerns every run is said once, above all of them.
+  return problem === null || isServerWide(problem) ? null : problemText(run, problem);
 }
 
 function problemText({ data }, { text, since, until }) {

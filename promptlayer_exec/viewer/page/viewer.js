@@ -37,6 +37,7 @@ const VIEWS = {
 let view = null;
 let isConnected = false;
 let lastBoard = null; // the last event of that kind
+let checked = null; // the instance of the viewer whose key was tried
 
 // Views
 
@@ -85,9 +86,18 @@ function showConnection(state) {
   const problem = state === "live" ? serverProblem() : null;
   byId("connection").dataset.state = problem === null ? state : "troubled";
   byId("connection").title = problem === null ? "" : `Since ${sinceText(problem.since)}`;
-  const text = problem?.text ?? CONNECTIONS[state];
+  const text = problem?.words ?? CONNECTIONS[state];
+  showOutage(problem);
   if (write(byId("connection-text"), text) && isConnected) announce(text);
   isConnected ||= state === "live";
+}
+
+// One banner for all runs: what is wrong, since when, the next attempt, and what to do.
+function showOutage(problem) {
+  if (problem === null) return show(byId("outage"), null);
+  const { text, since, until, advice } = problem;
+  const next = until === null ? "" : ` The next attempt is at ${clock(until)}.`;
+  show(byId("outage"), `${text} Since ${sinceText(since)}.${next} ${advice}`.trim());
 }
 
 // The viewer itself is gone; a short loss of the connection is none of anybody's business.
@@ -124,7 +134,11 @@ const on = {
       server: data.server,
       hasHistory: data.has_history,
     });
-    if (isRestarted) runs.clear();
+    if (isRestarted) {
+      runs.clear();
+      board.refusal = null;
+    }
+    if (known.length === 0) checkKey();
     for (const { id } of missing) runs.delete(id);
     const ordered = known.map((id) => [id, runs.get(id) ?? new Run(id)]);
     runs.clear();
@@ -162,6 +176,15 @@ const on = {
     }
   },
 };
+
+// Nothing is followed that would show that the key is refused: then it is tried, once.
+async function checkKey() {
+  const { instance } = board;
+  if (checked === instance) return;
+  checked = instance;
+  const { kind, reason } = await api.get("api/workflows").catch(() => ({ kind: null, reason: null }));
+  if (kind === "refused") board.refusal = { kind, text: reason, since: Date.now() / 1000, until: null };
+}
 
 // What another tab needs to know at first.
 function replay() {
