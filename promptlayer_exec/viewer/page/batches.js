@@ -2,23 +2,30 @@
 // The view of the batches in the local database: `#/batches`, and one of them: `#/batches/night`.
 
 import { get } from "./api.js";
-import { byId, clone, copyWith, draw, findAll, make, makeSvg, part, show, write } from "./dom.js";
+import { byId, clone, copyWith, draw, find, findAll, make, makeSvg, part, show, write } from "./dom.js";
 import { STATES } from "./model.js";
-import { addressOf } from "./router.js";
-import { clock, fully, machine } from "./times.js";
+import { writePieces } from "./progress.js";
+import { addressOf, replace } from "./router.js";
+import { itemSentenceOf } from "./sentence.js";
+import { ago, duration, fully, machine } from "./times.js";
 
 const EVERY = 5000; // milliseconds
+const PAGE = 200;
 const KINDS = { failed: "failed", unknown: "unknown", running: "running", waiting: "queued", succeeded: "success" };
 
 let name = null;
 let timer = 0;
 let shown = ""; // what is on the page, as JSON: it is left alone if nothing is new
+let filters = { kind: "", reason: "" };
+let count = PAGE; // items that are shown
 
 export const batchesView = {
   element: byId("view-batches"),
 
-  show([, chosen]) {
+  show([, chosen], params) {
     name = chosen ?? null;
+    filters = { kind: params.get("kind") ?? "", reason: params.get("reason") ?? "" };
+    count = PAGE;
     shown = "";
     write(byId("batches-title"), name === null ? "Batches" : `Batch ${name}`);
     byId("batches-crumb").hidden = name === null;
@@ -36,7 +43,7 @@ export const batchesView = {
   title: () => (name === null ? "Batches · Executions" : `Batch ${name} · Executions`),
 
   keys: {
-    items: () => findAll("#batches .batch-name a, #batches .item a"),
+    items: () => findAll("#batches .batch-name a, #batches .item a[data-focus]"),
     isWanted: (item) => item.closest("[data-kind=failed], [data-kind=unknown]") !== null,
   },
 };
@@ -45,7 +52,7 @@ async function load() {
   const asked = name;
   let found;
   try {
-    found = await get(asked === null ? "api/batches" : `api/batch?${new URLSearchParams({ name: asked })}`);
+    found = await get(asked === null ? "api/batches" : `api/batch?${queryOf(asked)}`);
   } catch (error) {
     write(byId("batches-empty"), "");
     const none = "Batches need another extra: install promptlayer-exec[dbos] where the viewer runs.";
@@ -53,11 +60,31 @@ async function load() {
   }
   if (asked !== name) return;
   show(byId("batches-problem"), found.problem ?? null);
-  const text = JSON.stringify(found);
+  const minute = Math.floor(Date.now() / 60_000); // "3 minutes ago"
+  const text = `${minute} ${JSON.stringify(found)}`;
   if (text === shown) return;
   shown = text;
+
+  // What is drawn again gets the focus back, and the fold is left as it was.
+  const focus = find("#batches :focus")?.closest("[data-focus]")?.dataset.focus;
+  const isUnfolded = find("#batches details")?.open ?? false;
   if (asked === null) showAll(found);
-  else showOne(found);
+  else showOne(found, isUnfolded);
+  if (focus !== undefined) find(`#batches [data-focus="${CSS.escape(focus)}"]`)?.focus({ preventScroll: true });
+}
+
+function queryOf(asked) {
+  const query = new URLSearchParams({ name: asked, count: String(count) });
+  for (const [key, value] of Object.entries(filters)) if (value !== "") query.set(key, value);
+  return query;
+}
+
+function choose(chosen) {
+  filters = { ...filters, ...chosen };
+  count = PAGE;
+  const params = new URLSearchParams(Object.entries(filters).filter(([, value]) => value !== ""));
+  replace(["batches", name], params);
+  load();
 }
 
 function showAll({ batches, database }) {
@@ -69,7 +96,7 @@ function showAll({ batches, database }) {
 
 // Counts, failed and unknown first, and who works on it.
 function headOf(batch, isLink) {
-  const link = make("a", { href: addressOf(["batches", batch.name]) }, batch.name);
+  const link = make("a", { href: addressOf(["batches", batch.name]), "data-focus": batch.name }, batch.name);
   const counts = Object.entries(KINDS).filter(([kind]) => batch[kind] > 0);
   const bar = make("span", { class: "segments", "aria-hidden": "true" });
   for (const [kind, status] of counts) {
@@ -95,22 +122,90 @@ function headOf(batch, isLink) {
   );
 }
 
-function showOne(batch) {
+function showOne(batch, isUnfolded) {
   write(byId("batches-empty"), "");
-  const commands = commandsOf(batch).map(({ command, what }) => {
-    const root = clone("command-template").firstElementChild;
-    write(part(root, "what"), what);
-    write(part(root, "command"), command);
-    part(root, "copy").setAttribute("aria-label", `Copy: ${command}`);
-    copyWith(part(root, "copy"), part(root, "copied"), () => command, () => part(root, "command"));
-    return root;
-  });
   const items = make("ol", { class: "items", "aria-label": "Items that ended" });
   items.append(...batch.items.map(itemOf));
-  const isAll = batch.is_whole && batch.items.length >= batch.succeeded + batch.failed + batch.unknown;
-  const rest = isAll || batch.problem !== null ? "" : "Not every item is shown: promptlayer-exec batch export writes them all.";
-  const part_ = batch.items.length > 0 ? [items] : [];
-  byId("batches").replaceChildren(headOf(batch, false), ...commands, make("p", { class: "muted" }, rest), ...part_);
+  const note = batch.is_whole || batch.problem !== null ? [] : [make("p", { class: "muted" }, PARTLY)];
+  byId("batches").replaceChildren(
+    headOf(batch, false),
+    ...paceOf(batch),
+    ...nextOf(commandsOf(batch), isUnfolded),
+    ...groupsOf(batch),
+    chipsOf(batch),
+    ...note,
+    ...(batch.items.length > 0 ? [items] : []),
+    ...moreOf(batch),
+  );
+}
+
+const PARTLY = "Not every item is shown: promptlayer-exec batch export writes them all.";
+
+// The rate, the time left and the latest item, while there is something to do.
+function paceOf({ waiting, running, workers, latest, rate }) {
+  const open = waiting + running;
+  if (latest === null) return [];
+  const time = make("time", { datetime: machine(latest), title: fully(latest) }, ago(latest));
+  const words = ["The latest item ended ", time, "."];
+  if (open > 0 && workers > 0 && rate !== null) {
+    words.push(` ${(60 * rate).toFixed(1)} items a minute: about ${duration(open / rate, true)} left.`);
+  }
+  return [make("p", { class: "muted pace" }, ...words)];
+}
+
+// One thing to do next; what else could be done is folded.
+function nextOf(commands, isUnfolded) {
+  if (commands.length === 0) return [];
+  const [first, ...others] = commands.map(commandOf);
+  const more = make("details", { open: isUnfolded }, make("summary", { "data-focus": "commands" }, "Other commands"), ...others);
+  return [make("section", { class: "next" }, make("h3", {}, "What next"), first, ...(others.length > 0 ? [more] : []))];
+}
+
+function commandOf({ command, what }) {
+  const root = clone("command-template").firstElementChild;
+  write(part(root, "what"), what);
+  write(part(root, "command"), command);
+  part(root, "copy").setAttribute("aria-label", `Copy: ${command}`);
+  part(root, "copy").dataset.focus = command;
+  copyWith(part(root, "copy"), part(root, "copied"), () => command, () => part(root, "command"));
+  return root;
+}
+
+// Equal errors, counted; each selects its items.
+function groupsOf({ groups }) {
+  if (groups.length === 0) return [];
+  const buttons = groups.map((group) => {
+    const isOn = filters.reason === group.text;
+    const text = `${group.count.toLocaleString("en")} × ${group.text}`;
+    const button = make("button", { type: "button", "aria-pressed": String(isOn), "data-focus": `group ${group.text}` }, text);
+    button.addEventListener("click", () => choose({ reason: isOn ? "" : group.text, kind: "" }));
+    return make("li", {}, button);
+  });
+  return [make("h3", {}, "Why items did not succeed"), make("ul", { class: "groups" }, ...buttons)];
+}
+
+function chipsOf(batch) {
+  const all = [["", "All", batch.succeeded + batch.failed + batch.unknown]];
+  for (const kind of ["failed", "unknown", "succeeded"]) all.push([kind, kind, batch[kind]]);
+  const chips = all.map(([kind, word, number]) => {
+    const label = `${word[0].toUpperCase()}${word.slice(1)} ${number.toLocaleString("en")}`;
+    const isOn = filters.kind === kind && filters.reason === "";
+    const chip = make("button", { type: "button", class: "chip", "aria-pressed": String(isOn), "data-focus": `chip ${kind}` }, label);
+    chip.addEventListener("click", () => choose({ kind, reason: "" }));
+    return chip;
+  });
+  return make("div", { class: "actions kinds", role: "group", "aria-label": "Show items that" }, ...chips);
+}
+
+function moreOf({ matching, items }) {
+  const rest = matching - items.length;
+  if (rest <= 0) return [];
+  const button = make("button", { type: "button", "data-focus": "more" }, `Show more (${rest.toLocaleString("en")} left)`);
+  button.addEventListener("click", () => {
+    count += PAGE;
+    load();
+  });
+  return [button];
 }
 
 // What goes on with a batch.
@@ -126,21 +221,22 @@ function commandsOf({ name, waiting, running, workers, failed, unknown }) {
   return wanted.map(([, verb, what]) => ({ what, command: `promptlayer-exec batch ${verb} --name ${quoted}` }));
 }
 
-function itemOf({ key, kind, execution_id, error, finished }) {
+function itemOf(entry) {
+  const { key, kind, execution_id, error, finished } = entry;
   const [word, icon] = STATES[kind];
   const use = makeSvg("use");
   draw(use, icon);
   const symbol = makeSvg("svg", { class: "icon", "aria-hidden": "true" }, use);
-  const id = execution_id === null ? "" : make("a", { href: addressOf(["executions", execution_id]) }, `Execution ${execution_id}`);
-  const time = make("time", { class: "muted", datetime: machine(finished), title: fully(finished) }, clock(finished));
+  const sentence = make("p", { class: "sentence", title: error ?? fully(finished) });
+  writePieces(sentence, itemSentenceOf(entry).pieces, { id: execution_id });
+  const link = { href: addressOf(["executions", execution_id ?? ""]), "data-focus": `item ${key}` };
   const item = make(
     "li",
     { class: "item" },
     make("span", { class: "status" }, symbol, kind === "unknown" ? "Unknown" : word),
     make("span", { class: "name" }, key),
-    make("span", { class: "item-error", title: error }, error ?? ""),
-    make("span", {}, id),
-    time,
+    sentence,
+    make("span", {}, execution_id === null ? "" : make("a", link, `Execution ${execution_id}`)),
   );
   item.dataset.kind = kind;
   return item;

@@ -61,10 +61,13 @@ function problemText({ data }, { text, since, until }) {
 // Writes the sentence. Its links stay the same elements while only words change, and so keep the
 // focus.
 export function showSentence(root, run) {
-  const place = part(root, "sentence");
   const { pieces, isSlow } = sentenceOf(run, usualOf(run));
   root.classList.toggle("slow", isSlow);
+  writePieces(part(root, "sentence"), pieces, run);
+}
 
+// `run` may be anything with an `id`, unless a piece is "Run again".
+export function writePieces(place, pieces, run) {
   const kinds = pieces.map((piece) => piece.kind).join(" ");
   if (place.dataset.kinds !== kinds) {
     place.dataset.kinds = kinds;

@@ -110,6 +110,16 @@ function succeededSentence(run, usual) {
   return { pieces: [say(`${text}, though `), naming(node), say(` failed: ${reasonOf(node)}`)], isSlow };
 }
 
+// The sentence of an item of a batch, which is not followed: the viewer knows only how it ended.
+export function itemSentenceOf({ kind, node, reason, finished, execution_id }) {
+  const when = ago(finished);
+  if (kind === "succeeded") return plain(`Succeeded ${when}.`);
+  const why = reasonOf({ error_message: reason });
+  if (kind === "unknown") return plain(`It is not known whether it started (${when}): ${why}`);
+  if (node === null || execution_id === null) return plain(`Failed ${when}: ${why}`);
+  return plain(`Failed ${when} in `, naming({ name: node }), `: ${why}`);
+}
+
 // A reason on one line, which ends like a sentence.
 export function reasonOf(node) {
   const text = (node.error_message ?? "").replace(/\s+/g, " ").trim();
