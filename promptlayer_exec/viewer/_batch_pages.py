@@ -125,8 +125,10 @@ def _cause(message: str) -> tuple[str | None, str]:
     """Return the node that an error's message blames, and why it failed; or only the message."""
     named = re.search(r"'([^']+)' FAILED", message)
     if named is None:
-        # Ids differ from item to item, and would keep equal errors apart.
-        return None, re.sub(r"^execution \d+:? ", "", message)
+        # Ids and keys differ from item to item, and would keep equal errors apart.
+        message = re.sub(r"^execution \d+:? ", "", message)
+        unknown = re.match(r"it is not known whether .*? started: (.*?)(?=\. The run |$)", message)
+        return None, message if unknown is None else unknown[1]
     rest = message[named.end() :]
     found = re.match(r" \((.*?)\)(?=;|\.|$)|: (.*?)(?=; node |\. See |$)", rest, re.DOTALL)
     if found is None:

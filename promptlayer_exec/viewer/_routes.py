@@ -113,9 +113,18 @@ def add_workflow_routes(app: FastAPI, board: Board) -> None:
         try:
             summaries = await listed.get()
         except NoDefinition as error:
-            return _json({"workflows": [], "reason": str(error), "kind": error.kind})
+            return _json({"workflows": [], "reason": str(error)})
         workflows = [{"id": str(summary.id), "name": summary.name} for summary in summaries]
         return _json({"workflows": workflows, "reason": None})
+
+    @app.get("/api/key")
+    async def check_key() -> Response:
+        # Nothing is kept: workflows may be added before anybody asks for their names.
+        try:
+            await WorkflowList(board.session).get()
+        except NoDefinition as error:
+            return _json({"kind": error.kind, "reason": str(error)})
+        return _json({"kind": None, "reason": None})
 
     @app.get("/api/definition")
     async def get_definition(

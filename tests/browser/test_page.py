@@ -153,7 +153,7 @@ async def test_what_is_wrong_at_promptlayer_is_said_where_the_run_is(
     await expect(problem).to_contain_text("PromptLayer answers 503")
     await ui.open("#/")
     await line(page, held).get_by_role("button", name="Remove").click()
-    await expect(page.locator("#connection")).to_have_text("Live")
+    await expect(page.locator("#connection")).to_have_text("Connected")
     await add_open(page, other)
     await expect(status(page, other, "plan")).to_have_text("Running")
     sim.inject(Fault.status(401))
@@ -276,7 +276,7 @@ async def test_the_page_reconnects_to_a_restarted_viewer(
     sim.finish(first, "plan")
     await viewer.start()
     assert await time.text_content() == frozen
-    await expect(page.locator("#connection")).to_have_text("Live")
+    await expect(page.locator("#connection")).to_have_text("Connected")
     await expect(page.locator("#gone")).to_be_hidden()
     await expect(status(page, first, "answer")).to_have_text("Running")
     await expect(status(page, second, "plan")).to_have_text("Running")
@@ -293,7 +293,7 @@ async def test_a_new_token_is_required(viewer: Any, page: Page, browser_errors: 
     await expect(page.get_by_role("heading", name="This page needs its token")).to_be_focused()
     await expect(page.locator("#refused-reason")).to_contain_text("has a new token")
     await page.goto(viewer.url)
-    await expect(page.locator("#connection")).to_have_text("Live")
+    await expect(page.locator("#connection")).to_have_text("Connected")
     await expect(page.locator("#refused")).to_be_hidden()
 
 
@@ -301,7 +301,7 @@ async def test_the_token_is_kept_for_the_tab(viewer: Any, page: Page) -> None:
     """It is removed from the address bar, and is in no cookie, which other ports would get."""
     assert page.url == f"{viewer.origin}/"
     await page.reload()
-    await expect(page.locator("#connection")).to_have_text("Live")
+    await expect(page.locator("#connection")).to_have_text("Connected")
     assert await page.context.cookies() == []
 
 
@@ -320,7 +320,7 @@ async def test_all_tabs_share_one_connection(
     other.on("request", lambda request: requests.append(urlsplit(request.url).path))
     plan = other.locator(".run .node").first
     await expect(plan).to_have_attribute("data-status", "running")
-    await expect(other.locator("#connection")).to_have_text("Live")
+    await expect(other.locator("#connection")).to_have_text("Connected")
     sim.finish(held, "plan")
     await expect(plan).to_have_attribute("data-status", "success")
     await expect(line(page, held).locator('[data-part="count"]')).to_have_text("1/2")
@@ -332,7 +332,7 @@ async def test_all_tabs_share_one_connection(
     third = await context.new_page()
     await third.goto(f"{viewer.origin}/#token=wrong")
     await expect(third.locator(".line")).to_have_count(1)
-    await expect(other.locator("#connection")).to_have_text("Live")
+    await expect(other.locator("#connection")).to_have_text("Connected")
     await viewer.stop()
     viewer.token = "quite-another-token"
     await viewer.start()
@@ -340,7 +340,7 @@ async def test_all_tabs_share_one_connection(
         await expect(tab.locator("#refused")).to_be_visible()
     await third.goto(viewer.url)
     for tab in (other, third):
-        await expect(tab.locator("#connection")).to_have_text("Live")
+        await expect(tab.locator("#connection")).to_have_text("Connected")
 
 
 @pytest.mark.parametrize("fragment", ["", "#token=wrong"])
@@ -695,7 +695,7 @@ async def test_the_file_that_opens_the_page_leads_to_it(
         await open_in_browser(viewer.url, opened)
     page = await context.new_page()
     await page.goto(files[0].as_uri())
-    await expect(page.locator("#connection")).to_have_text("Live")
+    await expect(page.locator("#connection")).to_have_text("Connected")
     assert page.url == f"{viewer.origin}/"
 
 

@@ -247,3 +247,30 @@ async def test_a_wrong_key_shows_on_the_empty_board(
     await expect(banner).to_contain_text("Check PROMPTLAYER_API_KEY where the viewer was started")
     await in_sight(banner)
     await expect(page.locator("#connection")).to_have_text("PromptLayer refuses the key")
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
+async def test_the_first_screen_leads_on(
+    sim: Simulator, viewer: Any, ui: Any, page: Page, size: Any
+) -> None:
+    """An empty board offers a start and the last executions; `?` shows the keys."""
+    await page.set_viewport_size(size)
+    remember(sim, viewer, "tickets", seconds=8)
+    await page.reload()
+    await expect(page.locator(".recent li")).to_have_count(3)
+    await in_sight(page.locator(".recent li").last)
+    await in_sight(page.locator("#first").get_by_role("link", name="Start a run"))
+    await page.keyboard.press("?")
+    await expect(page.get_by_role("dialog")).to_contain_text("the next line")
+    await page.keyboard.press("Escape")
+    await ui.open("#/history")
+    await in_sight(page.locator(".entry .name").first)
+
+
+async def test_an_id_from_an_alert_has_no_empty_tracks(sim: Simulator, ui: Any) -> None:
+    """Of a run that was over before, values stand where the times would be."""
+    failing = SimNode("b", status="FAILED", error_message=LIMIT)
+    await ui.open_run(sim.add_execution(Scenario([SimNode("a", "a value"), failing])))
+    await expect(ui.part("sentence")).to_have_text(f"Failed in b: {LIMIT}.")
+    await expect(ui.row("a").locator(".track")).to_be_hidden()
+    await expect(ui.row("a").locator('[data-part="preview"]')).to_be_visible()

@@ -1,10 +1,10 @@
 // @ts-check
 // The view of all executions that are followed: a line each, the failed ones first.
 
-import { call } from "./api.js";
-import { announce, byId, clone, find, findAll, notify, part, placeAt, write } from "./dom.js";
+import { call, get } from "./api.js";
+import { announce, byId, clone, find, findAll, make, notify, oneLine, part, placeAt, write } from "./dom.js";
 import { handle, showErrors } from "./forms.js";
-import { board, groupOf, runs } from "./model.js";
+import { board, groupOf, runs, STATES } from "./model.js";
 import { showSegments, showSentence, showState, showTime } from "./progress.js";
 import { addressOf, replace } from "./router.js";
 import { matches, Rows } from "./rows.js";
@@ -18,6 +18,7 @@ const groups = findAll(".group");
 let isShown = false;
 let frame = 0;
 let isUnfolded = false;
+let isRecentKnown = false;
 
 export const boardView = {
   element: byId("view-board"),
@@ -39,6 +40,7 @@ export const boardView = {
 
   hide() {
     isShown = false;
+    isRecentKnown = false;
   },
 
   onBoard() {
@@ -229,6 +231,23 @@ function arrange() {
   const nothing = lines.size === 0 ? none : "No execution matches the filter.";
   const shown = groups.some((group) => !group.hidden);
   write(byId("empty"), shown || !board.isKnown ? "" : nothing);
+  byId("first").hidden = lines.size > 0 || !board.isKnown;
+  if (!byId("first").hidden) showRecent();
+}
+
+// On an empty board, the last executions of the history lead on.
+async function showRecent() {
+  if (!board.hasHistory || isRecentKnown) return;
+  isRecentKnown = true;
+  const { entries } = await get("api/history").catch(() => ({ entries: [] }));
+  const recent = entries.filter((entry) => entry.execution_id !== null).slice(0, 5);
+  const items = recent.map(({ execution_id: id, workflow, outcome, began, problem }) => {
+    const link = make("a", { href: addressOf(["executions", id]) }, workflow ?? `Execution ${id}`);
+    const time = make("time", { class: "muted", datetime: machine(began), title: fully(began) }, ago(began));
+    return make("li", {}, link, STATES[outcome][0], time, make("span", { class: "muted" }, oneLine(problem ?? "")));
+  });
+  find(".recent").replaceChildren(...items);
+  byId("recent").hidden = items.length === 0;
 }
 
 function placeGroup(group, found, state) {

@@ -143,6 +143,7 @@ function rowOf(entry) {
   for (const [which, verb] of [["rerun", "Run again"], ["forget", "Delete"]]) {
     at(which).setAttribute("aria-label", `${verb}: ${label}`);
   }
+  at("menu").setAttribute("aria-label", `More: ${label}`);
   at("rerun").hidden = entry.workflow === null;
   at("rerun").addEventListener("click", () => go(addressOf(["start"], startOf(entry))));
   at("forget").addEventListener("click", () => forget(entry, root));
@@ -191,7 +192,7 @@ async function forget(entry, root) {
   root.remove();
   picked.delete(entry.execution_id);
   entries = entries.filter((one) => one !== entry);
-  (next ? part(next, "forget") : byId("history-title")).focus();
+  (next ? part(next, "menu") : byId("history-title")).focus();
   announce("Deleted from the history. The execution itself stays at PromptLayer.");
   const found = await get(`api/history?${filters()}`);
   matching = found.matching;
@@ -259,8 +260,9 @@ async function loadTrends() {
     ...options.map((name) => make("option", { value: name }, name)),
   );
   byId("history-workflow").value = chosen;
-  byId("trends").hidden = trends.length === 0;
-  byId("trend-list").replaceChildren(...trends.map((trend) => make("li", {}, trendOf(trend))));
+  const plotted = trends.filter(({ runs: known }) => known.length >= 3);
+  byId("trends").hidden = plotted.length === 0;
+  byId("trend-list").replaceChildren(...plotted.map((trend) => make("li", {}, trendOf(trend))));
 }
 
 function chooseWorkflow(name) {

@@ -229,6 +229,9 @@ class RunPage {
 
   tick() {
     const { root, run } = this;
+    // Nobody saw when the nodes ran: values take the place of empty tracks.
+    const isTimed = [...run.nodes.values()].some((node) => node.running !== null || node.final !== null);
+    root.classList.toggle("timeless", run.isEnded && !isTimed);
     const problem = showTime(root, run);
     show(part(root, "problem"), run.data.state === "lost" ? null : problem);
     showSentence(root, run);

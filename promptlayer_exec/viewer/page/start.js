@@ -185,6 +185,12 @@ function pretty(root) {
   return `{\n${lines.join(",\n")}\n}`;
 }
 
+const WANTED = {
+  integer: "Enter a whole number, such as 42.",
+  number: "Enter a number, such as 4.2.",
+  boolean: "Enter true or false.",
+};
+
 class Wrong extends Error {
   constructor(field, message) {
     super(message);
@@ -192,12 +198,13 @@ class Wrong extends Error {
   }
 }
 
-function jsonOf(text, field) {
+function jsonOf(text, field, type = "") {
   try {
     return readJson(text);
   } catch (error) {
     if (!(error instanceof NotJson)) throw error;
-    throw new Wrong(field, `This is not JSON: ${error.message}.`);
+    const wanted = WANTED[type.toLowerCase()];
+    throw new Wrong(field, wanted ?? `This is not JSON: ${error.message}.`);
   }
 }
 
@@ -211,7 +218,7 @@ function composed() {
     const field = `field:${name}`;
     if (text === "") missing.push([name, field, type]);
     else if (isString(type) && text !== '""') given.push([name, { kind: "string", value: text }]);
-    else given.push([name, jsonOf(text, field)]);
+    else given.push([name, jsonOf(text, field, type)]);
   }
   if (required().length === 0) return more; // the server says what is wrong with it
   const root = jsonOf(more, "inputs");

@@ -21,7 +21,7 @@ import { usualMayChange, whenUsualIsKnown } from "./usual.js";
 const TICK = 200;
 const CONNECTIONS = {
   connecting: "Connecting",
-  live: "Live",
+  live: "Connected",
   reconnecting: "Connection lost, reconnecting",
   ended: "The viewer has stopped; waiting for it to start again",
   refused: "Refused",
@@ -182,7 +182,7 @@ async function checkKey() {
   const { instance } = board;
   if (checked === instance) return;
   checked = instance;
-  const { kind, reason } = await api.get("api/workflows").catch(() => ({ kind: null, reason: null }));
+  const { kind, reason } = await api.get("api/key").catch(() => ({ kind: null, reason: null }));
   if (kind === "refused") board.refusal = { kind, text: reason, since: Date.now() / 1000, until: null };
 }
 
