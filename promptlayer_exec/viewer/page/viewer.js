@@ -1,22 +1,22 @@
 // @ts-check
 // The page of `promptlayer-exec view`: which view is shown, and what reaches it.
 
-import * as api from "./api.js";
-import { notifyOfEnd, showIcon } from "./alerts.js";
-import { batchesView } from "./batches.js";
-import { boardView } from "./board.js";
-import { compareView } from "./compare.js";
-import { announce, byId, find, findAll, notify, show, write } from "./dom.js";
-import { historyView } from "./history.js";
-import { listenToKeys } from "./keys.js";
-import { board, connection, connectionChanged, groupOf, Run, runOf, runs, serverProblem, STATES } from "./model.js";
-import { route } from "./router.js";
-import { runView } from "./run.js";
-import { startView } from "./start.js";
-import { follow } from "./stream.js";
-import { leads, shareStream } from "./tabs.js";
-import { clock, sinceText } from "./times.js";
-import { usualMayChange, whenUsualIsKnown } from "./usual.js";
+import * as api from "./library/api.js";
+import { notifyOfEnd, showIcon } from "./parts/alerts.js";
+import { batchesView } from "./views/batches.js";
+import { boardView } from "./views/board.js";
+import { compareView } from "./views/compare.js";
+import { announce, byId, find, findAll, notify, show, write } from "./library/dom.js";
+import { historyView } from "./views/history.js";
+import { listenToKeys } from "./parts/keys.js";
+import { board, connection, connectionChanged, groupOf, Run, runOf, runs, serverProblem, STATES } from "./library/model.js";
+import { route } from "./library/router.js";
+import { runView } from "./views/run.js";
+import { startView } from "./views/start.js";
+import { follow } from "./library/stream.js";
+import { leads, shareStream } from "./library/tabs.js";
+import { clock, sinceText } from "./library/times.js";
+import { usualMayChange, whenUsualIsKnown } from "./library/usual.js";
 
 const TICK = 200;
 const CONNECTIONS = {

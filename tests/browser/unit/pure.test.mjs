@@ -1,16 +1,17 @@
 // The page's modules that need no browser.
 
 import assert from "node:assert/strict";
+import { readdirSync, readFileSync } from "node:fs";
 import test from "node:test";
 
 import { page } from "./hooks.mjs";
 
-const { NotJson, readJson, writeJson, readContainer } = await page("json.js");
-const { diffLines, diffWords } = await page("diff.js");
-const { layOut } = await page("layout.js");
-const { ago, duration, tickLabel, ticks } = await page("times.js");
-const { sentenceOf, textOf } = await page("sentence.js");
-const { criticalPath } = await page("critical.js");
+const { NotJson, readJson, writeJson, readContainer } = await page("library/json.js");
+const { diffLines, diffWords } = await page("library/diff.js");
+const { layOut } = await page("library/layout.js");
+const { ago, duration, tickLabel, ticks } = await page("library/times.js");
+const { sentenceOf, textOf } = await page("library/sentence.js");
+const { criticalPath } = await page("library/critical.js");
 
 const SIZES = { along: 10, across: 10, gapAlong: 5, gapAcross: 5 };
 const edgesOf = (pairs) => pairs.map(([source, target]) => ({ source, target }));
@@ -134,4 +135,35 @@ test("the sentence of a run that ended says why, and what is next", () => {
   const fine = runOf({ state: "succeeded", nodes: [], time: 30, ended: now - 5 });
   const slow = sentenceOf(fine, { ...NOTHING, duration: 8 });
   assert.deepEqual([textOf(slow), slow.isSlow], ["Succeeded just now after 30 s; usually 8.0 s.", true]);
+});
+
+const folder = new URL("../../../promptlayer_exec/viewer/page/", import.meta.url);
+const textAt = (path, base = folder) => readFileSync(new URL(path, base), "utf8");
+
+test("the type checker knows the parts of the page", () => {
+  const inPage = [...textAt("index.html").matchAll(/data-part="([^"]+)"/g)].map(([, name]) => name);
+  const typed = [...textAt("../types/parts.d.ts", import.meta.url).matchAll(/"([^"]+)"/g)].map(([, name]) => name);
+  assert.deepEqual(typed, [...new Set(inPage)].sort());
+});
+
+test("views use parts, parts use the library, and nothing goes round", () => {
+  const layers = ["library", "parts", "views"];
+  const imports = new Map();
+  for (const [layer, name] of layers.entries()) {
+    for (const file of readdirSync(new URL(name, folder))) {
+      const path = `${name}/${file}`;
+      const found = [...textAt(path).matchAll(/from "(\.[^"]+)"/g)].map(([, to]) => new URL(to, new URL(path, folder)));
+      const targets = found.map((url) => url.pathname.slice(folder.pathname.length)).filter((to) => layers.includes(to.split("/")[0]));
+      for (const to of targets) {
+        assert.ok(layers.indexOf(to.split("/")[0]) <= layer, `${path} imports ${to}`);
+        assert.ok(name !== "views" || !to.startsWith("views/"), `${path} imports ${to}`);
+      }
+      imports.set(path, targets);
+    }
+  }
+  const visit = (path, above) => {
+    assert.ok(!above.includes(path), `a cycle: ${[...above, path].join(" → ")}`);
+    for (const to of imports.get(path)) visit(to, [...above, path]);
+  };
+  for (const path of imports.keys()) visit(path, []);
 });

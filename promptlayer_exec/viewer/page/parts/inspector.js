@@ -1,11 +1,11 @@
 // @ts-check
 // What is selected on the page of an execution: a node, or else its inputs and its output.
 
-import { call } from "./api.js";
+import { call } from "../library/api.js";
 import { Detail } from "./detail.js";
-import { copyWith, draw, make, part, write } from "./dom.js";
-import { readContainer } from "./json.js";
-import { statusOf, wordOf } from "./model.js";
+import { copyWith, draw, make, part, write } from "../library/dom.js";
+import { readContainer } from "../library/json.js";
+import { statusOf, wordOf } from "../library/model.js";
 import { Tree } from "./tree.js";
 
 export class Inspector {
@@ -20,6 +20,7 @@ export class Inspector {
     copyWith(this.at("copy-inputs"), this.at("inputs-copied"), () => this.inputs);
   }
 
+  /** @param {Part} name */
   at(name) {
     return part(this.root, name);
   }

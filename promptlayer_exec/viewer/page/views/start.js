@@ -1,14 +1,14 @@
 // @ts-check
 // The form that starts a run: a field for each required input, and the rest as JSON.
 
-import { call, get } from "./api.js";
-import { confirmStart, startRun } from "./again.js";
-import { byId, make, oneLine, show, write } from "./dom.js";
-import { handle, listWorkflows, showErrors } from "./forms.js";
-import { NotJson, readJson, writeJson } from "./json.js";
-import { board, runs, STATES } from "./model.js";
-import { addressOf, go, replace } from "./router.js";
-import { clock } from "./times.js";
+import { call, get } from "../library/api.js";
+import { confirmStart, startRun } from "../parts/again.js";
+import { byId, make, oneLine, show, write } from "../library/dom.js";
+import { handle, listWorkflows, showErrors } from "../parts/forms.js";
+import { NotJson, readJson, writeJson } from "../library/json.js";
+import { board, runs, STATES } from "../library/model.js";
+import { addressOf, go, replace } from "../library/router.js";
+import { clock } from "../library/times.js";
 
 let definition = null;
 let isAgain = false;

@@ -1,8 +1,8 @@
 // @ts-check
 // The graph of an execution's page; it asks which workflow a run is of that was added by its id.
 
-import { call, get } from "./api.js";
-import { part, write } from "./dom.js";
+import { call, get } from "../library/api.js";
+import { part, write } from "../library/dom.js";
 import { handle, listWorkflows, showErrors } from "./forms.js";
 import { Graph } from "./graph.js";
 
@@ -49,7 +49,9 @@ export class GraphPanel {
       dependencies.set(target, [...(dependencies.get(target) ?? []), source]);
     }
     this.run.dependencies = dependencies;
-    for (const name of ["graph", "graph-tools", "legend"]) part(this.root, name).hidden = false;
+    /** @type {Part[]} */
+    const drawn = ["graph", "graph-tools", "legend"];
+    for (const name of drawn) part(this.root, name).hidden = false;
     this.graph.draw(definition);
     this.graph.update(this.run);
     this.graph.select(this.selected ?? null);

@@ -2,10 +2,10 @@
 // The graph of a workflow as SVG: nodes in layers, live statuses, and the edges that were taken.
 // It is panned by scrolling or dragging, and zoomed by its buttons, Ctrl and the wheel, or + and -.
 
-import { draw, makeSvg, write } from "./dom.js";
-import { layOut } from "./layout.js";
-import { isFinal, spanOf, statusOf, wordOf } from "./model.js";
-import { duration } from "./times.js";
+import { draw, makeSvg, write } from "../library/dom.js";
+import { layOut } from "../library/layout.js";
+import { isFinal, spanOf, statusOf, wordOf } from "../library/model.js";
+import { duration } from "../library/times.js";
 
 const WIDTH = 176;
 const HEIGHT = 54;

@@ -1,13 +1,13 @@
 // @ts-check
 // The view of the batches in the local database: `#/batches`, and one of them: `#/batches/night`.
 
-import { get } from "./api.js";
-import { byId, clone, copyWith, draw, find, findAll, make, makeSvg, part, show, write } from "./dom.js";
-import { STATES } from "./model.js";
-import { writePieces } from "./progress.js";
-import { addressOf, replace } from "./router.js";
-import { itemSentenceOf } from "./sentence.js";
-import { ago, duration, fully, machine } from "./times.js";
+import { get } from "../library/api.js";
+import { byId, clone, copyWith, draw, find, findAll, make, makeSvg, part, show, write } from "../library/dom.js";
+import { STATES } from "../library/model.js";
+import { writePieces } from "../parts/progress.js";
+import { addressOf, replace } from "../library/router.js";
+import { itemSentenceOf } from "../library/sentence.js";
+import { ago, duration, fully, machine } from "../library/times.js";
 
 const EVERY = 5000; // milliseconds
 const PAGE = 200;

@@ -1,7 +1,7 @@
 // @ts-check
 // Keys with one letter, which go through the lines of a view; they can be turned off.
 
-import { byId, find } from "./dom.js";
+import { byId, find } from "../library/dom.js";
 
 const WANTED = "keys";
 const FIELDS = "input:not([type=checkbox], [type=radio]), textarea, select";

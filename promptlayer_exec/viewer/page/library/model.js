@@ -1,7 +1,7 @@
 // @ts-check
 // What the page knows of each execution, whichever view shows it.
 
-import { STATUSES, UNKNOWN } from "./statuses.js"; // made by the server
+import { STATUSES, UNKNOWN } from "../statuses.js"; // made by the server
 
 export const STATES = {
   waiting: ["Waiting for the first answer", "queued"],

@@ -1,13 +1,14 @@
 // @ts-check
 // What an opened node shows: its times, its errors, and its whole value.
 
-import { call } from "./api.js";
-import { clone, copyWith, make, part, show, write } from "./dom.js";
-import { readContainer } from "./json.js";
-import { isFinal } from "./model.js";
-import { chatOf, linked, markdownOf } from "./rich.js";
+import { call } from "../library/api.js";
+import { clone, copyWith, make, part, show, write } from "../library/dom.js";
+import { readContainer } from "../library/json.js";
+import { isFinal } from "../library/model.js";
+import { linked } from "./links.js";
+import { chatOf, markdownOf } from "./rich.js";
 import { Text } from "./text.js";
-import { clock, duration, fully } from "./times.js";
+import { clock, duration, fully } from "../library/times.js";
 import { Tree } from "./tree.js";
 
 const LARGE = 1_000_000; // characters that are fetched only on demand, and are shown as text alone
@@ -25,6 +26,7 @@ export class Detail {
     this.tree = null;
     this.isRaw = false;
     this.raw = new Text(this.root);
+    /** @type {(name: Part) => any} */
     const at = (name) => part(this.root, name);
     copyWith(at("copy"), at("copied"), () => this.whole(), () => at("value"));
     copyWith(at("copy-error"), at("error-copied"), () => this.node.error_message);
@@ -71,15 +73,16 @@ export class Detail {
   }
 
   label(name) {
-    const labels = {
-      copy: `Copy the value of ${name}`,
-      "copy-error": `Copy the error of ${name}`,
-      "copy-trace": `Copy the traceback of ${name}`,
-      value: `Value of ${name}`,
-      trace: `Error details of ${name}`,
-      find: `Search the value of ${name}`,
-    };
-    for (const [which, label] of Object.entries(labels)) {
+    /** @type {[Part, string][]} */
+    const labels = [
+      ["copy", `Copy the value of ${name}`],
+      ["copy-error", `Copy the error of ${name}`],
+      ["copy-trace", `Copy the traceback of ${name}`],
+      ["value", `Value of ${name}`],
+      ["trace", `Error details of ${name}`],
+      ["find", `Search the value of ${name}`],
+    ];
+    for (const [which, label] of labels) {
       part(this.root, which).setAttribute("aria-label", label);
     }
   }

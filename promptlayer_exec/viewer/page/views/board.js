@@ -1,14 +1,15 @@
 // @ts-check
 // The view of all executions that are followed: a line each, the failed ones first.
 
-import { call, get } from "./api.js";
-import { announce, byId, clone, find, findAll, make, notify, oneLine, part, placeAt, write } from "./dom.js";
-import { handle, showErrors } from "./forms.js";
-import { board, groupOf, runs, STATES } from "./model.js";
-import { showSegments, showSentence, showState, showTime } from "./progress.js";
-import { addressOf, replace } from "./router.js";
-import { matches, Rows } from "./rows.js";
-import { ago, fully, machine } from "./times.js";
+import { call, get } from "../library/api.js";
+import { announce, byId, clone, find, findAll, make, oneLine, part, placeAt, write } from "../library/dom.js";
+import { followAgain, remove } from "../parts/actions.js";
+import { handle, showErrors } from "../parts/forms.js";
+import { board, groupOf, runs, STATES } from "../library/model.js";
+import { showSegments, showSentence, showState, showTime } from "../parts/progress.js";
+import { addressOf, replace } from "../library/router.js";
+import { matches, Rows } from "../parts/rows.js";
+import { ago, fully, machine } from "../library/times.js";
 
 const FEW = 5; // succeeded runs that are shown before the others are asked for
 
@@ -169,30 +170,6 @@ function drop(id) {
   const hadFocus = root.contains(document.activeElement);
   root.remove();
   if (hadFocus) (next ? part(next, "title") : byId("execution-id")).focus();
-}
-
-export async function remove(id) {
-  try {
-    await call("DELETE", `api/executions/${id}`);
-    announce(`Execution ${id} was removed from this page; it continues at PromptLayer.`);
-    return true;
-  } catch (error) {
-    notify(error.message);
-    return false;
-  }
-}
-
-export async function followAgain(id, button) {
-  button.disabled = true;
-  try {
-    await call("POST", "api/executions", { execution_id: id });
-    return true;
-  } catch (error) {
-    notify(error.message);
-    return false;
-  } finally {
-    button.disabled = false;
-  }
 }
 
 // The order: groups, the newest first in each. While somebody points at a line, or has the focus

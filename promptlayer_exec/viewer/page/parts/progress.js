@@ -2,12 +2,12 @@
 // What the line of an execution and its own page have in common: state, sentence, segments, time.
 
 import { runAgain } from "./again.js";
-import { draw, make, part, show, write } from "./dom.js";
-import { isServerWide, STATES } from "./model.js";
-import { addressOf } from "./router.js";
-import { sentenceOf } from "./sentence.js";
-import { clock, duration, sinceText } from "./times.js";
-import { usualOf } from "./usual.js";
+import { draw, make, part, show, write } from "../library/dom.js";
+import { isServerWide, STATES } from "../library/model.js";
+import { addressOf } from "../library/router.js";
+import { sentenceOf } from "../library/sentence.js";
+import { clock, duration, sinceText } from "../library/times.js";
+import { usualOf } from "../library/usual.js";
 
 export function showState(root, run) {
   const { data } = run;
@@ -89,7 +89,7 @@ function elementOf({ kind }, run) {
   return button;
 }
 
-/** @type {(piece: import("./sentence.js").Piece, run: any) => string | null} */
+/** @type {(piece: import("../library/sentence.js").Piece, run: any) => string | null} */
 function addressFor({ kind, text, id }, run) {
   if (kind === "node") return addressOf(["executions", run.id], { node: text });
   if (kind !== "compare") return null;

@@ -1,22 +1,22 @@
 // @ts-check
 // The view of one execution, at an address of its own: `#/executions/787?node=Plan`.
 
-import { call } from "./api.js";
-import { followAgain, remove } from "./board.js";
-import { byId, clone, findAll, make, notify, part, show, write } from "./dom.js";
-import { criticalPath } from "./critical.js";
-import { Inspector } from "./inspector.js";
-import { board, runs } from "./model.js";
-import { GraphPanel } from "./panel.js";
-import { showSegments, showSentence, showState, showTime } from "./progress.js";
-import { addressOf, go, replace } from "./router.js";
-import { matches, Rows } from "./rows.js";
-import { showSnippets } from "./snippets.js";
-import { STATUSES, UNKNOWN } from "./statuses.js";
-import { runAgain } from "./again.js";
-import { offerComparison } from "./compare.js";
-import { ago, clock, duration, fully, machine } from "./times.js";
-import { usualOf } from "./usual.js";
+import { call } from "../library/api.js";
+import { followAgain, remove } from "../parts/actions.js";
+import { byId, clone, findAll, make, notify, part, show, write } from "../library/dom.js";
+import { criticalPath } from "../library/critical.js";
+import { Inspector } from "../parts/inspector.js";
+import { board, runs } from "../library/model.js";
+import { GraphPanel } from "../parts/panel.js";
+import { showSegments, showSentence, showState, showTime } from "../parts/progress.js";
+import { addressOf, go, replace } from "../library/router.js";
+import { matches, Rows } from "../parts/rows.js";
+import { showSnippets } from "../parts/snippets.js";
+import { STATUSES, UNKNOWN } from "../statuses.js";
+import { runAgain } from "../parts/again.js";
+import { offerComparison } from "../parts/comparison.js";
+import { ago, clock, duration, fully, machine } from "../library/times.js";
+import { usualOf } from "../library/usual.js";
 
 const MARKS = {
   succeeded: STATUSES.get("SUCCESS").mark,
@@ -115,6 +115,7 @@ class RunPage {
   }
 
   listen() {
+    /** @type {(name: Part) => any} */
     const at = (name) => part(this.root, name);
     at("remove").addEventListener("click", async () => (await remove(this.id)) && go("#/"));
     at("again").addEventListener("click", () =>
@@ -139,7 +140,9 @@ class RunPage {
   // An execution that is not followed: it is asked for, and then it is.
   showMissing() {
     write(part(this.root, "title"), `Execution ${this.id}`);
-    for (const name of ["rerun", "compare", "remove", "progress", "graph-panel"]) part(this.root, name).hidden = true;
+    /** @type {Part[]} */
+    const absent = ["rerun", "compare", "remove", "progress", "graph-panel"];
+    for (const name of absent) part(this.root, name).hidden = true;
     this.root.querySelector(".split").hidden = true;
     if (board.isKnown) this.load();
   }
@@ -357,7 +360,9 @@ class RunPage {
   write() {
     const params = new URLSearchParams();
     if (this.selected !== null) params.set("node", this.selected);
-    for (const name of ["filter", "sort"]) {
+    /** @type {Part[]} */
+    const remembered = ["filter", "sort"];
+    for (const name of remembered) {
       const { value } = part(this.root, name);
       if (value !== "") params.set(name, value);
     }

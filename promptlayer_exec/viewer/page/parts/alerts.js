@@ -1,10 +1,10 @@
 // @ts-check
 // What shows the state of the tab: its icon, and a notification when a run ends, if allowed.
 
-import { byId } from "./dom.js";
-import { groupOf, STATES } from "./model.js";
-import { addressOf, go } from "./router.js";
-import { tellingOf } from "./sentence.js";
+import { byId } from "../library/dom.js";
+import { groupOf, STATES } from "../library/model.js";
+import { addressOf, go } from "../library/router.js";
+import { tellingOf } from "../library/sentence.js";
 
 const WANTED = "notify";
 
