@@ -107,7 +107,7 @@ async def test_a_bookmark_follows_an_execution_again(
 async def test_the_failed_one_of_sixty_nodes_is_in_sight(
     sim: Simulator, ui: Any, page: Page, width: int
 ) -> None:
-    """Whatever is chosen is shown where one looks; the page does not scroll, and the axis stays."""
+    """Whatever is chosen is shown where one looks; the page stays, and so do the columns' heads."""
     await page.set_viewport_size({"width": width, "height": 800})
     failed = sim.add_execution(sixty())
     ui.viewer.board.follow(failed)
@@ -134,7 +134,7 @@ async def test_the_failed_one_of_sixty_nodes_is_in_sight(
     await in_sight(ui.selected.locator("h3"))
     await in_sight(ui.row("node 30"))
     if width > 1000:
-        await in_sight(ui.part("axis"))
+        await in_sight(ui.part("columns"))
     await page.evaluate("scrollTo(0, 0)")
     await ui.part("sentence").get_by_role("link", name="node 45").click()
     await page.get_by_role("button", name="Copy the error of node 45").click()
@@ -483,7 +483,7 @@ async def test_the_end_of_a_run_is_notified_if_allowed(
         ends.append(held)
     shown = await page.evaluate("window.shown.map(([title, options]) => [title, options.body])")
     assert [title for title, _ in shown] == [f"Execution {ends[1]}: failed"]
-    assert shown[0][1].startswith(f"Execution {ends[1]}: failed after ")
+    assert shown[0][1].startswith("Failed just now in plan: ")
     await page.evaluate("window.shown[0][2].dispatchEvent(new Event('click'))")
     await expect(ui.part("crumb")).to_have_text(f"Execution {ends[1]}")
 
