@@ -167,3 +167,9 @@ test("views use parts, parts use the library, and nothing goes round", () => {
   };
   for (const path of imports.keys()) visit(path, []);
 });
+
+test("every module is requested before the others import it", () => {
+  const preloaded = [...textAt("index.html").matchAll(/"modulepreload" href="([^"]+)"/g)].map(([, path]) => path);
+  const all = ["library", "parts", "views"].flatMap((name) => readdirSync(new URL(name, folder)).map((file) => `${name}/${file}`));
+  assert.deepEqual(preloaded.sort(), all.sort());
+});
