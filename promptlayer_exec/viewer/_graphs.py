@@ -13,7 +13,16 @@ _LIST_TIMEOUT = 20.0
 
 
 class NoDefinition(Exception):
-    """A definition, or the list of workflows, is not available; the text says why."""
+    """A definition, or the list of workflows, is not available; the text says why.
+
+    Args:
+        reason: the text.
+        kind: a word for the page, from `explain`.
+    """
+
+    def __init__(self, reason: str, kind: str = "other") -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 async def find_definition(
@@ -44,7 +53,8 @@ class WorkflowList:
             async with asyncio.timeout(_LIST_TIMEOUT):
                 found = [summary async for summary in listed if not summary.is_deleted]
         except PromptLayerExecError as error:
-            raise NoDefinition(explain(error)[1]) from error
+            kind, reason = explain(error)
+            raise NoDefinition(reason, kind) from error
         except TimeoutError:
             raise NoDefinition(f"it was not sent within {_LIST_TIMEOUT:.0f} s.") from None
 

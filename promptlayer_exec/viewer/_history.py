@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import re
 import sqlite3
+import statistics
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -103,6 +105,14 @@ class History:
     async def trends(self) -> list[dict[str, Any]]:
         """Return the durations of the latest runs of each workflow, the oldest run first."""
         return await self._call(self._read_trends)
+
+    async def usual(self, workflow: str) -> dict[str, Any]:
+        """Return how long a workflow and its nodes usually take, and its latest successes.
+
+        The times are medians of its latest 40 runs that succeeded. A time that fewer than three
+        runs took is missing.
+        """
+        return await self._call(self._read_usual, workflow)
 
     async def delete(self, key: int) -> None:
         await self._call(self._execute, "DELETE FROM executions WHERE key = ?", [key])
@@ -271,6 +281,37 @@ class History:
 
         newest = sorted(trends.values(), key=lambda trend: trend["latest"], reverse=True)
         return newest[:24]
+
+    def _read_usual(self, workflow: str) -> dict[str, Any]:
+        rows = self._connect().execute(
+            "SELECT execution_id, began, duration, times FROM executions WHERE server = ?"
+            " AND workflow = ? AND outcome = 'succeeded' AND execution_id IS NOT NULL"
+            " ORDER BY began DESC LIMIT 40",
+            [self._server, workflow],
+        )
+
+        lengths, successes = list[float](), list[dict[str, Any]]()
+        nodes = dict[str, list[float]]()
+        for row in rows:
+            ended = row["began"] + (row["duration"] or 0.0)
+            successes.append({"execution_id": str(row["execution_id"]), "ended": round(ended, 3)})
+            if row["duration"] is not None:
+                lengths.append(row["duration"])
+
+            for name, (running, final) in json.loads(row["times"] or "{}").items():
+                if running is not None and final is not None:
+                    nodes.setdefault(name, []).append(final - running)
+
+        usual = {name: _median(found) for name, found in nodes.items()}
+        return {
+            "duration": _median(lengths),
+            "nodes": {name: length for name, length in usual.items() if length is not None},
+            "successes": successes[:2],  # the second is for the page of the first
+        }
+
+
+def _median(lengths: list[float]) -> float | None:
+    return round(statistics.median(lengths), 3) if len(lengths) >= 3 else None
 
 
 def _storable(fields: dict[str, Any]) -> dict[str, Any]:

@@ -107,6 +107,7 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
 def add_workflow_routes(app: FastAPI, board: Board) -> None:
     """Add the routes that describe workflows, and record which one an execution is of."""
     listed = WorkflowList(board.session)
+    _add_key_route(app, board)
 
     @app.get("/api/workflows")
     async def get_workflows() -> Response:
@@ -147,6 +148,17 @@ def add_workflow_routes(app: FastAPI, board: Board) -> None:
         if card is not None:
             board.assign(card, found.name)
         return _graph(found)
+
+
+def _add_key_route(app: FastAPI, board: Board) -> None:
+    @app.get("/api/key")
+    async def check_key() -> Response:
+        # Nothing is kept: workflows may be added before anybody asks for their names.
+        try:
+            await WorkflowList(board.session).get()
+        except NoDefinition as error:
+            return _json({"kind": error.kind, "reason": str(error)})
+        return _json({"kind": None, "reason": None})
 
 
 async def _find_graph(session: Session, card: Card) -> Response:
@@ -235,6 +247,10 @@ def add_history_routes(app: FastAPI, history: History) -> None:
     @app.get("/api/history/trends")
     async def get_trends() -> Response:
         return _json(await history.trends())
+
+    @app.get("/api/history/usual")
+    async def get_usual(workflow: str) -> Response:
+        return _json(await history.usual(workflow))
 
     @app.get("/api/history/{key}/inputs")
     async def get_remembered_inputs(key: _Key) -> Response:

@@ -266,5 +266,5 @@ async def page(context: BrowserContext, viewer: Viewer, browser_errors: BrowserE
     page = await context.new_page()
     browser_errors.listen_to(page, viewer.origin)
     await page.goto(viewer.url)
-    await expect(page.locator("#connection")).to_have_text("Live")
+    await expect(page.locator("#connection")).to_have_text("Connected")
     return page

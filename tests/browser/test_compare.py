@@ -71,17 +71,17 @@ async def test_differences_are_marked(sim: Simulator, viewer: Any, ui: Any, page
     changed = pair(page, "essay").locator(".diff.changed")
     await expect(changed).to_have_text(["otters", HOSTILE])
     await expect(pair(page, "essay").locator(".gap").first).to_have_text("… 12 equal lines")
+    await expect(pair(page, "same")).to_be_hidden()
+    await page.get_by_text("1 node is equal").click()
     await pair(page, "same").locator("summary").click()
     await expect(pair(page, "same")).to_contain_text("Both are the same:")
     await page.locator(".pair.inputs summary").click()
     await expect(page.locator(".pair.inputs .diff.changed mark").first).to_have_text("otters")
     assert await page.locator("img").count() == 0
-    assert re.search(r"open=essay&open=same&open=&durations=1$", page.url)
+    assert re.search(r"open=essay&open=same&open=&equal=1&durations=1$", page.url)
     await page.reload()
     await expect(changed).to_have_text(["otters", HOSTILE])
-    await page.get_by_label("Only differences").check()
-    await expect(pair(page, "same")).to_have_count(0)
-    await expect(pair(page, "slow")).to_be_visible()
+    await expect(pair(page, "same")).to_be_visible()
 
 
 async def test_the_other_one_is_chosen_on_a_page(

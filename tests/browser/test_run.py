@@ -107,13 +107,13 @@ async def test_a_bookmark_follows_an_execution_again(
 async def test_the_failed_one_of_sixty_nodes_is_in_sight(
     sim: Simulator, ui: Any, page: Page, width: int
 ) -> None:
-    """Whatever is chosen is shown where one looks; the page does not scroll, and the axis stays."""
+    """Whatever is chosen is shown where one looks; the page stays, and so do the columns' heads."""
     await page.set_viewport_size({"width": width, "height": 800})
     failed = sim.add_execution(sixty())
     ui.viewer.board.follow(failed)
     await page.get_by_role("link", name=f"Execution {failed}").click()
     await expect(ui.part("count")).to_have_text("57 of 60 nodes succeeded, 1 failed, 2 skipped.")
-    await expect(ui.part("first-error")).to_have_text(f"node 45: {ERROR}")
+    await expect(ui.part("sentence")).to_contain_text(f" in node 45: {ERROR}.")
     trace = ui.selected.locator('[data-part="trace"]')
     await expect(trace).to_have_text(TRACE)
     await expect(ui.row("node 45")).to_have_class(re.compile("selected"))
@@ -124,7 +124,7 @@ async def test_the_failed_one_of_sixty_nodes_is_in_sight(
         assert box is not None
         assert 0 <= box["y"] <= 800 - min(box["height"], 40)
 
-    await in_sight(ui.part("first-error"))
+    await in_sight(ui.part("sentence"))
     await in_sight(trace)
     await ui.row("node 30").scroll_into_view_if_needed()
     before = await page.evaluate("scrollY")
@@ -134,9 +134,9 @@ async def test_the_failed_one_of_sixty_nodes_is_in_sight(
     await in_sight(ui.selected.locator("h3"))
     await in_sight(ui.row("node 30"))
     if width > 1000:
-        await in_sight(ui.part("axis"))
+        await in_sight(ui.part("columns"))
     await page.evaluate("scrollTo(0, 0)")
-    await ui.part("first-error").click()
+    await ui.part("sentence").get_by_role("link", name="node 45").click()
     await page.get_by_role("button", name="Copy the error of node 45").click()
     copied = ui.selected.locator('[data-part="error-copied"]')
     await expect(copied).to_have_text("Copied")
@@ -483,7 +483,7 @@ async def test_the_end_of_a_run_is_notified_if_allowed(
         ends.append(held)
     shown = await page.evaluate("window.shown.map(([title, options]) => [title, options.body])")
     assert [title for title, _ in shown] == [f"Execution {ends[1]}: failed"]
-    assert shown[0][1].startswith(f"Execution {ends[1]}: failed after ")
+    assert shown[0][1].startswith("Failed just now in plan: ")
     await page.evaluate("window.shown[0][2].dispatchEvent(new Event('click'))")
     await expect(ui.part("crumb")).to_have_text(f"Execution {ends[1]}")
 

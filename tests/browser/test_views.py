@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -90,7 +91,6 @@ async def test_every_view_fits_and_axe_finds_nothing(
     await check(page, "unknown start")
     await ui.open("#/history")
     await expect(page.locator(".entry")).to_have_count(3)
-    await expect(page.locator(".trend")).to_be_visible()
     await check(page, "history")
 
 
@@ -109,7 +109,16 @@ BATCH = {
 def item(kind: str, execution_id: int | None, error: str | None) -> dict[str, Any]:
     """Return an item as the viewer's server describes it."""
     id_ = None if execution_id is None else str(execution_id)
-    return {"key": kind, "kind": kind, "execution_id": id_, "error": error, "finished": 1.0}
+    reason = "" if error is None else error.partition(": ")[2]
+    return {
+        "key": kind,
+        "kind": kind,
+        "execution_id": id_,
+        "error": error,
+        "node": "a" if kind == "failed" else None,
+        "reason": reason,
+        "finished": 1.0,
+    }
 
 
 @pytest.mark.parametrize("width", [1280, 360])
@@ -124,7 +133,9 @@ async def test_batches_say_what_is_wrong_and_what_goes_on(
         item("unknown", None, "StartUnknown: no answer"),
         item("succeeded", run, None),
     ]
-    one = BATCH | {"items": items, "is_whole": True, "problem": None}
+    groups = [{"text": f"a: {WORD}", "count": 11}, {"text": "no answer", "count": 1}]
+    one = BATCH | {"items": items, "is_whole": True, "problem": None, "groups": groups}
+    one |= {"matching": 3, "latest": 1.0, "rate": 0.5}
     all_ = {"database": "sqlite:///batches.sqlite", "batches": [BATCH]}
     await page.route("**/api/batches", lambda route: route.fulfill(json=all_))
     await page.route("**/api/batch?*", lambda route: route.fulfill(json=one))
@@ -132,6 +143,7 @@ async def test_batches_say_what_is_wrong_and_what_goes_on(
     await expect(page.locator(".batch")).to_contain_text("45 items, nobody works on it")
     await check(page, "batches")
     await page.get_by_role("link", name="night's run").click()
+    await page.get_by_text("Other commands").click()
     shown = page.locator(".command code")
     await expect(shown).to_have_text(
         [
@@ -140,7 +152,17 @@ async def test_batches_say_what_is_wrong_and_what_goes_on(
         ]
     )
     await expect(page.locator(".item .name")).to_have_text(["failed", "unknown", "succeeded"])
+    sentence = page.locator(".item .sentence")
+    await expect(sentence.first).to_have_text(re.compile(f"^Failed .* days ago in a: {WORD}"[:60]))
+    await expect(page.locator(".groups button").first).to_contain_text(f" a: {WORD}")
     await check(page, "batch")
+    link = page.get_by_role("link", name=f"Execution {run}").first
+    await link.focus()
+    one["succeeded"] += 1
+    async with page.expect_response("**/api/batch?*"):
+        pass
+    await expect(page.locator(".kinds")).to_contain_text("Succeeded 41")
+    await expect(link).to_be_focused()
     await page.get_by_role("link", name=f"Execution {run}").first.click()
     await expect(ui.part("state")).to_have_text("Failed")
 

@@ -21,7 +21,9 @@ def _database(batches_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _echo(inputs: Any) -> Scenario:
     status = "FAILED" if inputs["n"] == 2 else "SUCCESS"
-    return Scenario([SimNode("answer", inputs["n"], status=status, is_output_node=True)])
+    reason = "no text" if inputs["n"] == 2 else None
+    node = SimNode("answer", inputs["n"], status=status, error_message=reason, is_output_node=True)
+    return Scenario([node])
 
 
 @pytest.mark.usefixtures("_database")
@@ -46,6 +48,12 @@ async def test_what_did_not_succeed_comes_first(
     (failed,) = (item for item in wrong if item["kind"] == "failed")
     assert (failed["key"], fine["kind"]) == ("item 2", "succeeded")
     assert failed["error"].startswith("ExecutionFailed: ")
+    assert (failed["node"], failed["reason"]) == ("answer", "no text")
+    assert {"text": "answer: no text", "count": 1} in found["groups"]
+    _, some = await viewer.send("GET", "batch?name=night&reason=answer:%20no%20text")
+    assert ([item["key"] for item in some["items"]], some["matching"]) == (["item 2"], 1)
+    _, some = await viewer.send("GET", "batch?name=night&kind=succeeded&count=0")
+    assert (some["items"], some["matching"]) == ([], 1)
     assert {failed["execution_id"], fine["execution_id"]} <= {
         str(run.execution_id) for run in sim.runs
     }

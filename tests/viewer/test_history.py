@@ -274,3 +274,19 @@ async def test_a_lost_execution_is_remembered_as_such(
     assert (entry["outcome"], entry["nodes"]) == ("lost", 2)
     assert "403 Forbidden" in entry["problem"]
     assert before <= entry["began"] + 1
+
+
+async def test_what_is_usual_are_medians_of_at_least_three_successes(history: History) -> None:
+    """Failed runs do not count; the latest two successes are named."""
+    for execution_id, seconds in ((1, 4.0), (2, 8.0)):
+        _record(history, execution_id, duration=seconds, times='{"n": [1.0, 3.0]}')
+    _record(history, 3, outcome="failed", duration=900.0)
+    assert (await history.usual("w"))["duration"] is None
+    _record(history, 4, duration=90.0, times='{"n": [1.0, 4.0], "m": [null, 2.0]}')
+    usual = await history.usual("w")
+    assert usual["duration"] == 8.0
+    assert usual["nodes"] == {"n": 2.0}
+    assert usual["successes"] == [
+        {"execution_id": "4", "ended": 1094.0},
+        {"execution_id": "2", "ended": 1010.0},
+    ]

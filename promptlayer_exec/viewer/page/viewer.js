@@ -1,26 +1,27 @@
 // @ts-check
 // The page of `promptlayer-exec view`: which view is shown, and what reaches it.
 
-import * as api from "./api.js";
-import { notifyOfEnd, showIcon } from "./alerts.js";
-import { batchesView } from "./batches.js";
-import { boardView } from "./board.js";
-import { compareView } from "./compare.js";
-import { announce, byId, find, findAll, notify, show, write } from "./dom.js";
-import { historyView } from "./history.js";
-import { listenToKeys } from "./keys.js";
-import { board, connection, connectionChanged, groupOf, Run, runOf, runs, serverProblem, STATES } from "./model.js";
-import { route } from "./router.js";
-import { runView } from "./run.js";
-import { startView } from "./start.js";
-import { follow } from "./stream.js";
-import { leads, shareStream } from "./tabs.js";
-import { clock, sinceText } from "./times.js";
+import * as api from "./library/api.js";
+import { notifyOfEnd, showIcon } from "./parts/alerts.js";
+import { batchesView } from "./views/batches.js";
+import { boardView } from "./views/board.js";
+import { compareView } from "./views/compare.js";
+import { announce, byId, find, findAll, notify, show, write } from "./library/dom.js";
+import { historyView } from "./views/history.js";
+import { listenToKeys } from "./parts/keys.js";
+import { board, connection, connectionChanged, groupOf, Run, runOf, runs, serverProblem, STATES } from "./library/model.js";
+import { route } from "./library/router.js";
+import { runView } from "./views/run.js";
+import { startView } from "./views/start.js";
+import { follow } from "./library/stream.js";
+import { leads, shareStream } from "./library/tabs.js";
+import { clock, sinceText } from "./library/times.js";
+import { usualMayChange, whenUsualIsKnown } from "./library/usual.js";
 
 const TICK = 200;
 const CONNECTIONS = {
   connecting: "Connecting",
-  live: "Live",
+  live: "Connected",
   reconnecting: "Connection lost, reconnecting",
   ended: "The viewer has stopped; waiting for it to start again",
   refused: "Refused",
@@ -36,6 +37,7 @@ const VIEWS = {
 let view = null;
 let isConnected = false;
 let lastBoard = null; // the last event of that kind
+let checked = null; // the instance of the viewer whose key was tried
 
 // Views
 
@@ -84,9 +86,18 @@ function showConnection(state) {
   const problem = state === "live" ? serverProblem() : null;
   byId("connection").dataset.state = problem === null ? state : "troubled";
   byId("connection").title = problem === null ? "" : `Since ${sinceText(problem.since)}`;
-  const text = problem?.text ?? CONNECTIONS[state];
+  const text = problem?.words ?? CONNECTIONS[state];
+  showOutage(problem);
   if (write(byId("connection-text"), text) && isConnected) announce(text);
   isConnected ||= state === "live";
+}
+
+// One banner for all runs: what is wrong, since when, the next attempt, and what to do.
+function showOutage(problem) {
+  if (problem === null) return show(byId("outage"), null);
+  const { text, since, until, advice } = problem;
+  const next = until === null ? "" : ` The next attempt is at ${clock(until)}.`;
+  show(byId("outage"), `${text} Since ${sinceText(since)}.${next} ${advice}`.trim());
 }
 
 // The viewer itself is gone; a short loss of the connection is none of anybody's business.
@@ -123,7 +134,11 @@ const on = {
       server: data.server,
       hasHistory: data.has_history,
     });
-    if (isRestarted) runs.clear();
+    if (isRestarted) {
+      runs.clear();
+      board.refusal = null;
+    }
+    if (known.length === 0) checkKey();
     for (const { id } of missing) runs.delete(id);
     const ordered = known.map((id) => [id, runs.get(id) ?? new Run(id)]);
     runs.clear();
@@ -154,12 +169,22 @@ const on = {
     view.onExecution?.(run, before);
     showTitle();
     const isNew = ["waiting", "running"].includes(before.state) && before.total > 0;
+    if (run.isEnded && before.state !== data.state) usualMayChange(run);
     if (run.isEnded && isNew) {
       announce(`${run.name}, execution ${run.id}: ${STATES[data.state][0]}.`);
       notifyOfEnd(run);
     }
   },
 };
+
+// Nothing is followed that would show that the key is refused: then it is tried, once.
+async function checkKey() {
+  const { instance } = board;
+  if (checked === instance) return;
+  checked = instance;
+  const { kind, reason } = await api.get("api/key").catch(() => ({ kind: null, reason: null }));
+  if (kind === "refused") board.refusal = { kind, text: reason, since: Date.now() / 1000, until: null };
+}
 
 // What another tab needs to know at first.
 function replay() {
@@ -229,6 +254,7 @@ addEventListener("hashchange", () => {
   else if (view !== null) showView();
 });
 listenToKeys(() => view);
+whenUsualIsKnown(() => view?.refresh?.());
 api.whenRefused(showRefusal);
 if (await api.findToken()) {
   showView();

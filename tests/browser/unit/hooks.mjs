@@ -10,7 +10,7 @@ export const UNKNOWN = entry(false);`;
 
 const hooks = `
 export async function resolve(specifier, context, next) {
-  if (specifier === "./statuses.js") {
+  if (specifier === "../statuses.js") {
     return { url: ${JSON.stringify(`data:text/javascript,${encodeURIComponent(STATUSES)}`)}, shortCircuit: true };
   }
   const found = await next(specifier, context);

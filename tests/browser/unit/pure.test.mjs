@@ -1,15 +1,17 @@
 // The page's modules that need no browser.
 
 import assert from "node:assert/strict";
+import { readdirSync, readFileSync } from "node:fs";
 import test from "node:test";
 
 import { page } from "./hooks.mjs";
 
-const { NotJson, readJson, writeJson, readContainer } = await page("json.js");
-const { diffLines, diffWords } = await page("diff.js");
-const { layOut } = await page("layout.js");
-const { ago, duration, tickLabel, ticks } = await page("times.js");
-const { criticalPath } = await page("critical.js");
+const { NotJson, readJson, writeJson, readContainer } = await page("library/json.js");
+const { diffLines, diffWords } = await page("library/diff.js");
+const { layOut } = await page("library/layout.js");
+const { ago, duration, tickLabel, ticks } = await page("library/times.js");
+const { sentenceOf, textOf } = await page("library/sentence.js");
+const { criticalPath } = await page("library/critical.js");
 
 const SIZES = { along: 10, across: 10, gapAlong: 5, gapAcross: 5 };
 const edgesOf = (pairs) => pairs.map(([source, target]) => ({ source, target }));
@@ -86,4 +88,88 @@ test("the critical path is what the execution waited for", () => {
   const dependencies = new Map([["end", ["unseen"]], ["unseen", ["quick"]]]);
   assert.deepEqual(criticalPath(nodes, dependencies, 4), ["quick", "end"]);
   assert.deepEqual(criticalPath(new Map(), null, 0), []);
+});
+
+const runOf = ({ state, nodes, time = 0, ended = null, problem = null, workflow = "w" }) => ({
+  id: "787",
+  data: { state, workflow, final: 1, total: 3, problem },
+  now: () => time,
+  latest: () => Math.max(...nodes.map((node) => Math.max(node.running ?? 0, node.final ?? 0))),
+  length: () => time,
+  endedAt: () => ended,
+  problem: () => problem,
+  running: () => nodes.filter((node) => node.status === "RUNNING"),
+  failed: () => nodes.filter((node) => node.status === "FAILED"),
+});
+const NOTHING = { duration: null, nodes: {}, successes: [] };
+
+test("the sentence of a running run says whether it is stuck", () => {
+  const nodes = [
+    { name: "plan", status: "SUCCESS", running: 0, final: 4 },
+    { name: "rank", status: "RUNNING", running: 0, final: null },
+  ];
+  const usual = { duration: 40, nodes: { rank: 8.4 }, successes: [] };
+  const slow = sentenceOf(runOf({ state: "running", nodes, time: 26 }), usual);
+  assert.equal(textOf(slow), "Running in rank for 26 s; usually 8.4 s. No change for 22 s.");
+  assert.equal(slow.isSlow, true);
+  const soon = sentenceOf(runOf({ state: "running", nodes, time: 9 }), usual);
+  assert.deepEqual([textOf(soon), soon.isSlow], ["Running in rank for 9.0 s; usually 8.4 s.", false]);
+  const whole = sentenceOf(runOf({ state: "running", nodes, time: 130 }), { ...usual, nodes: {} });
+  assert.match(textOf(whole), /^Running in rank for 2 min 10 s; the whole run usually takes 40 s\./);
+  assert.equal(whole.isSlow, true);
+  const two = [...nodes, { name: "grade", status: "RUNNING", running: 1, final: null }];
+  assert.equal(textOf(sentenceOf(runOf({ state: "running", nodes: two, time: 5 }), NOTHING)), "Running in rank and 1 other node for 5.0 s.");
+});
+
+test("the sentence of a run that ended says why, and what is next", () => {
+  const nodes = [{ name: "fetch", status: "FAILED", error_message: "HTTP 503\n  at x", running: 0, final: 1 }];
+  const now = Date.now() / 1000;
+  const failed = runOf({ state: "failed", nodes, ended: now - 185 });
+  assert.equal(textOf(sentenceOf(failed, NOTHING)), "Failed 3 minutes ago in fetch: HTTP 503 at x. Run again.");
+  const successes = [{ execution_id: "787", ended: now }, { execution_id: "786", ended: now - 7200 }];
+  const { pieces } = sentenceOf(failed, { ...NOTHING, successes });
+  assert.match(textOf({ pieces }), / The last success was 2 hours ago: Compare · Run again\.$/);
+  assert.equal(pieces.find((piece) => piece.kind === "compare").id, "786");
+  const unknown = runOf({ state: "failed", nodes: [], workflow: null });
+  assert.equal(textOf(sentenceOf(unknown, NOTHING)), "Failed: no output node succeeded.");
+  const fine = runOf({ state: "succeeded", nodes: [], time: 30, ended: now - 5 });
+  const slow = sentenceOf(fine, { ...NOTHING, duration: 8 });
+  assert.deepEqual([textOf(slow), slow.isSlow], ["Succeeded just now after 30 s; usually 8.0 s.", true]);
+});
+
+const folder = new URL("../../../promptlayer_exec/viewer/page/", import.meta.url);
+const textAt = (path, base = folder) => readFileSync(new URL(path, base), "utf8");
+
+test("the type checker knows the parts of the page", () => {
+  const inPage = [...textAt("index.html").matchAll(/data-part="([^"]+)"/g)].map(([, name]) => name);
+  const typed = [...textAt("../types/parts.d.ts", import.meta.url).matchAll(/"([^"]+)"/g)].map(([, name]) => name);
+  assert.deepEqual(typed, [...new Set(inPage)].sort());
+});
+
+test("views use parts, parts use the library, and nothing goes round", () => {
+  const layers = ["library", "parts", "views"];
+  const imports = new Map();
+  for (const [layer, name] of layers.entries()) {
+    for (const file of readdirSync(new URL(name, folder))) {
+      const path = `${name}/${file}`;
+      const found = [...textAt(path).matchAll(/from "(\.[^"]+)"/g)].map(([, to]) => new URL(to, new URL(path, folder)));
+      const targets = found.map((url) => url.pathname.slice(folder.pathname.length)).filter((to) => layers.includes(to.split("/")[0]));
+      for (const to of targets) {
+        assert.ok(layers.indexOf(to.split("/")[0]) <= layer, `${path} imports ${to}`);
+        assert.ok(name !== "views" || !to.startsWith("views/"), `${path} imports ${to}`);
+      }
+      imports.set(path, targets);
+    }
+  }
+  const visit = (path, above) => {
+    assert.ok(!above.includes(path), `a cycle: ${[...above, path].join(" → ")}`);
+    for (const to of imports.get(path)) visit(to, [...above, path]);
+  };
+  for (const path of imports.keys()) visit(path, []);
+});
+
+test("every module is requested before the others import it", () => {
+  const preloaded = [...textAt("index.html").matchAll(/"modulepreload" href="([^"]+)"/g)].map(([, path]) => path);
+  const all = ["library", "parts", "views"].flatMap((name) => readdirSync(new URL(name, folder)).map((file) => `${name}/${file}`));
+  assert.deepEqual(preloaded.sort(), all.sort());
 });

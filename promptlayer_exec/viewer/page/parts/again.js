@@ -1,9 +1,9 @@
 // @ts-check
 // Running again, which costs again: behind a question.
 
-import { call } from "./api.js";
-import { announce, confirmIn, notify } from "./dom.js";
-import { addressOf, go } from "./router.js";
+import { call } from "../library/api.js";
+import { announce, confirmIn, notify } from "../library/dom.js";
+import { addressOf, go } from "../library/router.js";
 
 const COST = "It costs what a run of this workflow costs, and cannot be cancelled.";
 const LOST = "The run may have started: look in PromptLayer before you start it again.";

@@ -1,7 +1,7 @@
 // @ts-check
 // Commands and code that follow an execution elsewhere. The key is never in them.
 
-import { clone, copyWith, part, write } from "./dom.js";
+import { clone, copyWith, part, write } from "../library/dom.js";
 
 const VENDOR = "https://api.promptlayer.com";
 

@@ -1,11 +1,11 @@
 // @ts-check
 // What is selected on the page of an execution: a node, or else its inputs and its output.
 
-import { call } from "./api.js";
+import { call } from "../library/api.js";
 import { Detail } from "./detail.js";
-import { copyWith, draw, make, part, write } from "./dom.js";
-import { readContainer } from "./json.js";
-import { statusOf, wordOf } from "./model.js";
+import { copyWith, draw, make, part, write } from "../library/dom.js";
+import { readContainer } from "../library/json.js";
+import { statusOf, wordOf } from "../library/model.js";
 import { Tree } from "./tree.js";
 
 export class Inspector {
@@ -20,6 +20,7 @@ export class Inspector {
     copyWith(this.at("copy-inputs"), this.at("inputs-copied"), () => this.inputs);
   }
 
+  /** @param {Part} name */
   at(name) {
     return part(this.root, name);
   }
@@ -71,6 +72,14 @@ export class Inspector {
     this.at("inputs-panel").hidden = false;
   }
 
+  // Of several outputs, the first is open; the others are an index of their names.
+  foldOf(node, outputs) {
+    const summary = make("summary", { class: "output-name" }, node.name);
+    const details = make("details", { open: node === outputs[0] }, summary);
+    this.at("outputs").append(details);
+    return details;
+  }
+
   // What the execution was for: the values of its output nodes.
   showOutputs() {
     const nodes = [...this.run.nodes.values()];
@@ -79,8 +88,7 @@ export class Inspector {
     if (this.at("output-panel").hidden) return;
     for (const node of outputs) {
       if (!this.outputs.has(node.name)) {
-        const place = this.at("outputs");
-        if (outputs.length > 1) place.append(make("h4", { class: "output-name" }, node.name));
+        const place = outputs.length > 1 ? this.foldOf(node, outputs) : this.at("outputs");
         this.outputs.set(node.name, new Detail(this.run, place, `the output ${node.name}`));
       }
       this.outputs.get(node.name).update(node);

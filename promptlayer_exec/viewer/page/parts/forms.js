@@ -1,8 +1,8 @@
 // @ts-check
 // Forms: errors at their fields, and a button that cannot be pressed twice.
 
-import { get } from "./api.js";
-import { byId, make, write } from "./dom.js";
+import { get } from "../library/api.js";
+import { byId, make, write } from "../library/dom.js";
 
 let isListed = false;
 

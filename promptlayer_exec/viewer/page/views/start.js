@@ -1,14 +1,14 @@
 // @ts-check
 // The form that starts a run: a field for each required input, and the rest as JSON.
 
-import { call, get } from "./api.js";
-import { confirmStart, startRun } from "./again.js";
-import { byId, make, oneLine, show, write } from "./dom.js";
-import { handle, listWorkflows, showErrors } from "./forms.js";
-import { NotJson, readJson, writeJson } from "./json.js";
-import { board, runs, STATES } from "./model.js";
-import { addressOf, go, replace } from "./router.js";
-import { clock } from "./times.js";
+import { call, get } from "../library/api.js";
+import { confirmStart, startRun } from "../parts/again.js";
+import { byId, make, oneLine, show, write } from "../library/dom.js";
+import { handle, listWorkflows, showErrors } from "../parts/forms.js";
+import { NotJson, readJson, writeJson } from "../library/json.js";
+import { board, runs, STATES } from "../library/model.js";
+import { addressOf, go, replace } from "../library/router.js";
+import { clock } from "../library/times.js";
 
 let definition = null;
 let isAgain = false;
@@ -185,6 +185,12 @@ function pretty(root) {
   return `{\n${lines.join(",\n")}\n}`;
 }
 
+const WANTED = {
+  integer: "Enter a whole number, such as 42.",
+  number: "Enter a number, such as 4.2.",
+  boolean: "Enter true or false.",
+};
+
 class Wrong extends Error {
   constructor(field, message) {
     super(message);
@@ -192,12 +198,13 @@ class Wrong extends Error {
   }
 }
 
-function jsonOf(text, field) {
+function jsonOf(text, field, type = "") {
   try {
     return readJson(text);
   } catch (error) {
     if (!(error instanceof NotJson)) throw error;
-    throw new Wrong(field, `This is not JSON: ${error.message}.`);
+    const wanted = WANTED[type.toLowerCase()];
+    throw new Wrong(field, wanted ?? `This is not JSON: ${error.message}.`);
   }
 }
 
@@ -211,7 +218,7 @@ function composed() {
     const field = `field:${name}`;
     if (text === "") missing.push([name, field, type]);
     else if (isString(type) && text !== '""') given.push([name, { kind: "string", value: text }]);
-    else given.push([name, jsonOf(text, field)]);
+    else given.push([name, jsonOf(text, field, type)]);
   }
   if (required().length === 0) return more; // the server says what is wrong with it
   const root = jsonOf(more, "inputs");

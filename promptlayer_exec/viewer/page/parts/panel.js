@@ -1,8 +1,8 @@
 // @ts-check
 // The graph of an execution's page; it asks which workflow a run is of that was added by its id.
 
-import { call, get } from "./api.js";
-import { part, write } from "./dom.js";
+import { call, get } from "../library/api.js";
+import { part, write } from "../library/dom.js";
 import { handle, listWorkflows, showErrors } from "./forms.js";
 import { Graph } from "./graph.js";
 
@@ -49,10 +49,13 @@ export class GraphPanel {
       dependencies.set(target, [...(dependencies.get(target) ?? []), source]);
     }
     this.run.dependencies = dependencies;
-    for (const name of ["graph", "graph-tools", "legend"]) part(this.root, name).hidden = false;
+    /** @type {Part[]} */
+    const drawn = ["graph", "graph-tools", "legend"];
+    for (const name of drawn) part(this.root, name).hidden = false;
     this.graph.draw(definition);
     this.graph.update(this.run);
     this.graph.select(this.selected ?? null);
+    this.graph.follow(this.run.action()?.name ?? null);
     const unknown = [...this.run.nodes.keys()].filter((name) => !(name in definition.nodes));
     const { name, version } = definition;
     const which = `${name}${version === null ? "" : `, version ${version}`}`;
@@ -79,7 +82,9 @@ export class GraphPanel {
   update(run, names = null) {
     this.run = run;
     this.load(run);
-    if (this.definition !== null) this.graph.update(run, names);
+    if (this.definition === null) return;
+    this.graph.update(run, names);
+    this.graph.follow(run.action()?.name ?? null);
   }
 
   select(name) {

@@ -2,10 +2,10 @@
 // The graph of a workflow as SVG: nodes in layers, live statuses, and the edges that were taken.
 // It is panned by scrolling or dragging, and zoomed by its buttons, Ctrl and the wheel, or + and -.
 
-import { draw, makeSvg, write } from "./dom.js";
-import { layOut } from "./layout.js";
-import { isFinal, spanOf, statusOf, wordOf } from "./model.js";
-import { duration } from "./times.js";
+import { draw, makeSvg, write } from "../library/dom.js";
+import { layOut } from "../library/layout.js";
+import { isFinal, spanOf, statusOf, wordOf } from "../library/model.js";
+import { duration } from "../library/times.js";
 
 const WIDTH = 176;
 const HEIGHT = 54;
@@ -25,12 +25,17 @@ export class Graph {
     this.edges = [];
     this.scale = 1;
     this.selected = null;
+    this.followed = null; // the node that is kept in sight, until somebody moves the graph
+    this.isMoved = false;
     this.listen();
   }
 
   listen() {
     const { container } = this;
     new ResizeObserver(() => this.onResize()).observe(container);
+    for (const kind of ["pointerdown", "wheel", "keydown"]) {
+      container.addEventListener(kind, () => (this.isMoved = true), { passive: true });
+    }
     container.addEventListener("keydown", (event) => this.onKey(event));
     container.addEventListener(
       "wheel",
@@ -92,6 +97,14 @@ export class Graph {
     this.width = this.container.clientWidth;
     this.resize(this.readable());
     this.container.scrollTo(0, 0);
+    if (this.followed !== null && this.nodes.has(this.followed)) this.reveal(this.followed);
+  }
+
+  // Keeps a node in sight: the one that runs, or that failed.
+  follow(name) {
+    if (name === this.followed || !this.nodes.has(name)) return;
+    this.followed = name;
+    if (!this.isMoved && this.selected === null) this.reveal(name);
   }
 
   // A window that is turned or widened gets the graph that fits it, unless somebody has zoomed.
@@ -277,10 +290,10 @@ export class Graph {
     const [x, y] = this.flip(this.layout.positions.get(name)).map((one) => (one + MARGIN) * this.scale);
     const [width, height] = [container.clientWidth, container.clientHeight];
     const isSeen =
-      x > container.scrollLeft + 60 &&
-      x < container.scrollLeft + width - 60 &&
-      y > container.scrollTop + 20 &&
-      y < container.scrollTop + height - 20;
+      x > container.scrollLeft + (WIDTH / 2) * this.scale &&
+      x < container.scrollLeft + width - (WIDTH / 2) * this.scale &&
+      y > container.scrollTop + (HEIGHT / 2) * this.scale &&
+      y < container.scrollTop + height - (HEIGHT / 2) * this.scale;
     if (!isSeen) container.scrollTo(x - width / 2, y - height / 2);
   }
 

@@ -4,7 +4,7 @@
 /** @type {(id: string) => any} - an element of any kind, as the page has it */
 export const byId = (id) => document.getElementById(id);
 
-/** @type {(root: ParentNode, name: string) => any} */
+/** @type {(root: ParentNode, name: Part) => any} - a misspelt name is an error of the type checker */
 export const part = (root, name) => root.querySelector(`[data-part="${name}"]`);
 
 /** @type {(selector: string, root?: ParentNode) => any} */

@@ -1,8 +1,8 @@
 // @ts-check
 // The durations of a workflow's latest runs as a small plot.
 
-import { make, makeSvg } from "./dom.js";
-import { duration } from "./times.js";
+import { make, makeSvg } from "../library/dom.js";
+import { duration } from "../library/times.js";
 
 const WIDTH = 180;
 const HEIGHT = 40;

@@ -1,7 +1,7 @@
 // @ts-check
 // Keys with one letter, which go through the lines of a view; they can be turned off.
 
-import { byId, find } from "./dom.js";
+import { byId, find } from "../library/dom.js";
 
 const WANTED = "keys";
 const FIELDS = "input:not([type=checkbox], [type=radio]), textarea, select";
@@ -16,7 +16,10 @@ export function listenToKeys(view) {
     const { target } = event;
     if ((target instanceof Element && target.matches(FIELDS)) || find("dialog[open]") !== null) return;
     const keys = view()?.keys;
-    if (event.key === "/") {
+    if (event.key === "?") {
+      event.preventDefault();
+      showKeys();
+    } else if (event.key === "/") {
       const search = view()?.element.querySelector("input[type=search]:not([data-part=find])");
       if (!search) return;
       event.preventDefault();
@@ -41,10 +44,12 @@ function move({ items, isWanted, onMove }, key) {
   onMove?.(next);
 }
 
-byId("keys").addEventListener("click", () => {
+function showKeys() {
   byId("keys-on").checked = isOn();
   byId("keys-dialog").showModal();
-});
+}
+
+byId("keys").addEventListener("click", showKeys);
 byId("keys-on").addEventListener("change", () => {
   localStorage.setItem(WANTED, byId("keys-on").checked ? "1" : "0");
 });

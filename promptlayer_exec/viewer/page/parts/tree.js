@@ -1,9 +1,9 @@
 // @ts-check
 // A JSON value as a tree that can be folded and searched. Branches are made when they are opened.
 
-import { make, write } from "./dom.js";
-import { readContainer } from "./json.js";
-import { linked } from "./rich.js";
+import { make, write } from "../library/dom.js";
+import { readContainer } from "../library/json.js";
+import { linked } from "./links.js";
 
 const CHUNK = 100; // children that are made at once
 const LONG = 400; // characters of a string that are shown at first

@@ -1,12 +1,12 @@
 // @ts-check
 // The view of two executions of one workflow side by side: `#/compare/787/788`.
 
-import { call, get } from "./api.js";
-import { byId, draw, findAll, make, makeSvg, part, show, write } from "./dom.js";
-import { diffLines, diffWords } from "./diff.js";
-import { board, runs, spanOf, STATES, statusOf, wordOf } from "./model.js";
-import { addressOf, go, replace } from "./router.js";
-import { clock, duration } from "./times.js";
+import { call, get } from "../library/api.js";
+import { byId, draw, findAll, make, makeSvg, show, write } from "../library/dom.js";
+import { diffLines, diffWords } from "../library/diff.js";
+import { board, runs, spanOf, STATES, statusOf, wordOf } from "../library/model.js";
+import { addressOf, go, replace } from "../library/router.js";
+import { clock, duration } from "../library/times.js";
 
 const LARGE = 1_000_000;
 const FEW = 8; // equal lines that are shown around differences
@@ -17,6 +17,7 @@ let asked = "";
 let opened = new Set();
 let changed = new Set();
 let pending = null;
+let isUnfolded = false; // the nodes that are equal
 
 export const compareView = {
   element: byId("view-compare"),
@@ -24,7 +25,7 @@ export const compareView = {
   show([, left = "", right = ""], params) {
     if (ids[0] !== left || ids[1] !== right) opened = new Set(params.getAll("open"));
     ids = [left, right];
-    byId("only-changed").checked = params.get("only") === "changes";
+    isUnfolded = params.get("equal") === "1";
     byId("durations").checked = params.get("durations") === "1";
     byId("compare").replaceChildren();
     asked = "";
@@ -55,7 +56,7 @@ export const compareView = {
   title: () => `Compare ${ids.join(" and ")} · Executions`,
 
   keys: {
-    items: () => findAll("#compare .pair > details > summary"),
+    items: () => findAll("#compare .pair > details > summary").filter((item) => item.checkVisibility()),
     isWanted: (item) => item.closest(".differs") !== null,
   },
 };
@@ -83,9 +84,10 @@ function render(left, right) {
   });
   const rows = names.map((name) => compareNodes(name, left, right));
   const differing = rows.filter((row) => row.marks.length > 0);
-  const isOnly = byId("only-changed").checked;
+  const equal = rows.filter((row) => row.marks.length === 0);
   const list = make("ol", { class: "nodes", "aria-label": "Nodes of both executions" });
-  list.append(...(isOnly ? differing : rows).map((row) => rowOf(row, left, right)));
+  list.append(...differing.map((row) => rowOf(row, left, right)));
+  if (equal.length > 0) list.append(foldOfEqual(equal, left, right));
   const focused = findAll(".pair").find((one) => one.contains(document.activeElement))?.dataset.name;
   const hasInputs = left.data.has_inputs || right.data.has_inputs;
   if (hasInputs) list.prepend(inputsRow(left, right));
@@ -130,6 +132,19 @@ function compareNodes(name, left, right) {
     if (isTimed && differInTime(lengthOf(one, left), lengthOf(other, right))) marks.push("duration");
   }
   return { name, one, other, marks };
+}
+
+// One line for all nodes that do not differ.
+function foldOfEqual(rows, left, right) {
+  const text = rows.length === 1 ? "1 node is equal" : `${rows.length} nodes are equal`;
+  const list = make("ol", { class: "nodes", "aria-label": "Nodes that are equal" });
+  list.append(...rows.map((row) => rowOf(row, left, right)));
+  const details = make("details", { open: isUnfolded }, make("summary", {}, text), list);
+  details.addEventListener("toggle", () => {
+    isUnfolded = details.open;
+    remember();
+  });
+  return make("li", { class: "node equal" }, details);
 }
 
 function lengthOf(node, run) {
@@ -285,62 +300,13 @@ function boxOf(label, lines) {
 function remember() {
   const params = new URLSearchParams();
   for (const name of opened) params.append("open", name);
-  if (byId("only-changed").checked) params.set("only", "changes");
+  if (isUnfolded) params.set("equal", "1");
   if (byId("durations").checked) params.set("durations", "1");
   if (ids.length === 2) replace(["compare", ...ids], params);
 }
 
-for (const id of ["only-changed", "durations"]) {
-  byId(id).addEventListener("change", () => {
-    remember();
-    schedule();
-  });
-}
+byId("durations").addEventListener("change", () => {
+  remember();
+  schedule();
+});
 byId("swap").addEventListener("click", () => go(addressOf(["compare", ...[...ids].reverse()])));
-
-// The form on an execution's page that chooses the other one.
-export function offerComparison(root, current) {
-  const form = part(root, "compare-form");
-  const button = part(root, "compare");
-  button.addEventListener("click", async () => {
-    form.hidden = !form.hidden;
-    button.setAttribute("aria-expanded", String(!form.hidden));
-    if (form.hidden) return;
-    const others = await othersOf(current());
-    part(root, "others").replaceChildren(
-      make("option", { value: "" }, others.length > 0 ? "Choose one" : "No other run is known here"),
-      ...others.map(({ id, text }) => make("option", { value: id }, text)),
-    );
-    part(root, "others").focus();
-  });
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    const other = part(root, "other-id").value.trim() || part(root, "others").value;
-    const { id } = current();
-    const isId = /^[0-9]{1,19}$/.test(other) && other !== id;
-    write(part(root, "compare-error"), isId ? "" : "Choose another execution, or enter its id.");
-    if (!isId) return;
-    const pair = [id, other].sort((a, b) => (BigInt(a) < BigInt(b) ? -1 : 1));
-    go(addressOf(["compare", ...pair]));
-  });
-}
-
-// Other runs of the same workflow, live or remembered.
-async function othersOf(run) {
-  const found = new Map();
-  const { workflow } = run.data;
-  for (const one of runs.values()) {
-    if (one.id !== run.id && one.data.workflow === workflow) {
-      found.set(one.id, `${one.id}, ${STATES[one.data.state][0].toLowerCase()}`);
-    }
-  }
-  if (board.hasHistory && workflow !== null) {
-    const query = new URLSearchParams({ workflow });
-    const { entries } = await get(`api/history?${query}`).catch(() => ({ entries: [] }));
-    for (const { execution_id, began, outcome } of entries) {
-      if (execution_id === null || execution_id === run.id) continue;
-      found.set(execution_id, `${execution_id}, ${STATES[outcome][0].toLowerCase()}, ${clock(began)}`);
-    }
-  }
-  return [...found].map(([id, text]) => ({ id, text }));
-}

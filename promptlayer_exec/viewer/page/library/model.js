@@ -1,7 +1,7 @@
 // @ts-check
 // What the page knows of each execution, whichever view shows it.
 
-import { STATUSES, UNKNOWN } from "./statuses.js"; // made by the server
+import { STATUSES, UNKNOWN } from "../statuses.js"; // made by the server
 
 export const STATES = {
   waiting: ["Waiting for the first answer", "queued"],
@@ -36,6 +36,7 @@ export const board = {
   note: "",
   server: "",
   hasHistory: false,
+  refusal: null, // the problem of a key that is refused before anything is followed
   returning: new Set(), // ids that a restarted viewer is asked to follow again
 };
 export const connection = { state: "connecting", lostAt: 0 }; // lostAt: when the times stopped
@@ -81,7 +82,30 @@ export class Run {
   }
 
   firstFailed() {
-    return [...this.nodes.values()].find((node) => node.status === "FAILED") ?? null;
+    return this.failed()[0] ?? null;
+  }
+
+  failed() {
+    return [...this.nodes.values()].filter((node) => node.status === "FAILED");
+  }
+
+  // The nodes that run, the one that began first before the others.
+  running() {
+    const found = [...this.nodes.values()].filter((node) => node.status === "RUNNING");
+    return found.sort((one, other) => (one.running ?? 0) - (other.running ?? 0));
+  }
+
+  // The node that people come for: it runs, or else it failed. Null if there is none.
+  action() {
+    return (this.isEnded ? null : this.running()[0]) ?? this.firstFailed() ?? this.running()[0] ?? null;
+  }
+
+  // The moment at which it ended, or was given up; null if nobody saw that.
+  endedAt() {
+    const { state, since, elapsed, problem } = this.data;
+    if (state === "lost") return problem?.since ?? null;
+    const isOver = state === "succeeded" || state === "failed";
+    return isOver && since !== null && elapsed !== null ? since + elapsed : null;
   }
 
   // The state in words; what failed on the way to a success is part of that.
@@ -147,27 +171,41 @@ export class Run {
   }
 }
 
+const GOES_ON = "Runs continue on PromptLayer; the page shows what was last seen.";
+// By kind of problem: a few words, and what to do.
 const SERVER = {
-  unreachable: "PromptLayer cannot be reached",
-  slow: "PromptLayer does not answer",
-  stale: "PromptLayer does not answer",
-  failing: "PromptLayer has errors",
-  waiting: "PromptLayer asks to wait",
-  refused: "PromptLayer refuses the key",
+  unreachable: ["PromptLayer cannot be reached", `Check the network of the machine that runs the viewer. ${GOES_ON}`],
+  slow: ["PromptLayer does not answer", GOES_ON],
+  stale: ["PromptLayer does not answer", GOES_ON],
+  failing: ["PromptLayer has errors", `There is nothing to do but wait. ${GOES_ON}`],
+  waiting: ["PromptLayer asks to wait", `Start fewer runs in parallel if this happens often. ${GOES_ON}`],
+  refused: ["PromptLayer refuses the key", ""], // the text says what to do
 };
 
-// What is wrong with PromptLayer as a whole: { text, since }, or null.
-export function serverProblem() {
-  let found = null;
+// Whether a problem is none of a single run.
+export const isServerWide = ({ kind }) => kind in SERVER;
+
+// What is wrong with PromptLayer as a whole: { kind, text, since, until }, or null.
+function findServerProblem() {
+  const problems = board.refusal === null ? [] : [board.refusal];
   for (const run of runs.values()) {
     const problem = ["running", "waiting", "lost"].includes(run.data.state) ? run.problem() : null;
-    if (problem === null || !(problem.kind in SERVER)) continue;
+    if (problem === null || !isServerWide(problem)) continue;
     if (run.data.state === "lost" && problem.kind !== "refused") continue;
-    if (found === null || problem.since < found.since) {
-      found = { text: SERVER[problem.kind], since: problem.since };
-    }
+    problems.push(problem);
   }
-  return found;
+  const [first] = problems.sort((one, other) => one.since - other.since);
+  if (first === undefined) return null;
+  const attempts = problems.map(({ until }) => until).filter((until) => until > Date.now() / 1000);
+  return { ...first, until: attempts.length === 0 ? null : Math.min(...attempts) };
+}
+
+// The same with a few words, and what to do.
+export function serverProblem() {
+  const problem = findServerProblem();
+  if (problem === null) return null;
+  const [words, advice] = SERVER[problem.kind];
+  return { ...problem, words, advice };
 }
 
 export function runOf(id) {

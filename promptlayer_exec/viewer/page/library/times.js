@@ -1,7 +1,9 @@
 // @ts-check
 // Durations and moments as text.
 
-export function duration(seconds) {
+// In a sentence, tenths from ten seconds on are noise.
+export function duration(seconds, isRough = false) {
+  if (isRough && seconds >= 9.95 && seconds < 59.5) return `${Math.round(seconds)} s`;
   if (seconds < 59.95) return `${seconds.toFixed(1)} s`;
   const whole = Math.round(seconds);
   const minutes = Math.floor(whole / 60);

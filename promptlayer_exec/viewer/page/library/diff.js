@@ -1,8 +1,8 @@
 // @ts-check
 // The lines, and in them the words, in which two texts differ.
 
-import Diff from "./vendor/diff/base.js";
-import { diffWordsWithSpace } from "./vendor/diff/word.js";
+import Diff from "../vendor/diff/base.js";
+import { diffWordsWithSpace } from "../vendor/diff/word.js";
 
 const PATIENCE = 150; // milliseconds; after that, a text is taken to differ as a whole
 const LONG = 5000; // characters of a line whose words are not compared

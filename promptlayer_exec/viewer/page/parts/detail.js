@@ -1,13 +1,14 @@
 // @ts-check
 // What an opened node shows: its times, its errors, and its whole value.
 
-import { call } from "./api.js";
-import { clone, copyWith, make, part, show, write } from "./dom.js";
-import { readContainer } from "./json.js";
-import { isFinal } from "./model.js";
-import { chatOf, linked, markdownOf } from "./rich.js";
+import { call } from "../library/api.js";
+import { clone, copyWith, make, part, show, write } from "../library/dom.js";
+import { readContainer } from "../library/json.js";
+import { isFinal } from "../library/model.js";
+import { linked } from "./links.js";
+import { chatOf, markdownOf } from "./rich.js";
 import { Text } from "./text.js";
-import { clock, duration, fully } from "./times.js";
+import { clock, duration, fully } from "../library/times.js";
 import { Tree } from "./tree.js";
 
 const LARGE = 1_000_000; // characters that are fetched only on demand, and are shown as text alone
@@ -25,6 +26,7 @@ export class Detail {
     this.tree = null;
     this.isRaw = false;
     this.raw = new Text(this.root);
+    /** @type {(name: Part) => any} */
     const at = (name) => part(this.root, name);
     copyWith(at("copy"), at("copied"), () => this.whole(), () => at("value"));
     copyWith(at("copy-error"), at("error-copied"), () => this.node.error_message);
@@ -46,8 +48,7 @@ export class Detail {
     if (this.node === null) this.label(this.title ?? node.name);
     this.node = node;
     this.showTimes();
-    part(root, "error").replaceChildren(...linked(node.error_message ?? ""));
-    show(part(root, "trace"), node.raw_error_message);
+    this.showError();
     part(root, "failure").hidden = node.error_message === null && node.raw_error_message === null;
     part(root, "copy-error").hidden = node.error_message === null;
     part(root, "copy-trace").hidden = node.raw_error_message === null;
@@ -58,16 +59,30 @@ export class Detail {
     if (this.text === null && node.length <= LARGE) this.load(false);
   }
 
+  // A traceback opens at its last line; if that has the message, the message stands there alone.
+  showError() {
+    const { error_message: message, raw_error_message: details } = this.node;
+    const trace = part(this.root, "trace");
+    const isNew = trace.textContent !== (details ?? "");
+    part(this.root, "error").replaceChildren(...linked(message ?? ""));
+    part(this.root, "error").hidden = details !== null && details.trimEnd().endsWith(message ?? "");
+    show(trace, details);
+    if (isNew && details !== null) {
+      requestAnimationFrame(() => trace.scrollTo({ top: trace.scrollHeight, behavior: "instant" }));
+    }
+  }
+
   label(name) {
-    const labels = {
-      copy: `Copy the value of ${name}`,
-      "copy-error": `Copy the error of ${name}`,
-      "copy-trace": `Copy the traceback of ${name}`,
-      value: `Value of ${name}`,
-      trace: `Error details of ${name}`,
-      find: `Search the value of ${name}`,
-    };
-    for (const [which, label] of Object.entries(labels)) {
+    /** @type {[Part, string][]} */
+    const labels = [
+      ["copy", `Copy the value of ${name}`],
+      ["copy-error", `Copy the error of ${name}`],
+      ["copy-trace", `Copy the traceback of ${name}`],
+      ["value", `Value of ${name}`],
+      ["trace", `Error details of ${name}`],
+      ["find", `Search the value of ${name}`],
+    ];
+    for (const [which, label] of labels) {
       part(this.root, which).setAttribute("aria-label", label);
     }
   }

@@ -1,13 +1,15 @@
 // @ts-check
 // The view of all executions that are followed: a line each, the failed ones first.
 
-import { call } from "./api.js";
-import { announce, byId, clone, find, findAll, notify, part, placeAt, write } from "./dom.js";
-import { handle, showErrors } from "./forms.js";
-import { board, groupOf, runs } from "./model.js";
-import { showSegments, showState, showTime } from "./progress.js";
-import { addressOf, replace } from "./router.js";
-import { matches, Rows } from "./rows.js";
+import { call, get } from "../library/api.js";
+import { announce, byId, clone, find, findAll, make, oneLine, part, placeAt, write } from "../library/dom.js";
+import { followAgain, remove } from "../parts/actions.js";
+import { handle, showErrors } from "../parts/forms.js";
+import { board, groupOf, runs, STATES } from "../library/model.js";
+import { showSegments, showSentence, showState, showTime } from "../parts/progress.js";
+import { addressOf, replace } from "../library/router.js";
+import { matches, Rows } from "../parts/rows.js";
+import { ago, fully, machine } from "../library/times.js";
 
 const FEW = 5; // succeeded runs that are shown before the others are asked for
 
@@ -17,6 +19,7 @@ const groups = findAll(".group");
 let isShown = false;
 let frame = 0;
 let isUnfolded = false;
+let isRecentKnown = false;
 
 export const boardView = {
   element: byId("view-board"),
@@ -38,6 +41,7 @@ export const boardView = {
 
   hide() {
     isShown = false;
+    isRecentKnown = false;
   },
 
   onBoard() {
@@ -64,6 +68,11 @@ export const boardView = {
     for (const line of lines.values()) {
       if (["running", "waiting"].includes(line.run.data.state)) tick(line);
     }
+  },
+
+  refresh() {
+    for (const line of lines.values()) tick(line);
+    for (const group of groups) showLatest(group);
   },
 
   title: () => "Executions",
@@ -129,11 +138,27 @@ function showLine(line) {
 
 function tick(line) {
   const { root, run, rows } = line;
-  const failed = run.firstFailed();
-  const error = failed === null ? null : `${failed.name}: ${failed.error_message}`;
-  const problem = showTime(root, run) ?? error ?? run.data.warning ?? "";
-  if (write(part(root, "problem"), problem)) part(root, "problem").title = problem;
+  const problem = showTime(root, run) ?? run.data.warning ?? "";
+  write(part(root, "problem"), run.data.state === "lost" ? "" : problem);
+  showSentence(root, run);
+  showWhen(part(root, "when"), run.endedAt());
   if (rows !== null && !part(root, "body").hidden) rows.tick(run.now());
+}
+
+function showWhen(time, moment) {
+  write(time, moment === null ? "" : ago(moment));
+  if (moment === null) return;
+  time.dateTime = machine(moment);
+  time.title = fully(moment);
+}
+
+// When the latest run of a group ended.
+function showLatest(group) {
+  const moments = listed()
+    .filter((run) => groupOf(run.data.state) === group.dataset.group)
+    .map((run) => run.endedAt() ?? 0);
+  const latest = Math.max(0, ...moments);
+  write(part(group, "latest"), latest === 0 ? "" : `latest ${ago(latest)}`);
 }
 
 function drop(id) {
@@ -145,30 +170,6 @@ function drop(id) {
   const hadFocus = root.contains(document.activeElement);
   root.remove();
   if (hadFocus) (next ? part(next, "title") : byId("execution-id")).focus();
-}
-
-export async function remove(id) {
-  try {
-    await call("DELETE", `api/executions/${id}`);
-    announce(`Execution ${id} was removed from this page; it continues at PromptLayer.`);
-    return true;
-  } catch (error) {
-    notify(error.message);
-    return false;
-  }
-}
-
-export async function followAgain(id, button) {
-  button.disabled = true;
-  try {
-    await call("POST", "api/executions", { execution_id: id });
-    return true;
-  } catch (error) {
-    notify(error.message);
-    return false;
-  } finally {
-    button.disabled = false;
-  }
 }
 
 // The order: groups, the newest first in each. While somebody points at a line, or has the focus
@@ -207,6 +208,23 @@ function arrange() {
   const nothing = lines.size === 0 ? none : "No execution matches the filter.";
   const shown = groups.some((group) => !group.hidden);
   write(byId("empty"), shown || !board.isKnown ? "" : nothing);
+  byId("first").hidden = lines.size > 0 || !board.isKnown;
+  if (!byId("first").hidden) showRecent();
+}
+
+// On an empty board, the last executions of the history lead on.
+async function showRecent() {
+  if (!board.hasHistory || isRecentKnown) return;
+  isRecentKnown = true;
+  const { entries } = await get("api/history").catch(() => ({ entries: [] }));
+  const recent = entries.filter((entry) => entry.execution_id !== null).slice(0, 5);
+  const items = recent.map(({ execution_id: id, workflow, outcome, began, problem }) => {
+    const link = make("a", { href: addressOf(["executions", id]) }, workflow ?? `Execution ${id}`);
+    const time = make("time", { class: "muted", datetime: machine(began), title: fully(began) }, ago(began));
+    return make("li", {}, link, STATES[outcome][0], time, make("span", { class: "muted" }, oneLine(problem ?? "")));
+  });
+  find(".recent").replaceChildren(...items);
+  byId("recent").hidden = items.length === 0;
 }
 
 function placeGroup(group, found, state) {
@@ -226,6 +244,7 @@ function placeGroup(group, found, state) {
     line.root.hidden = !isShownHere;
   }
   group.hidden = shown.size === 0;
+  showLatest(group);
   if (name !== "succeeded") return;
   const rest = isUnfolded ? shown.size - FEW : shown.size - few;
   byId("unfold").hidden = rest <= 0 || state !== "all" || byId("filter").value !== "";

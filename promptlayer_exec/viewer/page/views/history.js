@@ -1,12 +1,12 @@
 // @ts-check
 // The view of what is remembered: every execution that was seen or started here.
 
-import { call, get } from "./api.js";
-import { announce, byId, clone, confirmIn, draw, find, findAll, make, oneLine, part, show, write } from "./dom.js";
-import { groupOf, runs, STATES } from "./model.js";
-import { trendOf } from "./plot.js";
-import { addressOf, go, replace } from "./router.js";
-import { ago, clock, duration, fully, machine } from "./times.js";
+import { call, get } from "../library/api.js";
+import { announce, byId, clone, confirmIn, draw, find, findAll, make, oneLine, part, show, write } from "../library/dom.js";
+import { groupOf, runs, STATES } from "../library/model.js";
+import { trendOf } from "../parts/plot.js";
+import { addressOf, go, replace } from "../library/router.js";
+import { ago, clock, duration, fully, machine } from "../library/times.js";
 
 const PAUSE = 150; // milliseconds without typing until it searches
 const FIRST_PAGE = 100;
@@ -120,6 +120,7 @@ function showCounts(counts) {
 
 function rowOf(entry) {
   const root = clone("entry-template").firstElementChild;
+  /** @type {(name: Part) => any} */
   const at = (name) => part(root, name);
   const id = entry.execution_id;
   root.dataset.key = entry.key;
@@ -140,9 +141,9 @@ function rowOf(entry) {
   write(at("duration"), lengthOf(entry));
   showState(root, entry);
   const label = id === null ? `${name}, unknown start` : `${name}, execution ${id}`;
-  for (const [which, verb] of [["rerun", "Run again"], ["forget", "Delete"]]) {
-    at(which).setAttribute("aria-label", `${verb}: ${label}`);
-  }
+  at("rerun").setAttribute("aria-label", `Run again: ${label}`);
+  at("forget").setAttribute("aria-label", `Delete: ${label}`);
+  at("menu").setAttribute("aria-label", `More: ${label}`);
   at("rerun").hidden = entry.workflow === null;
   at("rerun").addEventListener("click", () => go(addressOf(["start"], startOf(entry))));
   at("forget").addEventListener("click", () => forget(entry, root));
@@ -191,7 +192,7 @@ async function forget(entry, root) {
   root.remove();
   picked.delete(entry.execution_id);
   entries = entries.filter((one) => one !== entry);
-  (next ? part(next, "forget") : byId("history-title")).focus();
+  (next ? part(next, "menu") : byId("history-title")).focus();
   announce("Deleted from the history. The execution itself stays at PromptLayer.");
   const found = await get(`api/history?${filters()}`);
   matching = found.matching;
@@ -259,8 +260,9 @@ async function loadTrends() {
     ...options.map((name) => make("option", { value: name }, name)),
   );
   byId("history-workflow").value = chosen;
-  byId("trends").hidden = trends.length === 0;
-  byId("trend-list").replaceChildren(...trends.map((trend) => make("li", {}, trendOf(trend))));
+  const plotted = trends.filter(({ runs: known }) => known.length >= 3);
+  byId("trends").hidden = plotted.length === 0;
+  byId("trend-list").replaceChildren(...plotted.map((trend) => make("li", {}, trendOf(trend))));
 }
 
 function chooseWorkflow(name) {

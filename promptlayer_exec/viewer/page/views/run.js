@@ -1,21 +1,22 @@
 // @ts-check
 // The view of one execution, at an address of its own: `#/executions/787?node=Plan`.
 
-import { call } from "./api.js";
-import { followAgain, remove } from "./board.js";
-import { byId, clone, findAll, make, notify, part, show, write } from "./dom.js";
-import { criticalPath } from "./critical.js";
-import { Inspector } from "./inspector.js";
-import { board, runs } from "./model.js";
-import { GraphPanel } from "./panel.js";
-import { showSegments, showState, showTime } from "./progress.js";
-import { addressOf, go, replace } from "./router.js";
-import { matches, Rows } from "./rows.js";
-import { showSnippets } from "./snippets.js";
-import { STATUSES, UNKNOWN } from "./statuses.js";
-import { runAgain } from "./again.js";
-import { offerComparison } from "./compare.js";
-import { ago, clock, duration, fully, machine } from "./times.js";
+import { call } from "../library/api.js";
+import { followAgain, remove } from "../parts/actions.js";
+import { byId, clone, findAll, make, notify, part, show, write } from "../library/dom.js";
+import { criticalPath } from "../library/critical.js";
+import { Inspector } from "../parts/inspector.js";
+import { board, runs } from "../library/model.js";
+import { GraphPanel } from "../parts/panel.js";
+import { showSegments, showSentence, showState, showTime } from "../parts/progress.js";
+import { addressOf, go, replace } from "../library/router.js";
+import { matches, Rows } from "../parts/rows.js";
+import { showSnippets } from "../parts/snippets.js";
+import { STATUSES, UNKNOWN } from "../statuses.js";
+import { runAgain } from "../parts/again.js";
+import { offerComparison } from "../parts/comparison.js";
+import { ago, clock, duration, fully, machine } from "../library/times.js";
+import { usualOf } from "../library/usual.js";
 
 const MARKS = {
   succeeded: STATUSES.get("SUCCESS").mark,
@@ -68,6 +69,10 @@ export const runView = {
     if (["running", "waiting"].includes(page?.run?.data.state)) page.tick();
   },
 
+  refresh() {
+    if (page?.run) page.update();
+  },
+
   title() {
     if (page === null || page.run === null) return "Executions";
     const { name, data } = page.run;
@@ -110,6 +115,7 @@ class RunPage {
   }
 
   listen() {
+    /** @type {(name: Part) => any} */
     const at = (name) => part(this.root, name);
     at("remove").addEventListener("click", async () => (await remove(this.id)) && go("#/"));
     at("again").addEventListener("click", () =>
@@ -120,10 +126,11 @@ class RunPage {
     at("filter").addEventListener("input", () => this.filter());
     at("sort").addEventListener("change", () => this.sort());
     at("download").addEventListener("click", () => this.download());
-    at("first-error").addEventListener("click", (event) => {
-      if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+    at("sentence").addEventListener("click", (event) => {
+      const link = event.target.closest("[data-piece=node]");
+      if (link === null || event.ctrlKey || event.metaKey || event.shiftKey) return;
       event.preventDefault();
-      this.choose(this.run.firstFailed().name, event.detail === 0);
+      this.choose(link.textContent, event.detail === 0);
     });
     this.root.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && this.selected !== null && !event.target.matches("input")) this.close();
@@ -133,7 +140,9 @@ class RunPage {
   // An execution that is not followed: it is asked for, and then it is.
   showMissing() {
     write(part(this.root, "title"), `Execution ${this.id}`);
-    for (const name of ["rerun", "compare", "remove", "progress", "graph-panel"]) part(this.root, name).hidden = true;
+    /** @type {Part[]} */
+    const absent = ["rerun", "compare", "remove", "progress", "graph-panel"];
+    for (const name of absent) part(this.root, name).hidden = true;
     this.root.querySelector(".split").hidden = true;
     if (board.isKnown) this.load();
   }
@@ -222,12 +231,20 @@ class RunPage {
   }
 
   tick() {
-    show(part(this.root, "problem"), showTime(this.root, this.run));
+    const { root, run } = this;
+    // Nobody saw when the nodes ran: values take the place of empty tracks.
+    const isTimed = [...run.nodes.values()].some((node) => node.running !== null || node.final !== null);
+    root.classList.toggle("timeless", run.isEnded && !isTimed);
+    const problem = showTime(root, run);
+    show(part(root, "problem"), run.data.state === "lost" ? null : problem);
+    showSentence(root, run);
+    const { duration: usual } = usualOf(run);
+    write(part(root, "usual"), usual === null ? "" : `usually ${duration(usual)}`);
     this.rows.tick(this.run.now());
     this.graph.tick(this.run);
   }
 
-  // How many nodes did what, and the first error, which leads to its node.
+  // How many nodes did what.
   showHeadline() {
     const { run } = this;
     const counts = run.counts();
@@ -237,9 +254,6 @@ class RunPage {
       if (counts[status] > 0) words.push(`${counts[status]} ${status}`);
     }
     write(part(this.root, "count"), total === 0 ? "" : `${words.join(", ")}.`);
-    const failed = run.firstFailed();
-    show(part(this.root, "first-error"), failed === null ? null : `${failed.name}: ${failed.error_message}`);
-    if (failed !== null) part(this.root, "first-error").href = addressOf(["executions", this.id], { node: failed.name });
   }
 
   showFacts() {
@@ -346,7 +360,9 @@ class RunPage {
   write() {
     const params = new URLSearchParams();
     if (this.selected !== null) params.set("node", this.selected);
-    for (const name of ["filter", "sort"]) {
+    /** @type {Part[]} */
+    const remembered = ["filter", "sort"];
+    for (const name of remembered) {
       const { value } = part(this.root, name);
       if (value !== "") params.set(name, value);
     }

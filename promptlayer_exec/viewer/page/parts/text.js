@@ -1,8 +1,8 @@
 // @ts-check
 // A text of any length: a window of it is drawn at a time, and searches go through all of it.
 
-import { make, part, write } from "./dom.js";
-import { linked } from "./rich.js";
+import { make, part, write } from "../library/dom.js";
+import { linked } from "./links.js";
 
 const WINDOW = 100_000; // characters that are drawn at once
 const MOST = 1000; // results of a search

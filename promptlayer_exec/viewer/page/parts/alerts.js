@@ -1,10 +1,10 @@
 // @ts-check
 // What shows the state of the tab: its icon, and a notification when a run ends, if allowed.
 
-import { byId } from "./dom.js";
-import { groupOf, STATES } from "./model.js";
-import { addressOf, go } from "./router.js";
-import { duration } from "./times.js";
+import { byId } from "../library/dom.js";
+import { groupOf, STATES } from "../library/model.js";
+import { addressOf, go } from "../library/router.js";
+import { tellingOf } from "../library/sentence.js";
 
 const WANTED = "notify";
 
@@ -22,9 +22,8 @@ export function notifyOfEnd(run) {
   if (!("Notification" in window) || !isAllowed() || localStorage.getItem(WANTED) !== "1") return;
   if (document.visibilityState === "visible" && document.hasFocus()) return;
   const [state] = STATES[run.data.state];
-  const length = run.length();
   const options = {
-    body: `Execution ${run.id}: ${state.toLowerCase()}${length === null ? "" : ` after ${duration(length)}`}.`,
+    body: tellingOf(run),
     tag: `execution-${run.id}`,
     icon: run.data.state === "lost" ? "favicon.svg" : `favicon-${run.data.state}.svg`,
   };

@@ -2,13 +2,12 @@
 // Values as people read them: Markdown, links, and chat messages. Everything is made as elements
 // and text, never as markup.
 
-import { make } from "./dom.js";
-import { readContainer } from "./json.js";
+import { make } from "../library/dom.js";
+import { readContainer } from "../library/json.js";
+import { lexer } from "../vendor/marked.esm.js";
+import { linked, linkOf, LONGEST } from "./links.js";
 import { Tree } from "./tree.js";
-import { lexer } from "./vendor/marked.esm.js";
 
-const LONGEST = 200_000; // characters that are read as Markdown
-const URL_IN_TEXT = /https?:\/\/[^\s<>"'`\\)\]}]*[^\s<>"'`\\)\]}.,;:!?]/g;
 const PLAIN = new Set(["space", "paragraph", "text", "html", "escape", "br", "def"]);
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', "#39": "'", nbsp: "\u00a0" };
 
@@ -81,26 +80,7 @@ function tableOf({ header, rows }, top) {
   return make("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" }, table);
 }
 
-// A link leads out of the page, and to nothing but a page.
-function linkOf(href, content) {
-  if (!/^(https?:|mailto:)/i.test(href)) return content;
-  return make("a", { href, target: "_blank", rel: "noopener noreferrer" }, ...content);
-}
-
 const decoded = (text) => text.replace(/&(amp|lt|gt|quot|#39|nbsp);/g, (_, name) => ENTITIES[name]);
-
-// A text with its links.
-export function linked(text) {
-  if (text.length > LONGEST) return [text];
-  const parts = [];
-  let at = 0;
-  for (const found of text.matchAll(URL_IN_TEXT)) {
-    parts.push(text.slice(at, found.index), linkOf(found[0], [found[0]]));
-    at = found.index + found[0].length;
-  }
-  parts.push(text.slice(at));
-  return parts.filter((one) => one !== "");
-}
 
 const member = (node, name) => node.entries?.find(([key]) => key === name)?.[1];
 

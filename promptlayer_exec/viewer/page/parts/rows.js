@@ -1,9 +1,9 @@
 // @ts-check
 // The nodes of one execution: a row each, with a bar on a time line.
 
-import { clone, draw, make, oneLine, part, placeAt, write } from "./dom.js";
-import { isFinal, spanOf, statusOf, wordOf } from "./model.js";
-import { clock, duration, tickLabel, ticks } from "./times.js";
+import { clone, draw, make, oneLine, part, placeAt, write } from "../library/dom.js";
+import { isFinal, spanOf, statusOf, wordOf } from "../library/model.js";
+import { clock, duration, tickLabel, ticks } from "../library/times.js";
 
 const ORDERS = {
   start: (row) => row.span?.start ?? Infinity,
@@ -57,6 +57,7 @@ export class Rows {
 
   make(name) {
     const root = clone("node-template").firstElementChild;
+    /** @type {Part[]} */
     const parts = ["row", "icon", "status", "output", "preview", "time", "stretch", "critical"];
     const row = { root, node: null, span: null };
     for (const one of parts) row[one] = part(root, one);

@@ -1,0 +1,130 @@
+// @ts-check
+// What there is to say of a run in one sentence: its state, node, reason, moment, what is usual, and
+// what to do next. Every view shows this one.
+
+import { duration, ago } from "./times.js";
+
+const QUIET = 10; // seconds without a change from which they are told
+const SLOW = 3; // times the usual time, from which a run may be stuck
+const REASON = 220; // characters of a reason; the page of the run has the rest
+
+/** @typedef {{ kind: "text" | "node" | "compare" | "again", text: string, id?: string }} Piece */
+
+// The pieces of the sentence: { pieces, isSlow }. `usual` is what `usualOf` returns.
+/** @returns {{ pieces: Piece[], isSlow: boolean }} */
+export function sentenceOf(run, usual) {
+  const { state } = run.data;
+  if (state === "waiting") return plain("Waiting for the first response from PromptLayer.");
+  if (state === "running") return runningSentence(run, usual);
+  if (state === "failed") return plain(...failedPieces(run), ...nextOf(run, usual));
+  if (state === "lost") return plain(...lostPieces(run));
+  return succeededSentence(run, usual);
+}
+
+export const textOf = ({ pieces }) => pieces.map((piece) => piece.text).join("");
+
+// Without what needs a click, for a notification.
+export function tellingOf(run) {
+  if (run.data.state === "failed") return textOf(plain(...failedPieces(run)));
+  return textOf(sentenceOf(run, { duration: null, nodes: {}, successes: [] }));
+}
+
+/** @type {(text: string) => Piece} */
+const say = (text) => ({ kind: "text", text });
+
+/** @type {(node: any) => Piece} */
+const naming = (node) => ({ kind: "node", text: node.name });
+
+/** @returns {{ pieces: Piece[], isSlow: boolean }} */
+function plain(...pieces) {
+  return { pieces: pieces.map((piece) => (typeof piece === "string" ? say(piece) : piece)), isSlow: false };
+}
+
+function runningSentence(run, usual) {
+  const time = run.now();
+  const nodes = run.running();
+  const isOld = run.problem() !== null;
+  const verb = isOld ? "Last seen running" : "Running";
+  const quiet = time - run.latest();
+  const total = run.length();
+  const isLate = total !== null && usual.duration !== null && total > SLOW * usual.duration;
+  const change = quiet >= QUIET && !isOld ? ` No change for ${duration(quiet, true)}.` : "";
+
+  const [node] = nodes;
+  if (node === undefined) {
+    const { final, total: count } = run.data;
+    return { pieces: [say(`${verb}: ${final} of ${count} nodes are done, none is running.${change}`)], isSlow: isLate };
+  }
+
+  const others = nodes.length === 1 ? "" : ` and ${many(nodes.length - 1, "other node")}`;
+  const length = time - node.running;
+  const normal = usual.nodes[node.name] ?? null;
+  let rest = node.running === null ? "" : ` for ${duration(length, true)}`;
+  if (normal !== null) rest += `; usually ${duration(normal, true)}`;
+  else if (usual.duration !== null) rest += `; the whole run usually takes ${duration(usual.duration, true)}`;
+  const isSlow = isLate || (normal !== null && length > SLOW * normal);
+  return { pieces: [say(`${verb} in `), naming(node), say(`${others}${rest}.${change}`)], isSlow };
+}
+
+function failedPieces(run) {
+  const when = run.endedAt() === null ? "" : ` ${ago(run.endedAt())}`;
+  const nodes = run.failed();
+  const [node] = nodes;
+  if (node === undefined) return [say(`Failed${when}: no output node succeeded.`)];
+  const others = nodes.length === 1 ? "" : ` and ${many(nodes.length - 1, "other node")}`;
+  return [say(`Failed${when} in `), naming(node), say(`${others}: ${reasonOf(node)}`)];
+}
+
+// What people do next: they compare it with the last success, and run it again.
+/** @returns {Piece[]} */
+function nextOf(run, usual) {
+  if (run.data.workflow === null) return [];
+  const success = usual.successes.find(({ execution_id }) => execution_id !== run.id);
+  if (success === undefined) return [say(" "), { kind: "again", text: "Run again" }, say(".")];
+  return [
+    say(` The last success was ${ago(success.ended)}: `),
+    { kind: "compare", text: "Compare", id: success.execution_id },
+    say(" · "),
+    { kind: "again", text: "Run again" },
+    say("."),
+  ];
+}
+
+/** @returns {(Piece | string)[]} */
+function lostPieces(run) {
+  const [node] = run.running();
+  const where = node === undefined ? [] : [say(" Last seen running in "), naming(node), say(".")];
+  const text = run.data.problem?.text ?? "";
+  return [`No longer followed: ${text}`, ...where, " The run itself continues on PromptLayer."];
+}
+
+function succeededSentence(run, usual) {
+  const when = run.endedAt() === null ? "" : ` ${ago(run.endedAt())}`;
+  const length = run.length();
+  let text = `Succeeded${when}`;
+  if (length !== null) text += ` after ${duration(length, true)}`;
+  if (usual.duration !== null && length !== null) text += `; usually ${duration(usual.duration, true)}`;
+  const isSlow = length !== null && usual.duration !== null && length > SLOW * usual.duration;
+  const [node] = run.failed();
+  if (node === undefined) return { pieces: [say(`${text}.`)], isSlow };
+  return { pieces: [say(`${text}, though `), naming(node), say(` failed: ${reasonOf(node)}`)], isSlow };
+}
+
+// The sentence of an item of a batch, which is not followed: the viewer knows only how it ended.
+export function itemSentenceOf({ kind, node, reason, finished, execution_id }) {
+  const when = ago(finished);
+  if (kind === "succeeded") return plain(`Succeeded ${when}.`);
+  const why = reasonOf({ error_message: reason });
+  if (kind === "unknown") return plain(`It is not known whether it started (${when}): ${why}`);
+  if (node === null || execution_id === null) return plain(`Failed ${when}: ${why}`);
+  return plain(`Failed ${when} in `, naming({ name: node }), `: ${why}`);
+}
+
+// A reason on one line, which ends like a sentence.
+export function reasonOf(node) {
+  const text = (node.error_message ?? "").replace(/\s+/g, " ").trim();
+  if (text.length > REASON) return `${text.slice(0, REASON)}…`;
+  return /[.!?…]$/.test(text) ? text : `${text}.`;
+}
+
+const many = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;

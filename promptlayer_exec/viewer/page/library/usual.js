@@ -1,0 +1,48 @@
+// @ts-check
+// What is usual for a workflow, as the history knows it: it is asked for once, and again once one of
+// its runs has ended.
+
+import { get } from "./api.js";
+import { board } from "./model.js";
+
+const PAUSE = 500; // milliseconds in which the viewer records a run that has ended
+const NONE = { duration: null, nodes: {}, successes: [] };
+
+const known = new Map(); // by workflow
+const awaited = new Set(); // workflows that are about to be asked for again
+/** @type {() => void} */
+let onLoaded = () => {};
+
+export function whenUsualIsKnown(callback) {
+  onLoaded = callback;
+}
+
+// Returns { duration, nodes: { name: seconds }, successes: [{ execution_id, ended }, …] }.
+export function usualOf(run) {
+  const { workflow } = run.data;
+  if (workflow === null || !board.hasHistory) return NONE;
+  if (!known.has(workflow)) {
+    known.set(workflow, NONE);
+    load(workflow);
+  }
+  return known.get(workflow);
+}
+
+export function usualMayChange(run) {
+  const { workflow } = run.data;
+  if (!known.has(workflow) || awaited.has(workflow)) return;
+  awaited.add(workflow);
+  setTimeout(() => {
+    awaited.delete(workflow);
+    load(workflow);
+  }, PAUSE);
+}
+
+async function load(workflow) {
+  try {
+    known.set(workflow, await get(`api/history/usual?${new URLSearchParams({ workflow })}`));
+    onLoaded();
+  } catch {
+    known.delete(workflow);
+  }
+}

@@ -1,0 +1,29 @@
+// @ts-check
+// What can be done with an execution that is followed, wherever it is shown.
+
+import { call } from "../library/api.js";
+import { announce, notify } from "../library/dom.js";
+
+export async function remove(id) {
+  try {
+    await call("DELETE", `api/executions/${id}`);
+    announce(`Execution ${id} was removed from this page; it continues at PromptLayer.`);
+    return true;
+  } catch (error) {
+    notify(error.message);
+    return false;
+  }
+}
+
+export async function followAgain(id, button) {
+  button.disabled = true;
+  try {
+    await call("POST", "api/executions", { execution_id: id });
+    return true;
+  } catch (error) {
+    notify(error.message);
+    return false;
+  } finally {
+    button.disabled = false;
+  }
+}

@@ -1,0 +1,54 @@
+// @ts-check
+// The form on an execution's page that chooses another one to compare it with.
+
+import { get } from "../library/api.js";
+import { make, part, write } from "../library/dom.js";
+import { board, runs, STATES } from "../library/model.js";
+import { addressOf, go } from "../library/router.js";
+import { clock } from "../library/times.js";
+
+export function offerComparison(root, current) {
+  const form = part(root, "compare-form");
+  const button = part(root, "compare");
+  button.addEventListener("click", async () => {
+    form.hidden = !form.hidden;
+    button.setAttribute("aria-expanded", String(!form.hidden));
+    if (form.hidden) return;
+    const others = await othersOf(current());
+    part(root, "others").replaceChildren(
+      make("option", { value: "" }, others.length > 0 ? "Choose one" : "No other run is known here"),
+      ...others.map(({ id, text }) => make("option", { value: id }, text)),
+    );
+    part(root, "others").focus();
+  });
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const other = part(root, "other-id").value.trim() || part(root, "others").value;
+    const { id } = current();
+    const isId = /^[0-9]{1,19}$/.test(other) && other !== id;
+    write(part(root, "compare-error"), isId ? "" : "Choose another execution, or enter its id.");
+    if (!isId) return;
+    const pair = [id, other].sort((a, b) => (BigInt(a) < BigInt(b) ? -1 : 1));
+    go(addressOf(["compare", ...pair]));
+  });
+}
+
+// Other runs of the same workflow, live or remembered.
+async function othersOf(run) {
+  const found = new Map();
+  const { workflow } = run.data;
+  for (const one of runs.values()) {
+    if (one.id !== run.id && one.data.workflow === workflow) {
+      found.set(one.id, `${one.id}, ${STATES[one.data.state][0].toLowerCase()}`);
+    }
+  }
+  if (board.hasHistory && workflow !== null) {
+    const query = new URLSearchParams({ workflow });
+    const { entries } = await get(`api/history?${query}`).catch(() => ({ entries: [] }));
+    for (const { execution_id, began, outcome } of entries) {
+      if (execution_id === null || execution_id === run.id) continue;
+      found.set(execution_id, `${execution_id}, ${STATES[outcome][0].toLowerCase()}, ${clock(began)}`);
+    }
+  }
+  return [...found].map(([id, text]) => ({ id, text }));
+}

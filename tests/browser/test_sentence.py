@@ -1,0 +1,276 @@
+"""The sentence of a run: which node, why, since when, whether that is normal, and what next."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Any
+
+import pytest
+from playwright.async_api import BrowserContext, Locator, Page, expect
+
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+LIMIT = "rate limit reached (429)"
+TRACE = "Traceback (most recent call last):\n" + "".join(
+    f'  File "step_{number}.py", line {number}, in call\n    raise_for_status()\n'
+    for number in range(60)
+)
+SIZES = [{"width": 1280, "height": 900}, {"width": 390, "height": 844}]
+
+
+def forty(*, failing: bool = False) -> Scenario:
+    """Return forty nodes one after the other, of which the 25th is held, or fails."""
+    nodes = [SimNode("node 0")]
+    nodes += [SimNode(f"node {number}", after=[f"node {number - 1}"]) for number in range(1, 40)]
+    nodes[24] = SimNode("call the model", None, None, after=["node 23"])
+    if failing:
+        nodes[24] = SimNode(
+            "call the model",
+            status="FAILED",
+            error_message=LIMIT,
+            raw_error_message={"raw": f"{TRACE}RateLimitError: {LIMIT}"},
+            after=["node 23"],
+        )
+    nodes[25] = SimNode("node 25", after=["call the model"])
+    return Scenario(nodes)
+
+
+def remember(sim: Simulator, viewer: Any, workflow: str, seconds: float) -> int:
+    """Record three runs that succeeded; return the id of the last one, of 20 minutes ago."""
+    execution_id = 0
+    for number in range(3):
+        execution_id = sim.add_execution(Scenario([SimNode("call the model", "fine")]))
+        began = time.time() - 1200 - 3600 * (2 - number) - seconds
+        viewer.board.history.record(
+            execution_id=execution_id,
+            workflow=workflow,
+            outcome="succeeded",
+            began=began,
+            is_started=True,
+            duration=seconds,
+            origin=began,
+            times=json.dumps({"call the model": [1.0, 1.0 + seconds / 2]}),
+            nodes=40,
+        )
+    return execution_id
+
+
+async def in_sight(place: Locator) -> None:
+    """Assert that all of an element is in the viewport, and none of its text is clipped."""
+    await expect(place).to_be_visible()
+    found = await place.evaluate(
+        """(element) => {
+            const { top, bottom, left, right } = element.getBoundingClientRect();
+            return {
+                isInside: top >= 0 && bottom <= innerHeight && left >= 0 && right <= innerWidth,
+                isClipped: element.scrollWidth > element.clientWidth + 1
+                    && getComputedStyle(element).display !== "inline",
+            };
+        }"""
+    )
+    assert found == {"isInside": True, "isClipped": False}
+
+
+async def start(sim: Simulator, viewer: Any, scenario: Scenario) -> int:
+    """Start a run of the workflow `tickets`."""
+    sim.add_workflow("tickets", scenario)
+    execution = await viewer.board.start("tickets", {"topic": "otters"})
+    return execution.id
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
+async def test_a_failed_run_is_one_sentence(
+    sim: Simulator, viewer: Any, ui: Any, page: Page, size: Any
+) -> None:
+    """Its line, and its page, name the node, the reason, the moment and the next actions."""
+    await page.set_viewport_size(size)
+    success = remember(sim, viewer, "tickets", seconds=8)
+    failed = await start(sim, viewer, forty(failing=True))
+    words = re.compile(
+        rf"^Failed just now in call the model: {re.escape(LIMIT)}\."
+        r" The last success was 20 minutes ago: Compare · Run again\.$"
+    )
+    sentence = page.locator(f'.line[data-id="{failed}"] [data-part="sentence"]')
+    await expect(sentence).to_have_text(words)
+    await in_sight(sentence)
+    await expect(page.locator("#group-failed")).to_contain_text("latest just now")
+    when = page.locator(f'.line[data-id="{failed}"] [data-part="when"]')
+    await expect(when).to_have_text("just now")
+    assert str(time.localtime().tm_year) in (await when.get_attribute("title") or "")
+    await sentence.get_by_role("link", name="call the model").click()
+    await expect(page).to_have_url(re.compile(r"node=call"))
+    await expect(ui.part("sentence")).to_have_text(words)
+    await in_sight(ui.part("sentence"))
+    await ui.part("sentence").get_by_role("link", name="Compare").click()
+    await expect(page).to_have_url(re.compile(f"#/compare/{success}/{failed}"))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
+async def test_a_failed_run_opens_at_its_cause(
+    sim: Simulator, viewer: Any, ui: Any, page: Page, size: Any
+) -> None:
+    """Inputs and the traceback's last line are in sight, and differences from the last success."""
+    await page.set_viewport_size(size)
+    sim.add_workflow(
+        "flow",
+        lambda inputs: forty(failing=inputs["topic"] == "newts"),
+        definition=forty(),
+    )
+    success = await viewer.board.start("flow", {"topic": "otters"})
+    sim.finish(success.id, "call the model")
+    await expect(page.locator('.line[data-state="succeeded"]')).to_be_visible()
+    failed = await viewer.board.start("flow", {"topic": "newts"})
+    await expect(page.locator('.line[data-state="failed"]')).to_be_visible()
+    await ui.open_run(failed.id)
+    trace = ui.selected.locator('[data-part="trace"]')
+    await expect(trace).to_contain_text(f"RateLimitError: {LIMIT}")
+    await in_sight(trace)
+    at_the_end = "(one) => one.scrollTop + one.clientHeight >= one.scrollHeight - 2"
+    assert await trace.evaluate(at_the_end)
+    assert await trace.evaluate("(one) => one.scrollHeight > one.clientHeight")
+    await in_sight(page.get_by_role("button", name="Copy the traceback of call the model"))
+    await in_sight(ui.part("inputs").get_by_text('"newts"'))
+    shown = ui.selected.get_by_text(LIMIT).filter(visible=True)
+    await expect(shown).to_have_count(1)  # and once above, as the reason
+    await ui.part("sentence").get_by_role("link", name="Compare").click()
+    await expect(page.locator("#compare-summary")).to_have_text("16 of 40 nodes differ.")
+    await expect(page.locator("#compare .pair").first).to_have_class(re.compile("differs|inputs"))
+    await expect(page.locator('.pair[data-name="node 3"]')).to_be_hidden()
+    await page.get_by_text("24 nodes are equal").click()
+    await expect(page.locator('.pair[data-name="node 3"]')).to_be_visible()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
+async def test_a_running_run_names_its_node_and_what_is_usual(
+    sim: Simulator, viewer: Any, ui: Any, page: Page, size: Any
+) -> None:
+    """Beyond three times the usual time it turns amber; the graph shows the node."""
+    await page.set_viewport_size(size)
+    remember(sim, viewer, "tickets", seconds=0.2)
+    held = await start(sim, viewer, forty())
+    sentence = page.locator(f'.line[data-id="{held}"] [data-part="sentence"]')
+    words = re.compile(r"^Running in call the model for [\d.]+ s; usually 0\.1 s\.$")
+    await expect(sentence).to_have_text(words)
+    await in_sight(sentence)
+    await expect(page.locator(".line.slow")).to_have_count(1)
+    await ui.open_run(held)
+    await expect(ui.part("sentence")).to_have_text(words)
+    await expect(ui.part("usual")).to_have_text("usually 0.2 s")
+    await in_sight(ui.part("sentence"))
+    drawn = ui.drawn("call the model")
+    await expect(drawn).to_be_visible()
+    assert await drawn.evaluate(
+        """(node) => {
+            const box = node.getBoundingClientRect();
+            const frame = node.closest(".graph").getBoundingClientRect();
+            return box.left >= frame.left && box.right <= frame.right
+                && box.top >= frame.top && box.bottom <= frame.bottom;
+        }"""
+    )
+    await ui.part("sentence").get_by_role("link", name="call the model").click()
+    await expect(ui.selected.locator("h3")).to_have_text("call the model")
+
+
+async def test_a_notification_has_the_sentence(
+    sim: Simulator, viewer: Any, page: Page, context: BrowserContext
+) -> None:
+    """It names the node and the reason."""
+    await context.grant_permissions(["notifications"])
+    await page.evaluate(
+        """() => {
+            localStorage.setItem("notify", "1");
+            window.told = [];
+            window.Notification = class {
+                static permission = "granted";
+                constructor(title, { body }) { window.told.push(`${title} | ${body}`); }
+                addEventListener() {}
+            };
+            document.hasFocus = () => false;
+        }"""
+    )
+    sim.add_workflow(
+        "tickets",
+        lambda _: Scenario([SimNode("call the model", None, None, is_output_node=True)]),
+    )
+    execution = await viewer.board.start("tickets", {})
+    await expect(page.locator(".line")).to_have_attribute("data-state", "running")
+    sim.finish(execution.id, "call the model", status="FAILED", error_message=LIMIT)
+    await page.wait_for_function("() => window.told.length > 0")
+    await page.wait_for_function("() => window.told.length > 0")
+    assert await page.evaluate("window.told") == [
+        f"tickets: failed | Failed just now in call the model: {LIMIT}."
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
+async def test_an_outage_is_one_banner(
+    sim: Simulator, viewer: Any, ui: Any, page: Page, size: Any
+) -> None:
+    """It is complete: the reason, since when, the next attempt, what to do; lines stay as seen."""
+    await page.set_viewport_size(size)
+    held = [(await start(sim, viewer, forty()))]
+    held += [(await viewer.board.start("tickets", {})).id for _ in range(2)]
+    sentence = page.locator('.line [data-part="sentence"]')
+    await expect(sentence).to_contain_text(["Running in call the model"] * 3)
+    sim.inject(Fault.status(503, retry_after=60.0, times=None))
+    banner = page.locator("#outage")
+    await expect(banner).to_have_text(
+        re.compile(
+            r"^PromptLayer answers 503 .* Since .*\. The next attempt is at \d.* wait\. Runs "
+        )
+    )
+    await in_sight(banner)
+    await expect(page.get_by_text("PromptLayer answers 503").filter(visible=True)).to_have_count(1)
+    await expect(sentence).to_contain_text(["Last seen running in call the model"] * 3)
+    await in_sight(sentence.first)
+    await ui.open_run(held[0])
+    await in_sight(banner)
+    assert await page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
+async def test_a_wrong_key_shows_on_the_empty_board(
+    sim: Simulator, viewer: Any, page: Page, size: Any
+) -> None:
+    """Before anything is followed, the banner says what to do."""
+    await page.set_viewport_size(size)
+    sim.inject(Fault.status(401, times=None))
+    await viewer.stop()
+    await viewer.start()
+    await page.goto("about:blank")
+    await page.goto(viewer.url)
+    banner = page.locator("#outage")
+    await expect(banner).to_contain_text("Check PROMPTLAYER_API_KEY where the viewer was started")
+    await in_sight(banner)
+    await expect(page.locator("#connection")).to_have_text("PromptLayer refuses the key")
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
+async def test_the_first_screen_leads_on(
+    sim: Simulator, viewer: Any, ui: Any, page: Page, size: Any
+) -> None:
+    """An empty board offers a start and the last executions; `?` shows the keys."""
+    await page.set_viewport_size(size)
+    remember(sim, viewer, "tickets", seconds=8)
+    await page.reload()
+    await expect(page.locator(".recent li")).to_have_count(3)
+    await in_sight(page.locator(".recent li").last)
+    await in_sight(page.locator("#first").get_by_role("link", name="Start a run"))
+    await page.keyboard.press("?")
+    await expect(page.get_by_role("dialog")).to_contain_text("the next line")
+    await page.keyboard.press("Escape")
+    await ui.open("#/history")
+    await in_sight(page.locator(".entry .name").first)
+
+
+async def test_an_id_from_an_alert_has_no_empty_tracks(sim: Simulator, ui: Any) -> None:
+    """Of a run that was over before, values stand where the times would be."""
+    failing = SimNode("b", status="FAILED", error_message=LIMIT)
+    await ui.open_run(sim.add_execution(Scenario([SimNode("a", "a value"), failing])))
+    await expect(ui.part("sentence")).to_have_text(f"Failed in b: {LIMIT}.")
+    await expect(ui.row("a").locator(".track")).to_be_hidden()
+    await expect(ui.row("a").locator('[data-part="preview"]')).to_be_visible()
