@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from secrets import compare_digest
 from typing import Any
+from weakref import WeakSet
 
 import attrs
 import uvicorn
@@ -16,6 +17,7 @@ from mcp.server.transport_security import TransportSecuritySettings
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from promptlayer_exec import Session
 from promptlayer_exec._integration import wait_even_if_cancelled
@@ -68,8 +70,16 @@ async def serve_http(
         raise ValueError("serve_http needs a token, and the name of at least one workflow")
 
     app = make_server(calls).streamable_http_app(transport_security=_security(hosts))
+    connections: WeakSet[asyncio.Transport] = WeakSet()
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            connections.add(transport)
+            super().connection_made(transport)
+
     config = uvicorn.Config(
         _TokenCheck(app, token),
+        http=Protocol,
         ws="none",
         lifespan="on",  # it ends the sessions of clients
         log_config=None,
@@ -83,19 +93,21 @@ async def serve_http(
         await asyncio.wait([serving])
     finally:
         calls.close()
-        ending = asyncio.create_task(_end(server, serving))
+        ending = asyncio.create_task(_end(server, serving, connections))
         await wait_even_if_cancelled(ending)
         ending.result()
 
 
-async def _end(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+async def _end(
+    server: uvicorn.Server, serving: asyncio.Task[None], connections: Iterable[asyncio.Transport]
+) -> None:
     server.should_exit = True
     await asyncio.wait([serving], timeout=1)
 
     # A call waits up to a minute for its run, and some clients keep a stream open all the time.
     # Both end with their connection.
-    for connection in list(server.server_state.connections):
-        connection.transport.abort()
+    for connection in connections:
+        connection.abort()
     await serving
 
 
