@@ -787,3 +787,18 @@ async def test_the_id_of_a_run_is_recorded_although_its_caller_is_gone(
     await session.aclose()
     assert recorded == [run.execution_id for run in sim.runs]
     assert len(recorded) == 1
+
+
+async def test_hooks_that_fail_at_the_end_change_no_outcome(
+    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller gets the handle all the same, and the log has the error."""
+
+    class Failing(Hooks):
+        async def ended(self, outcome: Any) -> None:
+            raise RuntimeError("a bug of the hooks")
+
+    execution = await integration.start(session, StartRequest(NAME), hooks=Failing())
+    assert [execution.id] == [run.execution_id for run in sim.runs]
+    assert "the end of a start could not be recorded" in caplog.text
+    assert "a bug of the hooks" in caplog.text
