@@ -72,14 +72,14 @@ async def serve_http(
     app = make_server(calls).streamable_http_app(transport_security=_security(hosts))
     connections: WeakSet[asyncio.Transport] = WeakSet()
 
-    class Protocol(H11Protocol):
+    class KnownConnection(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             connections.add(transport)
             super().connection_made(transport)
 
     config = uvicorn.Config(
         _TokenCheck(app, token),
-        http=Protocol,
+        http=KnownConnection,
         ws="none",
         lifespan="on",  # it ends the sessions of clients
         log_config=None,
