@@ -157,7 +157,7 @@ async def test_one_execution_that_cannot_be_read_keeps_nobody_waiting(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
     """All others end; then the work ends with its error, and the next worker follows it."""
-    batch = batch_of(watch_outage=0.2)
+    batch = batch_of(watch_outage=1.0)  # others must be heard of within that time
     await batch.add([StartRequest("held", {"n": "0"}, key="0"), *requests(30)[1:]])
     working = asyncio.create_task(batch.work())
     await until(lambda: any(run.inputs["n"] == "0" for run in sim.runs))
@@ -694,7 +694,9 @@ def test_no_raw_error_of_sqlalchemy_comes_out(url: str, failure: Any) -> None:
         assert store.explain(other) is other
 
 
-# DBOS, when it is ended just after its launch, may drop the coroutines of what it has dequeued.
+# DBOS, when it is ended just after its launch, may drop the coroutines of what it has dequeued, and
+# the connection that one of its threads has in use.
+@pytest.mark.filterwarnings("ignore:.*finalizing database:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:.*start_workflow_task:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine 'execute_dequeued_workflow:RuntimeWarning")
 async def test_dbos_is_launched_again_when_its_connection_breaks(
