@@ -322,7 +322,8 @@ def _start_store(database: str | None) -> StartStore | None:
     try:
         return options.start_store(database, "--db")
     except Misuse:
-        if database is not None:
+        # The environment variable alone may be meant for batches.
+        if database not in (None, os.environ.get("PROMPTLAYER_EXEC_DB")):
             raise
         return None
 
