@@ -381,7 +381,7 @@ class RedisConnection:
                 await self._extend(watches, 0)
 
     async def _extend(self, watches: Iterable[SharedWatch], seconds: float) -> list[Any]:
-        """Keep the leases of watches for so many seconds more, in one round trip."""
+        """Keep the leases of watches for that many more seconds, in one round trip."""
         pipeline = self._redis.pipeline(transaction=False)
         for watch in watches:
             hint = self.hint("news", watch.execution_id)

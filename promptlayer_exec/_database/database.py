@@ -165,7 +165,7 @@ class Database:
         return sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()), sa.Double)
 
     @property
-    def away_for(self) -> float:
+    def unavailable_for(self) -> float:
         """For how many seconds the database could not be used."""
         since = self._away_since
         return 0.0 if since is None else time.monotonic() - since
@@ -268,7 +268,7 @@ class Database:
 
     def late(self, seconds: float) -> ConfigurationError:
         """Return the error of a call that has waited for so long."""
-        if self._error is not None and self.away_for:
+        if self._error is not None and self.unavailable_for:
             return self._unusable(self._error)
         return self._unusable(DatabaseLost(f"no answer within {seconds:g} s"))
 

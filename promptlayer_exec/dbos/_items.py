@@ -163,7 +163,7 @@ class Items:
 
         while running:
             _, running = await asyncio.wait(running, timeout=self._store.patience)
-            if self._store.away_for > self._store.patience:
+            if self._store.unavailable_for > self._store.patience:
                 self._store.ended.set()
 
     def _end(self, error: Exception) -> None:
@@ -218,7 +218,7 @@ class Items:
         recording = asyncio.ensure_future(self._started.add(row))
         try:
             await asyncio.wait([recording], timeout=PATIENCE.look_after)
-            if not (recording.done() or self._store.away_for):
+            if not (recording.done() or self._store.unavailable_for):
                 await asyncio.wait([recording], timeout=PATIENCE.recorded_within)
             if not recording.done():
                 self._report_unrecorded(item, execution_id)

@@ -328,7 +328,7 @@ class Store(SharedDatabase):
         return sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()), sa.Double)
 
     def processes(self, batch: str, within: float) -> list[str]:
-        """Return the processes of the workers of a batch with a heartbeat in so many seconds."""
+        """Return the processes of the workers of a batch with a heartbeat in that many seconds."""
         is_recent = _workers.c.seen_at > self._now - within
         query = sa.select(_workers.c.process).where(_workers.c.batch == batch, is_recent)
         return [row.process for row in self.rows(query)]
@@ -343,7 +343,7 @@ class Store(SharedDatabase):
         """Return True if this worker may put the items of a dead one back into the queue.
 
         Only one may: DBOS would take an item from a live worker that has dequeued it meanwhile. A
-        claim expires after so many seconds, as its worker may die, too.
+        claim expires after that many seconds, because its worker may die.
         """
         row = {"executor": dead, "beat": 0, "process": _NOWHERE, "batch": batch}
         insert = self.insert(_workers).values(row).on_conflict_do_nothing()

@@ -183,7 +183,7 @@ class Worker:
 
     def _end(self) -> None:
         is_finished = False
-        if self._store.away_for:
+        if self._store.unavailable_for:
             self._store.ended.set()
         with suppress(ConfigurationError):
             is_finished = self._store.is_finished(self._batch)
