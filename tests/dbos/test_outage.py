@@ -694,9 +694,7 @@ def test_no_raw_error_of_sqlalchemy_comes_out(url: str, failure: Any) -> None:
         assert store.explain(other) is other
 
 
-# DBOS, when it is ended just after its launch, may drop the coroutines of what it has dequeued, and
-# the connection that one of its threads has in use.
-@pytest.mark.filterwarnings("ignore:.*finalizing database:pytest.PytestUnraisableExceptionWarning")
+# DBOS, when it is ended just after its launch, may drop the coroutines of what it has dequeued.
 @pytest.mark.filterwarnings("ignore:.*start_workflow_task:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine 'execute_dequeued_workflow:RuntimeWarning")
 async def test_dbos_is_launched_again_when_its_connection_breaks(
