@@ -421,7 +421,7 @@ asyncio.run(store.aclose())
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 def test_a_forked_process_has_connections_of_its_own(url: str) -> None:
     """A server that forks its workers may have used the store before."""
-    ignore = "ignore:.*fork:DeprecationWarning"
+    ignore = "ignore:This process:DeprecationWarning"  # `-W` takes it literally
     program = [sys.executable, "-W", ignore, "-c", FORKED, url]
     done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "7\n", "")
