@@ -225,9 +225,9 @@ class Database:
         return self._threads.submit(copy_context().run, call), stop
 
     def close(self) -> None:
-        """Close the connections that are not in use, and let the threads end."""
+        """Close the connections, and let the threads end; what still runs may finish."""
         self._threads.shutdown(wait=False)
-        self.engine.dispose()
+        dispose(self.engine)
 
     def retry_while(self, keep_trying: Callable[[], bool], work: Callable[[], T]) -> T:
         """Call a function, and again while the database cannot be used and `keep_trying()`."""
@@ -282,6 +282,15 @@ class Database:
         return ConfigurationError(
             f"the database {self._shown} cannot be used: {reason_of(error):.300}{remedy}"
         )
+
+
+def dispose(engine: sa.Engine) -> None:
+    """Close an engine's connections: those in use as soon as they are returned.
+
+    By itself, SQLAlchemy leaves those to the garbage collector.
+    """
+    sa.event.listen(engine.pool, "checkin", lambda _, entry: entry.close())
+    engine.dispose()
 
 
 def reason_of(error: BaseException) -> str:

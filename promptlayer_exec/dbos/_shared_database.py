@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec._database.database import Database, DatabaseLost, reason_of
+from promptlayer_exec._database.database import Database, DatabaseLost, dispose, reason_of
 from promptlayer_exec.dbos._dbos_calls import migrate
 from promptlayer_exec.dbos._tables import tables as _tables
 
@@ -54,7 +54,7 @@ class SharedDatabase(Database):
 
     def close(self) -> None:
         super().close()
-        self.engine_of_dbos.dispose()
+        dispose(self.engine_of_dbos)
 
     def rows(self, query: sa.Select[Any]) -> Sequence[Any]:
         return self.transact(lambda connection: connection.execute(query).all())

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -725,3 +726,14 @@ def test_the_tables_are_created_on_connections_with_limits(monkeypatch: pytest.M
         store.prepare()
     query = sa.make_url(urls[0]).query
     assert (query["connect_timeout"], query["tcp_user_timeout"]) == ("3", "15000")
+
+
+def test_a_connection_in_use_is_closed_when_it_is_returned(tmp_path: Path) -> None:
+    """A thread of DBOS may outlive the worker; nobody else closes what it uses."""
+    opened = database.Database(sa.make_url(f"sqlite:///{tmp_path}/a.sqlite"))
+    with opened.engine.connect() as connection:
+        used = connection.connection.dbapi_connection
+        opened.close()
+    assert used is not None
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        used.cursor()

@@ -210,8 +210,8 @@ def scenario(inputs: Any) -> Scenario:
     return Scenario([SimNode("Answer", value, status=status, is_output_node=True)])
 
 
-# DBOS is ended at once here, so its threads drop what they use.
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited", "ignore:unclosed database")
+# DBOS is ended at once here, so its threads drop their coroutines.
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 def test_items_in_any_weather(
     make_world: Any,
     run_machine: Callable[..., None],
