@@ -187,7 +187,8 @@ class _StartsTable:
         ]
         # In one order in all processes: two transactions that lock rows of each other would fail.
         parameters.sort(key=lambda row: str(row["the_key"]))
-        written = connection.execute(self._claim, parameters)
+        counted = self._claim.execution_options(preserve_rowcount=True)
+        written = connection.execute(counted, parameters)
         if written.rowcount == len(claims):  # the usual case: each is a new row
             return [None] * len(claims)
 
