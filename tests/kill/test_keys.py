@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -30,11 +31,12 @@ APP = """
 import os, sys
 import uvicorn
 from contextlib import asynccontextmanager
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from promptlayer_exec import ConfigurationError, PollPolicy, Session, StartUnknown
+from promptlayer_exec.fastapi import create_callback_router
 from promptlayer_exec.starts import SQLStartStore
-from promptlayer_exec.webhooks import Callbacks, read_callback
+from promptlayer_exec.webhooks import Callbacks
 
 database_url, callbacks_url, port, request_timeout, restart = sys.argv[1:]
 callbacks = Callbacks(callbacks_url, secret="of the workers")
@@ -54,6 +56,7 @@ async def lifespan(app):
         yield
 
 app = FastAPI(lifespan=lifespan)
+app.include_router(create_callback_router(session, callbacks=callbacks))
 
 @app.post("/orders/{order}")
 async def place(order: str):
@@ -65,11 +68,6 @@ async def place(order: str):
     except ConfigurationError as error:
         return JSONResponse({"error": str(error)}, 503)
     return {"id": execution.id, "output": output}
-
-@app.post("/callbacks/{token}", status_code=204)
-async def call_back(token: str, request: Request):
-    if callbacks.is_genuine(token):
-        await store.resolve(token, read_callback(await request.body()).execution_id)
 
 uvicorn.run(app, port=int(port), log_level="warning")
 """
@@ -280,21 +278,24 @@ def test_workers_that_are_killed_before_the_response(workers: Workers, sim: Simu
     assert [request.method for request in sim.requests].count("POST") == 1
 
 
-@pytest.mark.parametrize("restart_after", [0.0, 3.0], ids="restart_after={}".format)
-def test_promptlayer_answers_503(workers_of: Any, sim: Simulator, restart_after: float) -> None:
+@pytest.mark.parametrize("restart_after", [0.0, 20.0], ids="restart_after={}".format)
+def test_promptlayer_answers_503_for_30_seconds(
+    workers_of: Any, sim: Simulator, restart_after: float
+) -> None:
     """It proves nothing: the start is unknown, or is repeated when PromptLayer is back."""
     workers = workers_of(restart_after=restart_after)
     sim.inject(Fault.status(503, times=None))
+    back = threading.Timer(30.0, sim.clear_faults)
+    back.start()
     responses = workers.place_many(["7"] * 4)
     assert responses == [(409, {"unknown": "7"})] * 4
+
     if restart_after:
-        back = threading.Timer(4.0, sim.clear_faults)
-        back.start()
-        body = workers.retry("7", lambda status: status == 200)
+        body = workers.retry("7", lambda status: status == 200, every=1.0)
         assert [body["id"]] == workers.runs("7")
         assert body["output"] == "7"
     else:
-        sim.clear_faults()
+        back.join()
         assert workers.place_many(["7"] * 4) == responses
         assert [request.method for request in sim.requests].count("POST") == 1
 
@@ -360,3 +361,30 @@ def test_a_script_that_is_interrupted_and_run_again(url: str, sim: Simulator, ho
     assert output == b"60\n"
     assert set(Counter(run.inputs["order"] for run in sim.runs).values()) == {1}
     assert len(sim.runs) == [request.method for request in sim.requests].count("POST") == 60
+
+
+COMMAND = """
+seq 1 20 | xargs -P 4 -I ROW {python} -m promptlayer_exec run order -i order=ROW \\
+    --key "row ROW" --db {url}
+"""
+
+
+def test_a_shell_loop_that_is_interrupted_and_run_again(url: str, sim: Simulator) -> None:
+    """Ctrl-C half way over rows; then there are as many starts as rows."""
+    command = COMMAND.format(python=sys.executable, url=url)
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PROMPTLAYER_API_KEY": sim.api_key,
+        "PROMPTLAYER_BASE_URL": sim.base_url,
+    }
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    first = subprocess.Popen(
+        ["sh", "-c", command], env=environment, start_new_session=True, **silent
+    )
+    wait_until(lambda: len(sim.runs) >= 10)
+    os.killpg(first.pid, signal.SIGINT)
+    first.wait(TIMEOUT)
+    assert 10 <= len(sim.runs) < 20
+
+    subprocess.run(["sh", "-c", command], env=environment, timeout=TIMEOUT, check=True, **silent)
+    assert Counter(run.inputs["order"] for run in sim.runs) == dict.fromkeys(range(1, 21), 1)
