@@ -374,15 +374,23 @@ class Orders:
                 stderr=log,
                 start_new_session=True,
             )
-        while self.process.poll() is None:
-            with suppress(ConnectionRefusedError):
-                return socket.create_connection(("127.0.0.1", self.port)).close()
-        raise RuntimeError((self._folder / "log").read_text())
+        while not self.is_listening():
+            if self.process.poll() is not None:
+                raise RuntimeError((self._folder / "log").read_text())
 
     def kill(self) -> None:
-        """Kill the app and its workers."""
+        """Kill the app and its workers, and wait until nobody listens any more."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        while self.is_listening():  # the workers may die a little later than their parent
+            pass
+
+    def is_listening(self) -> bool:
+        """Return True if somebody accepts connections."""
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port)).close()
+            return True
+        return False
 
     def post(self, order: int, topic: str = "otters") -> tuple[int, Any]:
         """Order a report, and return the status and the body of the response."""
