@@ -198,8 +198,8 @@ async def check_response(examination: Examination) -> Finding:
     ]
     latency = min(exchange.duration for exchange in later)
     return ok(
-        f"{first.status_name} without the key, after {milliseconds(first.duration)}, and on an open"
-        f" connection after {milliseconds(latency)}"
+        f"{first.status_name} to a request without the key; {milliseconds(first.duration)} with a"
+        f" new connection, {milliseconds(latency)} with an open one"
     )
 
 
@@ -213,4 +213,6 @@ def _advice(found: str) -> str:
 
 
 def milliseconds(seconds: float) -> str:
+    if seconds < 0.001:
+        return "under 1 ms"
     return f"{seconds * 1000:.0f} ms"

@@ -170,7 +170,7 @@ class CallbackReceiver:
         await web.TCPSite(runner, "127.0.0.1", port).start()
 
     async def _handle(self, request: web.BaseRequest) -> web.Response:
-        body = await request.read()
+        body = await request.content.read()  # `read` has a limit, which a node map may exceed
         if request.method == "POST" and not self._posted.done():
             self._posted.set_result(Posted(asyncio.get_running_loop().time(), body))
         return web.Response(status=204)

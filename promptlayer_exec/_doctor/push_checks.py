@@ -54,7 +54,7 @@ async def check_websocket(examination: Examination) -> Finding:
         )
     examination.socket = socket
     examination.resources.push_async_callback(socket.close)
-    return ok("open")
+    return ok("opened")
 
 
 async def check_subscription(examination: Examination) -> Finding:

@@ -94,6 +94,11 @@ class Secrets:
         return printable(text)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 node` or `2 nodes`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def count_verdicts(findings: Iterable[Finding]) -> dict[Verdict, int]:
     """Return how many findings there are of each verdict, also if there is none."""
     counts = Counter(finding.verdict for finding in findings)

@@ -32,7 +32,7 @@ from promptlayer_exec._doctor.observed_run import (
     node_map,
 )
 from promptlayer_exec._doctor.push_checks import listen_to_updates
-from promptlayer_exec._doctor.report import Finding, differs, failed, ok, skipped
+from promptlayer_exec._doctor.report import Finding, counted, differs, failed, ok, skipped
 from promptlayer_exec._doctor.workflow_checks import REPORT_IT
 from promptlayer_exec._integration import share_channel
 from promptlayer_exec._models import same_json
@@ -104,7 +104,7 @@ def _judge_failed_start(error: Exception, exchange: Exchange | None) -> Finding:
     match error:
         case InvalidInputs():
             return failed(
-                f"{len(error.missing)} required inputs are missing; no run was started",
+                f"it lacks {counted(len(error.missing), 'required input')}; no run was started",
                 "Give them with -i; `promptlayer-exec workflow` lists them.",
             )
         case StartUnknown():
@@ -174,11 +174,12 @@ async def check_completion(examination: Examination) -> Finding:
 
 def _judge_completion(run: ObservedRun, timeout: float) -> Finding:
     if run.completed_at is not None:
-        text = f"complete after {run.completed_at - run.started_at:.1f} s, {len(run.polls)} polls"
+        seconds = run.completed_at - run.started_at
+        text = f"seen complete after {seconds:.1f} s, with {counted(len(run.polls), 'poll')}"
         refused = Counter(it.status for it in run.polls if it.status not in (200, 202, 404))
         parts = [f"{count} got {status_name(status)}" for status, count in refused.items()]
         if run.failures:
-            parts.append(f"{len(run.failures)} got no response")
+            parts.append(f"{counted(len(run.failures), 'poll')} got no response")
         return ok("; ".join([text, *parts]))
 
     last = run.polls[-1].status if run.polls else 0
@@ -258,9 +259,8 @@ async def check_node_map(examination: Examination) -> Finding:
                 f"Sessions go by the status of the response. {REPORT_IT}",
             )
 
-    running = sum(poll.status == 202 for poll in run.good_polls)
-    count = len(run.last_nodes())
-    return ok(f"the same shape in {running} polls with 202 and at the end: {count} nodes")
+    polls = counted(len(run.good_polls), "poll")
+    return ok(f"{counted(len(run.last_nodes()), 'node')}, of the documented shape in {polls}")
 
 
 async def check_statuses(examination: Examination) -> Finding:
@@ -294,7 +294,7 @@ async def check_running_output(examination: Examination) -> Finding:
                 f"{_kind(poll.body)} with 202",
                 f"Nothing here reads that body. {REPORT_IT}",
             )
-    return ok(f"the node map with 202, in {len(bare)} polls")
+    return ok(f"the node map with 202, in {counted(len(bare), 'poll')}")
 
 
 async def check_output(examination: Examination) -> Finding:
@@ -329,7 +329,8 @@ def _judge_output(body: Any, nodes: dict[str, Any]) -> Finding:
             f"Sessions go by the nodes. {REPORT_IT}",
         )
     if any(same_json(body, value) for value in values):
-        return ok(f"the value of the output node, one of {len(values)} that succeeded")
+        which = "the output node" if len(marked) == 1 else "one of the output nodes"
+        return ok(f"the value of {which if marked else 'a node, because none is marked as output'}")
     return differs(
         "the value of an output node that succeeded",
         "the node map in its place" if is_map else f"another value, {_kind_of(body)}",
@@ -358,8 +359,9 @@ async def check_message(examination: Examination) -> Finding:
         return failed(f"the subscription was lost: {run.listener.lost}", advice)
     if run.completed_at is None:
         return skipped("the run was not seen complete")
-    count = len(run.listener.messages)
-    found = f"{count} messages, none of them about this run" if count else "no message"
+    found = "no message"
+    if run.listener.messages:
+        found = f"{counted(len(run.listener.messages), 'message')} about anything else"
     return differs(f"a message within {run.policy.silence:g} s of the completion", found, advice)
 
 

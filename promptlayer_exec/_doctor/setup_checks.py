@@ -13,7 +13,7 @@ from promptlayer_exec._integration import settings
 from promptlayer_exec._settings import DEFAULT_BASE_URL
 from promptlayer_exec._version import __version__
 
-# For each extra, the distributions that only it needs.
+# For each extra, what it needs beyond the core; the version of the first one is shown.
 _EXTRAS = {
     "cli": ("typer", "rich"),
     "dbos": ("dbos",),
@@ -58,10 +58,7 @@ async def check_extras(_: Examination) -> Finding:
         if None in versions:
             missing.append(extra)
         else:
-            pairs = zip(distributions, versions, strict=True)
-            installed.append(
-                f"{extra} ({', '.join(f'{name} {version}' for name, version in pairs)})"
-            )
+            installed.append(f"{extra} ({distributions[0]} {versions[0]})")
 
     text = ", ".join(installed) or "none"
     if missing:

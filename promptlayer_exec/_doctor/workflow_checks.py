@@ -15,7 +15,7 @@ from promptlayer_exec._api.catalog import (
 from promptlayer_exec._api.messages import decode
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.exchanges import Exchange
-from promptlayer_exec._doctor.report import Finding, differs, failed, ok, skipped
+from promptlayer_exec._doctor.report import Finding, counted, differs, failed, ok, skipped
 from promptlayer_exec._settings import find_api_key
 
 REPORT_IT = "Please report it."
@@ -124,10 +124,10 @@ def _judge_definition(exchange: Exchange, workflow: Workflow) -> Finding:
             field = "'version_number', as in an example of the documentation"
         return differs("the version in 'version'", field, f"Nothing depends on it. {REPORT_IT}")
 
-    inputs = f"{len(workflow.required_inputs)} inputs"
+    inputs = counted(len(workflow.required_inputs), "input")
     if kinds := sorted({kind[:20] for kind in workflow.required_inputs.values()}):
         inputs += f" ({', '.join(kinds)})"
-    return ok(f"documented shape: {inputs}, {len(workflow.nodes)} nodes")
+    return ok(f"documented shape: {inputs}, {counted(len(workflow.nodes), 'node')}")
 
 
 def _place_in(error: InvalidResponse) -> str:
