@@ -34,7 +34,7 @@ async def check_base_url(examination: Examination) -> Finding:
         base_url = find_base_url(examination.wishes.base_url)
     except ConfigurationError as error:
         # Its text may quote the URL.
-        rule = re.split(r", got |: ", str(error))[0]
+        rule = re.split(r", got |: ", str(error))[0].rstrip(".")
         return failed(rule, "Correct --base-url or PROMPTLAYER_BASE_URL.")
     examination.base_url = base_url
 
