@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from promptlayer_exec import ConfigurationError
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.network_checks import milliseconds
 from promptlayer_exec._doctor.report import Finding, differs, failed, ok, skipped
+from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._install import install_hint
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ async def _look_into(url: sa.URL, place: str) -> Finding:
         # The quoted parts are names of users and databases; hosts come before the last "failed".
         reason = re.sub(r".* failed: | Is the server running.*", "", reason_of(error))
         reason = re.sub(r"([\"']).*?\1", "...", reason)
-        return failed(f"could not be used: {reason[:200]}", advice, place=place)
+        return failed(f"cannot be used: {reason[:200]}", advice, place=place)
     finally:
         database.close()
 
@@ -144,7 +144,7 @@ async def check_redis(examination: Examination) -> Finding:
         server = await client.info("server")
     except RedisError as error:
         return failed(
-            f"could not be used: {_redis_reason(error)}",
+            f"cannot be used: {_redis_reason(error)}",
             "Check --redis, and that Redis runs and can be reached from here.",
             place=place,
         )
@@ -153,7 +153,7 @@ async def check_redis(examination: Examination) -> Finding:
 
     name = str(server.get("server_name", "redis")).capitalize()
     version = server.get("valkey_version") or server.get("redis_version")
-    return ok(f"{name} {version}, PING after {latency}", place=place)
+    return ok(f"{name} {version}, PING in {latency}", place=place)
 
 
 def _redis_reason(error: Exception) -> str:

@@ -116,7 +116,7 @@ async def examine(
     for check in checks:
         missing = next((need for need in check.needs if need in unmet), None)
         if missing is not None:
-            finding = skipped(f"needs: {missing}")
+            finding = skipped(f"the check {missing!r} did not pass")
         else:
             finding = await _look(check, examination)
 

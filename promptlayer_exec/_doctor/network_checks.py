@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 
 from yarl import URL
 
-from promptlayer_exec import ConfigurationError
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.exchanges import Exchange, NoResponse, Wire
 from promptlayer_exec._doctor.report import Finding, differs, failed, ok, skipped
+from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._settings import (
     DEFAULT_BASE_URL,
     find_base_url,
@@ -76,7 +76,7 @@ async def check_proxy(examination: Examination) -> Finding:
             "Correct HTTPS_PROXY or HTTP_PROXY, or name the server's host in NO_PROXY.",
             place=place,
         )
-    return ok("in use, and it accepts connections", place=place)
+    return ok("in use and reachable", place=place)
 
 
 async def _connect(host: str, port: int) -> None:
@@ -97,9 +97,9 @@ async def check_name(examination: Examination) -> Finding:
     """Resolve the host's name."""
     url = URL(examination.base_url)
     if examination.proxy is not None:
-        return ok("left to the proxy")
+        return ok("done by the proxy")
     if _is_address(url.host or ""):
-        return ok("not needed, the base URL has an address")
+        return ok("not needed: the base URL contains an IP address")
 
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -182,7 +182,7 @@ async def check_response(examination: Examination) -> Finding:
     first = examination.first_contact
     if isinstance(first, NoResponse):
         if first.is_tls:
-            return skipped("needs: TLS")
+            return skipped("the check 'TLS' did not pass")
         found = re.split(r"[;:] (?:if|check) ", str(first))[0]
         return failed(
             f"could not reach the server: {found}", _advice(found), place=examination.base_url
@@ -191,7 +191,7 @@ async def check_response(examination: Examination) -> Finding:
     if first.status == 407:
         return failed(f"the proxy refused the request: {first.status_name}", _PROXY_ADVICE)
     if first.status >= 500:
-        return failed(f"the response is {first.status_name}", "Try again later.")
+        return failed(f"the server responded {first.status_name}", "Try again later.")
 
     later: list[Exchange] = [
         await examination.wire.ask("GET", _LIST, with_key=False) for _ in range(2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-from promptlayer_exec import InvalidResponse, RequestError
 from promptlayer_exec._api.messages import decode
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.exchanges import NoResponse
@@ -12,6 +11,7 @@ from promptlayer_exec._doctor.listener import Listener, NotSubscribed
 from promptlayer_exec._doctor.network_checks import REQUEST_TIMEOUT, milliseconds
 from promptlayer_exec._doctor.report import Finding, differs, failed, ok, skipped
 from promptlayer_exec._doctor.workflow_checks import REPORT_IT
+from promptlayer_exec._errors import InvalidResponse, RequestError
 from promptlayer_exec._push.channels import read_token, token_request
 
 _POLLED = "Runs are polled instead; `push=False` or PROMPTLAYER_EXEC_PUSH=0 saves the attempts."
@@ -26,22 +26,22 @@ async def check_token(examination: Examination) -> Finding:  # noqa: PLR0911 - a
     channel = f"workflows:{examination.workflow_id}:run:{examination.suffix}"
     exchange = await examination.wire.ask("POST", token_request(channel).target)
     if exchange.status >= 300:
-        return failed(f"push unavailable: {exchange.status_name}", _POLLED)
+        return failed(f"push unavailable ({exchange.status_name})", _POLLED)
     try:
         examination.token = read_token(exchange.response)
     except InvalidResponse:
-        return failed(f"push unavailable: {exchange.status_name} without a token", _POLLED)
+        return failed(f"push unavailable ({exchange.status_name} without a token)", _POLLED)
     examination.channel = channel
 
     if exchange.status != 201:
-        return differs("201 Created", exchange.status_name, f"It is taken as well. {REPORT_IT}")
+        return differs("201 Created", exchange.status_name, f"This package accepts it. {REPORT_IT}")
     backend = decode(exchange.response).get("messaging_backend")
     if backend != "centrifugo":
         named = "another one" if backend else "none"
         return differs(
             "'centrifugo' as messaging_backend", named, f"Push may not work. {REPORT_IT}"
         )
-    return ok(f"issued after {milliseconds(exchange.duration)}")
+    return ok(f"issued in {milliseconds(exchange.duration)}")
 
 
 async def check_websocket(examination: Examination) -> Finding:
@@ -69,7 +69,7 @@ async def check_subscription(examination: Examination) -> Finding:
 
     examination.listener = listener
     examination.resources.push_async_callback(listener.aclose)
-    return ok(f"accepted after {milliseconds(loop.time() - began)}")
+    return ok(f"accepted in {milliseconds(loop.time() - began)}")
 
 
 async def listen_to_updates(examination: Examination, execution_id: int) -> Listener | None:

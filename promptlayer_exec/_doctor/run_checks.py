@@ -7,18 +7,6 @@ import warnings
 from collections import Counter
 from typing import Any
 
-from promptlayer_exec import (
-    ConfigurationError,
-    ConnectionFailed,
-    Event,
-    ExecutionStarted,
-    InvalidInputs,
-    PromptLayerExecError,
-    RetryPolicy,
-    Session,
-    StartUnknown,
-    StatusError,
-)
 from promptlayer_exec._api.json import loads
 from promptlayer_exec._api.status import status_name
 from promptlayer_exec._doctor.examination import Examination
@@ -34,8 +22,19 @@ from promptlayer_exec._doctor.observed_run import (
 from promptlayer_exec._doctor.push_checks import listen_to_updates
 from promptlayer_exec._doctor.report import Finding, counted, differs, failed, ok, skipped
 from promptlayer_exec._doctor.workflow_checks import REPORT_IT
+from promptlayer_exec._errors import (
+    ConfigurationError,
+    ConnectionFailed,
+    InvalidInputs,
+    PromptLayerExecError,
+    StartUnknown,
+    StatusError,
+)
+from promptlayer_exec._events import Event, ExecutionStarted
 from promptlayer_exec._integration import share_channel
 from promptlayer_exec._models import same_json
+from promptlayer_exec._policies import RetryPolicy
+from promptlayer_exec._session import Session
 from promptlayer_exec._statuses import FINAL, STATUSES
 from promptlayer_exec._text import JSON_KINDS
 
@@ -104,7 +103,7 @@ def _judge_failed_start(error: Exception, exchange: Exchange | None) -> Finding:
     match error:
         case InvalidInputs():
             return failed(
-                f"it lacks {counted(len(error.missing), 'required input')}; no run was started",
+                f"missing: {counted(len(error.missing), 'required input')}; no run was started",
                 "Give them with -i; `promptlayer-exec workflow` lists them.",
             )
         case StartUnknown():
@@ -133,7 +132,7 @@ def _judge_start(exchange: Exchange, *, has_callback: bool) -> Finding:
         return differs(
             status_name(expected),
             exchange.status_name,
-            f"The id is read all the same. {REPORT_IT}",
+            f"This package still reads the id. {REPORT_IT}",
         )
 
     body: Any = loads(exchange.body)
@@ -145,7 +144,7 @@ def _judge_start(exchange: Exchange, *, has_callback: bool) -> Finding:
         return differs(
             f"{', '.join([*fields, 'warning'])}",
             f"none or another kind of {', '.join(wrong)}",
-            f"The id is read all the same. {REPORT_IT}",
+            f"This package still reads the id. {REPORT_IT}",
         )
 
     text = f"{exchange.status_name} with an id, after {milliseconds(exchange.duration)}"
@@ -175,7 +174,7 @@ async def check_completion(examination: Examination) -> Finding:
 def _judge_completion(run: ObservedRun, timeout: float) -> Finding:
     if run.completed_at is not None:
         seconds = run.completed_at - run.started_at
-        text = f"seen complete after {seconds:.1f} s, with {counted(len(run.polls), 'poll')}"
+        text = f"complete after {seconds:.1f} s ({counted(len(run.polls), 'poll')})"
         refused = Counter(it.status for it in run.polls if it.status not in (200, 202, 404))
         parts = [f"{count} got {status_name(status)}" for status, count in refused.items()]
         if run.failures:
@@ -207,23 +206,23 @@ def judge_first_polls(run: ObservedRun) -> Finding:
     if not run.polls:
         return skipped("no poll got a response")
     if not missing:
-        return ok(f"found at once, the first poll got {run.polls[0].status_name}")
+        return ok(f"no 404: the first poll got {run.polls[0].status_name}")
 
     if run.polls[: len(missing)] != missing:
         return differs(
-            "404 at the beginning alone",
+            "404 only right after the start",
             "404 after the run had been found",
-            f"Sessions take that for the end of a watch. {REPORT_IT}",
+            f"Sessions raise `NotFound` then. {REPORT_IT}",
         )
     seconds = missing[-1].sent_at - run.started_at
-    found = f"404 until {seconds:.1f} s after the start"
+    found = f"404 for {seconds:.1f} s after the start"
     if seconds >= run.policy.grace:
         return differs(
             f"404 for less than {run.policy.grace:g} s after the start",
             found,
             f"Set RetryPolicy(not_found_grace=...) to more. {REPORT_IT}",
         )
-    return ok(f"{found}; sessions wait that out")
+    return ok(f"{found}, which sessions retry")
 
 
 async def check_node_map(examination: Examination) -> Finding:
@@ -260,7 +259,7 @@ async def check_node_map(examination: Examination) -> Finding:
             )
 
     polls = counted(len(run.good_polls), "poll")
-    return ok(f"{counted(len(run.last_nodes()), 'node')}, of the documented shape in {polls}")
+    return ok(f"{counted(len(run.last_nodes()), 'node')} in the documented shape ({polls})")
 
 
 async def check_statuses(examination: Examination) -> Finding:
@@ -292,9 +291,9 @@ async def check_running_output(examination: Examination) -> Finding:
             return differs(
                 "the node map with 202",
                 f"{_kind(poll.body)} with 202",
-                f"Nothing here reads that body. {REPORT_IT}",
+                f"This package ignores that body. {REPORT_IT}",
             )
-    return ok(f"the node map with 202, in {counted(len(bare), 'poll')}")
+    return ok(f"the node map with 202 ({counted(len(bare), 'poll')})")
 
 
 async def check_output(examination: Examination) -> Finding:
@@ -342,7 +341,7 @@ async def check_message(examination: Examination) -> Finding:
     """Judge whether, where and when the completion was pushed."""
     run = examination.run
     if run.listener is None:
-        return skipped("needs: subscription")
+        return skipped("the check 'subscription' did not pass")
     own = run.listener.announcement(run.execution_id)
     other = run.other_listener and run.other_listener.announcement(run.execution_id)
     if own is not None:
@@ -351,7 +350,7 @@ async def check_message(examination: Examination) -> Finding:
     advice = f"Sessions give push up after three silent completions, and poll. {REPORT_IT}"
     if other is not None:
         return differs(
-            "the completion on the channel of the start's suffix",
+            "the completion on the run's own channel",
             "the completion on workflow_updates:{execution id}",
             advice,
         )
@@ -366,7 +365,7 @@ async def check_message(examination: Examination) -> Finding:
 
 
 def _judge_message(run: ObservedRun, message: Message, *, is_on_both: bool) -> Finding:
-    where = "on the channel of the start's suffix"
+    where = "on the run's own channel"
     if is_on_both:
         where += " and on workflow_updates"
     if run.completed_at is None:
@@ -383,7 +382,9 @@ def _judge_message(run: ObservedRun, message: Message, *, is_on_both: bool) -> F
             f"one after {late:.1f} s",
             f"Sessions count it as missing, and poll. {REPORT_IT}",
         )
-    when = f"{milliseconds(abs(late))} {'after' if late > 0 else 'before'} a poll saw it complete"
+    when = (
+        f"{milliseconds(abs(late))} {'after' if late > 0 else 'before'} a poll saw the completion"
+    )
     return ok(f"{where}, {when}")
 
 
@@ -394,8 +395,8 @@ async def check_callback(examination: Examination) -> Finding:  # noqa: PLR0911 
         return skipped("no --callback-url")
     if examination.receiver is None:
         return ok(
-            f"the start was accepted with the URL ({run.start.status_name}); whether a callback"
-            " arrived, only the log of its server shows"
+            f"PromptLayer accepted the URL ({run.start.status_name}). Whether the callback arrives"
+            " cannot be seen from here: look at your server's log, or use --callback-port"
         )
     if run.completed_at is None:
         return skipped("the run was not seen complete")
@@ -419,7 +420,7 @@ async def check_callback(examination: Examination) -> Finding:  # noqa: PLR0911 
             f"The callback routes go by the id alone. {REPORT_IT}",
         )
     late = max(run.posted.at - run.completed_at, 0.0)
-    return ok(f"it arrived with the id and the node map, {milliseconds(late)} after the completion")
+    return ok(f"arrived with the id and the node map,  {milliseconds(late)} after the completion")
 
 
 def _kind_of(value: Any) -> str:

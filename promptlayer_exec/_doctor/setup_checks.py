@@ -6,10 +6,11 @@ import os
 import platform
 from importlib import metadata
 
-from promptlayer_exec import ConfigurationError, Session
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.report import Finding, failed, ok
+from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._integration import settings
+from promptlayer_exec._session import Session
 from promptlayer_exec._settings import DEFAULT_BASE_URL
 from promptlayer_exec._version import __version__
 

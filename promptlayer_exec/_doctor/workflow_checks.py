@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from promptlayer_exec import ConfigurationError, InvalidResponse, Workflow
 from promptlayer_exec._api.catalog import (
     WorkflowsPage,
     read_workflow,
@@ -16,7 +15,9 @@ from promptlayer_exec._api.messages import decode
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.exchanges import Exchange
 from promptlayer_exec._doctor.report import Finding, counted, differs, failed, ok, skipped
+from promptlayer_exec._errors import ConfigurationError, InvalidResponse
 from promptlayer_exec._settings import find_api_key
+from promptlayer_exec._workflows import Workflow
 
 REPORT_IT = "Please report it."
 _UNCHECKED = f"Until then, runs start without a check of their inputs. {REPORT_IT}"
@@ -41,7 +42,7 @@ async def check_key(examination: Examination) -> Finding:  # noqa: PLR0911 - a t
         case 401:
             return failed(
                 f"PromptLayer refused it: {listed.status_name}",
-                "Check PROMPTLAYER_API_KEY: was the key revoked, or is it another server's?",
+                "Check PROMPTLAYER_API_KEY: was it revoked, or does it belong to another server?",
             )
         case 403:
             return failed(
@@ -49,9 +50,10 @@ async def check_key(examination: Examination) -> Finding:  # noqa: PLR0911 - a t
                 "Check what the key is allowed to do in its workspace.",
             )
         case 429:
-            return failed(f"the response is {listed.status_name}", "Try again in a minute.")
+            return failed(f"the server responded {listed.status_name}", "Try again in a minute.")
     return failed(
-        f"the response is {listed.status_name}", "Check that --base-url is the PromptLayer API."
+        f"the server responded {listed.status_name}",
+        "Check that --base-url is the PromptLayer API.",
     )
 
 
@@ -90,12 +92,12 @@ async def check_definition(examination: Examination) -> Finding:
             "Check --workflow; `promptlayer-exec workflows` lists the names.",
         )
     if exchange.status != 200:
-        return failed(f"there is no definition: {exchange.status_name}", _UNCHECKED)
+        return failed(f"could not be read: {exchange.status_name}", _UNCHECKED)
 
     try:
         workflow = read_workflow(exchange.response)
     except InvalidResponse as error:
-        return differs("a known shape", f"another one{_place_in(error)}", _UNCHECKED)
+        return differs("a known shape", f"an unknown shape{_place_in(error)}", _UNCHECKED)
     examination.workflow_id = workflow.id
     return _judge_definition(exchange, workflow)
 
@@ -113,7 +115,7 @@ def _judge_definition(exchange: Exchange, workflow: Workflow) -> Finding:
         state = "null" if "required_input_variables" in body else "missing"
         return differs(
             "the inputs in required_input_variables",
-            f"no inputs, the field is {state}",
+            f"no inputs: the field is {state}",
             "If the workflow has inputs, a missing one is noticed only in the run.",
         )
     if not workflow.nodes:

@@ -170,13 +170,13 @@ class TestHealthy:
         assert [run.inputs for run in sim.runs[runs:]] == [{INPUT: INPUT_VALUE}]
         found = {name: check["found"] for name, check in checks.items()}
         assert found["start"].startswith("201 Created with an id, after ")
-        assert found["completion"].startswith("seen complete after ")
-        assert found["first polls"] == "found at once, the first poll got 202 Accepted"
-        assert found["node map"].startswith("2 nodes, of the documented shape in ")
+        assert found["completion"].startswith("complete after ")
+        assert found["first polls"] == "no 404: the first poll got 202 Accepted"
+        assert found["node map"].startswith("2 nodes in the documented shape (")
         assert found["statuses"] == "2 SUCCESS at the end"
-        assert found["running output"] == "the node map with 202, in 3 polls"
+        assert found["running output"] == "the node map with 202 (3 polls)"
         assert found["main output"] == "the value of the output node"
-        assert found["pushed message"].startswith("on the channel of the start's suffix, ")
+        assert found["pushed message"].startswith("on the run's own channel, ")
         assert checks["callback"]["verdict"] == "skipped"
 
     def test_the_text_has_a_line_for_each_check(self, call: Callable[..., Any]) -> None:
@@ -224,8 +224,8 @@ class TestSetup:
         assert code == 1
         assert report.deviations == {"API key": "failed: PromptLayer refused it: 401 Unauthorized"}
         assert "Check PROMPTLAYER_API_KEY" in checks["API key"]["advice"]
-        assert checks["workflows"]["found"] == "needs: API key"
-        assert checks["start"]["found"] == "needs: workflows"
+        assert checks["workflows"]["found"] == "the check 'API key' did not pass"
+        assert checks["start"]["found"] == "the check 'workflows' did not pass"
 
     @pytest.mark.parametrize(
         ("key", "found"),
@@ -303,7 +303,7 @@ class TestProxies:
             "response": "failed: could not reach the server: the proxy refused the connection: 407"
             " Proxy Authentication Required"
         }
-        assert report.checks["proxy"]["found"] == "in use, and it accepts connections"
+        assert report.checks["proxy"]["found"] == "in use and reachable"
 
 
 @contextmanager
@@ -415,8 +415,8 @@ class TestDefinitions:
     @pytest.mark.parametrize(
         ("body", "found"),
         [
-            ({"required_input_variables": None}, "no inputs, the field is null"),
-            ({"required_input_variables": ...}, "no inputs, the field is missing"),
+            ({"required_input_variables": None}, "no inputs: the field is null"),
+            ({"required_input_variables": ...}, "no inputs: the field is missing"),
             (
                 {"workflow_id": ..., "workflow_name": ..., "workflow": {"id": 1, "name": "x"}},
                 "only the object 'workflow', as from a development server",
@@ -426,8 +426,8 @@ class TestDefinitions:
                 "'version_number', as in an example of the documentation",
             ),
             ({"nodes": []}, "none"),
-            ({"nodes": {NODE: {}}}, "another one (in 'nodes')"),
-            ({"workflow_id": ...}, "another one (in 'workflow_id')"),
+            ({"nodes": {NODE: {}}}, "an unknown shape (in 'nodes')"),
+            ({"workflow_id": ...}, "an unknown shape (in 'workflow_id')"),
         ],
         ids=str,
     )
@@ -445,7 +445,7 @@ class TestDefinitions:
         for path in ("/1", "/2"):
             sim.inject(Fault.status(404, times=None), path=path)
         report = examine()
-        found = "failed: there is no definition: 404 Not Found"
+        found = "failed: could not be read: 404 Not Found"
         assert report.deviations == {"definition": found}
         assert report.checks["subscription"]["verdict"] == "ok"
 
@@ -467,9 +467,9 @@ class TestPush:
         sim.inject(Fault.status(status, times=None), path=TOKENS)
         report = examine(*RUN)
         name = {404: "404 Not Found", 403: "403 Forbidden"}[status]
-        assert report.deviations == {"token": f"failed: push unavailable: {name}"}
+        assert report.deviations == {"token": f"failed: push unavailable ({name})"}
         assert "Runs are polled instead" in report.checks["token"]["advice"]
-        assert report.checks["pushed message"]["found"] == "needs: subscription"
+        assert report.checks["pushed message"]["found"] == "the check 'subscription' did not pass"
 
     def test_no_websocket(self, sim: Simulator, examine: Examine) -> None:
         """A proxy that knows no WebSockets refuses the handshake."""
@@ -554,14 +554,14 @@ class TestRun:
         sim.inject(fault, path="/run")
         report = examine(*RUN)
         assert report.deviations["start"].startswith(f"failed: {found}")
-        assert report.checks["completion"]["found"] == "needs: start"
+        assert report.checks["completion"]["found"] == "the check 'start' did not pass"
         assert len(sim.runs) <= runs + 1
 
     def test_a_missing_input(self, sim: Simulator, examine: Examine) -> None:
         """Nothing is paid for, and the input is not named."""
         runs = len(sim.runs)
         report = examine("--workflow", WORKFLOW, "--yes")
-        found = "failed: it lacks 1 required input; no run was started"
+        found = "failed: missing: 1 required input; no run was started"
         assert report.deviations == {"start": found}
         assert len(sim.runs) == runs
 
@@ -642,7 +642,7 @@ class TestRun:
         sim.inject(altered(change), path=RESULTS)
         report = examine(*RUN)
         (found,) = report.deviations.values()
-        assert found.startswith("differs: 404 until 0.")
+        assert found.startswith("differs: 404 for 0.")
         assert report.checks["first polls"]["expected"].startswith("404 for less than 0.5 s")
 
     @pytest.mark.parametrize(
@@ -658,7 +658,7 @@ class TestRun:
         run.polls.append(exchange(seconds, 404))
         run.polls.append(exchange(seconds + 0.5, 202))
         finding = run_checks.judge_first_polls(run)
-        assert (finding.verdict, finding.found[:14]) == (verdict, f"404 until {seconds} "[:14])
+        assert (finding.verdict, finding.found[:12]) == (verdict, f"404 for {seconds} "[:12])
 
     def test_404_later(self, sim: Simulator, examine: Examine) -> None:
         """A run that was found is not lost again."""
@@ -693,7 +693,7 @@ class TestCallback:
         code, _, checks = examine(*RUN, *url)
         assert code == 0
         assert checks["start"]["found"].startswith("202 Accepted with an id")
-        assert checks["callback"]["found"].startswith("it arrived with the id and the node map")
+        assert checks["callback"]["found"].startswith("arrived with the id and the node map")
 
     def test_it_does_not_arrive(self, examine: Examine) -> None:
         """The URL leads somewhere else."""
@@ -706,7 +706,7 @@ class TestCallback:
         """Then the report says so."""
         report = examine(*RUN, "--callback-url", f"http://{CLOSED}/")
         assert report.code == 0
-        assert "only the log of its server shows" in report.checks["callback"]["found"]
+        assert "cannot be seen from here" in report.checks["callback"]["found"]
 
     def test_the_port_is_taken(self, sim: Simulator, examine: Examine) -> None:
         """Nothing is paid for."""
@@ -727,8 +727,8 @@ class TestDatabases:
         database = f"postgresql://jane:{PASSWORD}@{CLOSED}/private"
         report = examine("--db", database, "--redis", f"redis://:{PASSWORD}@{CLOSED}")
         assert report.deviations == {
-            "database": "failed: could not be used: Connection refused",
-            "Redis": "failed: could not be used: Connection refused",
+            "database": "failed: cannot be used: Connection refused",
+            "Redis": "failed: cannot be used: Connection refused",
         }
         assert not [text for text in ("jane", "private", "127.0.0.1") if text in report.text]
 
@@ -754,7 +754,7 @@ class TestDatabases:
         other = tmp_path / "other.txt"
         other.write_text("no database" * 100)
         report = examine("--db", f"sqlite:///{other}")
-        found = "failed: could not be used: file is not a database"
+        found = "failed: cannot be used: file is not a database"
         assert report.deviations == {"database": found}
         report = examine("--db", f"sqlite:///{tmp_path}/missing/batches.sqlite")
         assert report.deviations["database"].endswith("its directory cannot be written")
@@ -786,7 +786,7 @@ class TestDatabases:
             finally:
                 process.kill()
         assert good.checks["Redis"]["found"].startswith(("Redis ", "Valkey "))
-        found = "failed: could not be used: it refused the user or the password"
+        found = "failed: cannot be used: it refused the user or the password"
         assert bad.deviations == {"Redis": found}
 
 
