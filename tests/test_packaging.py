@@ -174,8 +174,8 @@ def private_uses(integration: str, source: str) -> set[str]:
     """Return the private names that a module of an integration uses, except its own.
 
     These are private modules and objects of this package that it imports, other than those of the
-    integration, of `_integration`, `_database` and `_doctor`, and private attributes of any object other than `self` and
-    `cls`.
+    integration, of `_integration`, `_database` and `_doctor`, and private attributes of any object
+    other than `self` and `cls`.
 
     Args:
         integration: a name of `INTEGRATIONS`.

@@ -32,7 +32,7 @@ from anyio.from_thread import start_blocking_portal
 from promptlayer_exec._doctor import run_checks
 from promptlayer_exec._doctor.exchanges import Exchange
 from promptlayer_exec._doctor.observed_run import ObservationPolicy, ObservedRun
-from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator, examples
 
 Examine = Callable[..., "Report"]
 Change = Callable[[web.BaseRequest, web.Response], web.Response | None]
@@ -151,11 +151,33 @@ def push_server(announces: str) -> Fault:
 class TestHealthy:
     """Nothing deviates."""
 
+    def test_the_report_in_the_docs_is_what_is_printed(self, call: Callable[..., Any]) -> None:
+        """Only numbers differ, what is installed, and whether push or a poll was first."""
+        page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
+        (_, command, _), (shown,) = (
+            re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+            for language in ("sh", "text")
+        )
+        with Simulator() as simulator:
+            examples.add_workflows(simulator)
+            server = {"PROMPTLAYER_BASE_URL": simulator.base_url}
+            server["PROMPTLAYER_API_KEY"] = simulator.api_key
+            code, out, _ = call(*command.split()[1:], **server)
+
+        def lasting(text: str) -> list[str]:
+            return re.sub(r"(under )?[\d.]+|before|after", "N", text).splitlines()
+
+        assert code == 0
+        assert lasting(out)[4:] == lasting(shown)[4:]
+        names = [line[:26] for line in shown.splitlines()[:4]]
+        assert [line[:26] for line in out.splitlines()[:4]] == names
+
     def test_without_a_run(self, sim: Simulator, examine: Examine) -> None:
         """Everything is ok or skipped, nothing is started, and the exit code is 0."""
-        runs = len(sim.runs)
+        runs, requests = len(sim.runs), sim.request_count
         code, _, checks = examine()
         assert code == 0
+        assert sim.request_count == requests + 7
         skipped = {name for name, check in checks.items() if check["verdict"] == "skipped"}
         assert skipped == {"TLS", "database", "Redis", "start"}
         assert {check["verdict"] for check in checks.values()} == {"ok", "skipped"}
