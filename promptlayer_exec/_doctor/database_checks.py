@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import ssl
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ _TABLES = {"promptlayer_batch": "batches", "promptlayer_exec_starts": "starts"}
 
 
 async def check_database(examination: Examination) -> Finding:
-    given = examination.wishes.database
+    given = examination.scope.database
     if given is None:
         return skipped("no --db")
 
@@ -111,7 +113,7 @@ def _read(database: Database) -> tuple[str, str, set[str]]:
 
 
 async def check_redis(examination: Examination) -> Finding:
-    given = examination.wishes.redis
+    given = examination.scope.redis
     if given is None:
         return skipped("no --redis")
 
@@ -119,7 +121,7 @@ async def check_redis(examination: Examination) -> Finding:
         from redis.asyncio import Redis  # noqa: PLC0415 - an extra
         from redis.asyncio.retry import Retry  # noqa: PLC0415
         from redis.backoff import NoBackoff  # noqa: PLC0415
-        from redis.exceptions import RedisError  # noqa: PLC0415
+        from redis.exceptions import NoPermissionError, RedisError  # noqa: PLC0415
     except ModuleNotFoundError:
         return failed("the extra is not installed", f"It needs {install_hint('redis')}.")
 
@@ -141,7 +143,10 @@ async def check_redis(examination: Examination) -> Finding:
         began = loop.time()
         await client.ping()
         latency = milliseconds(loop.time() - began)
-        server = await client.info("server")
+        await client.eval("return 1", 0)  # a backplane's leases are scripts
+        server: dict[str, Any] = {}
+        with suppress(NoPermissionError):  # nothing needs the version but this report
+            server = await client.info("server")
     except RedisError as error:
         return failed(
             f"cannot be used: {_redis_reason(error)}",
@@ -152,7 +157,7 @@ async def check_redis(examination: Examination) -> Finding:
         await client.aclose()
 
     name = str(server.get("server_name", "redis")).capitalize()
-    version = server.get("valkey_version") or server.get("redis_version")
+    version = server.get("valkey_version") or server.get("redis_version") or "(version hidden)"
     return ok(f"{name} {version}, PING in {latency}", place=place)
 
 
@@ -160,6 +165,8 @@ def _redis_reason(error: Exception) -> str:
     """Return why Redis cannot be used; the client's own text shows the host."""
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, ssl.SSLError):
+            return f"no TLS connection: {getattr(cause, 'verify_message', None) or cause.reason}"
         if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
             return os.strerror(cause.errno)
         cause = cause.__cause__ or cause.__context__
@@ -169,5 +176,7 @@ def _redis_reason(error: Exception) -> str:
             return "no response within 3 s"
         case "AuthenticationError" | "AuthenticationWrongNumberOfArgsError":
             return "it refused the user or the password"
+        case "NoPermissionError":
+            return "the user may not run PING and EVAL"
         case name:
             return name

@@ -21,18 +21,18 @@ from promptlayer_exec._settings import Settings
 
 
 @attrs.frozen(kw_only=True)
-class Wishes:
-    """What an examination is to look at, beyond the server.
+class Scope:
+    """What to examine, as the options of the command say.
 
     Args:
-        base_url: the server; None: as a session finds it.
-        database: the URL of a database; None: none is checked.
-        redis: the URL of a Redis server; None: none is checked.
-        workflow: the workflow to run once; None: nothing is run, and nothing is paid.
+        base_url: the server; None: the one that a session would use.
+        database: the URL of a database to check, if any.
+        redis: the URL of a Redis server to check, if any.
+        workflow: the workflow to run once; None: run nothing, so that nobody pays.
         inputs: the inputs of that run.
-        callback_url: where that run's callback goes; None: nowhere.
-        callback_port: the port of this machine on which to wait for it; None: it cannot be seen.
-        timeout: seconds that the run may take.
+        callback_url: where PromptLayer posts that run's callback, if anywhere.
+        callback_port: the port of this machine on which to wait for it.
+        timeout: the longest time to wait for that run, in seconds.
     """
 
     base_url: str | None = None
@@ -47,15 +47,26 @@ class Wishes:
 
 @attrs.define(eq=False)
 class Examination:
-    """One examination, and what its checks have found for those that follow.
+    """One examination: its checks leave here what later checks need.
 
     Args:
-        wishes: what to look at.
-        resources: what is closed at the end.
-        on_started: called with the id of the run, as soon as there is one.
+        scope: what to examine.
+        resources: closed by the caller at the end.
+        on_started: called with the id of the run as soon as it is known.
+
+    Attributes:
+        private: texts that no report may contain.
+        hosts: hosts that a report for an issue may not contain.
+        first_contact: the response to the first request, which has no key.
+        listed: the response with the list of workflows.
+        chosen: the name or id of the workflow to look at.
+        workflow_id: its id, once it is known.
+        suffix: of the channel on which the run's completion is pushed.
+        listener: listens to that channel.
+        receiver: waits for the callback.
     """
 
-    wishes: Wishes
+    scope: Scope
     resources: AsyncExitStack
     on_started: Callable[[int], object] = lambda _: None
     private: list[str] = attrs.field(init=False, factory=list, repr=False)
@@ -67,10 +78,8 @@ class Examination:
     proxy: str | None = attrs.field(init=False, default=None, repr=False)
     wire: Wire = attrs.field(init=False)
 
-    # What came of the first request, without the key.
     first_contact: Exchange | NoResponse = attrs.field(init=False)
     listed: Exchange = attrs.field(init=False)
-    # The name or id of the workflow to look at, and its id as soon as it is known.
     chosen: str | int | None = attrs.field(init=False, default=None)
     workflow_id: int | None = attrs.field(init=False, default=None)
 
@@ -83,7 +92,7 @@ class Examination:
     run: ObservedRun = attrs.field(init=False)
 
     def report_secrets(self) -> Secrets:
-        # A shorter one is a test's, and may be a word of ordinary texts.
+        # A shorter one is a test's, and may be an ordinary word.
         always = tuple(secret for secret in self.private if len(secret) >= 6)
         return Secrets(always, tuple(self.hosts))
 
@@ -96,10 +105,10 @@ class Check:
     """One check.
 
     Args:
-        group: under which heading it is reported.
-        name: its name, unique within all checks.
-        look: finds something; what it raises is a failure of the check itself.
-        needs: the names of the earlier checks whose result it uses.
+        group: the heading under which it is reported.
+        name: its name, which no other check has.
+        look: makes the check.
+        needs: the names of earlier checks that must not have failed.
     """
 
     group: str
@@ -111,7 +120,7 @@ class Check:
 async def examine(
     examination: Examination, checks: tuple[Check, ...]
 ) -> AsyncGenerator[Finding, None]:
-    """Yield the finding of each check, in order."""
+    """Make all checks in order, and yield what each has found."""
     unmet: set[str] = set()
     for check in checks:
         missing = next((need for need in check.needs if need in unmet), None)
@@ -133,7 +142,7 @@ async def _look(check: Check, examination: Examination) -> Finding:
     except asyncio.CancelledError:
         raise
     except Exception as error:  # noqa: BLE001 - the other checks are still of use
-        # Its text may have anything in it; where it was raised is enough to find out.
+        # Its text may contain anything; the place is enough to find the bug.
         place = traceback.extract_tb(error.__traceback__)[-1]
         raised = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}"
-        return failed(f"the check itself broke: {raised}", "Please report this bug.")
+        return failed(f"bug in doctor: {raised}", "Please report it.")

@@ -69,7 +69,7 @@ class _WatchedConnector(aiohttp.TCPConnector):
 
 
 class Wire:
-    """The connections of an examination. It keeps every exchange, a session's own included.
+    """The connections of an examination. A session may borrow them, to start a run.
 
     Args:
         base_url: the server, without a trailing slash.
@@ -78,20 +78,20 @@ class Wire:
 
     Attributes:
         api_key: the key, once it is known.
-        exchanges: all of them so far.
+        start: the start that a session has sent, and its response.
     """
 
     def __init__(self, base_url: str, proxy: str | None, timeout: float) -> None:
         self._base_url = base_url
         self._timeout = timeout
         self.api_key = ""
-        self.exchanges: list[Exchange] = []
+        self.start: Exchange | None = None
 
         self._connector = _WatchedConnector()
         self.http = aiohttp.ClientSession(
             connector=self._connector,
             cookie_jar=aiohttp.DummyCookieJar(),
-            middlewares=[self._keep],
+            middlewares=[self._watch],
             proxy=proxy,
         )
 
@@ -102,27 +102,22 @@ class Wire:
     async def aclose(self) -> None:
         await self.http.close()
 
-    async def _keep(
+    async def _watch(
         self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
     ) -> aiohttp.ClientResponse:
-        """Keep what a request got, also one of a session that borrows the connections."""
+        """Keep the response to a session's start, and let no WebSocket follow a redirect."""
         clock = asyncio.get_running_loop().time
         sent_at = clock()
         response = await handler(request)
 
-        if "Upgrade" in request.headers:
-            if 300 <= response.status < 400:  # aiohttp would follow it to another host
-                response.close()
-                raise aiohttp.WSServerHandshakeError(
-                    response.request_info, (), status=response.status
-                )
-            return response
+        if request.method == "POST" and request.url.raw_path.endswith("/run"):
+            body, target = await response.read(), request.url.raw_path_qs
+            duration = clock() - sent_at
+            self.start = Exchange("POST", target, response.status, body, sent_at, duration)
 
-        body = await response.read()
-        target, duration = request.url.raw_path_qs, clock() - sent_at
-        self.exchanges.append(
-            Exchange(request.method, target, response.status, body, sent_at, duration)
-        )
+        if "Upgrade" in request.headers and 300 <= response.status < 400:
+            response.close()
+            raise aiohttp.WSServerHandshakeError(response.request_info, (), status=response.status)
         return response
 
     async def ask(self, method: str, target: str, *, with_key: bool = True) -> Exchange:

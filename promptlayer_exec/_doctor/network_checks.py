@@ -31,7 +31,7 @@ _FEW_DAYS = 7
 
 async def check_base_url(examination: Examination) -> Finding:
     try:
-        base_url = find_base_url(examination.wishes.base_url)
+        base_url = find_base_url(examination.scope.base_url)
     except ConfigurationError as error:
         # Its text may quote the URL.
         rule = re.split(r", got |: ", str(error))[0].rstrip(".")
@@ -157,7 +157,7 @@ def _refused_tls(reason: str) -> Finding:
     elif "ismatch" in found:
         advice = "Check --base-url: this certificate belongs to another host."
     elif "handshake" in found or "speak TLS" in found:
-        advice = "Check the scheme and the port of --base-url, and what stands between."
+        advice = "Check the scheme and the port of --base-url."
     return failed(f"no TLS connection: {found}", advice)
 
 
@@ -190,6 +190,11 @@ async def check_response(examination: Examination) -> Finding:
 
     if first.status == 407:
         return failed(f"the proxy refused the request: {first.status_name}", _PROXY_ADVICE)
+    if 300 <= first.status < 400:
+        return failed(
+            f"the server redirects: {first.status_name}",
+            "Use the URL that it redirects to as --base-url: sessions follow no redirect.",
+        )
     if first.status >= 500:
         return failed(f"the server responded {first.status_name}", "Try again later.")
 
@@ -203,13 +208,13 @@ async def check_response(examination: Examination) -> Finding:
     )
 
 
-_PROXY_ADVICE = "Put the proxy's user and password into HTTPS_PROXY, or ask who runs the proxy."
+_PROXY_ADVICE = "Check the user and the password in HTTPS_PROXY, and what the proxy allows."
 
 
 def _advice(found: str) -> str:
     if "proxy refused" in found:
         return _PROXY_ADVICE
-    return "Check the network and --base-url; where only a proxy leads out, set HTTPS_PROXY."
+    return "Check the network and --base-url; if you need a proxy, set HTTPS_PROXY."
 
 
 def milliseconds(seconds: float) -> str:

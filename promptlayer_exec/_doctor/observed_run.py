@@ -109,9 +109,10 @@ class ObservedRun:
 
         while loop.time() < self.started_at + timeout:
             poll = await self._poll(wire, return_all_outputs=True)
+            status = 0
             if poll is not None:
-                self.polls.append(poll)
-            status = 0 if poll is None else poll.status
+                status = poll.status
+                self._keep(poll)
 
             if status == 200:
                 self.output = await self._poll(wire, return_all_outputs=False)
@@ -129,6 +130,12 @@ class ObservedRun:
 
             age = loop.time() - self.started_at
             await asyncio.sleep(min(max(self.policy.gap, age / 30), self.policy.longest_gap))
+
+    def _keep(self, poll: Exchange) -> None:
+        """Keep a poll; all that got the same body share it, since there may be hundreds."""
+        if self.polls and self.polls[-1].body == poll.body:
+            poll = attrs.evolve(poll, body=self.polls[-1].body)
+        self.polls.append(poll)
 
     async def _poll_bare(self, wire: Wire) -> None:
         bare = await self._poll(wire, return_all_outputs=False)

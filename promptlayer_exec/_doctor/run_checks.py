@@ -45,15 +45,15 @@ _NODE_FIELDS = ("value", "error_message", "raw_error_message", "is_output_node")
 
 async def check_start(examination: Examination) -> Finding:
     """Start the run with a session, as users do, and judge the response."""
-    wishes = examination.wishes
-    if wishes.callback_port is not None:
+    scope = examination.scope
+    if scope.callback_port is not None:
         receiver = examination.receiver = CallbackReceiver()
         examination.resources.push_async_callback(receiver.aclose)
         try:
-            await receiver.listen(wishes.callback_port)
+            await receiver.listen(scope.callback_port)
         except OSError as error:
             return failed(
-                f"cannot listen on port {wishes.callback_port}: {error.strerror}; no run was"
+                f"cannot listen on port {scope.callback_port}: {error.strerror}; no run was"
                 " started",
                 "Choose another --callback-port.",
             )
@@ -61,12 +61,12 @@ async def check_start(examination: Examination) -> Finding:
     try:
         execution_id = await _start(examination)
     except (PromptLayerExecError, TypeError, ValueError) as error:
-        return _judge_failed_start(error, _start_exchange(examination))
+        return _judge_failed_start(error, examination.wire.start)
 
-    exchange = _start_exchange(examination)
+    exchange = examination.wire.start
     assert exchange is not None  # noqa: S101 - the session has read its response
     examination.run = ObservedRun(execution_id, exchange, _POLICY, examination.listener)
-    return _judge_start(exchange, has_callback=wishes.callback_url is not None)
+    return _judge_start(exchange, has_callback=scope.callback_url is not None)
 
 
 async def _start(examination: Examination) -> int:
@@ -75,7 +75,7 @@ async def _start(examination: Examination) -> int:
         if isinstance(event, ExecutionStarted) and event.execution_id is not None:
             examination.on_started(event.execution_id)
 
-    wishes = examination.wishes
+    scope = examination.scope
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the base URL, which has been judged
         session = Session(
@@ -88,14 +88,9 @@ async def _start(examination: Examination) -> int:
         share_channel(session, examination.suffix)
         async with session:
             execution = await session.start(
-                wishes.workflow or "", wishes.inputs, callback_url=wishes.callback_url
+                scope.workflow or "", scope.inputs, callback_url=scope.callback_url
             )
     return execution.id
-
-
-def _start_exchange(examination: Examination) -> Exchange | None:
-    starts = (it for it in examination.wire.exchanges if it.target.endswith("/run"))
-    return next(starts, None)
 
 
 def _judge_failed_start(error: Exception, exchange: Exchange | None) -> Finding:
@@ -158,7 +153,7 @@ async def check_completion(examination: Examination) -> Finding:
     run = examination.run
     listening = asyncio.create_task(listen_to_updates(examination, run.execution_id))
     try:
-        await run.poll_until_complete(examination.wire, examination.wishes.timeout)
+        await run.poll_until_complete(examination.wire, examination.scope.timeout)
         if listening.done():
             run.other_listener = listening.result()
         if run.completed_at is not None:
@@ -168,7 +163,7 @@ async def check_completion(examination: Examination) -> Finding:
     finally:
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)
-    return _judge_completion(run, examination.wishes.timeout)
+    return _judge_completion(run, examination.scope.timeout)
 
 
 def _judge_completion(run: ObservedRun, timeout: float) -> Finding:
@@ -375,6 +370,13 @@ def _judge_message(run: ObservedRun, message: Message, *, is_on_both: bool) -> F
             f"Sessions poll again, and go by the poll. {REPORT_IT}",
         )
 
+    if any(poll.status == 202 and poll.sent_at > message.at for poll in run.polls):
+        return differs(
+            "200 to a poll once the completion was pushed",
+            "202 after the message",
+            f"Sessions poll such a run as if there were no push. {REPORT_IT}",
+        )
+
     late = message.at - run.completed_at
     if late > run.policy.late:
         return differs(
@@ -390,8 +392,8 @@ def _judge_message(run: ObservedRun, message: Message, *, is_on_both: bool) -> F
 
 async def check_callback(examination: Examination) -> Finding:  # noqa: PLR0911 - a table
     """Judge the callback, as far as it can be seen from here."""
-    run, wishes = examination.run, examination.wishes
-    if wishes.callback_url is None:
+    run, scope = examination.run, examination.scope
+    if scope.callback_url is None:
         return skipped("no --callback-url")
     if examination.receiver is None:
         return ok(

@@ -20,7 +20,9 @@ from promptlayer_exec._settings import find_api_key
 from promptlayer_exec._workflows import Workflow
 
 REPORT_IT = "Please report it."
-_UNCHECKED = f"Until then, runs start without a check of their inputs. {REPORT_IT}"
+_UNCHECKED = f"Runs start without a check of their inputs. {REPORT_IT}"
+# Types that an input may have. Any other text might be a user's.
+_KINDS = {"string", "integer", "number", "float", "boolean", "object", "array", "json", "image"}
 
 
 async def check_key(examination: Examination) -> Finding:  # noqa: PLR0911 - a table
@@ -68,8 +70,8 @@ async def check_workflows(examination: Examination) -> Finding:
         )
 
     existing = [summary for summary in page.summaries if not summary.is_deleted]
-    if examination.wishes.workflow is not None:
-        examination.chosen = examination.wishes.workflow
+    if examination.scope.workflow is not None:
+        examination.chosen = examination.scope.workflow
     elif existing:
         examination.chosen = examination.workflow_id = existing[0].id
 
@@ -86,7 +88,7 @@ async def check_definition(examination: Examination) -> Finding:
 
     target = workflow_request(examination.chosen, None, None).target
     exchange = await examination.wire.ask("GET", target)
-    if exchange.status == 404 and examination.wishes.workflow is not None:
+    if exchange.status == 404 and examination.scope.workflow is not None:
         return failed(
             f"there is no such workflow: {exchange.status_name}",
             "Check --workflow; `promptlayer-exec workflows` lists the names.",
@@ -105,7 +107,7 @@ async def check_definition(examination: Examination) -> Finding:
 def _judge_definition(exchange: Exchange, workflow: Workflow) -> Finding:
     body: Any = decode(exchange.response)
 
-    if "workflow_id" not in body or "workflow_name" not in body:
+    if body.get("workflow_id") is None or body.get("workflow_name") is None:
         return differs(
             "the documented fields, workflow_id and workflow_name among them",
             "only the object 'workflow', as from a development server",
@@ -127,13 +129,15 @@ def _judge_definition(exchange: Exchange, workflow: Workflow) -> Finding:
         return differs("the version in 'version'", field, f"Nothing depends on it. {REPORT_IT}")
 
     inputs = counted(len(workflow.required_inputs), "input")
-    if kinds := sorted({kind[:20] for kind in workflow.required_inputs.values()}):
-        inputs += f" ({', '.join(kinds)})"
+    types = set(workflow.required_inputs.values())
+    if types:
+        named = sorted(types & _KINDS) + ["another type"] * bool(types - _KINDS)
+        inputs += f" ({', '.join(named)})"
     return ok(f"documented shape: {inputs}, {counted(len(workflow.nodes), 'node')}")
 
 
 def _place_in(error: InvalidResponse) -> str:
-    """Return in which field a body is wrong; what follows in the path may be a user's name."""
+    """Return which field of a body is wrong; the rest of the path may be a name of the user's."""
     if not error.path:
         return ": not JSON"
     found = re.match(r"\$\.(\w+)", error.path)

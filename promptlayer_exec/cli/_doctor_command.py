@@ -16,7 +16,7 @@ from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._printing import err, out, quoted
 
 if TYPE_CHECKING:
-    from promptlayer_exec._doctor.examination import Wishes
+    from promptlayer_exec._doctor.examination import Scope
     from promptlayer_exec._doctor.report import Finding, Secrets
 
 _STYLES = {"ok": "green", "differs": "yellow", "failed": "bold red", "skipped": "dim"}
@@ -90,6 +90,8 @@ def doctor(
 
     The exit code is 0 if nothing failed or differs, and 1 otherwise.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
+    if workflow == "":
+        raise typer.BadParameter("--workflow must not be empty")
     if workflow is None and (inputs or callback_url is not None):
         raise typer.BadParameter("--input and --callback-url need --workflow")
     if callback_port is not None and callback_url is None:
@@ -99,9 +101,9 @@ def doctor(
     if workflow is not None and not is_confirmed:
         _ask(workflow)
 
-    from promptlayer_exec._doctor.examination import Wishes  # noqa: PLC0415 - slow to import
+    from promptlayer_exec._doctor.examination import Scope  # noqa: PLC0415 - slow to import
 
-    wishes = Wishes(
+    scope = Scope(
         base_url=base_url,
         database=database,
         redis=redis,
@@ -112,7 +114,7 @@ def doctor(
         timeout=timeout,
     )
     subject = Subject(base_url=base_url, resumable=True)
-    raise typer.Exit(run_command(_examine(wishes, subject, as_json=as_json), subject))
+    raise typer.Exit(run_command(_examine(scope, subject, as_json=as_json), subject))
 
 
 def _ask(workflow: str) -> None:
@@ -135,7 +137,7 @@ def _ask(workflow: str) -> None:
         raise typer.Exit(ExitCode.FAILED)
 
 
-async def _examine(wishes: Wishes, subject: Subject, *, as_json: bool) -> ExitCode:
+async def _examine(scope: Scope, subject: Subject, *, as_json: bool) -> ExitCode:
     from promptlayer_exec._doctor.checkup import all_checks  # noqa: PLC0415 - slow to import
     from promptlayer_exec._doctor.examination import Examination, examine  # noqa: PLC0415
     from promptlayer_exec._doctor.report import (  # noqa: PLC0415
@@ -150,8 +152,8 @@ async def _examine(wishes: Wishes, subject: Subject, *, as_json: bool) -> ExitCo
 
     findings: list[Finding] = []
     async with AsyncExitStack() as resources:
-        examination = Examination(wishes, resources, started)
-        checks = all_checks(has_run=wishes.workflow is not None)
+        examination = Examination(scope, resources, started)
+        checks = all_checks(has_run=scope.workflow is not None)
         async with aclosing(examine(examination, checks)) as examined:
             async for finding in examined:
                 if not as_json:

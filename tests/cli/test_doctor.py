@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -124,23 +124,28 @@ def is_bare(request: web.BaseRequest) -> bool:
     return request.query["return_all_outputs"] == "false"
 
 
-def push_server(announces: str) -> Fault:
-    """Return a push server that accepts everything, and announces on channels of one kind alone."""
+def push_server(announces: str, run_id: Callable[[str], Awaitable[int]] | None = None) -> Fault:
+    """Return a push server that accepts everything, and announces on channels of one kind alone.
+
+    What it announces is the completion of the run that `run_id` returns for a channel.
+    """
+
+    async def named(channel: str) -> int:
+        return int(channel.rpartition(":")[2])
 
     async def serve(request: web.BaseRequest, _: Any) -> web.StreamResponse:
         websocket = web.WebSocketResponse()
         await websocket.prepare(request)
         async for message in websocket:
-            command = json.loads(message.data)
-            number, (name, fields) = command.pop("id"), *command.items()
+            command: dict[str, Any] = json.loads(message.data)
+            number = command.pop("id")
+            ((name, fields),) = command.items()
             await websocket.send_str(json.dumps({"id": number, name: {}}))
             channel = fields.get("channel", "")
             if channel.startswith(announces):
-                completion = {"workflow_version_execution_id": int(channel.rpartition(":")[2])}
-                data = {
-                    "message_name": "SET_WORKFLOW_COMPLETE",
-                    "data": json.dumps(completion),
-                }
+                execution_id = await (run_id or named)(channel)
+                completion = json.dumps({"workflow_version_execution_id": execution_id})
+                data = {"message_name": "SET_WORKFLOW_COMPLETE", "data": completion}
                 push = {"push": {"channel": channel, "pub": {"data": data}}}
                 await websocket.send_str(json.dumps(push))
         return websocket
@@ -283,6 +288,12 @@ class TestSetup:
         sim.inject(Fault.malformed(None), path="/workflows")
         found = "failed: the list of workflows has an unknown shape: not JSON"
         assert examine().deviations == {"workflows": found}
+
+    def test_a_server_that_redirects(self, sim: Simulator, examine: Examine) -> None:
+        """A session would not follow it, so the key stays here."""
+        sim.inject(Fault.status(301, times=None), path="/workflows")
+        found = "failed: the server redirects: 301 Moved Permanently"
+        assert examine().deviations == {"response": found}
 
     def test_malformed_settings(self, examine: Examine) -> None:
         """Each is named by the check that is about it; a URL with a password is not shown."""
@@ -527,6 +538,19 @@ class TestPush:
         """The message comes on the channel that the vendor's JavaScript SDK listens to."""
         sim.inject(push_server(announces="workflow_updates:"), path=WEBSOCKET)
         found = "differs: the completion on workflow_updates:{execution id}"
+        assert examine(*RUN).deviations == {"pushed message": found}
+
+    def test_a_message_before_the_completion(self, sim: Simulator, examine: Examine) -> None:
+        """Polls still find the run running."""
+        runs = len(sim.runs)
+
+        async def new_run(_: str) -> int:
+            while len(sim.runs) == runs:
+                await sim.wait_for_requests(sim.request_count + 1)
+            return sim.runs[-1].execution_id
+
+        sim.inject(push_server("workflows:", new_run), path=WEBSOCKET)
+        found = "differs: 202 after the message"
         assert examine(*RUN).deviations == {"pushed message": found}
 
     def test_turned_off(self, examine: Examine) -> None:
@@ -835,7 +859,12 @@ class TestCommand:
 
     @pytest.mark.parametrize(
         "arguments",
-        [("-i", "a=1"), ("--callback-url", "http://x"), ("--callback-port", 80), ("--db",)],
+        [
+            ("-i", "a=1"),
+            ("--callback-url", "http://x"),
+            ("--callback-port", 80),
+            ("--workflow", ""),
+        ],
     )
     def test_usage(self, call: Callable[..., Any], arguments: tuple[object, ...]) -> None:
         """Options of a run need one."""
@@ -864,5 +893,5 @@ class TestCommand:
         report = examine()
         assert list(report.deviations) == ["versions", "extras"]
         found = report.deviations["versions"]
-        assert found.startswith("failed: the check itself broke: LookupError in test_doctor.py")
+        assert found.startswith("failed: bug in doctor: LookupError in test_doctor.py")
         assert report.checks["subscription"]["verdict"] == "ok"
