@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -80,7 +81,8 @@ class Listener:
         try:
             await subscription.run(token)
         except (SubscriptionLost, SubscriptionRefused) as error:
-            self.lost = str(error)
+            # Its code is kept, and the server's own words are not: they may name anything.
+            self.lost = re.sub(r": .*?( \(\d+\))?$", r"\1", str(error))
 
     def _receive(self, data: Any) -> None:
         now = asyncio.get_running_loop().time()

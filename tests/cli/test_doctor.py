@@ -32,6 +32,7 @@ from anyio.from_thread import start_blocking_portal
 from promptlayer_exec._doctor import run_checks
 from promptlayer_exec._doctor.exchanges import Exchange
 from promptlayer_exec._doctor.observed_run import ObservationPolicy, ObservedRun
+from promptlayer_exec._doctor.report import Secrets, failed, issue_report
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator, examples
 
 Examine = Callable[..., "Report"]
@@ -510,12 +511,32 @@ class TestPush:
         found = "failed: push unavailable: the WebSocket could not be opened: 403 Forbidden"
         assert examine().deviations == {"WebSocket": found}
 
-    def test_no_subscription(self, sim: Simulator, examine: Examine) -> None:
-        """A token of which the server knows nothing is refused."""
+    def test_no_connection(self, sim: Simulator, examine: Examine) -> None:
+        """A token that the server does not know is refused."""
         details = {"token_details": {"token": "unknown"}, "messaging_backend": "centrifugo"}
         sim.inject(Fault.status(201, times=None, body=json.dumps(details).encode()), path=TOKENS)
-        (found,) = examine().deviations.values()
-        assert found.startswith("failed: push unavailable: the subscription was not accepted: ")
+        assert examine().deviations == {
+            "subscription": "failed: push unavailable: the subscription was not accepted: the"
+            " server ended the connection (3500)"
+        }
+
+    def test_no_subscription(self, sim: Simulator, examine: Examine) -> None:
+        """The code of the refusal is named, and the server's own words are not repeated."""
+
+        async def refuse(request: web.BaseRequest, _: Any) -> web.StreamResponse:
+            websocket = web.WebSocketResponse()
+            await websocket.prepare(request)
+            async for message in websocket:
+                number = json.loads(message.data)["id"]
+                error = {"code": 103, "message": f"{KEY} may not read {WORKFLOW}"}
+                await websocket.send_str(json.dumps({"id": number, "error": error}))
+            return websocket
+
+        sim.inject(Fault(refuse, None), path=WEBSOCKET)
+        assert examine().deviations == {
+            "subscription": "failed: push unavailable: the subscription was not accepted: the"
+            " server refused to connect (103)"
+        }
 
     def test_another_backend(self, sim: Simulator, examine: Examine) -> None:
         """The token says which one it is for."""
@@ -778,6 +799,11 @@ class TestDatabases:
         }
         assert not [text for text in ("jane", "private", "127.0.0.1") if text in report.text]
 
+    def test_a_host_that_is_not_known(self, examine: Examine) -> None:
+        """What psycopg quotes is left out."""
+        (found,) = examine("--db", "postgresql://jane@private.invalid/x").deviations.values()
+        assert found.startswith("failed: cannot be used: failed to resolve host ...: ")
+
     def test_the_text_shows_where_they_are(self, call: Callable[..., Any]) -> None:
         """Without the password."""
         out = call("doctor", "--db", f"postgresql://jane:{PASSWORD}@{CLOSED}/batches").out
@@ -834,6 +860,17 @@ class TestDatabases:
         assert good.checks["Redis"]["found"].startswith(("Redis ", "Valkey "))
         found = "failed: cannot be used: it refused the user or the password"
         assert bad.deviations == {"Redis": found}
+
+
+def test_secrets_are_removed_wherever_they_are() -> None:
+    """Should a text have one after all, it has no key or password, and in an issue no host."""
+    secrets = Secrets((KEY, PASSWORD), ("proxy.example",))
+    found = f"{KEY} and {PASSWORD} at http://proxy.example:3128, not at my-proxy.example"
+    text = "*** and *** at http://proxy.example:3128, not at my-proxy.example"
+    assert secrets.removed(found) == text
+    finding = attrs.evolve(failed(found, found), group="Setup", name="versions")
+    (check,) = json.loads(issue_report([finding], secrets))["checks"]
+    assert check["found"] == check["advice"] == text.replace("//proxy.example", "//HOST")
 
 
 class TestCommand:
