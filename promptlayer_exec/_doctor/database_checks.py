@@ -139,7 +139,7 @@ async def check_redis(examination: Examination) -> Finding:
 
     loop = asyncio.get_running_loop()
     try:
-        await client.ping()  # it connects, too
+        await client.ping()  # the first one includes connecting
         began = loop.time()
         await client.ping()
         latency = milliseconds(loop.time() - began)

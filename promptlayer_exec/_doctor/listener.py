@@ -47,7 +47,7 @@ class Listener:
     async def subscribe(
         self, socket: aiohttp.ClientWebSocketResponse, token: str, patience: float
     ) -> None:
-        """Subscribe, and keep the subscription in a task of its own."""
+        """Subscribe, and stay subscribed in a task."""
         is_subscribed = asyncio.Event()
 
         async def same_token() -> str:

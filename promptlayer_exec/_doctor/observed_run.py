@@ -22,10 +22,10 @@ class ObservationPolicy:
     """How a run is observed, and what counts as late. Times in seconds.
 
     Args:
-        gap: the shortest pause between two polls; it grows to `longest_gap` with the run's age.
+        gap: the shortest pause between two polls; older runs are polled less often.
         longest_gap: the longest pause.
         grace: how long sessions wait out the 404s of a run that they started.
-        patience: how long an observation waits out 404s, and other failures in a row.
+        patience: how long polls may fail in a row, by 404s as well.
         most_bare: how many polls of a running execution ask for the main output alone.
         late: how late a pushed message may be; sessions count later ones as missing.
         silence: how long to wait for a message once a poll has found the completion.
@@ -60,12 +60,12 @@ class ObservedRun:
         policy: how it is observed.
 
     Attributes:
-        polls: the polls for all nodes, whatever their status; times are on the event loop's clock.
+        polls: the polls for all nodes that got a response, of any status.
         failures: why polls got no response.
-        bare: the polls for the main output alone that found the run running.
-        output: that poll once the run was complete.
-        listener: of the run's own push channel, if it was subscribed to before the start.
-        other_listener: of the channel that is named by the execution alone, if there is one.
+        bare: the polls for the main output alone while the run was running.
+        output: the poll for the main output once the run was complete.
+        listener: listens to the run's own push channel since before the start, if it can.
+        other_listener: listens to the channel that only the execution's id names, if it can.
         posted: what came to the callback URL.
     """
 

@@ -28,17 +28,17 @@ class Verdict(enum.StrEnum):
 class Finding:
     """What one check found.
 
-    No text may contain the API key, an input, an output, or the name of a node or a workflow. That
-    leaves out what the server says in its own words, too.
+    No text may contain the API key, an input, an output, or the name of a node or a workflow. So no
+    text quotes the server.
 
     Args:
         verdict: how the check ended.
-        found: what was found; why the check was skipped.
-        expected: what this package expects; for `DIFFERS` alone.
-        advice: what to do about it.
-        place: which host, file or URL this is about; it is not in the report for an issue.
-        group: the group of the check, set by the examination.
-        name: the name of the check, set by the examination.
+        found: what was found, or why the check was skipped.
+        expected: what this package expects; only for `DIFFERS`.
+        advice: what the user can do.
+        place: the host, file or URL; the report for an issue omits it.
+        group: the group of the check; `examine` sets it.
+        name: the name of the check; `examine` sets it.
     """
 
     verdict: Verdict
@@ -75,11 +75,11 @@ def skipped(why: str) -> Finding:
 
 @attrs.frozen
 class Secrets:
-    """What no report may contain, and what a report for an issue may not contain either.
+    """What is removed from reports, in case a text contains it after all.
 
     Args:
         always: the API key, and the passwords in URLs.
-        hosts: names of hosts that are nobody else's business.
+        hosts: the user's own hosts, removed from reports for an issue.
     """
 
     always: tuple[str, ...] = attrs.field(repr=False)

@@ -107,7 +107,7 @@ def _judge_failed_start(error: Exception, exchange: Exchange | None) -> Finding:
                 what = f"{exchange.status_name} without a usable {_ID_FIELD}"
             return failed(
                 f"{what}; the run may have started",
-                f"Look in PromptLayer whether it runs. {REPORT_IT}",
+                f"Check in PromptLayer whether it is running. {REPORT_IT}",
             )
         case StatusError():
             return failed(
@@ -144,7 +144,7 @@ def _judge_start(exchange: Exchange, *, has_callback: bool) -> Finding:
 
     text = f"{exchange.status_name} with an id, after {milliseconds(exchange.duration)}"
     if body["warning"]:
-        text += "; it has a warning, which `promptlayer-exec run` would show"
+        text += ", and with a warning that is not shown here"
     return ok(text)
 
 
@@ -177,7 +177,7 @@ def _judge_completion(run: ObservedRun, timeout: float) -> Finding:
         return ok("; ".join([text, *parts]))
 
     last = run.polls[-1].status if run.polls else 0
-    if last == 202:
+    if last == 202 or not (run.polls or run.failures):
         return failed(
             f"not complete within {timeout:g} s",
             "It keeps running on PromptLayer: give doctor a longer --timeout, or watch it by its"
@@ -295,7 +295,7 @@ async def check_output(examination: Examination) -> Finding:
     """Judge what a poll for the main output alone gets at the end."""
     run = examination.run
     if run.output is None:
-        return skipped("the run was not seen complete")
+        return skipped("no poll saw the run complete")
     if run.output.status != 200:
         return differs("200 OK", run.output.status_name, REPORT_IT)
     try:
@@ -352,7 +352,7 @@ async def check_message(examination: Examination) -> Finding:
     if run.listener.lost:
         return failed(f"the subscription was lost: {run.listener.lost}", advice)
     if run.completed_at is None:
-        return skipped("the run was not seen complete")
+        return skipped("no poll saw the run complete")
     found = "no message"
     if run.listener.messages:
         found = f"{counted(len(run.listener.messages), 'message')} about anything else"
@@ -374,7 +374,7 @@ def _judge_message(run: ObservedRun, message: Message, *, is_on_both: bool) -> F
         return differs(
             "200 to a poll once the completion was pushed",
             "202 after the message",
-            f"Sessions poll such a run as if there were no push. {REPORT_IT}",
+            f"Sessions then poll this run without push. {REPORT_IT}",
         )
 
     late = message.at - run.completed_at
@@ -401,7 +401,7 @@ async def check_callback(examination: Examination) -> Finding:  # noqa: PLR0911 
             " cannot be seen from here: look at your server's log, or use --callback-port"
         )
     if run.completed_at is None:
-        return skipped("the run was not seen complete")
+        return skipped("no poll saw the run complete")
 
     advice = "Check that the URL leads to --callback-port on this machine."
     if run.posted is None:

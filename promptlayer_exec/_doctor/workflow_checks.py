@@ -90,7 +90,7 @@ async def check_definition(examination: Examination) -> Finding:
     exchange = await examination.wire.ask("GET", target)
     if exchange.status == 404 and examination.scope.workflow is not None:
         return failed(
-            f"there is no such workflow: {exchange.status_name}",
+            f"there is no workflow of this name: {exchange.status_name}",
             "Check --workflow; `promptlayer-exec workflows` lists the names.",
         )
     if exchange.status != 200:

@@ -118,7 +118,10 @@ def doctor(
 
 
 def _ask(workflow: str) -> None:
-    """Ask whether a run may be paid for, not within `run_command`: Ctrl-C has to end it at once."""
+    """Ask whether to pay for a run.
+
+    This is not done within `run_command`, where Ctrl-C would wait for the answer.
+    """
     if not sys.stdin.isatty():
 
         async def refuse() -> None:

@@ -260,7 +260,7 @@ class TestSetup:
         [("", "there is no API key"), ("two words", "PROMPTLAYER_API_KEY must be a non-empty")],
     )
     def test_no_usable_key(self, examine: Examine, key: str, found: str) -> None:
-        """The server is looked at all the same."""
+        """The connection to the server is still checked."""
         report = examine(PROMPTLAYER_API_KEY=key)
         assert report.deviations["API key"].startswith(f"failed: {found}")
         assert report.checks["response"]["verdict"] == "ok"
@@ -383,7 +383,7 @@ def tls_in_front_of(sim: Simulator, context: ssl.SSLContext) -> Iterator[str]:
 
 
 class TestTLS:
-    """Certificates, in a process of its own, which trusts another authority from the start."""
+    """Certificates, in another process: it has to trust the authority when it starts."""
 
     PROGRAM = """
 import sys
@@ -475,7 +475,7 @@ class TestDefinitions:
         assert examine().deviations == {"definition": f"differs: {found}"}
 
     def test_none(self, sim: Simulator, examine: Examine) -> None:
-        """Push is looked at all the same, because the list has the id."""
+        """Push is still checked, because the list contains the id."""
         for path in ("/1", "/2"):
             sim.inject(Fault.status(404, times=None), path=path)
         report = examine()
@@ -487,7 +487,7 @@ class TestDefinitions:
         """A misspelt --workflow is not taken for a deviation of the server."""
         report = examine("--workflow", "no-such-workflow", "--yes")
         assert report.deviations == {
-            "definition": "failed: there is no such workflow: 404 Not Found",
+            "definition": "failed: there is no workflow of this name: 404 Not Found",
             "start": "failed: PromptLayer refused the start: 404 Not Found",
         }
 
@@ -497,7 +497,7 @@ class TestPush:
 
     @pytest.mark.parametrize("status", [404, 403])
     def test_none(self, sim: Simulator, examine: Examine, status: int) -> None:
-        """The status is named; the run is checked all the same."""
+        """The status is named, and the run is still checked."""
         sim.inject(Fault.status(status, times=None), path=TOKENS)
         report = examine(*RUN)
         name = {404: "404 Not Found", 403: "403 Forbidden"}[status]
@@ -735,14 +735,14 @@ class TestRun:
         assert examine(*RUN).deviations == {"first polls": found}
 
     def test_not_complete_in_time(self, sim: Simulator, examine: Examine) -> None:
-        """The run goes on; what was seen of it is judged."""
+        """What was seen until then is still judged."""
         report = examine(*RUN, "--timeout", 0.1)
         assert report.deviations == {"completion": "failed: not complete within 0.1 s"}
         assert report.checks["running output"]["verdict"] == "ok"
         assert report.checks["main output"]["verdict"] == "skipped"
 
     def test_outages_are_counted(self, sim: Simulator, examine: Examine) -> None:
-        """A session would wait them out, too."""
+        """Sessions retry them, so they are no deviation."""
         sim.inject(Fault.status(503, times=2), path=RESULTS)
         code, _, checks = examine(*RUN)
         assert code == 0
