@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from promptlayer_exec._doctor.examination import Examination
-from promptlayer_exec._doctor.network_checks import milliseconds
+from promptlayer_exec._doctor.network_checks import brief
 from promptlayer_exec._doctor.report import Finding, differs, failed, ok, skipped
 from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._install import install_hint
@@ -142,7 +142,7 @@ async def check_redis(examination: Examination) -> Finding:
         await client.ping()  # the first one includes connecting
         began = loop.time()
         await client.ping()
-        latency = milliseconds(loop.time() - began)
+        latency = brief(loop.time() - began)
         await client.eval("return 1", 0)  # a backplane's leases are scripts
         server: dict[str, Any] = {}
         with suppress(NoPermissionError):  # nothing needs the version but this report

@@ -117,7 +117,7 @@ async def check_name(examination: Examination) -> Finding:
 
     kinds = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
     families = sorted({kinds.get(family, "other") for family, *_ in found})
-    return ok(f"{', '.join(families)} in {milliseconds(loop.time() - began)}")
+    return ok(f"{', '.join(families)} in {brief(loop.time() - began)}")
 
 
 def _is_address(host: str) -> bool:
@@ -203,8 +203,8 @@ async def check_response(examination: Examination) -> Finding:
     ]
     latency = min(exchange.duration for exchange in later)
     return ok(
-        f"{first.status_name} to a request without the key; {milliseconds(first.duration)} with a"
-        f" new connection, {milliseconds(latency)} with an open one"
+        f"{first.status_name} to a request without the key; {brief(first.duration)} with a"
+        f" new connection, {brief(latency)} with an open one"
     )
 
 
@@ -217,7 +217,10 @@ def _advice(found: str) -> str:
     return "Check the network and --base-url; if you need a proxy, set HTTPS_PROXY."
 
 
-def milliseconds(seconds: float) -> str:
+def brief(seconds: float) -> str:
+    """Return a duration in milliseconds or seconds."""
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
     if seconds < 0.001:
         return "under 1 ms"
     return f"{seconds * 1000:.0f} ms"

@@ -8,7 +8,7 @@ from promptlayer_exec._api.messages import decode
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.exchanges import NoResponse
 from promptlayer_exec._doctor.listener import Listener, NotSubscribed
-from promptlayer_exec._doctor.network_checks import REQUEST_TIMEOUT, milliseconds
+from promptlayer_exec._doctor.network_checks import REQUEST_TIMEOUT, brief
 from promptlayer_exec._doctor.report import Finding, differs, failed, ok, skipped
 from promptlayer_exec._doctor.workflow_checks import REPORT_IT
 from promptlayer_exec._errors import InvalidResponse, RequestError
@@ -41,7 +41,7 @@ async def check_token(examination: Examination) -> Finding:  # noqa: PLR0911 - a
         return differs(
             "'centrifugo' as messaging_backend", named, f"Push may not work. {REPORT_IT}"
         )
-    return ok(f"issued in {milliseconds(exchange.duration)}")
+    return ok(f"issued in {brief(exchange.duration)}")
 
 
 async def check_websocket(examination: Examination) -> Finding:
@@ -69,7 +69,7 @@ async def check_subscription(examination: Examination) -> Finding:
 
     examination.listener = listener
     examination.resources.push_async_callback(listener.aclose)
-    return ok(f"accepted in {milliseconds(loop.time() - began)}")
+    return ok(f"accepted in {brief(loop.time() - began)}")
 
 
 async def listen_to_updates(examination: Examination, execution_id: int) -> Listener | None:

@@ -12,7 +12,7 @@ from promptlayer_exec._api.status import status_name
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.exchanges import Exchange
 from promptlayer_exec._doctor.listener import Message
-from promptlayer_exec._doctor.network_checks import milliseconds
+from promptlayer_exec._doctor.network_checks import brief
 from promptlayer_exec._doctor.observed_run import (
     CallbackReceiver,
     ObservationPolicy,
@@ -142,7 +142,7 @@ def _judge_start(exchange: Exchange, *, has_callback: bool) -> Finding:
             f"This package still reads the id. {REPORT_IT}",
         )
 
-    text = f"{exchange.status_name} with an id, after {milliseconds(exchange.duration)}"
+    text = f"{exchange.status_name} with an id, after {brief(exchange.duration)}"
     if body["warning"]:
         text += ", and with a warning that is not shown here"
     return ok(text)
@@ -197,6 +197,7 @@ async def check_first_polls(examination: Examination) -> Finding:
 
 
 def judge_first_polls(run: ObservedRun) -> Finding:
+    """Judge for how long, and when, polls of a run got 404."""
     missing = [poll for poll in run.polls if poll.status == 404]
     if not run.polls:
         return skipped("no poll got a response")
@@ -302,10 +303,11 @@ async def check_output(examination: Examination) -> Finding:
         body = loads(run.output.body)
     except (ValueError, RecursionError):
         return differs("JSON", "a body that is not JSON", REPORT_IT)
-    return _judge_output(body, run.last_nodes())
+    return judge_output(body, run.last_nodes())
 
 
-def _judge_output(body: Any, nodes: dict[str, Any]) -> Finding:
+def judge_output(body: Any, nodes: dict[str, Any]) -> Finding:
+    """Judge the main output of a complete run with these nodes."""
     marked = [node for node in nodes.values() if node.get("is_output_node")]
     values = [
         node.get("value")
@@ -384,9 +386,7 @@ def _judge_message(run: ObservedRun, message: Message, *, is_on_both: bool) -> F
             f"one after {late:.1f} s",
             f"Sessions count it as missing, and poll. {REPORT_IT}",
         )
-    when = (
-        f"{milliseconds(abs(late))} {'after' if late > 0 else 'before'} a poll saw the completion"
-    )
+    when = f"{brief(abs(late))} {'after' if late > 0 else 'before'} a poll saw the completion"
     return ok(f"{where}, {when}")
 
 
@@ -422,7 +422,7 @@ async def check_callback(examination: Examination) -> Finding:  # noqa: PLR0911 
             f"The callback routes go by the id alone. {REPORT_IT}",
         )
     late = max(run.posted.at - run.completed_at, 0.0)
-    return ok(f"arrived with the id and the node map,  {milliseconds(late)} after the completion")
+    return ok(f"arrived with the id and the node map,  {brief(late)} after the completion")
 
 
 def _kind_of(value: Any) -> str:

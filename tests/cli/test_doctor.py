@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import json
+import math
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ from anyio.from_thread import start_blocking_portal
 from promptlayer_exec._doctor import run_checks
 from promptlayer_exec._doctor.exchanges import Exchange
 from promptlayer_exec._doctor.observed_run import ObservationPolicy, ObservedRun
-from promptlayer_exec._doctor.report import Secrets, failed, issue_report
+from promptlayer_exec._doctor.report import Secrets, failed, issue_report, ok
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator, examples
 
 Examine = Callable[..., "Report"]
@@ -171,7 +172,7 @@ class TestHealthy:
             code, out, _ = call(*command.split()[1:], **server)
 
         def lasting(text: str) -> list[str]:
-            return re.sub(r"(under )?[\d.]+|before|after", "N", text).splitlines()
+            return re.sub(r"(under )?[\d.]+( m?s\b)?|before|after", "N", text).splitlines()
 
         assert code == 0
         assert lasting(out)[4:] == lasting(shown)[4:]
@@ -338,6 +339,13 @@ class TestProxies:
             " Proxy Authentication Required"
         }
         assert report.checks["proxy"]["found"] == "in use and reachable"
+
+    def test_one_that_refuses_plain_http(self, sim: Simulator, examine: Examine) -> None:
+        """There the refusal looks like the server's own response, except for its status."""
+        sim.inject(Fault.status(407, times=None), path="/workflows")
+        url = ("--base-url", "http://promptlayer.test")
+        found = "failed: the proxy refused the request: 407 Proxy Authentication Required"
+        assert examine(*url, HTTP_PROXY=sim.base_url).deviations["response"] == found
 
 
 @contextmanager
@@ -671,6 +679,24 @@ class TestRun:
         sim.inject(altered(change), path=RESULTS)
         found = "differs: the node map in its place"
         assert examine(*RUN).deviations == {"main output": found}
+
+    @pytest.mark.parametrize(
+        "value", [False, None, 0, "", [], {}, math.nan, 2**70, "x", {"a": {"status": "SUCCESS"}}]
+    )
+    def test_each_value_is_an_output(self, value: Any) -> None:
+        """Of the node that is marked, of one of two, or of any if none is marked."""
+        plan = {"status": "SUCCESS", "value": "a plan", "is_output_node": False}
+        output = {"status": "SUCCESS", "value": value, "is_output_node": True}
+        skipped = {"status": "SKIPPED", "value": None, "is_output_node": True}
+        unmarked = output | {"is_output_node": None}
+        for nodes, found in (
+            ({"a": plan, "b": output}, "the value of the output node"),
+            ({"a": output, "b": skipped}, "the value of one of the output nodes"),
+            ({"a": plan, "b": unmarked}, "the value of a node, because none is marked as output"),
+        ):
+            assert run_checks.judge_output(value, nodes) == ok(found)
+            assert run_checks.judge_output("another one", nodes).verdict == "differs"
+        assert run_checks.judge_output(value, {"a": plan, "b": skipped}).verdict == "differs"
 
     def test_an_unknown_status(self, sim: Simulator, examine: Examine) -> None:
         """The status is named, the node is not."""
