@@ -36,7 +36,8 @@ LAYERS = [
     {"_execution", "_fanout", "_combined_stream"},
     {"_session"},
     {"_integration"},
-    {"_database"},  # needs an extra, so no other layer imports it
+    {"_database"},  # needs an extra, so only the next one imports it, and late
+    {"_doctor"},  # compares a server with what all of the above expect
 ]
 APART = {"_engine": {"_http"}, "_http": {"_engine"}}
 
@@ -173,8 +174,8 @@ def private_uses(integration: str, source: str) -> set[str]:
     """Return the private names that a module of an integration uses, except its own.
 
     These are private modules and objects of this package that it imports, other than those of the
-    integration and of `_integration`, and private attributes of any object other than `self` and
-    `cls`.
+    integration, of `_integration`, `_database` and `_doctor`, and private attributes of any object
+    other than `self` and `cls`.
 
     Args:
         integration: a name of `INTEGRATIONS`.
@@ -187,7 +188,7 @@ def private_uses(integration: str, source: str) -> set[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             for name in imported_names(node, package):
                 parts = name.split(".")
-                is_seam = parts[1:2] in (["_integration"], ["_database"])
+                is_seam = parts[1:2] in (["_integration"], ["_database"], ["_doctor"])
                 is_own = name.startswith(f"{own}.") or is_seam
                 if parts[0] == "promptlayer_exec" and not is_own and any(map(is_private, parts)):
                     found.add(name)
@@ -262,7 +263,7 @@ def test_the_viewer_s_page_is_in_the_package() -> None:
     assert {"index.html", "viewer.css", "viewer.js"} <= page
 
 
-def test_only_http_push_and_a_setting_import_aiohttp() -> None:
+def test_only_http_push_doctor_and_a_setting_import_aiohttp() -> None:
     """The engine knows no HTTP, and `Session(http=...)` is checked; others may for annotations."""
     users = set()
     for module in set().union(*LAYERS):
@@ -273,7 +274,7 @@ def test_only_http_push_and_a_setting_import_aiohttp() -> None:
                     names = [node.module or ""]
                 if any(name.split(".")[0] == "aiohttp" for name in names):
                     users.add(module)
-    assert users == {"_http", "_push", "_settings"}
+    assert users == {"_http", "_push", "_settings", "_doctor"}
 
 
 def test_the_bill_of_materials_has_every_dependency() -> None:

@@ -10,6 +10,7 @@ import typer
 
 from promptlayer_exec import __version__
 from promptlayer_exec.cli._batch_commands import batch_app
+from promptlayer_exec.cli._doctor_command import doctor
 from promptlayer_exec.cli._exit import PROGRAM, help_epilog, report_crash
 from promptlayer_exec.cli._printing import out, prepare_streams
 from promptlayer_exec.cli._run_commands import demo, results, run, watch
@@ -62,6 +63,9 @@ app.command("watch", epilog=help_epilog("watch 787"))(watch)
 app.command("results", epilog=help_epilog("results 787 > report.md"))(results)
 app.command("workflows", epilog=help_epilog("workflows --sort-by updated_at"))(workflows)
 app.command("workflow", epilog=help_epilog("workflow support-agent --label prod"))(workflow)
+app.command(
+    "doctor", epilog=help_epilog("doctor", "doctor --workflow support-agent -i letter@letter.txt")
+)(doctor)
 app.command("view", epilog=help_epilog("view 787"))(view)
 app.command("mcp", epilog=help_epilog("mcp --workflow support-agent"))(mcp)
 app.command("simulate")(simulate)
