@@ -106,9 +106,13 @@ def _sections(command: Any, parent: Any = None) -> Iterator[str]:
         yield from _sections(each, context)
 
 
-def read_comments(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Read what a page has for Sphinx alone: a code host shows directives as text, no comments."""
-    source[0] = re.sub(r"<!-- Sphinx:\n(.*?)\n-->", r"\1", source[0], flags=re.DOTALL)
+def tell_apart(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Read what a page has in comments, since a code host would show directives as text.
+
+    And leave out what is for readers on a code host alone.
+    """
+    text = re.sub(r"<!-- Sphinx:\n(.*?)\n-->", r"\1", source[0], flags=re.DOTALL)
+    source[0] = re.sub(r"<!-- Not Sphinx: -->\n.*?\n<!-- -->", "", text, flags=re.DOTALL)
 
 
 def mark_code(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -160,7 +164,7 @@ def setup(app: Sphinx) -> None:
     app.add_directive("commands", Commands)
     # The `*` of a signature: without this, the Markdown pages lack it.
     app.add_node(nodes.abbreviation, override=True, markdown=(keep_text, keep_text))
-    app.connect("source-read", read_comments)
+    app.connect("source-read", tell_apart)
     app.connect("autodoc-process-docstring", mark_code, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("missing-reference", leave_code)
