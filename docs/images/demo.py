@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.terminal_theme import MONOKAI
 
-COLUMNS = 68  # as many as a phone can show
+COLUMNS = 76  # few, so that a phone can show it
 LINE = 20  # pixels
 SVG = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" \
+<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" \
+viewBox="0 0 {width} {height}" role="img" \
 aria-label="promptlayer-exec demo: ten nodes of an execution succeed one after the other">
 <style>
 text {{ font: 14px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; \
@@ -159,7 +160,7 @@ def main() -> None:
             )
 
     svg = SVG.format(
-        width=16 + COLUMNS * 8.43 + 16,
+        width=round(16 + COLUMNS * 8.43 + 16),
         height=height * LINE + 66,
         seconds=seconds,
         keyframes="\n".join(keyframes),
