@@ -59,7 +59,7 @@ def run(command: str | list[str], directory: Path, environment: dict[str, str]) 
             assert process.stdout.readline().startswith("http://127.0.0.1:")
             process.send_signal(signal.SIGINT)
         try:
-            printed, errors = process.communicate(timeout=60)
+            printed, errors = process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode == 0, (command, printed, errors)
@@ -116,7 +116,7 @@ def test_each_example_runs_unchanged(
     assert not unused
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_the_commands_on_operating_a_batch_work(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
