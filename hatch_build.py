@@ -1,17 +1,34 @@
-"""Puts a bill of materials into the wheel, as PEP 770 describes: `.dist-info/sboms/`."""
+"""Puts a bill of materials into the wheel, and makes the links of the README absolute.
+
+PEP 770 describes the bill: `.dist-info/sboms/`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+
+class AbsoluteLinks(MetadataHookInterface):
+    """Makes the links of the README absolute: on a package index there are no files beside it."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Set the description of the package."""
+        text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
+        repository = metadata["urls"]["Repository"]
+        text = re.sub(r"(!\[[^]]*]\()(?!https:)", rf"\1{repository}/raw/main/", text)
+        text = re.sub(r"(]\()(?!https:)", rf"\1{repository}/blob/main/", text)
+        metadata["readme"] = {"content-type": "text/markdown", "text": text}
 
 
 class BillOfMaterials(BuildHookInterface[Any]):

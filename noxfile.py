@@ -255,12 +255,12 @@ def vendor(session: nox.Session) -> None:
     session.run(*pytest, *session.posargs, env=environment)
 
 
-# Sections of docs/frameworks.md, by the test of each.
+# Headings in docs/frameworks.md and docs/notebooks.md, by the test of each.
 FRAMEWORKS = {
     "airflow": "Airflow",
     "langgraph": "LangGraph",
     "mcp": "MCP",
-    "notebooks": "Notebooks",
+    "notebooks": "Notebooks and DataFrames",
     "openai_agents": "OpenAI Agents SDK",
     "pydantic_ai": "pydantic-ai",
     "temporal": "Temporal",
@@ -271,8 +271,9 @@ FRAMEWORKS = {
 @nox.parametrize("framework", sorted(FRAMEWORKS))
 def frameworks(session: nox.Session, framework: str) -> None:
     """Run a recipe of the docs with the version of the framework that its section names."""
-    page = Path("docs/frameworks.md").read_text(encoding="utf-8")
-    section = page.partition(f"\n## {FRAMEWORKS[framework]}\n")[2].partition("\n## ")[0]
+    pages = [Path(f"docs/{name}.md") for name in ("frameworks", "notebooks")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    section = text.partition(f"# {FRAMEWORKS[framework]}\n")[2].partition("\n## ")[0]
     requirements = re.findall(r"`([\w-]+==[\w.]+)`", section)
     _install(session, "frameworks", *requirements, ".[mcp]" if framework == "mcp" else ".[starts]")
     # The suite's own conftest.py needs packages that are not installed here.

@@ -22,19 +22,22 @@ version = release = metadata.version(project)
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_llm.txt"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3  # links to headings are then the same here and on a code host
+myst_enable_extensions = ["attrs_block"]  # {.cards}
 
 html_theme = "furo"
 pygments_dark_style = "monokai"  # the theme's own underlines every module's name
 html_title = f"{project} {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["cards.css"]
 
 # llms.txt, llms-full.txt and each page as Markdown, beside the HTML pages.
 llms_txt_full_build = True
 llms_txt_nested_enabled = False
 llms_txt_suffix_mode = "replace"
 llms_txt_description = (
-    "The asyncio client for PromptLayer workflow executions: it starts runs, shows how far along "
-    "they are, and returns their output."
+    "The asyncio client for PromptLayer workflows: it starts runs, shows progress, and returns "
+    "typed outputs."
 )
 
 autodoc_member_order = "bysource"
@@ -103,6 +106,15 @@ def _sections(command: Any, parent: Any = None) -> Iterator[str]:
         yield from _sections(each, context)
 
 
+def tell_apart(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Read what a page has in comments, since a code host would show directives as text.
+
+    And leave out what is for readers on a code host alone.
+    """
+    text = re.sub(r"<!-- Sphinx:\n(.*?)\n-->", r"\1", source[0], flags=re.DOTALL)
+    source[0] = re.sub(r"<!-- Not Sphinx: -->\n.*?\n<!-- -->", "", text, flags=re.DOTALL)
+
+
 def mark_code(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Read single backticks as the docstrings mean them: as code, and a name as a link."""
 
@@ -152,6 +164,7 @@ def setup(app: Sphinx) -> None:
     app.add_directive("commands", Commands)
     # The `*` of a signature: without this, the Markdown pages lack it.
     app.add_node(nodes.abbreviation, override=True, markdown=(keep_text, keep_text))
+    app.connect("source-read", tell_apart)
     app.connect("autodoc-process-docstring", mark_code, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("missing-reference", leave_code)

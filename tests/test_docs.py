@@ -15,6 +15,7 @@ import tomllib
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,7 +49,11 @@ from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.webhooks import Callbacks
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
+]
 REPORT = Scenario([SimNode("Report", "done", is_output_node=True)])
 
 
@@ -172,30 +177,64 @@ def tables(page: str) -> Iterator[list[list[str]]]:
         yield [row for row in rows if set(row[0]) - set("-|")]
 
 
-def test_the_figures_of_the_readme_are_those_of_the_page_on_speed() -> None:
-    """Its last table has the rows of the first table there."""
-    shown, measured = list(tables("README.md"))[-1], next(tables("docs/design/speed.md"))
-    figures = [[row[1], row[3].rstrip("0"), row[4]] for row in measured[1:]]
-    assert sorted([row[1], row[2].rstrip("0"), row[3]] for row in shown[1:]) == sorted(figures)
-
-
 def contents() -> list[str]:
     """Return the names of all pages, in the order of the tables of contents of the index."""
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     return " ".join(re.findall(r"^:caption: .*\n\n([^`]*)```", index, re.MULTILINE)).split()
 
 
-def test_the_index_lists_each_page_once() -> None:
-    """With a sentence, in the order of its tables of contents."""
+def test_the_index_begins_as_the_readme_does_and_lists_each_page_once() -> None:
+    """What a newcomer sees first is the same; the list has the order of the tables of contents."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert re.findall(r"^- \[.*?\]\(([\w/-]+)\.md\)", index, re.MULTILINE) == contents()
+    assert index.startswith(readme.partition("\n## ")[0].replace("](docs/", "]("))
+    listed = index.partition("\n## All pages\n")[2]
+    assert re.findall(r"\]\(([\w/-]+)\.md\)", listed) == contents()
+    assert index.count("\n- **[") == 6
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_code_host_shows_no_directives(page: str) -> None:
+    """They are within comments, from which `docs/conf.py` takes them."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shown = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    assert re.findall(r"^(?:`{3}|:{3})\{.*|^\{\..*|^% .*", shown, re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_to_files_lead_somewhere(page: str) -> None:
+    """On a code host, too, where no build has checked them."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def test_the_links_of_the_readme_are_absolute_on_a_package_index() -> None:
+    """There are no files beside the description of the installed package."""
+    description = str(metadata("promptlayer-exec").get_payload())
+    assert not re.search(r"\]\((?!https:)", description)
+    repository = r"\]\(https://github\.com/[^/]+/promptlayer-exec/(?:blob|raw)/main/([^)]+)"
+    files = re.findall(repository, description)
+    assert len(files) > 20
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_the_recording_of_the_demo_is_small_and_can_stand_still() -> None:
+    """It loads nothing, and does not move for whoever has asked for less motion."""
+    path = ROOT / "docs" / "images" / "demo.svg"
+    svg = path.read_text(encoding="utf-8")
+    assert path.stat().st_size < 200_000
+    assert "@media (prefers-reduced-motion: reduce) { .moving { animation: none; } }" in svg
+    assert svg.count("http") == svg.count('xmlns="http://www.w3.org/2000/svg"') == 1
+    assert "execution 787 succeeded" in svg
 
 
 def test_each_how_to_says_what_it_costs_in_requests() -> None:
     """Once, in a line that begins with the same words on every page."""
     names = {name for name in contents() if "/" not in name}
     assert {"installing", "fastapi", "viewer"} < names
-    explain = {"tutorial", "security", "contributing"}
+    explain = {"tutorial", "security", "contributing", "releasing"}
     for name in names - explain:
         page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         assert page.count("\n**Requests to PromptLayer:** ") == 1, name
@@ -235,12 +274,14 @@ def test_the_page_on_the_sdk_names_the_version_that_it_is_checked_with() -> None
 def test_each_recipe_for_a_framework_names_its_version_and_has_a_test() -> None:
     """The nox session `frameworks` installs what the section names, and runs its test."""
     page = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8")
+    notebooks = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8").removeprefix("# ")
     noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
-    for section in page.split("\n## ")[1:]:
+    for section in (*page.split("\n## ")[1:], notebooks.partition("\n## ")[0]):
         heading, _, text = section.partition("\n")
         assert re.search(r"^Tested with `[\w-]+==[\d.]+`", text, re.MULTILINE), heading
         (test,) = re.findall(rf'^    "(\w+)": "{heading}",$', noxfile, re.MULTILINE)
-        assert f'"{heading}"' in (ROOT / f"tests/frameworks/test_{test}.py").read_text()
+        name = "notebooks.md" if notebooks.startswith(heading) else heading
+        assert f'"{name}"' in (ROOT / f"tests/frameworks/test_{test}.py").read_text()
 
 
 def test_only_the_page_on_installing_installs_the_package() -> None:
@@ -277,8 +318,9 @@ def test_the_names_on_the_page_on_architecture_exist() -> None:
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
-    """CI runs exactly what the README tells a newcomer to type."""
+    """CI runs exactly what the README, and the page for contributors, tell a newcomer to type."""
     command = blocks("README.md", "shell")[1].strip()
+    assert blocks("CONTRIBUTING.md", "shell") == [f"{command}\n"]
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     run = [line for line in script if not line.startswith(("#", "set ", "cd "))]
     assert run == command.split(" && ")
@@ -484,6 +526,14 @@ async def test_the_code_on_outputs_works(
     assert capsys.readouterr().out == warning
 
 
+async def test_the_code_on_choosing_a_call_works(sim: Simulator, session: Session) -> None:
+    """It returns the report on each topic."""
+    sim.add_workflow("write-report", REPORT)
+    with names("docs/which-call.md") as page:
+        reports = await page["write_reports"](session, ["otters", "newts"])
+    assert reports == {"otters": "done", "newts": "done"}
+
+
 async def test_the_code_on_starting_works(
     sim: Simulator, open_session: Callable[..., Session], recorder: Any
 ) -> None:
@@ -591,13 +641,3 @@ async def test_the_code_on_fanning_out_works(
             assert limiter.acquire.await_count == sim.request_count - before == 1
     assert lines[0] == "a: 0.50"
     assert lines[1].startswith("b: execution ")
-
-
-async def test_the_errors_in_the_readme_are_what_is_printed(
-    sim: Simulator, session: Session, held: int
-) -> None:
-    """The one that depends on neither a port nor a number of attempts is the same word for word."""
-    shown = blocks("README.md", "text")[0]
-    with pytest.raises(ExecutionTimeout) as caught:
-        await session.execution(held).wait(timeout=0.5)
-    assert f"ExecutionTimeout: {caught.value}" in shown

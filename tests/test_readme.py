@@ -1,9 +1,9 @@
 """The README and the tutorial, run from top to bottom beside `promptlayer-exec simulate`.
 
-The language of a block says what becomes of it: `python` is saved or called, `sh` is run, `diff`
-changes the last program, and a `text` right after a command is what that prints. `shell` prepares a
-machine, by an installation or a real key, which is no test's business; only the command after an
-installation is run.
+The language of a block says what becomes of it: `python` is saved, `sh` is run, `diff` changes the
+last program, and a `text` right after a command is what that prints. `shell` prepares a machine, by
+an installation or a real key, which is no test's business; only the command after an installation
+is run. So are the commands of the page on operating a batch.
 """
 
 from __future__ import annotations
@@ -13,24 +13,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# How to call what a block only defines.
-CALLS = {
-    "report_on": """
-import asyncio
-assert "Otters are fine." in asyncio.run(report_on("otters"))
-""",
-    "write_report": """
-import asyncio
-report = asyncio.run(write_report("otters"))
-assert report == Report("Otters are fine.", 0.9), report
-""",
-}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +59,7 @@ def run(command: str | list[str], directory: Path, environment: dict[str, str]) 
             assert process.stdout.readline().startswith("http://127.0.0.1:")
             process.send_signal(signal.SIGINT)
         try:
-            printed, errors = process.communicate(timeout=60)
+            printed, errors = process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode == 0, (command, printed, errors)
@@ -106,13 +95,11 @@ def test_each_example_runs_unchanged(
         end = block.end()
         match language:
             case "python":
-                if names := re.findall(r"save (?:this|it) as `(\w+\.py)`", prose, re.IGNORECASE):
-                    program = tmp_path / names[-1]
-                    program.write_text(code)
-                    unused.add(program)
-                    continue
-                (call,) = (call for name, call in CALLS.items() if f"def {name}(" in code)
-                run([sys.executable, "-c", code + call], tmp_path, environment)
+                before_or_after = prose + text[end:]
+                (name, *_) = re.findall(r"(?i)save (?:this|it) as `(\w+\.py)`", before_or_after)
+                program = tmp_path / name
+                program.write_text(code)
+                unused.add(program)
             case "sh":
                 for line in code.splitlines():
                     printed = run(line, tmp_path, environment)
@@ -127,3 +114,31 @@ def test_each_example_runs_unchanged(
             case _:
                 assert language in ("shell", "text")
     assert not unused
+
+
+@pytest.mark.timeout(300)
+def test_the_commands_on_operating_a_batch_work(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """Those of systemd, of the shell and of cron; `batch list` prints what the page shows."""
+    text = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+    settings = environment | {"PROMPTLAYER_EXEC_DB": f"sqlite:///{tmp_path / 'batches.sqlite'}"}
+    items = [f'{{"key": "{key}", "inputs": {{"prompt": "{key}"}}}}\n' for key in ("a", "b")]
+
+    (command,) = re.findall(r"^ExecStart=\S+/(promptlayer-exec .+)$", text, re.MULTILINE)
+    (tmp_path / "night.jsonl").write_text("".join(items))
+    run(command, tmp_path, settings)
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+    look, work = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    printed = "".join(run(line, tmp_path, settings) for line in look.splitlines())
+    (shown,) = re.findall(r"^```text\n(batch .*?)^```$", text, re.MULTILINE | re.DOTALL)
+    moment = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ"
+    assert re.sub(moment, "", printed) == re.sub(moment, "", shown)
+    run(work.strip(), tmp_path, settings)
+
+    (command,) = re.findall(r"(promptlayer-exec batch run \"night-.*?) 2>>", text)
+    command = command.replace("\\%", "%")  # cron takes a bare one for the end of the line
+    (tmp_path / f"night-{time.strftime('%F')}.jsonl").write_text("".join(items))
+    run(command, tmp_path, settings)
+    assert (tmp_path / f"results-{time.strftime('%F')}.jsonl").exists()

@@ -1,4 +1,4 @@
-"""The recipes of `docs/frameworks.md`, each with its framework: `nox -s frameworks`."""
+"""The recipes of two pages, each with its framework: `nox -s frameworks`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from aiohttp.test_utils import TestServer
 
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
-PAGE = Path(__file__).parents[2] / "docs" / "frameworks.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def blocks_of(heading: str) -> list[str]:
+def blocks_of(heading: str, page: str = "frameworks.md") -> list[str]:
     """Return the code blocks of a section."""
-    _, _, section = PAGE.read_text(encoding="utf-8").partition(f"\n## {heading}\n")
+    _, _, section = (DOCS / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")
     section = section.partition("\n## ")[0]
     return re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
-def recipe() -> Callable[[str], list[str]]:
+def recipe() -> Callable[..., list[str]]:
     """Return a function that returns the code blocks of a section."""
     return blocks_of
 

@@ -1,4 +1,4 @@
-"""The recipes for notebooks, in a kernel, and as nbconvert shows them."""
+"""The cells of docs/notebooks.md, in a kernel, and as nbconvert shows them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from nbconvert.preprocessors import ExecutePreprocessor
 from promptlayer_exec.simulator import Simulator
 
 
-def test_the_table_changes_in_place(server: Simulator, recipe: Callable[[str], list[str]]) -> None:
+def test_the_table_changes_in_place(server: Simulator, recipe: Callable[..., list[str]]) -> None:
     """After the cells were run, the one table that was shown has the final nodes."""
-    cells = [nbformat.v4.new_code_cell(block.rstrip()) for block in recipe("Notebooks")[:5]]
+    blocks = recipe("One run", "notebooks.md")
+    cells = [nbformat.v4.new_code_cell(block.rstrip()) for block in blocks]
     notebook = nbformat.v4.new_notebook(cells=cells)
     ExecutePreprocessor(timeout=60, kernel_name="python3").preprocess(notebook)
     workflow, started, followed, output, closed = (cell.outputs for cell in notebook.cells)
@@ -55,10 +56,10 @@ def connected(kernel: KernelManager) -> BlockingKernelClient:
 
 @pytest.mark.timeout(120)
 def test_a_cell_that_is_interrupted_and_run_again_starts_each_row_once(
-    server: Simulator, kernel: KernelManager, recipe: Callable[[str], list[str]]
+    server: Simulator, kernel: KernelManager, recipe: Callable[..., list[str]]
 ) -> None:
     """200 rows are 200 runs, also after the kernel has died; a progress bar counts the rows."""
-    setup, fill, show = recipe("Notebooks")[5:]
+    setup, fill, show = recipe("A column of a DataFrame", "notebooks.md")
 
     client = connected(kernel)
     assert client.execute(setup, reply=True, timeout=60)["content"]["status"] == "ok"

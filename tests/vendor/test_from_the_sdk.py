@@ -1,4 +1,4 @@
-"""`docs/from-the-sdk.md`: both clients do what its tables say, and its code runs."""
+"""Two pages: both clients do what the tables of `docs/from-the-sdk.md` say, and their code runs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from promptlayer.exceptions import PromptLayerError
 from promptlayer_exec import PromptLayerExecError, RetryPolicy, Session
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, Simulator
 
-PAGE = (Path(__file__).parents[2] / "docs" / "from-the-sdk.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = (DOCS / "from-the-sdk.md", DOCS / "synchronous.md")
+TEXT = "".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def section(heading: str) -> str:
     """Return the text under a heading, up to the next one."""
-    return re.split(r"^#+ ", PAGE.partition(f"# {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    return re.split(r"^#+ ", TEXT.partition(f"# {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def code(heading: str) -> list[str]:
@@ -171,7 +173,7 @@ SITUATIONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = 
     "the key is wrong": (ORDINARY, {"key": "wrong"}, {"key": "wrong"}),
     "there is no such workflow": (("unknown",), {}, {}),
     "a start is refused with 429": (ORDINARY, {}, {}),
-    "the answer to a start is lost": (ORDINARY, {}, {}),
+    "the response to a start is lost": (ORDINARY, {}, {}),
     "a required input is missing": (("typed", {"topik": "otters"}), {}, {}),
     "JSON cannot carry an input": (
         ("write-report", {"topic": "otters", "when": datetime.date(2026, 1, 1)}),
@@ -187,7 +189,7 @@ def test_what_happens_with_both_clients(sim: Simulator, row: list[str]) -> None:
     situation, theirs, ours = row
     args, sdk_options, options = SITUATIONS[situation]
     faults = {"a start is refused with 429": Fault.status(429)}
-    faults["the answer to a start is lost"] = Fault.disconnect()
+    faults["the response to a start is lost"] = Fault.disconnect()
     results = {}
     for client in (PromptLayer, AsyncPromptLayer):
         FAULTS[:] = [faults[situation]] if situation in faults else []
@@ -244,9 +246,9 @@ def test_a_synchronous_program_keeps_one_loop(
     sim: Simulator, load: Callable[..., ModuleType]
 ) -> None:
     """One session serves all calls of a portal; those with other arguments need a `partial`."""
-    page = load("From synchronous code", "synchronous")
+    page = load("In a script", "synchronous")
     assert page.write_reports() == ["About otters.", "About newts."]
-    (call,) = re.findall(r"`(portal\.call\(partial.*)`", section("From synchronous code"))
+    (call,) = re.findall(r"`(portal\.call\(partial.*)`", section("In a script"))
     with (
         page.start_blocking_portal() as portal,
         portal.wrap_async_context_manager(page.Session()) as session,
