@@ -169,7 +169,7 @@ def snapshots_of(
     executions: dict[int, Execution] = {}
     for item in items:
         if isinstance(item, StartRequest):
-            raise TypeError(f"stream_all starts nothing: start the run first, not {item!r:.100}")
+            raise TypeError(f"stream_all starts no runs: start it first, got {item!r:.100}")
         execution = handle_of(session, item)
         executions.setdefault(execution.id, execution)
     return _stream(session, list(executions.values()), check_timeout(timeout))

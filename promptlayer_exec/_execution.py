@@ -170,7 +170,7 @@ class Execution:
         # The server sends the node map if there is no main output.
         if not succeeded and same_json(value, snapshot.raw):
             raise ExecutionFailed(
-                "it completed without a main output: no node is marked as output",
+                "completed without a main output: no node is marked as output",
                 failed=(),
                 execution_id=self.id,
                 last_snapshot=snapshot,
@@ -254,7 +254,7 @@ class Execution:
         """Do what `output` does, for a caller that never gets the handle."""
         if self.warning:
             logger.warning(
-                "execution %d of workflow %.100r: the server warns: %s",
+                "execution %d of workflow %.100r: PromptLayer warns: %s",
                 self.id,
                 self.workflow,
                 printable(self.warning[:1000]),
@@ -271,12 +271,13 @@ class Execution:
     def _report_undelivered(self, what: str) -> None:
         """Log the id of a started run whose caller is gone."""
         logger.warning(
-            "execution %d of workflow %.100r%s was started, but its %s was not"
-            " delivered; follow it by its id",
+            "execution %d of workflow %.100r%s started, but nobody received its %s;"
+            " session.execution(%d) picks it up",
             self.id,
             self.workflow,
             shown_key(self._key),
             what,
+            self.id,
         )
 
     def _deadline(self, timeout: float | EllipsisType | None) -> Deadline:
@@ -286,7 +287,7 @@ class Execution:
     def _require_session(self) -> Session:
         if self._session is None:
             raise RuntimeError(
-                "this handle was unpickled and has no session: use"
+                "this handle was unpickled and has no session. Use"
                 f" session.execution({self.id}) instead"
             )
         return self._session

@@ -249,9 +249,9 @@ class _FanOut(Generic[ItemT]):
 
         # The text of the 401 is about the other item, and may say that no run was started.
         if isinstance(error, Unauthorized):
-            what = "this item was given up, because another failed"
+            what = "this item was cancelled, because another item failed"
             if item.execution is None and is_start:
-                what += " (if its start was sent already, its id is in the log)"
+                what += " (if its start request was already sent, the log has its id)"
             error.args = (f"{what}: {error.args[0]}",)
 
         error.execution_id = None
@@ -290,5 +290,5 @@ def handle_of(session: Session, item: Any) -> Execution:
     if item._session is None:  # it was unpickled
         return Execution(session, item.id, item.workflow, item.warning, item._key)
     if item._session is not session:
-        raise ValueError(f"execution {item.id} belongs to another session: pass its id instead")
+        raise ValueError(f"execution {item.id} belongs to another session. Pass its id instead")
     return item

@@ -26,7 +26,7 @@ from promptlayer_exec._engine.start import (
     report_unrecorded,
 )
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
-from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError
+from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, split_advice
 from promptlayer_exec._events import WakeSource
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._expiring import ExpiringDict
@@ -83,6 +83,7 @@ __all__ = [
     "printable",
     "report_unrecorded",
     "short_repr",
+    "split_advice",
     "status_entry",
     "wait_even_if_cancelled",
     "workflow_of",
@@ -101,13 +102,13 @@ def is_repeated(execution: Execution) -> bool:
 
 def log_text(error: BaseException) -> str:
     """Return the text of an error for a log, without inputs, outputs or a quoted body."""
-    text = type(error).__name__
-    if isinstance(error, PromptLayerExecError):
-        if error.execution_id is not None:
-            text += f": execution {error.execution_id}"
-        what = f"at {error.path}" if isinstance(error, InvalidOutput) else str(error.args[0])
-        text += f": {printable(what)}"
-    return text
+    kind = type(error).__name__
+    if not isinstance(error, PromptLayerExecError):
+        return kind
+    what = str(error.args[0])
+    if isinstance(error, InvalidOutput):
+        what = f"the output does not match at {error.path}"  # the reason may quote it
+    return f"{kind}: {error._subject()}{printable(what)}"
 
 
 def last_failure(execution: Execution) -> Exception | None:

@@ -242,7 +242,9 @@ class Snapshot:
         output, because several output nodes succeeded or none is marked.
         """
         if not self.complete:
-            raise ValueError(f"execution {self.execution_id} is not complete: it has no output yet")
+            raise ValueError(
+                f"execution {self.execution_id} is still running, so it has no output yet"
+            )
         self.raise_for_failure()
 
         succeeded = [node for node in self.output_nodes if node.succeeded]
@@ -251,8 +253,8 @@ class Snapshot:
             if succeeded:
                 why = "several output nodes succeeded"
             raise ValueError(
-                f"only the server knows the output of execution {self.execution_id}, because"
-                f" {why}: use Execution.output"
+                f"cannot tell the output of execution {self.execution_id} from its nodes, because"
+                f" {why}. Use Execution.output"
             )
 
         value = succeeded[0].value
@@ -269,17 +271,17 @@ class Snapshot:
         if not self.complete or self.succeeded:
             return
 
-        what = "it failed"
+        what = "failed"
         failed = blamed = self.failed_nodes
         if not failed:
-            what = "it is complete, but no output node succeeded"
+            what = "completed, but no output node succeeded"
             blamed = self.output_nodes
 
         # A workflow may have any number of nodes, and an error has to stay readable.
         most = 20
         states = "; ".join(map(_state, blamed[:most]))
         if len(blamed) > most:
-            states += f"; and {len(blamed) - most:,} more"
+            states += f"; and {len(blamed) - most:,} more nodes"
 
         raise ExecutionFailed(
             f"{what}: {states}", failed=failed, execution_id=self.execution_id, last_snapshot=self
@@ -288,9 +290,9 @@ class Snapshot:
 
 def _state(node: Node) -> str:
     """Return a node's name, its status and why it failed, for an error message."""
-    state = f"{node.name!r:.100} {node.status:.100}"
+    state = f"node {node.name!r:.100} {node.status:.100}"
     if text := error_text(node):
-        state += f" ({text:.200})"
+        state += f": {text:.200}"
     return state
 
 

@@ -243,7 +243,7 @@ class Session:
             self._has_warned = True
             warnings.warn(
                 f"{base_url} is plain http: anyone on the network path can read the API key and"
-                " every output; use https, or a loopback address",
+                " every output. Use https, or a loopback address",
                 stacklevel=stacklevel,
             )
 
@@ -336,7 +336,7 @@ class Session:
         api_key = find_api_key(self._settings.api_key)
         if api_key is None:
             raise ConfigurationError(
-                "there is no API key: create one in PromptLayer's settings, and set"
+                "there is no API key. Create one in PromptLayer's settings, then set"
                 " PROMPTLAYER_API_KEY or pass api_key= to Session"
             )
         return api_key
@@ -608,8 +608,8 @@ class Session:
     def _check_keys_are_kept(self, key: str | None) -> None:
         if key is not None and self._settings.starts is None:
             raise ConfigurationError(
-                "a start with a key needs a record of starts: pass"
-                " starts=promptlayer_exec.starts.SQLStartStore() to Session, which needs"
+                "key= needs a record of starts. Pass"
+                " starts=promptlayer_exec.starts.SQLStartStore() to Session. That needs"
                 f" {install_hint('starts')}"
             )
 
@@ -785,4 +785,6 @@ class Session:
         return "<Session, not open>"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a Session holds a key and connections, and cannot be pickled or copied")
+        raise TypeError(
+            "a Session has an API key and connections, so it cannot be pickled or copied"
+        )

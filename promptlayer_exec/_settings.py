@@ -45,8 +45,8 @@ def find_api_key(api_key: str | None) -> str | None:
 
     if not _matches(r"[\x21-\x7e]+", api_key):
         raise ConfigurationError(
-            f"{source} must be a non-empty string of visible ASCII characters: "
-            "remove white space, line breaks and typographic quotation marks"
+            f"{source} must be a non-empty string of visible ASCII characters. Remove any white"
+            " space, line breaks and typographic quotation marks"
         )
     return api_key
 
@@ -152,8 +152,8 @@ def find_proxy(settings: Settings, base_url: str) -> str | None:
     if not is_valid:
         # The error does not show the URL, which may contain a password.
         raise ConfigurationError(
-            f"{url.scheme.upper()}_PROXY must be a URL like http://user:password@host:port; set"
-            " NO_PROXY=* or pass trust_env=False to use no proxy"
+            f"{url.scheme.upper()}_PROXY must be a URL like http://user:password@host:port. To use"
+            " no proxy, set NO_PROXY=* or pass trust_env=False"
         )
 
     return str(parsed)

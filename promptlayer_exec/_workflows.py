@@ -132,14 +132,13 @@ class Workflow:
             return
 
         named = ", ".join(f"{name!r} ({kind})" for name, kind in missing.items())
-        what = f"workflow {self.name!r:.100} needs the input {named}, which is missing"
-        if len(missing) > 1:
-            what = f"workflow {self.name!r:.100} needs the inputs {named}, which are missing"
+        plural = "s" if len(missing) > 1 else ""
+        what = f"workflow {self.name!r:.100} is missing the input{plural} {named}"
 
         if unknown := sorted(given - self.required_inputs.keys()):
             # A row of a table may have many more columns than the workflow has inputs.
             most = 20
-            what += f"; it does not require {', '.join(_guesses(unknown[:most], missing))}"
+            what += f". It does not require {', '.join(_guesses(unknown[:most], missing))}"
             if len(unknown) > most:
                 what += f" and {len(unknown) - most} more"
         raise InvalidInputs(printable(what), missing=tuple(missing))

@@ -111,7 +111,7 @@ def _verified(body: bytes, signature: str | None, secret: str) -> Any:
     except (ValueError, RecursionError):
         # Without a cause: its text and its attributes quote the body.
         raise InvalidSignature(
-            "the webhook is not JSON, so its signature cannot be checked"
+            "cannot check the signature, because the webhook is not JSON"
         ) from None
 
     expected = hmac.digest(secret.encode(), canonical.encode(), "sha256").hex()
@@ -235,7 +235,7 @@ def _callbacks_url(text: Any) -> str:
 
 def _check_bytes(body: Any) -> None:
     if not isinstance(body, bytes | bytearray):
-        raise TypeError(f"body must be the bytes that were received, not {json_kind(body)}")
+        raise TypeError(f"body must be the received bytes, not {json_kind(body)}")
 
 
 def _is_id(value: Any) -> TypeGuard[int]:
@@ -256,4 +256,4 @@ def _text(raw: bytes) -> str:
 
 
 def _malformed(what: str, path: str, reason: str) -> NoReturn:
-    raise ValueError(f"the {what} is malformed: {path}: {reason}")
+    raise ValueError(f"the {what} is malformed at {path}: {reason}")

@@ -65,7 +65,7 @@ def decode(response: Response) -> Any:
         what = f"the {response.status} response is not JSON ({error})"
         raise invalid(response, what, reason=str(error)) from error
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
-        invalid_shape(response, "$", f"the JSON cannot be read ({error})", error)
+        invalid_shape(response, "$", f"cannot read the JSON ({error})", error)
 
 
 def is_object(body: bytes) -> bool:
@@ -88,7 +88,7 @@ def oversize_reason(body: bytes, limit: int) -> str:
     # With one value per 64 bytes of the limit, a decoded body takes about 20 times the limit.
     values = max(limit // 64, 1000)
     if sum(map(body.count, (b",", b"[", b"{"))) > values:
-        return f"holds more than {values:,} values, the most for {limit} bytes"
+        return f"contains more than {values:,} values, the most for {limit} bytes"
     return ""
 
 
@@ -96,7 +96,7 @@ def invalid_shape(
     response: Response, path: str, reason: str, cause: BaseException | None = None
 ) -> NoReturn:
     """Raise the `InvalidResponse` for JSON that is not of the documented shape."""
-    what = f"the {response.status} response has an unexpected shape: {path}: {reason}"
+    what = f"the {response.status} response has an unexpected shape at {path}: {reason}"
     raise invalid(response, what, path=path, reason=reason) from cause
 
 

@@ -123,7 +123,7 @@ class StartResponse:
 
 def _read_id(value: Any, _: Any) -> int:
     if type(value) is not int or not 1 <= value <= MAX_ID:
-        raise ValueError("there is no usable id")
+        raise ValueError("expected an execution id")
     return value
 
 
@@ -210,7 +210,7 @@ class NodeMapReader:
         if node.status not in self._reported:
             self._reported.add(node.status)
             logger.warning(
-                "execution %d: node %.100r has the unknown status %.100r; it counts as not final",
+                "execution %d: node %.100r has the unknown status %.100r, which is not final",
                 execution_id,
                 node.name,
                 node.status,

@@ -39,12 +39,13 @@ def recoverable_token(error: StartUnknown, callbacks: Callbacks | None) -> str:
     token = error.callback_token
     if token is None:
         raise ValueError(
-            "this start cannot be recovered: it had no callback URL of its own; pass callbacks="
-            " to Session, and no callback_url= to the start"
+            "this start cannot be recovered, because it had no callback URL of its own. Pass"
+            " callbacks= to Session, and no callback_url= to the start"
         )
     if callbacks is not None and not callbacks.is_genuine(token):
         raise ValueError(
-            "this start was sent with another secret: recover it in a session with that secret"
+            "this start was sent with a different secret. Recover it in a session whose callbacks="
+            " has that secret"
         )
     return token
 
@@ -146,8 +147,9 @@ class CallbackLog:
         execution_id, start = self.execution_id(token), self._lost.get(token)
         if execution_id is not None and start is not None:
             logger.warning(
-                "execution %d of workflow %.100r had started, although its answer was lost; follow"
-                " it by its id",
+                "execution %d of workflow %.100r did start, although the response was lost;"
+                " session.execution(%d) picks it up",
                 execution_id,
                 start.request.workflow,
+                execution_id,
             )

@@ -269,8 +269,8 @@ class Client:
         except DeadlinePassed:
             timeout = deadline.timeout or 0.0
             raise ExecutionTimeout(
-                f"could not send the start within {timeout:g} s; no run was started: the server did"
-                f" not say in time which inputs workflow {request.workflow!r:.100} requires",
+                f"could not send the start request within {timeout:g} s, so no run was started:"
+                f" the definition of workflow {request.workflow!r:.100} did not arrive in time",
                 timeout=timeout,
             ) from None
 
@@ -334,10 +334,9 @@ class Client:
             async with self.lifetime.call(deadline):
                 execution_id = await self._callback_of(error, token)
         except DeadlinePassed:
-            since = f"; no callback came within {deadline.timeout or 0.0:g} s"
+            since = f", and no callback came within {deadline.timeout or 0.0:g} s"
             if self._settings.callbacks is None:
-                since += " to this session, which has no callbacks="
-            since += "; the run may still be running, so call Session.recover again"
+                since += " (this session has no callbacks=)"
             raise start_unknown(
                 error.workflow, error.reason, token, since, key=error.key
             ) from error

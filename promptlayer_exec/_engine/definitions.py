@@ -77,7 +77,7 @@ class Definitions:
             self._check(found, inputs)
         else:  # whatever it is, the start itself will report it
             name, why = request.workflow, type(found).__name__
-            logger.debug("the inputs of workflow %.100r are not checked (%s)", name, why)
+            logger.debug("workflow %.100r: inputs not checked, no definition (%s)", name, why)
 
     def _check(self, workflow: Workflow | None, inputs: Mapping[str, Any]) -> None:
         if workflow is None:
@@ -89,10 +89,9 @@ class Definitions:
             if kind == "string" and is_number and (workflow.id, name) not in self._warned:
                 self._warned.add((workflow.id, name))
                 logger.warning(
-                    "the input %.100s of workflow %.100s is sent as a number, but should be a"
-                    " string",
-                    printable(repr(name)),
+                    "workflow %.100s expects its input %.100s as a string, but gets a number",
                     printable(repr(workflow.name)),
+                    printable(repr(name)),
                 )
 
     async def find_id(self, workflow: str) -> int:
@@ -149,7 +148,7 @@ class Definitions:
         except Exception as error:  # noqa: BLE001 - those who wait for it decide
             self._kept.add(key, (None,))
             if limit.expired():
-                return RequestTimeout(f"no answer within {_LIMITS.timeout:g} s")
+                return RequestTimeout(f"no response within {_LIMITS.timeout:g} s")
             return error
 
         found = attrs.evolve(found, raw=None)

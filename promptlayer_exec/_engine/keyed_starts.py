@@ -171,8 +171,8 @@ class KeyedStarts:
         except DeadlinePassed:
             timeout = deadline.timeout or 0.0
             raise ExecutionTimeout(
-                f"the start with the key {short_repr(request.key)} is in flight in another call,"
-                f" and had no response within {timeout:g} s; this call sent nothing",
+                f"another call is starting the run for key {short_repr(request.key)}, and got no"
+                f" response within {timeout:g} s, so this call sent nothing",
                 timeout=timeout,
             ) from None
         finally:
@@ -183,23 +183,23 @@ class KeyedStarts:
         key = short_repr(claim.key)
         if stored.server != claim.server:
             raise KeyConflict(
-                f"the key {key} belongs to a start on another server, {stored.server}. Nothing was"
+                f"the key {key} belongs to a run on another server, {stored.server}. Nothing was"
                 " sent: use another key",
                 key=claim.key,
             )
 
         if differing := differences(stored.request, claim.request):
             raise KeyConflict(
-                f"the key {key} belongs to another request, which differs in"
-                f" {', '.join(differing)}. Nothing was sent: use another key, or the same request",
+                f"the key {key} belongs to a different request (changed: {', '.join(differing)})."
+                " Nothing was sent: use another key, or repeat the original request",
                 key=claim.key,
             )
 
         if stored.state == "unknown" and not stored.replaceable:
             raise start_unknown(
                 stored.workflow,
-                "an earlier call with this key got no response, or was killed before it recorded"
-                " one; nothing was sent now",
+                "an earlier call got no response, or was killed before it could record one, so this"
+                " call sent nothing",
                 stored.token if self._is_recoverable(stored.token) else None,
                 key=claim.key,
             )
@@ -276,7 +276,7 @@ class _ClaimedStart:
             return
         await asyncio.wait([self._writing], timeout=patience)
         if not self._writing.done():
-            late = ConfigurationError("the record of starts cannot be used")
+            late = ConfigurationError("the record of starts is unavailable")
             raise _nothing_started(late)
 
     async def _persist(
@@ -303,10 +303,11 @@ class _ClaimedStart:
         )
         if not recorded and execution_id is not None:
             logger.warning(
-                "execution %d was started for the key %.100r, which stands for another run now;"
-                " follow it by its id",
+                "execution %d was started for the key %.100r, which now belongs to another run;"
+                " session.execution(%d) picks it up",
                 execution_id,
                 claim.key,
+                execution_id,
             )
 
     async def _release(self) -> None:

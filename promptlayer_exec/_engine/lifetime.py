@@ -63,8 +63,8 @@ class Lifetime:
     def check_loop(self) -> None:
         if self._loop is not asyncio.get_running_loop():
             raise RuntimeError(
-                "this session is open in another event loop: close it there, use it again once"
-                " that loop has ended, or use one Session per loop"
+                "this session is open in another event loop. Close it there first, or use one"
+                " Session per event loop"
             )
 
     def spawn(

@@ -105,7 +105,7 @@ class OutageLog:
         if not self._failing:
             self._answered = False
             limit = "" if seconds is None else f" for up to {seconds:g} s"
-            subject = "a start" if is_start else "a request"
+            subject = "starting a run" if is_start else "a request"
             if error.execution_id is not None:
                 subject = f"execution {error.execution_id}"
             # Not the whole error: its text also quotes the body and ends with advice.
@@ -119,7 +119,7 @@ class OutageLog:
         self._failing.remove(state)
         self._answered |= answered
         if self._answered and not self._failing:
-            logger.info("the server answers again")
+            logger.info("PromptLayer is reachable again")
 
 
 @attrs.define(eq=False)

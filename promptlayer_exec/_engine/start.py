@@ -180,7 +180,7 @@ class Start:
                 await asyncio.wait([telling])
 
         if not telling.cancelled() and (error := telling.exception()) is not None:
-            logger.error("the end of a start could not be recorded", exc_info=error)
+            logger.error("could not record how a start ended", exc_info=error)
 
     def _cancel(self) -> None:
         if not self.sent:
@@ -256,18 +256,18 @@ class Start:
 
     def _judge_cancellation(self, cause: Exception | None) -> BaseException:
         if self.sent:
-            return self._unknown("it was cancelled, for example by the end of its event loop")
+            return self._unknown("it was cancelled, for example because its event loop stopped")
         if self._is_abandoned:
             return asyncio.CancelledError("the caller was cancelled, and no run was started")
         if self._expired is None:
             return SessionClosed()
 
         timeout = self._expired.timeout or 0.0
-        why = "no connection was made, or none was free, or the rate did not allow it"
+        why = "it was still waiting for a connection or for the rate limit"
         if cause is not None:
             why = f"last failure: {cause.args[0]}"
         error = ExecutionTimeout(
-            f"could not send the start within {timeout:g} s; no run was started: {why}",
+            f"could not send the start request within {timeout:g} s, so no run was started: {why}",
             timeout=timeout,
         )
         error.__cause__ = cause
@@ -290,11 +290,12 @@ class Start:
     def _report(self, response: StartResponse, *, abandoned: bool) -> None:
         if abandoned:
             logger.warning(
-                "execution %d of workflow %.100r%s started, but its caller did not get"
-                " the handle; follow it by its id",
+                "execution %d of workflow %.100r%s started, but its caller was gone;"
+                " session.execution(%d) picks it up",
                 response.execution_id,
                 self._request.workflow,
                 shown_key(self._request.key),
+                response.execution_id,
             )
 
         duration = clock() - self._called_at
@@ -311,7 +312,7 @@ def log_unknown(error: StartUnknown) -> None:
 
 
 def report_unrecorded(execution_id: int, subject: str) -> None:
-    """Say which run was started if the database cannot record it yet: the id must not get lost."""
+    """Log and print the id of a run that the database cannot record yet, so it is not lost."""
     text = (
         f"execution {execution_id} was started for {subject}, but the database could not record"
         " it yet: keep this line"
@@ -323,12 +324,12 @@ def report_unrecorded(execution_id: int, subject: str) -> None:
 def start_unknown(
     workflow: str | int, reason: str, token: str | None, since: str = "", *, key: Any = None
 ) -> StartUnknown:
-    """Return the error for a lost response; `since` says what has happened since."""
+    """Return the error for a lost response; `since` adds to the reason in the message alone."""
     which = f"a run of workflow {workflow!r:.100}"
     if key is not None:
         which += f" with the key {short_repr(key)}"
     return StartUnknown(
-        f"it is not known whether {which} started: {reason}{since}",
+        f"{which} may have started: {reason}{since}",
         workflow=workflow,
         reason=reason,
         callback_token=token,

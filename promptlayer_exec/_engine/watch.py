@@ -272,7 +272,7 @@ class Watch:
         succeeded, state = None, "no longer followed"
         if error is not None:
             self._fail(error)
-            state = f"the watch ended in {type(error).__name__}"
+            state = f"the watch failed with {type(error).__name__}"
         elif latest is not None and latest.complete:
             succeeded, state = latest.succeeded, "complete"
 

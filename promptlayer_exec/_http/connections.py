@@ -52,7 +52,7 @@ class _CleanConnector(aiohttp.TCPConnector):
                 return connection
             connection.close()
             await asyncio.sleep(0)  # the loop learns which others were closed while it was busy
-        raise aiohttp.ClientConnectionError("the server sends bytes that no request asked for")
+        raise aiohttp.ClientConnectionError("the server sent bytes that no request asked for")
 
 
 def _has_spoken(connection: aiohttp.connector.Connection) -> bool:

@@ -22,6 +22,12 @@ def is_permanent(error: BaseException) -> bool:
     return is_tls_failure(error) or isinstance(error, aiohttp.InvalidURL)
 
 
+def is_unreachable(error: BaseException) -> bool:
+    """Return True if there was no connection to the server, not even one that broke later."""
+    kinds = aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.InvalidURL
+    return isinstance(error, kinds)
+
+
 def is_tls_failure(error: BaseException | None) -> bool:
     """Return True if no TLS connection can be made; then the server has read nothing."""
     if isinstance(error, aiohttp.ClientConnectorSSLError):
@@ -51,12 +57,12 @@ def reason_of(error: BaseException) -> str:  # noqa: PLR0911 - a table
     if isinstance(error, aiohttp.ClientProxyConnectionError):
         return f"no connection to the proxy {error.host}:{error.port}: {_connect_reason(error)}"
     if isinstance(error, aiohttp.InvalidURL):  # not base_url: the session has checked that
-        return "the URL of the proxy is not valid: it must be like http://user:password@host:port"
+        return "the proxy's URL is invalid: it must look like http://user:password@host:port"
     if isinstance(error, aiohttp.ClientConnectorError):
         return _connect_reason(error)
 
     if isinstance(error, aiohttp.ClientResponseError):
-        return f"not a valid HTTP response: {_unquoted(error.message)}"
+        return f"the response is not valid HTTP: {_unquoted(error.message)}"
     if isinstance(error, aiohttp.ClientOSError) and error.errno is None and error.__cause__:
         return reason_of(error.__cause__)  # aiohttp's text for a failed write lacks the reason
     if isinstance(error, aiohttp.ServerDisconnectedError):
@@ -75,27 +81,27 @@ def _tls_reason(error: BaseException) -> str:
         return _tls_reason(error.__cause__)
 
     if isinstance(cause, ssl.SSLCertVerificationError):
-        said = str(cause.verify_message).rstrip(".")
+        why = str(cause.verify_message).rstrip(".")
         return (
-            f"the server's certificate is not valid: {said}; if a private authority issued it, set"
-            " SSL_CERT_FILE to that authority's certificate, or pass http= with an SSL context"
+            f"the server's certificate is not valid: {why} (for a private authority, set"
+            " SSL_CERT_FILE to its certificate, or pass http= with an SSL context)"
         )
 
     name = getattr(cause, "reason", None) or str(cause)
     if name == "WRONG_VERSION_NUMBER":
         return f"the server does not speak TLS on this port ({name}): check base_url"
     return (
-        f"the handshake failed ({name}): if the server requires a client certificate or another TLS"
-        " version, pass http= with an SSL context"
+        f"the handshake failed: {name} (for a client certificate or another TLS version, pass"
+        " http= with an SSL context)"
     )
 
 
 def _connect_reason(error: aiohttp.ClientConnectorError) -> str:
     # aiohttp's own text shows its internal connection key.
     if isinstance(error, aiohttp.ClientConnectorDNSError):  # it may be that of a proxy
-        return f"the name of the host {error.host} cannot be resolved: {error.os_error.strerror}"
+        return f"cannot resolve the host name {error.host}: {error.os_error.strerror}"
     if error.errno is None:
-        return str(error.os_error) or "the connection was closed while it was being made"
+        return str(error.os_error) or "the server closed the connection before it was established"
     if error.errno > 0:
         return os.strerror(error.errno)
     return str(error.strerror)

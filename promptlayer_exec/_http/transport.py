@@ -34,7 +34,13 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._events import Emit, Throttled
 from promptlayer_exec._http.connections import Pool, Pools, StartBody, StartTimeout
-from promptlayer_exec._http.failures import is_permanent, is_tls_failure, reason_of, tls_peer
+from promptlayer_exec._http.failures import (
+    is_permanent,
+    is_tls_failure,
+    is_unreachable,
+    reason_of,
+    tls_peer,
+)
 from promptlayer_exec._http.throttle import Throttle
 from promptlayer_exec._settings import Settings
 
@@ -230,7 +236,7 @@ class Transport:
             location = redactor.redact(response.headers.get("Location", ""))
         elif too_large := oversize_reason(body, self._settings.max_response_bytes):
             raise ResponseTooLarge(
-                f"the {response.status} answer {too_large}",
+                f"the {response.status} response {too_large}",
                 limit=self._settings.max_response_bytes,
                 status=response.status,
                 excerpt=redactor.redact(excerpt(body)),
@@ -250,7 +256,7 @@ class Transport:
         reason = redactor.redact(reason_of(failure))
         if isinstance(failure, ValueError) and not isinstance(failure, aiohttp.ClientError):
             raise ConfigurationError(
-                f"the client session of http= could not send the request: {reason}"
+                f"the aiohttp.ClientSession passed as http= could not send the request: {reason}"
             )
 
         error: RequestError
@@ -260,15 +266,14 @@ class Transport:
         elif isinstance(failure, TimeoutError):
             seconds = self._settings.request_timeout
             error = RequestTimeout(
-                f"no complete answer from {self.base_url} within {seconds:g} s", reason=reason
+                f"no complete response from {self.base_url} within {seconds:g} s", reason=reason
             )
         elif response is None:
-            error = ConnectionFailed(
-                f"no usable answer from {self.base_url}: {reason}", reason=reason
-            )
+            what = "could not reach" if is_unreachable(failure) else "no usable response from"
+            error = ConnectionFailed(f"{what} {self.base_url}: {reason}", reason=reason)
         else:
             error = InvalidResponse(
-                f"the {response.status} answer is cut short or cannot be decoded, after"
+                f"the {response.status} response broke off or could not be decoded after"
                 f" {len(body)} bytes ({reason})",
                 status=response.status,
                 excerpt=redactor.redact(excerpt(body)),

@@ -133,7 +133,7 @@ class Subscription:
         try:
             message: Any = json.loads(line) if line else None
         except ValueError as error:
-            logger.debug("push: a line is not JSON (%s)", type(error).__name__)
+            logger.debug("push: ignored a line that is not JSON (%s)", type(error).__name__)
             return
 
         match message:

@@ -82,7 +82,7 @@ def read_token(response: Response) -> str:
     details = body.get("token_details") if isinstance(body, dict) else None
     token = details.get("token") if isinstance(details, dict) else None
     if not isinstance(token, str) or not token:
-        invalid_shape(response, "$.token_details.token", "there is no token")
+        invalid_shape(response, "$.token_details.token", "expected a token")
     return token
 
 
@@ -94,7 +94,7 @@ def read_completion(data: Any) -> int | None:
         completion = json.loads(data.get("data", ""))
         return check_execution_id(completion["workflow_version_execution_id"])
     except (KeyError, TypeError, ValueError) as error:
-        logger.debug("push: a completion cannot be read (%s)", type(error).__name__)
+        logger.debug("push: unreadable completion message (%s)", type(error).__name__)
         return None
 
 
@@ -162,17 +162,18 @@ class Push:
             run.is_announced = True
         self._wake(execution_id)
 
-    def report(self, workflow: str | int, reason: str) -> None:
-        """Log that push is given up for a workflow; the first line of a session is the loudest."""
+    def report(self, workflow: str | int, reason: str, *, pause: float) -> None:
+        """Log that push is unavailable for a workflow; the session's first line is the loudest."""
         level = logging.WARNING if self.is_eager else logging.INFO
         if self._has_reported:
             level -= 10
 
         logger.log(
             level,
-            "push is not used for workflow %.100r, only polling: %s; it is tried again in a while",
+            "push unavailable for workflow %.100r (%s): polling instead, next try in %g s",
             workflow,
             printable(self._redact(reason)[:1000]),
+            pause,
         )
         self._has_reported = True
 
@@ -246,10 +247,10 @@ class Channel:
                 self._reason, self._last_error = _describe(error), ""
 
         if self._reason is not None:
-            pauses = _POLICY.pauses
-            self._not_before = _now() + pauses[min(self._failures, len(pauses) - 1)]
+            pause = _POLICY.pauses[min(self._failures, len(_POLICY.pauses) - 1)]
+            self._not_before = _now() + pause
             self._failures += 1
-            self._push.report(self.workflow, self._reason + self._last_error)
+            self._push.report(self.workflow, self._reason + self._last_error, pause=pause)
 
     def _ended(self, _: object) -> None:
         self._is_running = self.is_starting = False
@@ -317,7 +318,7 @@ class Channel:
             self._changed()
 
     def _expect_subscription(self, seconds: float) -> None:
-        self._end_after(seconds, f"there was no subscription within {seconds:g} s")
+        self._end_after(seconds, f"no subscription within {seconds:g} s")
 
     def _limit_idleness(self) -> None:
         if self.since is None:
@@ -348,7 +349,7 @@ class Channel:
         self._silent += 1
         if self._silent >= _POLICY.most_silent:
             self._push.has_announced = False
-            self._end_after(0.0, f"it did not announce the last {_POLICY.most_silent} completions")
+            self._end_after(0.0, f"no message for the last {_POLICY.most_silent} completions")
 
     def _conclude(self, run: PushedRun) -> None:
         """Forget a run that is complete; if a message announced it, push can be trusted."""

@@ -63,8 +63,8 @@ class _Encoder:
             return self._object(value)
         if isinstance(value, (list, tuple)):
             return self._array(value)
-        advice = "convert it, or give Session a converter= with an unstructure hook for it"
-        raise self._error(TypeError, f"{json_kind(value)} is not a JSON value; {advice}")
+        advice = "Convert it, or give Session a converter= with an unstructure hook for it"
+        raise self._error(TypeError, f"{json_kind(value)} is not a JSON value. {advice}")
 
     def _unstructured(self, value: Any) -> Any:
         if _contains_itself(value, frozenset({id(value)})):

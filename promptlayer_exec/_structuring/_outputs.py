@@ -37,13 +37,13 @@ def structure_output(
     path, reason, leaf = locate(cause, failed, converter)
     if isinstance(leaf, cattrs.StructureHandlerNotFoundError):
         # check_type does not see the parts that only this value leads to.
-        where = f"execution {snapshot.execution_id}: {path}"
-        raise TypeError(f"cannot structure the output of {where}: {reason}") from cause
+        place = f"execution {snapshot.execution_id} at {path}"
+        raise TypeError(f"cannot structure the output of {place}: {reason}") from cause
     if isinstance(leaf, RecursionError):
         path, reason, cause = "$", "is nested too deeply", leaf
 
     raise InvalidOutput(
-        f"the output does not fit the type given as into=: {path}: {reason}",
+        f"the output does not match into= at {path}: {reason}",
         path=path,
         value=value,
         reason=reason,

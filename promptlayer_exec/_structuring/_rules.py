@@ -42,7 +42,7 @@ def _scalar(base: type, value: Any, kind: Any) -> Any:
 
 
 def _refuse(kind: Any) -> Any:
-    what = f"there is no rule for {_name(kind)}; give Session a converter= with a hook for it"
+    what = f"there is no rule for {_name(kind)}. Give Session a converter= with a hook for it"
     raise cattrs.StructureHandlerNotFoundError(what, kind)
 
 

@@ -88,7 +88,7 @@ def test_a_batch_is_run_and_its_results_are_written(
     code, out, err = run(*command)
     assert (code, out) == (1, "")
     unchecked, first, second, third, *others, hint = err.splitlines()
-    assert unchecked.startswith("inputs are not checked: workflow 'none': the server answered 403")
+    assert unchecked.startswith("inputs are not checked: workflow 'none': the server returned 403")
     sim.clear_faults()
     assert first == "batch night: 3 items"
     assert second.startswith("batch night: 3 items: 1 succeeded, 2 failed, 0 unknown, in ")
@@ -273,7 +273,7 @@ def test_lines_that_cannot_run_are_reported_before_anything_is_added(
     code, out, err = run("run", file, "--workflow", "pair")
     assert (code, out) == (2, "")
     misspelt = (
-        "workflow 'pair' needs the input 'last' (string), which is missing; it does not require"
+        "workflow 'pair' is missing the input 'last' (string). It does not require"
         " lats (did you mean 'last'?);"
         " `promptlayer-exec workflow pair` shows what it needs"
     )
