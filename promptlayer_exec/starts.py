@@ -370,28 +370,30 @@ class _OpenStore:
 
 
 class SQLStartStore:
-    """A record of starts in a database, so that each key starts one run.
+    """Records in a database which run each key started, so that each key starts one run.
 
-    Give it to the sessions of all processes that may start with the same keys::
+    Pass it to the sessions of all processes that may use the same keys::
 
-        async with SQLStartStore("postgresql://app@db/app") as store, Session(starts=store):
-            ...
+        async with (
+            SQLStartStore("postgresql://app@db/app") as store,
+            Session(starts=store) as session,
+        ):
+            execution = await session.start("write-report", {"topic": "otters"}, key="order-42")
 
-    Making one does no I/O; the first call creates its table, `promptlayer_exec_starts`. Any number
-    of sessions, event loops and processes may use it, also after a fork.
+    Creating it does no I/O; its first call creates the table `promptlayer_exec_starts`. Any number
+    of sessions, event loops and processes may use it, even after a fork.
 
     Args:
         database_url: `sqlite:///` and the path of a file, or `postgresql://user@host/database`.
-            None: the database that batches use by default: that of the environment variable
-            `PROMPTLAYER_EXEC_DB`, else a file of the user's own in the platform's directory for
-            the state of programs.
-        restart_unknown_after: seconds after which a start whose response was lost may be sent
-            again. **The first one may have started a run, too**, and you pay for both. None: only
-            a callback or `forget` ends the uncertainty.
+            By default the database that batches use: the one in `$PROMPTLAYER_EXEC_DB`, or else a
+            SQLite file in your user's state directory.
+        restart_unknown_after: seconds after which the next call with the same key resends a start
+            whose response was lost. **The first request may have started a run as well**, and you
+            pay for both. None: only a callback or `forget` frees the key.
 
     Raises:
-        ConfigurationError: an argument is malformed. Each method raises it, too, if the database
-            cannot be used for `patience` seconds.
+        ConfigurationError: an argument is malformed. Each method also raises it if the database
+            is unavailable for `patience` seconds.
     """
 
     def __init__(

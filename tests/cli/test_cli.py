@@ -329,7 +329,7 @@ class TestRun:
         sim.inject(Fault.disconnect(), path="/run")
         code, out, err = call("run", "lost", "--json")
         assert code == 4
-        assert "The run may have started" in err
+        assert "may have started" in err
         assert "no run was started" not in err
         assert "again with" not in err
         error = json.loads(out)["error"]
@@ -398,7 +398,7 @@ class TestRun:
         assert (code, err.count("\n"), len(sim.runs)) == (2, 1, before + 1)
         assert err == (
             "the key 'order-42' belongs to a different request (changed: inputs.topic). Nothing"
-            " was sent: use another key, or the same request\n"
+            " was sent: use another key, or repeat the original request\n"
         )
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("KeyConflict", None)
@@ -525,7 +525,7 @@ class TestRun:
     @pytest.mark.parametrize(
         ("faults", "message"),
         [
-            ([], "no run of workflow 'x' started: the server answer"),
+            ([], "no run of workflow 'x' started: the server returned"),
             ([Fault.disconnect()], "a run of workflow 'x' may have started"),
         ],
     )
@@ -544,7 +544,7 @@ class TestRun:
             code, _, err = command.end()
         assert code == 130
         assert err.startswith(f"interrupted; {message}")
-        assert ("The run may have started" in err) is bool(faults)
+        assert ("may have started" in err) is bool(faults)
 
     def test_a_second_interrupt_ends_a_start_at_once(self, start: Start, gate: Any) -> None:
         """The command does not wait for the answer."""
@@ -616,7 +616,7 @@ class TestTerminal:
         frame = screen.text[screen.text.rindex("0/2") :]
         assert "trying again" not in frame
         sim.inject(Fault.disconnect(execution_id=execution_id))
-        screen.read_until("could not reach")
+        screen.read_until("no usable response")
         os.kill(screen.process.pid, signal.SIGINT)
         code, text = screen.end()
         assert code == 130

@@ -207,8 +207,8 @@ class TestRun:
         code, out, err = call("run", "support agent", *options)
         assert (code, out) == (2, "")
         assert err == (
-            "workflow 'support agent' needs the inputs 'letter' (string), 'language' (string),"
-            " which are missing; it does not require leter (did you mean 'letter'?);"
+            "workflow 'support agent' is missing the inputs 'letter' (string), 'language' (string)."
+            " It does not require leter (did you mean 'letter'?);"
             f" `promptlayer-exec workflow 'support agent' --base-url {sim.base_url}` shows what it"
             " needs; no run was started\n"
         )

@@ -74,7 +74,7 @@ async def test_the_end_of_a_watch_is_one_line(
 async def test_an_outage_is_two_lines_however_many_requests_fail(
     caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator
 ) -> None:
-    """The first has the error and the limit; the second says that PromptLayer is reachable again."""
+    """The first has the error and the limit; the second, that PromptLayer is reachable again."""
     ids = [sim.add_execution(Scenario([SimNode("Out")])) for _ in range(200)]
     sim.inject(Fault.status(503, times=500))
     await session.collect(ids)

@@ -227,7 +227,7 @@ async def test_a_failed_execution_is_a_result(workspace: Simulator, connect: Con
         result = await call(client, "run_write_report", topic="unicorns", rows=[], when=1)
         assert (result["complete"], result["succeeded"]) == (True, False)
         assert "output" not in result
-        assert "'Report' FAILED (no such animal)" in result["message"]
+        assert "node 'Report' FAILED: no such animal" in result["message"]
         assert "node 'Report'" in result["message"]
         node = result["nodes"]["Report"]
         assert node["error_message"] == "no such animal"
@@ -946,4 +946,4 @@ async def test_the_process_ends_while_a_start_has_no_answer(
         process.stdin.close()
     _, err = await process.communicate()
     assert process.returncode == code
-    assert b"not known whether a run of workflow 'other' started" in err
+    assert b"a run of workflow 'other' may have started" in err

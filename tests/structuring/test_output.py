@@ -122,7 +122,7 @@ async def test_where_no_output_node_succeeded_or_some_node_failed_there_is_no_ou
     sim: Simulator, session: Session, nodes: Any
 ) -> None:
     """The first where any is marked, the second where none is; the server is not asked."""
-    with pytest.raises(ExecutionFailed, match="execution 787 (failed|completed)") as caught:
+    with pytest.raises(ExecutionFailed, match=r"execution 787 (failed|completed)") as caught:
         await decided(sim, session, complete(*nodes))
     assert caught.value.last_snapshot is not None
     assert caught.value.failed == caught.value.last_snapshot.failed_nodes
