@@ -1,4 +1,4 @@
-"""The errors of refused requests: the class for a status, and the server's message in a body."""
+"""The errors for refused requests: each status has its class, each body its message."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _server_message(body: Any) -> str:
     """Return the server's error message, or an empty string if the body has none."""
     if isinstance(body, str):
         text = body[:200].strip()
-        if "<" in text:  # the HTML of a proxy tells less than the status
+        if "<" in text:  # a proxy's HTML page is less helpful than the status
             return ""
         return text
     if not isinstance(body, dict):
