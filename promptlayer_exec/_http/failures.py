@@ -1,4 +1,4 @@
-"""Explains in words why a connection failed, and tells whether waiting may help."""
+"""Explains why a connection failed, and whether waiting may help."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from yarl import URL
 
 from promptlayer_exec._api.redaction import CREDENTIALS
 
-# Alerts of a server that refuses the handshake. With TLS 1.3 they arrive after our last message.
+# Alerts from a server that refuses the handshake. In TLS 1.3 they follow our last message.
 _REFUSED_HANDSHAKE = re.compile("ALERT.*(CERTIFICATE|UNKNOWN_CA|HANDSHAKE|ACCESS_DENIED)")
 
 
 def is_permanent(error: BaseException) -> bool:
-    """Return True if no connection can be made, and waiting will not change that."""
+    """Return True if there can be no connection, and waiting will not change that."""
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return 400 <= error.status < 500 and error.status not in (408, 425, 429)
     return is_tls_failure(error) or isinstance(error, aiohttp.InvalidURL)
@@ -29,14 +29,14 @@ def is_unreachable(error: BaseException) -> bool:
 
 
 def is_tls_failure(error: BaseException | None) -> bool:
-    """Return True if no TLS connection can be made; then the server has read nothing."""
+    """Return True if TLS failed; the server has then read no request."""
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         return not isinstance(error.os_error, ssl.SSLEOFError)  # the server disconnected
     if isinstance(error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch)):
         return True
     if isinstance(error, ssl.SSLError):
         return _REFUSED_HANDSHAKE.search(str(error.reason)) is not None
-    # For aiohttp, such an alert is the cause of a lost connection.
+    # aiohttp makes the alert the cause of a lost connection.
     return isinstance(error, aiohttp.ClientError) and is_tls_failure(error.__cause__)
 
 
@@ -49,14 +49,14 @@ def tls_peer(error: BaseException, base_url: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:  # noqa: PLR0911 - a table
-    """Return an error's message, without the password of a proxy and the quoted bytes of a peer."""
+    """Return an error's message, without a proxy's password or a peer's quoted bytes."""
     if is_tls_failure(error):
         return _tls_reason(error)
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return f"the proxy refused the connection: {error.status} {_unquoted(error.message)}"
     if isinstance(error, aiohttp.ClientProxyConnectionError):
         return f"no connection to the proxy {error.host}:{error.port}: {_connect_reason(error)}"
-    if isinstance(error, aiohttp.InvalidURL):  # not base_url: the session has checked that
+    if isinstance(error, aiohttp.InvalidURL):  # of the proxy: the session has checked base_url
         return "the proxy's URL is invalid: it must look like http://user:password@host:port"
     if isinstance(error, aiohttp.ClientConnectorError):
         return _connect_reason(error)
@@ -71,7 +71,7 @@ def reason_of(error: BaseException) -> str:  # noqa: PLR0911 - a table
 
 
 def _tls_reason(error: BaseException) -> str:
-    """Return why there is no TLS connection, and what to do about it."""
+    """Return why TLS failed, and what to do about it."""
     cause: BaseException = error
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         cause = error.certificate_error
@@ -98,7 +98,7 @@ def _tls_reason(error: BaseException) -> str:
 
 def _connect_reason(error: aiohttp.ClientConnectorError) -> str:
     # aiohttp's own text shows its internal connection key.
-    if isinstance(error, aiohttp.ClientConnectorDNSError):  # it may be that of a proxy
+    if isinstance(error, aiohttp.ClientConnectorDNSError):  # the host may be a proxy
         return f"cannot resolve the host name {error.host}: {error.os_error.strerror}"
     if error.errno is None:
         return str(error.os_error) or "the server closed the connection before it was established"

@@ -25,7 +25,7 @@ def exact(value: Any, kind: type[T]) -> T:
 
 
 def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[str, str, Exception]:
-    """Return the path, the reason and the error of the first mismatch in a tree of cattrs errors."""
+    """Return the path, reason and error of the first mismatch in a tree of cattrs errors."""
     path, container, key = "$", None, None
     while isinstance(error, cattrs.BaseValidationError):
         group, error = error, error.exceptions[0]

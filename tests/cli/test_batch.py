@@ -779,7 +779,9 @@ def test_an_item_shows_its_attempts(sim: Simulator, run: Run, tmp_path: Path) ->
     first, second = (run.execution_id for run in sim.runs if run.inputs["n"] == "bad")
 
     _, out, _ = run("show", "bad")
-    assert f"  attempt 1 ended, execution {first}: ExecutionFailed: execution {first} failed: " in out
+    assert (
+        f"  attempt 1 ended, execution {first}: ExecutionFailed: execution {first} failed: " in out
+    )
     assert f"  execution {second} started" in out
     attempts = json.loads(run("show", "bad", "--json")[1])["attempts"]
     assert [attempt["execution_id"] for attempt in attempts] == [first, second]

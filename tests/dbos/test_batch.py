@@ -623,7 +623,9 @@ async def test_a_default_database_that_cannot_be_made_is_an_error(
     monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
     monkeypatch.delenv("PROMPTLAYER_EXEC_DB", raising=False)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigurationError, match=r"cannot be made: .*; name another database in"):
+    with pytest.raises(
+        ConfigurationError, match=r"could not make the directory .* to another database"
+    ):
         await batch_of(database_url=None).status()
 
 
