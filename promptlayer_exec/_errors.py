@@ -158,7 +158,7 @@ class RequestError(PromptLayerExecError):
 
 
 class ConnectionFailed(RequestError, ConnectionError):
-    """The server could not be reached, or the connection broke before the response was complete."""
+    """The session could not reach the server, or the connection broke during the response."""
 
     advice = "Check the network and base_url. Running executions are not affected."
 
@@ -304,7 +304,7 @@ class ServerError(StatusError):
 
 
 class StartUnknown(PromptLayerExecError):
-    """The request to start a run may have reached PromptLayer, but its response was lost.
+    """The request to start a run may have reached PromptLayer, but the response was lost.
 
     Attributes:
         workflow: the name or id of the workflow.

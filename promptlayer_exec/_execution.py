@@ -28,8 +28,8 @@ T = TypeVar("T")
 class Execution:
     """The handle of one execution, returned by `Session.execution` and `Session.start`.
 
-    All `stream`, `finished_nodes`, `wait` and `output` calls in one session share one poller. Once
-    a handle has the complete snapshot, which does not change, it answers these calls and `snapshot`
+    All `stream`, `finished_nodes`, `wait` and `output` calls in one session share one poller. The
+    complete snapshot does not change: once a handle has it, these calls and `snapshot` return it
     without a request. Handles are equal if they have the same session and id. An unpickled handle
     keeps its id, but has no session.
 

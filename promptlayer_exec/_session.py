@@ -390,7 +390,7 @@ class Session:
         Raises:
             TypeError: `execution_id` is neither an int nor a string of digits.
             ValueError: `execution_id` is out of range.
-            RequestError: the server refused, or could not be reached.
+            RequestError: the server refused the request, or was unreachable.
             ExecutionTimeout: the session's `wait_timeout` passed.
             SessionClosed: the session was closed.
         """
@@ -440,7 +440,7 @@ class Session:
         Raises:
             TypeError: an argument or a value in the inputs has an unsupported type.
             ValueError: an argument or a value in the inputs cannot be sent.
-            InvalidInputs: inputs that the workflow requires are missing.
+            InvalidInputs: required inputs are missing.
             KeyConflict: the key belongs to a different request.
             ConfigurationError: the database of `starts` is unavailable; no run was started.
             StartUnknown: the response was lost, so the run may have started. The session never

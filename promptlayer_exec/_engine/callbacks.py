@@ -39,7 +39,7 @@ def recoverable_token(error: StartUnknown, callbacks: Callbacks | None) -> str:
     token = error.callback_token
     if token is None:
         raise ValueError(
-            "this start cannot be recovered, because it had no callback URL of its own. Pass"
+            "this start cannot be recovered, because it did not have its own callback URL. Pass"
             " callbacks= to Session, and no callback_url= to the start"
         )
     if callbacks is not None and not callbacks.is_genuine(token):

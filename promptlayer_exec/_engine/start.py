@@ -130,7 +130,7 @@ class Start:
         except Exception as error:
             # aiohttp calls this, and would hide the error behind one about the connection.
             self._hook_error = error
-            raise ConnectionAbortedError("it must not be sent") from error
+            raise ConnectionAbortedError("a hook forbids sending it") from error
 
     async def not_sent(self) -> None:
         if self._hooks is not None:

@@ -121,8 +121,8 @@ class Push:
     has_announced: bool = attrs.field(init=False, default=False)
     _has_reported: bool = attrs.field(init=False, default=False)
     _channels: dict[str | int, Channel] = attrs.field(init=False, factory=dict)
-    # The runs that were started here and are not complete, by execution id: all that have a watch,
-    # whose completions must be noticed, and the latest ones.
+    # The incomplete runs of this session, by execution id: the latest ones, and all with a watch,
+    # because a silent completion of theirs counts against push.
     runs: WeakValueDictionary[int, PushedRun] = attrs.field(init=False, factory=WeakValueDictionary)
     _latest: ExpiringDict[int, PushedRun] = attrs.field(
         init=False, factory=lambda: ExpiringDict(most=_POLICY.most_unwatched)

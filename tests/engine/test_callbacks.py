@@ -113,7 +113,7 @@ async def test_a_callback_url_of_the_caller_s_wins(sim: Simulator, session: Sess
         await session.start("report", callback_url="http://127.0.0.1:9/mine")
     assert sim.runs[0].body["callback_url"] == "http://127.0.0.1:9/mine"
     assert caught.value.callback_token is None
-    with pytest.raises(ValueError, match="no callback URL of its own"):
+    with pytest.raises(ValueError, match="did not have its own callback URL"):
         await session.recover(caught.value)
 
 
