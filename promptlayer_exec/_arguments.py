@@ -1,4 +1,4 @@
-"""Checks of arguments, before any I/O. Each error names the argument."""
+"""Checks arguments before any I/O. Each error names the argument."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_ID = 2**63 - 1
 
-# Names of arguments in other clients, such as the vendor's SDK and API, and the hint for each.
+# Argument names in other clients, such as the vendor's SDK and API, with a hint for each.
 _OTHER_NAMES = {
     "workflow_name": "it is workflow= here",
     "workflow_id": "it is workflow= here",
@@ -39,8 +39,8 @@ _OTHER_NAMES = {
 def check_execution_id(value: Any) -> int:
     """Return an execution id as an int.
 
-    It may be any value with `__index__` except a bool, or a string of decimal digits, as in this
-    package's own JSON.
+    It may be any value with `__index__` except a bool, or a string of decimal digits, which is how
+    this package writes ids in JSON.
     """
     if isinstance(value, str) and value.isascii() and value.isdigit():
         value = int(value)
@@ -72,7 +72,7 @@ def check_count(name: str, value: Any) -> int:
 
 
 def naming_arguments(function: F) -> F:
-    """Make a function refuse another client's argument names with an error that names ours."""
+    """Make a function reject argument names of other clients, with an error that names ours."""
     known = function.__code__.co_varnames
 
     @wraps(function)

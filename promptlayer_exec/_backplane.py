@@ -1,4 +1,4 @@
-"""What a session and its backplane, which shares watches between processes, ask of each other."""
+"""The Protocols between a session and its backplane, which shares watches between processes."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ class Poll(Protocol):
     async def __call__(
         self, *, due: float, on_sending: Callable[[bool], object] | None = None
     ) -> Reply[NodeMap]:
-        """Return the answer to a request that is due at `due`, on the loop's clock.
+        """Return the response to a request due at `due`, on the loop's clock.
 
-        `on_sending` is that of an `Attempt`.
+        `on_sending` is the same as for an `Attempt`.
         """
 
 
 class SharedPolls(Protocol):
-    """The polls of one watch, and what other sessions poll of the same execution."""
+    """The polls of one watch, shared with other sessions that watch the same execution."""
 
     async def next_answer(
         self, poll: Poll, *, due: float, streams: Callable[[], bool]
     ) -> Reply[NodeMap]:
-        """Return an answer of another session, or poll and share the answer."""
+        """Return a response from another session, or poll and share the response."""
 
     def end(self) -> None:
-        """Handle that the watch has ended."""
+        """Stop sharing: the watch has finished."""
 
 
 class BackplaneConnection(Protocol):
     """The connection of an open session to its backplane. No method waits for the network."""
 
     def share(self, execution_id: int, read: Callable[[Response], NodeMap]) -> SharedPolls:
-        """Return the polls of a new watch; `read` reads the answers of other sessions."""
+        """Return the polls of a new watch; `read` reads the responses from other sessions."""
 
     def wake(self, execution_id: int, source: WakeSource) -> None:
         """Forward a wake-up to the session that polls the execution."""
 
     def started(self, execution_id: int, grace: float) -> None:
-        """Announce a run, which the server may not know for `grace` seconds."""
+        """Announce a new run, for which the server may return 404 for `grace` seconds."""
 
     def called_back(self, token: str, execution_id: int) -> None:
-        """Hand on a callback."""
+        """Pass a callback on to other sessions."""
 
     def find_callbacks(self) -> None:
         """Look for callbacks of lost starts that came to other sessions."""
 
     async def aclose(self) -> None:
-        """Let others poll what this session polls, and disconnect."""
+        """Hand the polling over to other sessions, and disconnect."""
 
 
 class OpenSession(Protocol):
@@ -66,28 +66,28 @@ class OpenSession(Protocol):
         """Return True if closing has begun."""
 
     def spawn(self, work: Coroutine[Any, Any, T], *, name: str) -> asyncio.Task[T]:
-        """Run a task until it ends by itself or the session is closed."""
+        """Run a task until it finishes or the session is closed."""
 
     def wake_here(self, execution_id: int, source: WakeSource) -> bool:
-        """Wake the watch of an execution; without one, remember the wake-up."""
+        """Wake an execution's watch; if it has none, remember the wake-up."""
 
     def stream_elsewhere(self, execution_id: int) -> None:
-        """Record that an execution is streamed in another session."""
+        """Record that another session streams an execution."""
 
     def started_elsewhere(self, execution_id: int, left: float) -> None:
-        """Record that the server may not know a run of another session for `left` seconds."""
+        """Record that for `left` seconds, the server may return 404 for another session's run."""
 
     def called_back_elsewhere(self, token: str, execution_id: int) -> None:
-        """Record a callback that came to another session."""
+        """Record a callback that another session received."""
 
     def lost_tokens(self) -> list[str]:
-        """Return the tokens of the lost starts whose callbacks have not come."""
+        """Return the tokens of lost starts whose callback has not arrived."""
 
 
 class Backplane(Protocol):
     """What `Session(backplane=...)` takes: a `promptlayer_exec.redis.RedisBackplane`.
 
-    The types of its method are internal, and may change in any release.
+    The types in its method are internal and may change in any release.
     """
 
     def connect(self, client: OpenSession, namespace: str) -> BackplaneConnection:

@@ -1,4 +1,4 @@
-"""Many executions followed in one loop, without a task for each."""
+"""Follows many executions in one loop, without a task for each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class _Followed:
-    """One execution that has not ended yet."""
+    """One execution that is still followed."""
 
     execution: Execution
     watch: Watch
@@ -37,8 +37,8 @@ class _Followed:
 class CombinedStream:
     """The snapshots of many executions, for one reader.
 
-    A slow reader gets the latest snapshot of each execution and skips older ones: what is kept for
-    it is one entry per execution.
+    A slow reader gets the latest snapshot of each execution and skips older ones, so at most one
+    per execution waits for it.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class CombinedStream:
         self._deadline = client.deadline(timeout)
 
         self._followed: dict[int, _Followed] = {}
-        # Handles that have a complete snapshot need no watch.
+        # Handles with a complete snapshot need no watch.
         self._complete: list[Execution] = []
-        # Executions that have something to look at, in the order in which it came.
+        # Executions with a new snapshot or error, in the order of arrival.
         self._news: dict[int, None] = {}
         self._waiting: asyncio.Future[None] | None = None
 
@@ -76,15 +76,15 @@ class CombinedStream:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the last event of every execution was returned."""
+        """Whether `next` has returned the last event of every execution."""
         return not self._followed and not self._complete
 
     async def next(
         self, *, until: float = math.inf
     ) -> tuple[Execution, Snapshot | Exception] | None:
-        """Return an execution with its next snapshot, or with the error that ended it.
+        """Return an execution with its next snapshot, or with its error.
 
-        None: every execution has ended, or it is `until`, on the loop's clock.
+        Return None once every execution has finished, or at the time `until`, on the loop's clock.
         """
         if self._complete:
             execution = self._complete.pop()
@@ -106,7 +106,7 @@ class CombinedStream:
         return None
 
     def close(self) -> None:
-        """Leave all watches; those that nobody else follows stop polling."""
+        """Leave all watches; the ones without other waiters stop polling."""
         for followed in list(self._followed.values()):
             self._leave(followed)
 
@@ -125,7 +125,7 @@ class CombinedStream:
         snapshot = followed.seen = execution._remember(snapshot)
         if snapshot.complete:
             self._leave(followed)
-        elif watch.error is not None:  # which nobody will be woken for again
+        elif watch.error is not None:  # nothing will wake this reader for it again
             self._news[execution.id] = None
         return execution, snapshot
 
@@ -141,7 +141,7 @@ class CombinedStream:
             resolve(self._waiting)
 
     async def _wait(self, until: float) -> None:
-        """Wait until there is news, the deadline has passed, or it is `until`."""
+        """Wait for news, for the deadline, or until the time `until`."""
         self._lifetime.check_loop()
         loop = asyncio.get_running_loop()
         self._waiting = loop.create_future()
@@ -169,7 +169,7 @@ def snapshots_of(
     executions: dict[int, Execution] = {}
     for item in items:
         if isinstance(item, StartRequest):
-            raise TypeError(f"stream_all starts nothing: start the run first, not {item!r:.100}")
+            raise TypeError(f"stream_all starts no runs: start it first, got {item!r:.100}")
         execution = handle_of(session, item)
         executions.setdefault(execution.id, execution)
     return _stream(session, list(executions.values()), check_timeout(timeout))

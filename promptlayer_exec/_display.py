@@ -1,7 +1,7 @@
-"""Why a node failed, in words, and what a notebook shows of a snapshot and of a workflow.
+"""Explains why a node failed, and renders snapshots and workflows for notebooks.
 
-The latter is static HTML and SVG, without scripts. It takes its colours from the page around it,
-except for the colours of statuses.
+Notebooks get static HTML and SVG, without scripts. It takes its colours from the page around it,
+except for the statuses.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _label(text: str) -> str:
 
 
 def _text(text: str, longest: int = 200) -> str:
-    """Return text that came from a server, cut and escaped."""
+    """Return text from a server, shortened and escaped."""
     from html import escape  # noqa: PLC0415 - only notebooks need it
 
     if len(text) > longest:
@@ -86,7 +86,7 @@ def snapshot_html(snapshot: Snapshot) -> str:
     if not nodes:
         return f"<div><div><b>{head}</div></div>"
 
-    # If there are too many nodes, those that failed or run matter most.
+    # If there are too many nodes, show the failed and running ones first.
     ranked = sorted(range(len(nodes)), key=lambda index: status_entry(nodes[index].status).rank)
     shown = sorted(ranked[:100])
 
@@ -135,7 +135,7 @@ def _row(snapshot: Snapshot, node: Node, *, is_watched: bool) -> str:
 
 
 def workflow_html(workflow: Workflow) -> str:
-    """Return what a workflow needs, and its graph."""
+    """Return the required inputs and the graph of a workflow."""
     name = _name(workflow.name)
     facts = [f"<b>{name}</b> · workflow {workflow.id}"]
     if workflow.version is not None:
@@ -182,7 +182,7 @@ def _graph(workflow: Workflow, title: str) -> str:
     }
     boxes = [_box(workflow, name, *places[name]) for name in workflow.nodes]
 
-    # Edges that skip layers run below all boxes. Those of one node share a lane.
+    # Edges that skip layers run below all boxes. The edges of one node share a lane.
     bottom = 2 * _LAYOUT.margin + rows * row_height
     lanes: dict[str, float] = {}
     conditional = {(edge.source, edge.target) for edge in workflow.edges if edge.conditional}

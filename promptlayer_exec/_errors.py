@@ -1,4 +1,4 @@
-"""The error tree. Every error says what failed, for which execution, and what to do."""
+"""The error tree. Every message names what failed, for which execution, and what to do next."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ class PromptLayerExecError(Exception):
     """The base class of this library's errors.
 
     Attributes:
-        execution_id: the id of the execution; None if there is none yet. A run can only be found
-            again by its id.
+        execution_id: the id of the execution; None if it has not started. Save it: it is the only
+            way back to the run.
         last_snapshot: the last snapshot of the execution; None if there is none.
     """
 
-    advice: ClassVar[str] = ""
+    advice: ClassVar[str] = ""  # what to do next; `{id}` stands for the execution's id
     _advice_without_id: ClassVar[str | None] = None  # if it differs from `advice`
+    _joint: ClassVar[str] = ": "  # between "execution 788" and the message
 
     def __init__(
         self,
@@ -41,16 +42,19 @@ class PromptLayerExecError(Exception):
     def _what(self) -> str:
         return str(self.args[0]).rstrip(" \n.!?,;:")  # often the server's own sentence
 
-    def __str__(self) -> str:
-        advice = self.advice
-        if self.execution_id is not None:
-            subject = f"execution {self.execution_id}: "
-        else:
-            subject = ""
-            if self._advice_without_id is not None:
-                advice = self._advice_without_id
+    def _subject(self) -> str:
+        """Return what the message is about, such as `execution 788: `."""
+        if self.execution_id is None:
+            return ""
+        return f"execution {self.execution_id}{self._joint}"
 
-        return printable(f"{subject}{self._what()}. {advice}".rstrip())
+    def _next_step(self) -> str:
+        if self.execution_id is None and self._advice_without_id is not None:
+            return self._advice_without_id
+        return self.advice.replace("{id}", str(self.execution_id))
+
+    def __str__(self) -> str:
+        return printable(f"{self._subject()}{self._what()}. {self._next_step()}".rstrip())
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {**vars(self), "args": self.args}
@@ -60,8 +64,19 @@ class PromptLayerExecError(Exception):
         return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
 
 
+def split_advice(kind: str, text: str) -> tuple[str, str]:
+    """Return the text of an error of class `kind` without its advice, and the advice."""
+    cls = globals().get(kind, PromptLayerExecError)
+    for advice in (cls.advice, cls._advice_without_id):
+        first_words = (advice or "").partition("{id}")[0]
+        if first_words and first_words in text:
+            problem, _, rest = text.rpartition(first_words)
+            return problem.rstrip(), first_words + rest
+    return text, ""
+
+
 def copy_error(error: Exception) -> Exception:
-    """Return a copy of an error, if it can be copied, so that several tasks can raise it."""
+    """Return a copy of an error, so that several tasks can raise it; itself if it has no copy."""
     try:
         duplicate = copy.copy(error)
     except Exception:  # noqa: BLE001 - another library's error may raise anything here
@@ -88,11 +103,11 @@ class InvalidInputs(PromptLayerExecError, ValueError):
         self.missing = missing
 
     def __str__(self) -> str:
-        return super().__str__().removesuffix(".")  # callers add how to find out what there is
+        return super().__str__().removesuffix(".")  # callers add how to list the inputs
 
 
 class KeyConflict(PromptLayerExecError, ValueError):
-    """A key stands for another request than the one it was given with; nothing was sent.
+    """The key already belongs to a different request; nothing was sent.
 
     Attributes:
         key: the key.
@@ -103,27 +118,27 @@ class KeyConflict(PromptLayerExecError, ValueError):
         self.key = key
 
     def __str__(self) -> str:
-        return super().__str__().removesuffix(".")  # the message says what to do
+        return super().__str__().removesuffix(".")  # the message ends with what to do
 
 
 class SessionClosed(PromptLayerExecError):
-    """The session was closed before the call was finished."""
+    """The session was closed before the call finished."""
 
-    advice = "The execution goes on at the server: follow its id in an open session."
-    _advice_without_id = "Call it while the session is open."
+    advice = "It continues on PromptLayer; session.execution({id}) in an open session picks it up."
+    _advice_without_id = "Make the call while the session is open."
 
     def __init__(self, message: str = "the session is closed", **context: Any) -> None:
         super().__init__(message, **context)
 
 
 class RequestError(PromptLayerExecError):
-    """An HTTP request failed and is not retried any more.
+    """An HTTP request failed, and the session no longer retries it.
 
     Attributes:
-        attempts: how many attempts were made, including those that could not connect.
-        reason: the message of the cause; `__cause__` itself does not survive pickling.
-        is_permanent: whether waiting cannot help, as with a certificate that is not valid.
-        waited: for how many seconds the attempt waited for a connection or for the rate.
+        attempts: the number of attempts, including those that could not connect.
+        reason: the message of the cause, because pickling loses `__cause__`.
+        is_permanent: whether waiting cannot help, as with an invalid certificate.
+        waited: the seconds that the last attempt waited for a connection or for the rate.
     """
 
     is_permanent = False
@@ -143,15 +158,15 @@ class RequestError(PromptLayerExecError):
 
 
 class ConnectionFailed(RequestError, ConnectionError):
-    """The server could not be reached, or the connection broke before the response was complete."""
+    """The session could not reach the server, or the connection broke during the response."""
 
-    advice = "Check the network and base_url; executions at the server are not affected."
+    advice = "Check the network and base_url. Running executions are not affected."
 
 
 class RequestTimeout(RequestError, TimeoutError):
     """One HTTP attempt took longer than `request_timeout` seconds."""
 
-    advice = "Try again, or raise request_timeout; executions at the server are not affected."
+    advice = "Try again, or raise request_timeout. Running executions are not affected."
 
 
 class InvalidResponse(RequestError):
@@ -159,12 +174,12 @@ class InvalidResponse(RequestError):
 
     Attributes:
         status: the HTTP status of the response.
-        excerpt: the start of the body.
-        path: where the mistake is in the body, such as `$["Node 1"].status`; None if the body is
-            cut short or not JSON.
+        excerpt: the first 200 bytes of the body.
+        path: the place of the mistake in the body, such as `$["Node 1"].status`; None if the body
+            is cut short or not JSON.
     """
 
-    advice = "Check that base_url is the PromptLayer API; if it is, report the excerpt."
+    advice = "Check that base_url points to the PromptLayer API; if it does, report this message."
 
     def __init__(
         self,
@@ -182,12 +197,12 @@ class InvalidResponse(RequestError):
 
     def _what(self) -> str:
         if self.excerpt:
-            return f"{super()._what()}; the body starts with {self.excerpt!r}"
-        return f"{super()._what()}; the body is empty"
+            return f"{super()._what()}. The body starts with {self.excerpt!r}"
+        return f"{super()._what()}. The body is empty"
 
 
 class ResponseTooLarge(InvalidResponse):
-    """The body, after decompression, exceeds `limit` bytes, the session's `max_response_bytes`."""
+    """The decompressed body exceeds `limit` bytes, the session's `max_response_bytes`."""
 
     advice = "Raise max_response_bytes if you expect outputs this large."
 
@@ -202,7 +217,7 @@ class FieldError:
 
     Attributes:
         loc: the path to the parameter, such as `("query", "workflow_version_execution_id")`.
-        msg: what is wrong with the parameter.
+        msg: why the server rejected it.
         type: the server's name for this kind of mistake.
     """
 
@@ -217,9 +232,8 @@ class StatusError(RequestError):
     Attributes:
         status: the HTTP status.
         message: the server's error message, or the name of the status if there is none.
-        body: the decoded JSON body, or the text of a body that is not JSON. A body over 64 KiB is
-            cut.
-        retry_after: seconds to wait before the next request, if the server asked for that.
+        body: the decoded JSON body, or the text of a body that is not JSON; the first 64 KiB only.
+        retry_after: the seconds that the server asked to wait before the next request, if any.
     """
 
     advice = "Check base_url and the arguments."
@@ -266,7 +280,7 @@ class NotFound(StatusError):
 
 
 class UnprocessableEntity(StatusError):
-    """422: a parameter is invalid; `details` has a `FieldError` for each that the server listed."""
+    """422: a parameter is invalid; `details` has a `FieldError` for each that the server named."""
 
     advice = "Correct the parameters that the server names."
 
@@ -280,30 +294,27 @@ class UnprocessableEntity(StatusError):
 class RateLimited(StatusError):
     """429: too many requests."""
 
-    advice = "Lower rate= or share a limiter= between the processes that use this key."
+    advice = "Lower rate=, or share a limiter= between all processes that use this key."
 
 
 class ServerError(StatusError):
     """5xx: the server, or a proxy in front of it, failed."""
 
-    advice = "Try again later; executions at the server are not affected."
+    advice = "Try again later. Running executions are not affected."
 
 
 class StartUnknown(PromptLayerExecError):
-    """The request to start a run may have reached the server, but its response was lost.
+    """The request to start a run may have reached PromptLayer, but the response was lost.
 
     Attributes:
         workflow: the name or id of the workflow.
         reason: what happened to the response.
-        callback_token: identifies the start in its own callback URL, if it had one; keep it secret.
-            `Session.recover` needs nothing else.
+        callback_token: the secret in the start's own callback URL, if it had one. It is all that
+            `Session.recover` needs; keep it from others.
         key: the key of the start, if it had one.
     """
 
-    advice = (
-        "The run may have started and be billed: look for it in PromptLayer before you start it"
-        " again."
-    )
+    advice = "Look for it in PromptLayer before you start it again, or you may pay twice."
 
     def __init__(
         self,
@@ -323,29 +334,43 @@ class StartUnknown(PromptLayerExecError):
 
     def _what(self) -> str:
         what = super()._what()
-        if self.callback_token is None or "Session.recover" in what:
+        if self.callback_token is None:
             return what
-        return f"{what}; Session.recover waits for its callback"
+        return f"{what}. Session.recover(error) waits for its callback"
 
 
 class ExecutionTimeout(PromptLayerExecError, TimeoutError):
-    """The timeout, in seconds, passed before the execution was complete.
+    """The timeout passed before the execution was complete; the execution keeps running.
 
-    If `execution_id` is None, it passed before the execution was started.
+    If `execution_id` is None, the timeout passed before the run started.
+
+    Attributes:
+        timeout: the timeout in seconds.
     """
 
-    advice = "It goes on at the server: follow its id again, with a longer timeout."
-    _advice_without_id = ""
+    advice = "It continues on PromptLayer; session.execution({id}) picks it up."
+    _advice_without_id = "Try again with a longer timeout."
 
     def __init__(self, message: str, *, timeout: float, **context: Any) -> None:
         super().__init__(message, **context)
         self.timeout = timeout
 
+    def _next_step(self) -> str:
+        advice = super()._next_step()
+        if self.last_snapshot is not None and self.last_snapshot.complete:
+            return advice.removeprefix("It continues on PromptLayer; ")  # only its output is late
+        return advice
+
 
 class ExecutionFailed(PromptLayerExecError):
-    """The execution is complete but has no output; `failed` has the nodes that failed."""
+    """The execution is complete but has no output.
 
-    advice = "last_snapshot has every node."
+    Attributes:
+        failed: the nodes that failed.
+    """
+
+    advice = "See error.failed and error.last_snapshot."
+    _joint = " "  # the message is what the execution did
 
     def __init__(self, message: str, *, failed: tuple[Node, ...], **context: Any) -> None:
         super().__init__(message, **context)
@@ -353,12 +378,12 @@ class ExecutionFailed(PromptLayerExecError):
 
 
 class InvalidOutput(PromptLayerExecError):
-    """The output does not have the type given as `into=`.
+    """The output does not match the type given as `into=`.
 
     Attributes:
-        path: where the mismatch is in the output, such as `$.items[3].price`.
+        path: the place of the mismatch in the output, such as `$.items[3].price`.
         value: the output as the server sent it.
-        reason: what was expected at that place.
+        reason: what was expected there, and what came instead.
     """
 
     advice = "Change the type or the workflow's output node."
@@ -371,6 +396,6 @@ class InvalidOutput(PromptLayerExecError):
 
 
 class InvalidSignature(PromptLayerExecError, ValueError):
-    """A webhook is not PromptLayer's, or was signed with another secret."""
+    """The webhook did not come from PromptLayer, or was signed with another secret."""
 
-    advice = "Check that the secret is that of this webhook in PromptLayer's settings."
+    advice = "Compare the secret with the one in PromptLayer's webhook settings."

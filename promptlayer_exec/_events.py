@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from promptlayer_exec._models import Snapshot, StartRequest
 
 
-# It has no NullHandler: if a program does not configure logging, Python prints warnings to standard
-# error, and its users see outages.
+# It has no NullHandler: without a logging configuration, Python prints warnings to standard error,
+# so users still see outages.
 logger = logging.getLogger("promptlayer_exec")
 
 
@@ -33,8 +33,8 @@ class WatchStarted(Event):
     """The first waiter of an execution started its poller.
 
     Attributes:
-        workflow: the name or id of its workflow, if this session started the run and has not
-            started 10,000 others since.
+        workflow: the name or id of its workflow, if the run is among the last 10,000 that this
+            session started.
         base_url: the server's URL.
     """
 
@@ -47,10 +47,10 @@ class Polled(Event):
     """A poll succeeded.
 
     Attributes:
-        snapshot: the snapshot that it read.
+        snapshot: the snapshot that it returned.
         duration: seconds from sending the request to the last byte of the response.
-        lateness: seconds by which the request was sent after its scheduled time, because it waited
-            for a connection or the rate.
+        lateness: seconds between the scheduled time and sending the request, which waited for a
+            connection or the rate.
         body_bytes: the size of the body in bytes, after decompression.
         shared: whether another process sent the request, and the `backplane` passed its response
             on; duration and lateness are then 0.
@@ -65,7 +65,7 @@ class Polled(Event):
 
 @attrs.frozen
 class RequestRetried(Event):
-    """An attempt failed with an error; the next one follows after a delay in seconds."""
+    """An attempt failed with `error`; the next one follows after `delay` seconds."""
 
     error: Exception
     delay: float
@@ -73,20 +73,20 @@ class RequestRetried(Event):
 
 @attrs.frozen
 class Throttled(Event):
-    """The server responded 429: the session pauses for a delay in seconds, then sends slower."""
+    """The server returned 429: the session pauses for `delay` seconds, then sends more slowly."""
 
     delay: float
 
 
 @attrs.frozen
 class WatchEnded(Event):
-    """A poller stopped: the execution is complete, its last waiter stopped, or it failed.
+    """A poller stopped: the execution is complete, nobody follows it any more, or a poll failed.
 
     Attributes:
         polls: the number of polls that succeeded.
         elapsed: seconds since the first poll.
-        error: the error that ended the poller, if it failed.
-        succeeded: whether the execution succeeded; None if it is not known to be complete.
+        error: the error that stopped the poller, if a poll failed.
+        succeeded: whether the execution succeeded; None if no poll found it complete.
         workflow: as for `WatchStarted`.
     """
 
@@ -115,8 +115,8 @@ class ExecutionStarted(Event):
         request: the request that was sent.
         abandoned: whether the caller was cancelled before the response arrived.
         duration: seconds from the call to the response, or to the callback if `recovered`.
-        recovered: whether the response was lost (`StartUnknown`), and a callback to the start's own
-            URL proved that the run started. `request` then has no inputs.
+        recovered: whether the response was lost (`StartUnknown`), but a callback to the start's
+            own URL proved that the run started. `request` then has no inputs.
         base_url: the server's URL.
     """
 
@@ -129,18 +129,16 @@ class ExecutionStarted(Event):
 
 @attrs.frozen
 class StartFailed(Event):
-    """A start raised an error, whether or not its caller still waited for it.
+    """A start raised an error, whether or not its caller was still waiting.
 
-    Each start emits either this or `ExecutionStarted`, once. If a callback proves later that the
-    run started after all, an `ExecutionStarted` with `recovered` follows.
+    Each start emits either this or `ExecutionStarted`, once. If a callback later proves that the
+    run did start, an `ExecutionStarted` with `recovered` follows.
 
     Attributes:
-        request: the request that was to be sent.
-        error: what was raised; a `CancelledError` if the caller was cancelled and no run
-            was started.
+        request: the run that was to start.
+        error: the error; a `CancelledError` if the caller was cancelled and no run was started.
         duration: seconds from the call to the error.
-        base_url: the server's URL; empty if the session could not prepare the request, or could
-            not be opened.
+        base_url: the server's URL; empty if the session could not prepare the request or open.
     """
 
     request: StartRequest
@@ -152,10 +150,10 @@ class StartFailed(Event):
 class Observer(Protocol):
     """A callable that receives the events of a session.
 
-    The session calls it in its event loop, so it must not block. It emits all events of a watch in
-    that watch's task, in the `contextvars` context of the call that started the watch. It emits the
-    events of a start in a separate task, in the caller's context. Only `ExecutionStarted` is
-    emitted in the caller's task, if the caller still waits.
+    The session calls it in its event loop, so it must not block. All events of a watch come from
+    the watch's task, in the `contextvars` context of the call that started it. The events of a
+    start come from a separate task, in the caller's context; but if the caller is still waiting,
+    `ExecutionStarted` comes from the caller's task.
     """
 
     def __call__(self, event: Event, /) -> None:

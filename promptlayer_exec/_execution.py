@@ -28,15 +28,15 @@ T = TypeVar("T")
 class Execution:
     """The handle of one execution, returned by `Session.execution` and `Session.start`.
 
-    All calls of `stream`, `finished_nodes`, `wait` and `output` in one session share one poller.
-    A complete snapshot does not change: once a handle has one, these calls and `snapshot` return
-    it without a request. Handles are equal if they have the same session and id. An unpickled
-    handle has no session, but it keeps its id.
+    All `stream`, `finished_nodes`, `wait` and `output` calls in one session share one poller. The
+    complete snapshot does not change: once a handle has it, these calls and `snapshot` return it
+    without a request. Handles are equal if they have the same session and id. An unpickled handle
+    keeps its id, but has no session.
 
     Attributes:
         id: the execution's id.
-        workflow: the workflow's name or id, if this session started it.
-        warning: the server's warning at the start, such as a missing input variable.
+        workflow: the workflow's name or id, if this session started the run.
+        warning: the server's warning about the start, such as a missing input variable.
     """
 
     __slots__ = (
@@ -53,17 +53,21 @@ class Execution:
         key: Any = None,
     ) -> None:
         self._session = session
-        self._key = key  # of the start, for the log
-        # Whether an earlier call with this key started it, so that this one cost nothing.
+        self._key = key  # for the log
+        # Whether an earlier call with the same key started the run, so that this one cost nothing.
         self._is_repeated = False
         self._last: Snapshot | None = None
-        self._main_output: tuple[Any] | None = None  # the server's decision, once it was asked
+        self._main_output: tuple[Any] | None = None  # what the server returned, once asked
         self.id = execution_id
         self.workflow = workflow
         self.warning = warning
 
     async def snapshot(self) -> Snapshot:
-        """Return all nodes as they are now, or raise an error of `Session.get_results`."""
+        """Return the current state of all nodes, with one GET unless the execution is complete.
+
+        Raises:
+            PromptLayerExecError: as for `Session.get_results`.
+        """
         if self._last is not None and self._last.complete:
             return self._last
         client = self._client()
@@ -78,17 +82,21 @@ class Execution:
     ) -> AsyncGenerator[Snapshot, None]:
         """Yield a snapshot on every poll, the complete one last.
 
-        The first snapshot is the latest available. A consumer slower than the polls gets the latest
-        and skips older ones. Wrap the generator in `contextlib.aclosing`, so that polling stops
-        immediately when you stop early.
+        Show progress while the run works::
+
+            async for snapshot in execution.stream():
+                print(f"{snapshot.progress:.0%}", snapshot.counts)
+
+        You get the latest snapshot first. If you are slower than the polls, you skip older ones. To
+        stop early, wrap the generator in `contextlib.aclosing`: polling then stops immediately.
 
         Args:
-            timeout: seconds from the first `anext`; `...` means the session's `wait_timeout`,
-                None no limit.
+            timeout: seconds from the first `anext`; `...` for the session's `wait_timeout`, None
+                for no limit.
 
         Raises:
-            ExecutionTimeout: the execution was not complete in time; it continues on the server.
-            RequestError: the server refused, or could not be reached for too long.
+            ExecutionTimeout: the execution was not complete in time; it continues on PromptLayer.
+            RequestError: the server refused the request, or was unreachable for too long.
             SessionClosed: the session was closed.
         """
         self._require_session()
@@ -97,9 +105,9 @@ class Execution:
     def finished_nodes(
         self, *, timeout: float | EllipsisType | None = ...
     ) -> AsyncGenerator[Node, None]:
-        """Yield each node once, when it becomes final or the execution is complete.
+        """Yield each node once, as soon as it finishes or the execution is complete.
 
-        The timeout and the errors are those of `stream`.
+        The timeout and the errors are the same as for `stream`.
         """
         self._require_session()
         return self._finished_nodes(check_timeout(timeout))
@@ -107,8 +115,8 @@ class Execution:
     async def wait(self, *, timeout: float | EllipsisType | None = ...) -> Snapshot:
         """Wait until the execution is complete, and return the complete snapshot.
 
-        Failed nodes do not raise; the timeout and the errors are those of `stream`. Cancelling the
-        wait does not cancel the execution: the server has no such operation.
+        Failed nodes do not raise. The timeout and the errors are the same as for `stream`. If you
+        cancel the wait, the execution keeps running: PromptLayer cannot cancel one.
         """
         return await self._completed(self._deadline(timeout))
 
@@ -125,19 +133,19 @@ class Execution:
     async def output(self, *, timeout: float | EllipsisType | None = ..., into: Any = None) -> Any:
         """Wait until the execution is complete, and return its main output.
 
-        The main output is the value of the output node that succeeded. If several succeeded, or no
-        node is marked as output, one more request asks the server.
+        It is the value of the output node that succeeded. If several succeeded, or no node is
+        marked as output, one more request asks the server.
 
         Args:
             timeout: as for `stream`.
             into: the type of the output: an attrs class, dataclass, TypedDict, enum,
-                pydantic model, `list[Report]`, `Report | None` and so on. Nothing is coerced
-                except int to float. A string that does not fit is read as JSON. None returns the
-                output as it is.
+                pydantic model, `list[Report]`, `Report | None` and so on. An int may become a
+                float, but nothing else is coerced. If a string does not match the type, its content
+                is parsed as JSON. None returns the output unchanged.
 
         Raises:
             ExecutionFailed: the execution has no main output.
-            InvalidOutput: the output is not of the type `into`.
+            InvalidOutput: the output does not match `into`.
             TypeError: `into` is not a type that values can be structured into.
             PromptLayerExecError: as for `stream`.
         """
@@ -157,7 +165,7 @@ class Execution:
         return _structuring.structure_output(value, into, converter, snapshot)
 
     async def _main_output_of(self, snapshot: Snapshot, deadline: Deadline) -> Any:
-        """Return the main output; asks the server if the snapshot does not decide."""
+        """Return the main output; ask the server if the snapshot leaves it open."""
         snapshot.raise_for_failure()
         succeeded = [node for node in snapshot.output_nodes if node.succeeded]
         if len(succeeded) == 1:
@@ -170,7 +178,7 @@ class Execution:
         # The server sends the node map if there is no main output.
         if not succeeded and same_json(value, snapshot.raw):
             raise ExecutionFailed(
-                "it completed without a main output: no node is marked as output",
+                "completed without a main output: no node is marked as output",
                 failed=(),
                 execution_id=self.id,
                 last_snapshot=snapshot,
@@ -208,7 +216,7 @@ class Execution:
     async def _stream(
         self, timeout: float | EllipsisType | None, deadline: Deadline | None = None
     ) -> AsyncGenerator[Snapshot, None]:
-        """Do what `stream` does, with a checked timeout, or the deadline of a caller."""
+        """Do what `stream` does, with a checked timeout or a given deadline."""
         if self._last is not None and self._last.complete:
             yield self._last
             return
@@ -245,16 +253,16 @@ class Execution:
                     yield node
 
     def _remember(self, snapshot: Snapshot) -> Snapshot:
-        """Return the snapshot, or the complete one that another call has seen meanwhile."""
+        """Return the snapshot, or the complete one if another call has got it meanwhile."""
         if self._last is None or not self._last.complete:
             self._last = snapshot
         return self._last
 
     async def _deliver(self, deadline: Deadline, into: Any) -> Any:
-        """Do what `output` does, for a caller that never gets the handle."""
+        """Do what `output` does, for a caller that has no handle."""
         if self.warning:
             logger.warning(
-                "execution %d of workflow %.100r: the server warns: %s",
+                "execution %d of workflow %.100r: PromptLayer warns: %s",
                 self.id,
                 self.workflow,
                 printable(self.warning[:1000]),
@@ -271,12 +279,13 @@ class Execution:
     def _report_undelivered(self, what: str) -> None:
         """Log the id of a started run whose caller is gone."""
         logger.warning(
-            "execution %d of workflow %.100r%s was started, but its %s was not"
-            " delivered; follow it by its id",
+            "execution %d of workflow %.100r%s started, but nobody received its %s;"
+            " session.execution(%d) picks it up",
             self.id,
             self.workflow,
             shown_key(self._key),
             what,
+            self.id,
         )
 
     def _deadline(self, timeout: float | EllipsisType | None) -> Deadline:
@@ -286,7 +295,7 @@ class Execution:
     def _require_session(self) -> Session:
         if self._session is None:
             raise RuntimeError(
-                "this handle was unpickled and has no session: use"
+                "this handle was unpickled and has no session. Use"
                 f" session.execution({self.id}) instead"
             )
         return self._session

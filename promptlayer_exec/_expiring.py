@@ -1,4 +1,4 @@
-"""What a session remembers for a while, in bounded memory."""
+"""A dict that forgets: a session remembers recent things in bounded memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ExpiringDict(Generic[K, V]):
             del self._entries[next(iter(self._entries))]
 
     def get(self, key: K) -> V | None:
-        """Return an entry; None if there is none, or if it has expired."""
+        """Return an entry; None if it is missing or has expired."""
         value, at = self._entries.get(key, (None, -math.inf))
         return value if time.monotonic() - at < self._seconds else None
 

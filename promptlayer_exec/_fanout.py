@@ -1,4 +1,4 @@
-"""Many executions in parallel: bounded, lazy, each outcome as soon as there is one."""
+"""Many executions in parallel: bounded and lazy, with each outcome as soon as it arrives."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ OutputT = TypeVar("OutputT")
 
 @attrs.frozen
 class Outcome(Generic[ItemT, OutputT]):
-    """How one item of a fan-out ended.
+    """The result of one item of a fan-out.
 
     Attributes:
         index: the item's position among the items, from 0.
         item: the item itself.
-        execution: its handle, if there is an execution.
+        execution: the handle of its execution, if it has one.
         snapshot: the last snapshot of the execution, if there was one.
         output: its main output; None if there is an error.
-        error: the error, if the item failed.
+        error: the error; None if the item succeeded.
     """
 
     index: int
@@ -58,7 +58,7 @@ class Outcome(Generic[ItemT, OutputT]):
 
     @property
     def ok(self) -> bool:
-        """Whether the item ended without an error."""
+        """Whether the item succeeded."""
         return self.error is None
 
     def result(self) -> OutputT:
@@ -89,7 +89,7 @@ def outcomes_of(
 async def collected(
     completed: AsyncGenerator[Outcome[ItemT, Any], None],
 ) -> list[Outcome[ItemT, Any]]:
-    """Return all outcomes in the order of the items; if that fails, log every started run."""
+    """Return all outcomes in the order of the items; on an error, log every started run."""
     outcomes = []
     try:
         async with aclosing(completed):
@@ -103,7 +103,7 @@ async def collected(
 
 
 def _report_abandoned(outcome: Outcome[Any, Any]) -> None:
-    """Log a run that was or may have been started, because nobody will get its outcome."""
+    """Log a run that started or may have started, because nobody will get its outcome."""
     if not isinstance(outcome.item, StartRequest):
         return
     if outcome.execution is not None:
@@ -134,7 +134,7 @@ class _FanOut(Generic[ItemT]):
 
     _session: Session
     _items: Iterable[ItemT] | AsyncIterable[ItemT]
-    # Released when an outcome is taken, so that a slow consumer does not let outcomes pile up.
+    # Released when the consumer takes an outcome, so that outcomes do not pile up.
     _slots: anyio.Semaphore
     _timeout: float | EllipsisType | None
     _into: Any
@@ -146,7 +146,7 @@ class _FanOut(Generic[ItemT]):
     _tasks: set[asyncio.Task[Any]] = attrs.field(init=False, factory=set)
 
     async def outcomes(self) -> AsyncGenerator[Outcome[ItemT, Any], None]:
-        """Yield each outcome as soon as there is one; raises the errors of `as_completed`."""
+        """Yield each outcome as soon as it arrives; raise the errors of `as_completed`."""
         lifetime = self._session._open().lifetime
         taking = lifetime.spawn(self._take(), name="promptlayer_exec.items")
         self._tasks.add(taking)
@@ -166,7 +166,7 @@ class _FanOut(Generic[ItemT]):
         async with aclosing(each(self._items)) as items:
             indexes = itertools.count()
             while True:
-                # The slot comes first: an item that cannot run yet stays in its iterable.
+                # First the slot: an item that cannot run yet stays in its iterable.
                 await self._slots.acquire()
                 try:
                     item = _Item(next(indexes), await anext(items))
@@ -226,7 +226,7 @@ class _FanOut(Generic[ItemT]):
             task.cancel()
 
     async def _abandon(self) -> None:
-        """Cancel the items in flight, and wait until they have ended."""
+        """Cancel the items in flight, and wait until they have stopped."""
         self._is_abandoned = True
         while not self._outcomes.empty():
             if (outcome := self._outcomes.get_nowait()) is not None:
@@ -236,9 +236,9 @@ class _FanOut(Generic[ItemT]):
             await asyncio.wait(self._tasks)
 
     def _end_error(self, item: _Item[ItemT]) -> PromptLayerExecError:
-        """Return the error of an item that is cancelled because the fan-out cannot continue."""
+        """Return the error for an item that was cancelled because the fan-out cannot continue."""
         is_start = isinstance(item.item, StartRequest)
-        # The task was cancelled before its first step, which makes the handle.
+        # A task that was cancelled before its first step has not made the handle.
         if item.execution is None and not is_start:
             with suppress(TypeError, ValueError):
                 item.execution = handle_of(self._session, item.item)
@@ -247,11 +247,11 @@ class _FanOut(Generic[ItemT]):
         if isinstance(self._error, PromptLayerExecError):
             error = cast(PromptLayerExecError, copy_error(self._error))
 
-        # The text of the 401 is about the other item, and may say that no run was started.
+        # The 401 concerns the other item: "no run was started" need not be true of this one.
         if isinstance(error, Unauthorized):
-            what = "this item was given up, because another failed"
+            what = "this item was cancelled, because another item failed"
             if item.execution is None and is_start:
-                what += " (if its start was sent already, its id is in the log)"
+                what += " (if its start request was already sent, the log has its id)"
             error.args = (f"{what}: {error.args[0]}",)
 
         error.execution_id = None
@@ -262,7 +262,7 @@ class _FanOut(Generic[ItemT]):
 
 
 async def each(items: Iterable[ItemT] | AsyncIterable[ItemT]) -> AsyncGenerator[ItemT, None]:
-    """Yield the items of an iterable or async iterable; closes an async generator at the end."""
+    """Yield the items of an iterable or async iterable, and close it if it is a generator."""
     if not isinstance(items, AsyncIterable):
         for item in items:
             yield item
@@ -290,5 +290,5 @@ def handle_of(session: Session, item: Any) -> Execution:
     if item._session is None:  # it was unpickled
         return Execution(session, item.id, item.workflow, item.warning, item._key)
     if item._session is not session:
-        raise ValueError(f"execution {item.id} belongs to another session: pass its id instead")
+        raise ValueError(f"execution {item.id} belongs to another session. Pass its id instead")
     return item

@@ -1,7 +1,7 @@
-"""What the package's own integrations need beyond the public API.
+"""Functions that the package's own integrations need beyond the public API.
 
 Internal: names here may change in any release. An integration (`fastapi`, `dbos`, `viewer`, `mcp`,
-`cli`) imports the public API, and this module where that is not enough; never another private
+`cli`) imports the public API and, if that is not enough, this module; never another private
 module.
 """
 
@@ -26,7 +26,7 @@ from promptlayer_exec._engine.start import (
     report_unrecorded,
 )
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
-from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError
+from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, split_advice
 from promptlayer_exec._events import WakeSource
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._expiring import ExpiringDict
@@ -48,7 +48,7 @@ from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
 from promptlayer_exec._text import indented, printable, short_repr
 from promptlayer_exec._workflows import Workflow, near
 
-# What is passed on; the functions below belong to the seam, too.
+# These come from other modules; the functions below are part of the interface as well.
 __all__ = [
     "MAX_ID",
     "PATIENCE",
@@ -83,6 +83,7 @@ __all__ = [
     "printable",
     "report_unrecorded",
     "short_repr",
+    "split_advice",
     "status_entry",
     "wait_even_if_cancelled",
     "workflow_of",
@@ -95,33 +96,33 @@ def report_undelivered(execution: Execution) -> None:
 
 
 def is_repeated(execution: Execution) -> bool:
-    """Return True if an earlier start with the same key began the run that `start` returned."""
+    """Return True if an earlier call with the same key started the run."""
     return execution._is_repeated
 
 
 def log_text(error: BaseException) -> str:
-    """Return the text of an error for a log, without inputs, outputs or a quoted body."""
-    text = type(error).__name__
-    if isinstance(error, PromptLayerExecError):
-        if error.execution_id is not None:
-            text += f": execution {error.execution_id}"
-        what = f"at {error.path}" if isinstance(error, InvalidOutput) else str(error.args[0])
-        text += f": {printable(what)}"
-    return text
+    """Return an error's text for the log, without inputs, outputs or quoted bodies."""
+    kind = type(error).__name__
+    if not isinstance(error, PromptLayerExecError):
+        return kind
+    what = str(error.args[0])
+    if isinstance(error, InvalidOutput):
+        what = f"the output does not match at {error.path}"  # the reason may quote it
+    return f"{kind}: {error._subject()}{printable(what)}"
 
 
 def last_failure(execution: Execution) -> Exception | None:
-    """Return why the poll that somebody waits for is sent again, if it is."""
+    """Return the error for which the session is retrying the current poll, if any."""
     return execution._client().last_failure(execution.id)
 
 
 def note_start(session: Session, workflow: str | int, execution_id: int, *, age: float) -> None:
-    """Let a session wait out the 404s of a run that another process started `age` seconds ago."""
+    """Make a session retry 404s for a run that another process started `age` seconds ago."""
     session._recent_starts.add(execution_id, workflow, now=clock() - age)
 
 
 def base_url(session: Session) -> str:
-    """Return the URL of the server that a session uses, without a trailing slash."""
+    """Return the URL of a session's server, without a trailing slash."""
     return find_base_url(session._settings.base_url)
 
 
@@ -133,12 +134,12 @@ def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
 
 
 def is_open(session: Session) -> bool:
-    """Return True if a session is open, in whatever event loop."""
+    """Return True if a session is open, in any event loop."""
     return session._current_client() is not None
 
 
 def server_of(session: Session) -> tuple[str, str | None]:
-    """Return the URL of the server that a session uses, and its API key, if it has one."""
+    """Return the URL of a session's server, and its API key, if it has one."""
     return base_url(session), find_api_key(session._settings.api_key)
 
 
@@ -158,33 +159,33 @@ async def definition(
     version: int | None = None,
     fresh: bool = False,
 ) -> Workflow:
-    """Return a definition as starts are checked with it: read within the last five minutes.
+    """Return a workflow's definition, at most five minutes old, without `raw`.
 
-    It costs one GET for each workflow, label and version, which all share: one attempt that takes
-    at most 5 s. `fresh` reads the definition now. It has no `raw`.
+    Starts check their inputs with the same one. All parts of the session share one GET for each
+    workflow, label and version: a single attempt of at most 5 s. `fresh` reads it again now.
 
     Raises:
-        PromptLayerExecError: it did not come; `RequestTimeout` if not in time.
+        PromptLayerExecError: it did not arrive; `RequestTimeout` if not in time.
         TypeError, ValueError: an argument is malformed.
     """
     return await session._open().definition(workflow, label, version, fresh=fresh)
 
 
 def share_channel(session: Session, suffix: str | None) -> None:
-    """Let a session that is not open use a push channel that other processes use, too."""
+    """Make a session that is not open share the push channel of other processes."""
     if suffix and session._current_client() is None:
         session._shared_suffix = suffix
 
 
 def expect(session: Session, workflow: str | int, execution_id: int) -> None:
-    """Let push wake the session for a run that another process has started."""
+    """Make push wake the session for a run that another process started."""
     push = session._open().push
     if push is not None and push.runs.get(execution_id) is None:
         push.started(workflow, execution_id, sent_at=-math.inf, waited=0.0)
 
 
 def start_token(session: Session) -> str:
-    """Return a token that no other start has, for the callback URL of one if it gets its own."""
+    """Return a unique token for a start's callback URL."""
     return session._new_token()
 
 
@@ -193,10 +194,10 @@ async def start(
 ) -> Execution:
     """Start a run as `Session.start` does, with hooks around sending.
 
-    `hooks.before_send` is awaited in each attempt, when the connection stands and nothing has been
-    written to it; until it returns, cancelling the call sends nothing. `hooks.not_sent` is awaited
-    after an attempt that started nothing and is repeated, and `hooks.ended` before the call ends,
-    even if it is cancelled.
+    Each attempt awaits `hooks.before_send` once it is connected and before it sends anything; until
+    then, cancelling the call sends nothing. After an attempt that started nothing and will be
+    repeated, it awaits `hooks.not_sent`; and before the call returns or raises, even if cancelled,
+    `hooks.ended`.
     """
     return await session._start(request, hooks=hooks, token=token)
 
@@ -207,12 +208,12 @@ def wake(session: Session, execution_id: int, source: WakeSource) -> bool:
 
 
 async def resolve_start(session: Session, token: str, execution_id: int) -> None:
-    """Record in the session's store of starts, if it has one, which run a callback has named.
+    """Record the run that a callback named in the session's store of starts, if it has one.
 
     `token` must be genuine. The session need not be open.
 
     Raises:
-        ConfigurationError: the store is away, so nothing was recorded.
+        ConfigurationError: the store is unavailable, so nothing was recorded.
     """
     store = session._settings.starts
     if store is not None:
@@ -221,7 +222,7 @@ async def resolve_start(session: Session, token: str, execution_id: int) -> None
 
 
 def receive_callback(session: Session, token: str, execution_id: int) -> None:
-    """Record a callback to the URL of a start, which may be one that `Session.recover` waits for.
+    """Record a callback to a start's own URL; `Session.recover` may be waiting for it.
 
     `token` must be genuine. The session need not be open.
     """
@@ -235,7 +236,7 @@ def settings(session: Session) -> Settings:
 
 @contextmanager
 def limited(session: Session, limiter: Limiter) -> Iterator[None]:
-    """Make every HTTP attempt of a session, open or not, acquire one more limiter."""
+    """Make every HTTP attempt of a session acquire one more limiter, whether it is open or not."""
     session._limiters.append(limiter)
     try:
         yield

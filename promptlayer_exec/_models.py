@@ -63,8 +63,7 @@ class Node:
 
     Attributes:
         name: the node's name in the workflow.
-        status: a `NodeStatus`; a status that this version does not know stays a plain string and
-            counts as not final.
+        status: a `NodeStatus`; an unknown status stays a plain string and counts as not final.
         value: the node's output, any JSON value; None until there is one.
         error_message: why the node failed.
         raw_error_message: the error with details: a string, or an object such as `{"raw": "..."}`.
@@ -80,7 +79,7 @@ class Node:
 
     @property
     def final(self) -> bool:
-        """Whether the status is final, so that it does not change any more."""
+        """Whether the status is final, which means that it will not change."""
         return self.status in FINAL
 
     @property
@@ -91,9 +90,9 @@ class Node:
 
 @attrs.frozen
 class NodeTimes:
-    """When a watch first saw a node running and first saw it final; None if it never did.
+    """When a watch first saw a node running, and when it first saw it final.
 
-    The times are in seconds since the first poll of the watch.
+    Both are seconds since the first poll of the watch; None if it never saw that.
     """
 
     running: float | None = None
@@ -102,7 +101,7 @@ class NodeTimes:
 
 @attrs.frozen
 class NodeChange:
-    """A node whose status or value changed, and its status before; None if it is new."""
+    """A node whose status or value changed; `before` is its previous status, None if it is new."""
 
     node: Node
     before: NodeStatus | str | None
@@ -130,7 +129,7 @@ class Snapshot:
         complete: whether the server reports the execution as complete (HTTP 200). A complete
             execution may have failed.
         nodes: the nodes by name, in the server's order; read-only.
-        raw: the decoded body, with all unknown fields. It is shared: do not change it.
+        raw: the decoded body, including unknown fields. Do not change it: snapshots share it.
         poll: the number of this poll, from 1; a single request is poll 1.
         elapsed: seconds since the watch began; for a single request, how long it took.
         times: when each node was first seen running and first seen final; read-only.
@@ -150,7 +149,7 @@ class Snapshot:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """The number of nodes with each status, 0 for a status that no node has."""
+        """The number of nodes by status; 0 for a status that no node has."""
         return _counts(self.nodes)
 
     @property
@@ -186,7 +185,7 @@ class Snapshot:
     def diff(self, previous: Snapshot | None) -> tuple[NodeChange, ...]:
         """Return the nodes whose status or value changed since `previous`, in the server's order.
 
-        None stands for a snapshot without nodes. A node that only `previous` has is not a change.
+        None counts as a snapshot without nodes. Nodes that only `previous` has are left out.
         """
         earlier: Mapping[str, Node] = {}
         if previous is not None:
@@ -203,11 +202,11 @@ class Snapshot:
         return tuple(changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the snapshot as plain data for JSON, in the form that the whole package uses.
+        """Return the snapshot as plain data for JSON, in the same form everywhere in this package.
 
         The execution id is a string, because it may exceed 2**53. Times are seconds since the first
-        poll, rounded to milliseconds. `succeeded` is None until the execution is complete. The
-        values of the nodes are shared, not copied.
+        poll, rounded to milliseconds. `succeeded` is None until the execution is complete. Node
+        values are not copied.
 
         Returns:
             `{"execution_id", "poll", "elapsed", "complete", "succeeded", "progress", "nodes"}`,
@@ -237,12 +236,21 @@ class Snapshot:
     def output(self, *, into: Any = None) -> Any:
         """Return the main output of a complete execution, without I/O.
 
-        `into` and the errors are those of `Execution.output`, but a session's `converter` is not
-        used. It is a `ValueError` if the execution is not complete, or if only the server knows the
-        output, because several output nodes succeeded or none is marked.
+        Args:
+            into: the type of the output, as for `Execution.output`, but always with the default
+                converter.
+
+        Raises:
+            ExecutionFailed: the execution has no main output.
+            InvalidOutput: the output does not match `into`.
+            TypeError: `into` is not a type that values can be structured into.
+            ValueError: the execution is still running, or the nodes leave the output open, because
+                several output nodes succeeded or none is marked.
         """
         if not self.complete:
-            raise ValueError(f"execution {self.execution_id} is not complete: it has no output yet")
+            raise ValueError(
+                f"execution {self.execution_id} is still running, so it has no output yet"
+            )
         self.raise_for_failure()
 
         succeeded = [node for node in self.output_nodes if node.succeeded]
@@ -251,8 +259,8 @@ class Snapshot:
             if succeeded:
                 why = "several output nodes succeeded"
             raise ValueError(
-                f"only the server knows the output of execution {self.execution_id}, because"
-                f" {why}: use Execution.output"
+                f"cannot tell the output of execution {self.execution_id} from its nodes, because"
+                f" {why}. Use Execution.output"
             )
 
         value = succeeded[0].value
@@ -265,21 +273,21 @@ class Snapshot:
         return snapshot_html(self)
 
     def raise_for_failure(self) -> None:
-        """Raise an `ExecutionFailed` if the execution is complete and did not succeed."""
+        """Raise `ExecutionFailed` if the execution is complete and did not succeed."""
         if not self.complete or self.succeeded:
             return
 
-        what = "it failed"
+        what = "failed"
         failed = blamed = self.failed_nodes
         if not failed:
-            what = "it is complete, but no output node succeeded"
+            what = "completed, but no output node succeeded"
             blamed = self.output_nodes
 
-        # A workflow may have any number of nodes, and an error has to stay readable.
+        # However many nodes a workflow has, its error must stay readable.
         most = 20
         states = "; ".join(map(_state, blamed[:most]))
         if len(blamed) > most:
-            states += f"; and {len(blamed) - most:,} more"
+            states += f"; and {len(blamed) - most:,} more nodes"
 
         raise ExecutionFailed(
             f"{what}: {states}", failed=failed, execution_id=self.execution_id, last_snapshot=self
@@ -288,9 +296,9 @@ class Snapshot:
 
 def _state(node: Node) -> str:
     """Return a node's name, its status and why it failed, for an error message."""
-    state = f"{node.name!r:.100} {node.status:.100}"
+    state = f"node {node.name!r:.100} {node.status:.100}"
     if text := error_text(node):
-        state += f" ({text:.200})"
+        state += f": {text:.200}"
     return state
 
 
@@ -319,7 +327,7 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 
 def same_json(left: Any, right: Any) -> bool:
-    """Return whether two decoded values are the same JSON.
+    """Return True if two decoded values are the same JSON.
 
     `1`, `1.0` and `true` are different, NaN is the same as NaN, and the order of keys is ignored.
     """
@@ -360,8 +368,8 @@ class MainOutput:
         execution_id: the id of the execution.
         complete: whether the server reports the execution as complete (HTTP 200).
         value: the decoded body; meaningful only when complete. If no output node succeeded, the
-            server sends the node map, and an output may look like a node map, too: request all
-            outputs (`return_all_outputs=True`) to see whether the execution succeeded.
+            server sends the node map, which some outputs look like as well. Request all outputs
+            (`return_all_outputs=True`) to see whether the execution succeeded.
     """
 
     execution_id: int
@@ -373,8 +381,7 @@ class MainOutput:
 class StartRequest:
     """A run to start; its attributes are the arguments of `Session.start`.
 
-    Only `key` is not one of them: it is any value that you recognise the item by, and it is never
-    sent.
+    Its `key` may be any value by which you recognise the item. It is never sent.
     """
 
     workflow: str | int = attrs.field(repr=short_repr)

@@ -1,4 +1,4 @@
-"""When to poll again and when to retry: arithmetic with time and chance as arguments."""
+"""When to poll again and when to retry: pure arithmetic, with time and chance as arguments."""
 
 from __future__ import annotations
 
@@ -36,15 +36,14 @@ class PollPolicy:
 
     A watch polls immediately, and then after delays between `floor` and `ceiling`. The delay grows
     slowly with the age of the watch. Once the first nodes are final, it is at most a sixth of the
-    time that the others are expected to need; for the last node it is half of a delay that grows
-    slowly with the time since the last change.
+    time that the remaining nodes are expected to take. For the last node, it is half of a delay
+    that grows slowly with the time since the last change.
 
     Args:
         floor: the shortest delay in seconds; greater than 0.
         ceiling: the longest delay in seconds, before the jitter.
-        jitter: how much each delay is lengthened at random: at most this fraction of the delay, and
-            at most this number of seconds. It keeps executions that were started together from
-            being polled together.
+        jitter: a random extra for each delay: at most this fraction of the delay, and at most this
+            number of seconds. It keeps executions that started together from polling together.
 
     Raises:
         ConfigurationError: a value is out of range.
@@ -112,7 +111,7 @@ class PollPolicy:
         return 1.6 * self.floor * math.sqrt(math.sqrt(1.0 + seconds))
 
 
-# 520 to 530 are Cloudflare's, for failures between it and the server.
+# Cloudflare uses 520 to 530 for failures between itself and the server.
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 531)})
 
 
@@ -120,7 +119,7 @@ def is_transient(error: RequestError, statuses: frozenset[int] = TRANSIENT_STATU
     """Return True if a request that failed may succeed later."""
     if isinstance(error, StatusError):
         return error.status in statuses
-    if isinstance(error, InvalidResponse):  # cut short, or a gateway's page
+    if isinstance(error, InvalidResponse):  # it broke off, or is a gateway's page
         return error.path is None and not isinstance(error, ResponseTooLarge)
     return not error.is_permanent
 
@@ -139,14 +138,13 @@ class RetryPolicy:
     """Which failures to retry, and for how long.
 
     Args:
-        outage: the seconds during which a single call is retried, from its first failed attempt.
-        watch_outage: the seconds during which a poll of a watch is retried; None retries until the
-            deadlines of the waiters.
+        outage: for how many seconds to retry a single call, from its first failed attempt.
+        watch_outage: for how many seconds a watch retries a poll; None retries until the waiters'
+            timeouts.
         base: the first delay between attempts in seconds; it doubles with every failure.
         ceiling: the longest delay between attempts in seconds.
         retry_after_ceiling: the longest wait in seconds that a server can ask for.
-        not_found_grace: the seconds during which a 404 on an execution that this session started
-            is retried, because the server may not know it yet.
+        not_found_grace: for how many seconds after a start to retry a 404 for the new run.
         statuses: the HTTP statuses to retry.
 
     Raises:
@@ -176,17 +174,17 @@ class RetryPolicy:
 
         Args:
             failures: the number of attempts that failed in a row, from 1.
-            chance: a random number in [0, 1); it lengthens the delay to up to twice as long.
+            chance: a random number in [0, 1), which makes the delay up to twice as long.
         """
         doublings = min(failures - 1, 64)  # more would overflow a float
         step = min(self.base * 2.0**doublings, self.ceiling / 2)
         return step * (1.0 + chance)
 
     def announced(self, retry_after: float | None) -> float:
-        """Return the seconds to wait because the server asked for it.
+        """Return the seconds to wait because the server asked for a pause.
 
         Args:
-            retry_after: the seconds that the server asked for; None if it did not ask.
+            retry_after: the seconds that it asked for; None if it did not ask.
 
         Returns:
             At most `retry_after_ceiling`; 0 if the server did not ask.
@@ -195,15 +193,15 @@ class RetryPolicy:
 
 
 class Limiter(Protocol):
-    """A rate limit of your own, for example one that several processes share."""
+    """Your own rate limit, for example one that several processes share."""
 
     async def acquire(self) -> None:
-        """Return when one more HTTP attempt may be made; called by one attempt at a time."""
+        """Return when one more HTTP attempt may go; only one attempt at a time calls this."""
 
 
 @attrs.frozen
 class Deadline:
-    """The time `at` which a wait ends; infinity if it has no limit."""
+    """The time `at` which a wait times out; infinity if it has no limit."""
 
     timeout: float | None
     at: float

@@ -1,4 +1,4 @@
-"""The session: its settings, its opening and closing, and how its parts are wired together."""
+"""The session: its settings, how it opens and closes, and how it wires its parts together."""
 
 from __future__ import annotations
 
@@ -69,51 +69,59 @@ OutputT = TypeVar("OutputT")
 
 
 def _digest(api_key: str, what: str) -> str:
-    """Return what only processes with the key can know, and what does not reveal the key."""
+    """Return a name that only processes with the key can compute, and that does not reveal it."""
     return hmac.digest(api_key.encode(), what.encode(), "sha256").hex()[:32]
 
 
 class Session:
-    """Follows the executions of one PromptLayer workspace over one pool of connections.
+    """Starts and follows the executions of one PromptLayer workspace.
 
-    Use it with `async with`, or close it with `await session.aclose()`; the first use opens it.
-    Creating a session does no I/O and needs no running event loop. It may be entered in one task
-    and closed in another. A closed session can be entered again, even in another event loop. One
-    that is still open when its event loop ends is closed with it, and opens again in the next.
+    Share one session: all its calls use the same connections, rate and pollers::
+
+        async with Session() as session:  # the key is in $PROMPTLAYER_API_KEY
+            print(await session.run("write-report", {"topic": "otters"}))
+
+    Use it with `async with`, or close it with `await session.aclose()`; its first call opens it.
+    Creating a session does no I/O and needs no running event loop. You may enter it in one task and
+    close it in another, and enter a closed one again, even in another event loop. If its event loop
+    stops first, the session closes with it, and opens again in the next one.
 
     Args:
-        api_key: the workspace's key; else `$PROMPTLAYER_API_KEY`, read again at first use.
-        base_url: the server; else `$PROMPTLAYER_BASE_URL`, else https://api.promptlayer.com. A
-            path prefix is kept.
+        api_key: the workspace's key. By default `$PROMPTLAYER_API_KEY`, which the session reads
+            again when it opens.
+        base_url: the server's URL, with an optional path prefix. By default
+            `$PROMPTLAYER_BASE_URL`, or else https://api.promptlayer.com.
         poll: when to poll an execution again.
         retry: which failures to retry, and for how long.
-        wait_timeout: the default deadline of every wait, in seconds; None: no limit.
-        request_timeout: seconds for one HTTP attempt, from connecting to the last byte; not for
-            waiting for the rate or a connection.
-        max_connections: how many requests may be in flight at once. A quarter of them, at least
+        wait_timeout: the default timeout of every wait, in seconds; None for no limit.
+        request_timeout: seconds for one HTTP attempt, from connecting to the last byte. Waiting for
+            the rate or for a connection does not count.
+        max_connections: how many requests may be in flight in parallel. A quarter of them, at least
             one, is reserved for starts; an eighth, from one to four, for push and definitions.
         max_response_bytes: the largest response body, in bytes after decompression.
-        rate: HTTP attempts per second, for the whole session; None: unlimited.
+        rate: HTTP attempts per second, for the whole session; None for no limit.
         limiter: an additional limit, acquired once per HTTP attempt.
-        http: a client session to borrow, with its proxy, TLS and headers; not closed at the end.
-        converter: for inputs and outputs, in place of the strict one that
-            `promptlayer_exec.strict_converter` returns; never used for the node map.
-        observers: called with every event.
-        push: whether PromptLayer's push channel wakes the watches of runs started here: None, once
-            a workflow's run is not complete at its first poll, or a second one is started; True,
-            at once, with a warning where push cannot be used; False, never.
-            `$PROMPTLAYER_EXEC_PUSH` has the default, 1 or 0; 0 wins.
+        http: an `aiohttp.ClientSession` to borrow, with its proxy, TLS and headers. You close it.
+        converter: the cattrs converter for inputs and outputs, instead of a strict one from
+            `promptlayer_exec.strict_converter`. Node maps never go through it.
+        observers: functions that the session calls with every event.
+        push: whether PromptLayer's push channel wakes the watches of runs that this session
+            started. None: only if it saves polls, which is when a run of the workflow outlasts its
+            first poll, or from the second start on. True: from the first start on, with a warning
+            if push is unavailable. False: never. `$PROMPTLAYER_EXEC_PUSH` sets the default, 1 or 0;
+            0 also overrides True.
         check_inputs: whether a start raises `InvalidInputs` if required inputs are missing.
         trust_env: whether to use HTTP_PROXY, HTTPS_PROXY and NO_PROXY, read when the session opens.
             A borrowed `http` has its own setting.
-        callbacks: gives each start a callback URL of its own, so that `recover` can find it.
-        backplane: shares watches, starts, wake-ups and callbacks with the sessions of other
-            processes: a `promptlayer_exec.redis.RedisBackplane`.
-        starts: remembers which key started which run, so that a start with a key happens once: a
-            `promptlayer_exec.starts.SQLStartStore`.
+        callbacks: a `promptlayer_exec.webhooks.Callbacks`, which gives each start its own callback
+            URL, so that `recover` can find the run.
+        backplane: a `promptlayer_exec.redis.RedisBackplane`, which shares watches, starts, wake-ups
+            and callbacks with the sessions of other processes.
+        starts: a `promptlayer_exec.starts.SQLStartStore`, which records the run of each key, so
+            that a key starts one run only.
 
     Raises:
-        ConfigurationError: a setting is malformed. A missing key is reported at first use.
+        ConfigurationError: a setting is malformed. A missing key raises it in the first call.
     """
 
     @naming_arguments
@@ -164,11 +172,11 @@ class Session:
         self._limiters = [] if limiter is None else [limiter]
 
         self._client: Client | None = None
-        self._opening = threading.Lock()  # two threads, each with its own loop, may use it at once
+        self._opening = threading.Lock()  # two threads, each with its own loop, may open it
         self._closed = False
         self._has_warned = False
 
-        # What outlives a client:
+        # These outlive a client:
         self._node_maps = NodeMapReader()
         self._recent_starts = RecentStarts(retry.not_found_grace)
         # Wake-ups for executions that nobody follows yet, kept for ten minutes.
@@ -187,7 +195,7 @@ class Session:
         raise TypeError("a Session is asynchronous: use `async with`, not `with`")
 
     def __exit__(self, *exc_info: object) -> None:
-        """Never called: it lets `with` reach the error of `__enter__`."""
+        """Never called, but without it `with` would not reach the error in `__enter__`."""
 
     async def __aenter__(self) -> Self:
         """Open the session, or reopen it if it was closed."""
@@ -202,9 +210,10 @@ class Session:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the session: every wait and call in it ends with `SessionClosed`.
+        """Close the session: every wait and call in it raises `SessionClosed`.
 
-        Raises a `RuntimeError` if the session is open in another event loop.
+        Raises:
+            RuntimeError: the session is open in another event loop.
         """
         client = self._client
         if client is not None:
@@ -219,7 +228,7 @@ class Session:
             self._client = None
 
     def _open(self, execution_id: int | None = None) -> Client:
-        """Return the open client; the first use opens it. Errors carry the execution's id."""
+        """Return the open client, or open one. Errors carry the execution's id."""
         if self._closed:
             raise SessionClosed(execution_id=execution_id)
         try:
@@ -243,7 +252,7 @@ class Session:
             self._has_warned = True
             warnings.warn(
                 f"{base_url} is plain http: anyone on the network path can read the API key and"
-                " every output; use https, or a loopback address",
+                " every output. Use https, or a loopback address",
                 stacklevel=stacklevel,
             )
 
@@ -318,7 +327,7 @@ class Session:
     def _keyed_starts(
         self, store: StartStore, lifetime: Lifetime, base_url: str, resources: AsyncExitStack
     ) -> KeyedStarts:
-        close = getattr(store, "aclose", None)  # the store of an app may have nothing to close
+        close = getattr(store, "aclose", None)  # an app's own store may have nothing to close
         if close is not None:
             resources.push_async_callback(close)
 
@@ -336,13 +345,13 @@ class Session:
         api_key = find_api_key(self._settings.api_key)
         if api_key is None:
             raise ConfigurationError(
-                "there is no API key: create one in PromptLayer's settings, and set"
+                "there is no API key. Create one in PromptLayer's settings, then set"
                 " PROMPTLAYER_API_KEY or pass api_key= to Session"
             )
         return api_key
 
     def _push_suffix(self) -> str | None:
-        """Return what each start carries, so that its completion is pushed to this session."""
+        """Return the suffix that each start sends, so that PromptLayer pushes to this session."""
         if self._settings.push is False:
             return None
         if self._shared_suffix is not None:
@@ -370,7 +379,7 @@ class Session:
     async def get_results(
         self, execution_id: int | str, *, return_all_outputs: bool = False
     ) -> MainOutput | Snapshot:
-        """Return an execution's results as they are now, with one GET.
+        """Return an execution's current results, with one GET.
 
         https://docs.promptlayer.com/reference/get-workflow-version-execution-results
 
@@ -381,7 +390,7 @@ class Session:
         Raises:
             TypeError: `execution_id` is neither an int nor a string of digits.
             ValueError: `execution_id` is out of range.
-            RequestError: the server refused, or could not be reached.
+            RequestError: the server refused the request, or was unreachable.
             ExecutionTimeout: the session's `wait_timeout` passed.
             SessionClosed: the session was closed.
         """
@@ -405,33 +414,41 @@ class Session:
     ) -> Execution:
         """Start a run, and return its handle.
 
-        The request is sent again only if it provably never reached the server, or was refused with
-        429. If this call is cancelled later than that, the session still reads the answer, emits
-        `ExecutionStarted(abandoned=True)` and logs a warning with the id.
+        Save the handle's `id`: any process can pick up the run with it::
+
+            execution = await session.start("write-report", {"topic": "otters"})
+            print(execution.id)
+            report = await execution.output()
+
+        The session resends the request only if PromptLayer certainly did not start a run: the
+        request never reached it, or it returned 429. If you cancel the call after that, the session
+        still reads the response, emits `ExecutionStarted(abandoned=True)` and logs a warning with
+        the id.
 
         https://docs.promptlayer.com/reference/run-workflow
 
         Args:
             workflow: its name or id.
-            inputs: its input variables: a mapping, or an attrs, dataclass or pydantic instance.
+            inputs: its input variables, as a mapping or an attrs, dataclass or pydantic instance.
             label: the label of the version to run; not allowed with `version`.
             version: the number of the version to run; not allowed with `label`.
             metadata: strings to store with the run.
-            callback_url: where the server posts the final output.
-            key: happens once: if a start with this key has been sent, in whatever process, you get
-                the handle of its run, and nothing is sent. Needs `Session(starts=...)`.
+            callback_url: the URL to which the server posts the final output.
+            key: a key that starts one run only: if any process has already used it, you get the
+                handle of that run, and nothing is sent. Needs `Session(starts=...)`.
 
         Raises:
             TypeError: an argument or a value in the inputs has an unsupported type.
             ValueError: an argument or a value in the inputs cannot be sent.
-            InvalidInputs: inputs that the workflow requires are missing.
-            KeyConflict: the key belongs to another request.
-            ConfigurationError: the database of `starts` cannot be used; no run was started.
-            StartUnknown: the answer was lost, so the run may have started; it is never repeated.
-            StatusError: the server refused.
-            ConnectionFailed: the server could not be reached.
-            ExecutionTimeout: the request could not be sent within the session's `wait_timeout`.
-            SessionClosed: the session was closed; with the execution's id if it had started.
+            InvalidInputs: required inputs are missing.
+            KeyConflict: the key belongs to a different request.
+            ConfigurationError: the database of `starts` is unavailable; no run was started.
+            StartUnknown: the response was lost, so the run may have started. The session never
+                resends it.
+            StatusError: the server refused the request.
+            ConnectionFailed: the session could not reach the server.
+            ExecutionTimeout: the session could not send the request within its `wait_timeout`.
+            SessionClosed: the session was closed; the error has the execution's id if it started.
         """
         inputs = {} if inputs is None else inputs
         self._check_keys_are_kept(key)
@@ -485,9 +502,35 @@ class Session:
     ) -> Any:
         """Start a run, wait until it is complete, and return its main output.
 
-        `start` and `Execution.output` in one, with their arguments and errors; `timeout` is for
-        both together. Once the run has started, errors carry its id, and cancelling this call logs
-        a warning with the id.
+        With `into`, the output arrives as that type::
+
+            @attrs.define
+            class Report:
+                title: str
+                score: float
+
+            report = await session.run("write-report", {"topic": "otters"}, into=Report)
+
+        This is `start` and `Execution.output` in one call, with their arguments and errors. Once
+        the run has started, errors carry its id. If you cancel the call, a warning in the log has
+        the id.
+
+        Args:
+            workflow: as for `start`; so are the following ones.
+            inputs: its input variables.
+            label: the label of the version to run.
+            version: the number of the version to run.
+            metadata: strings to store with the run.
+            callback_url: the URL to which the server posts the final output.
+            key: a key that starts one run only.
+            timeout: seconds for both together; `...` for the session's `wait_timeout`, None for no
+                limit.
+            into: the type of the output, as for `Execution.output`.
+
+        Raises:
+            PromptLayerExecError: as for `start` and `Execution.output`.
+            TypeError: as for `start`, or `into` is not a type that values can be structured into.
+            ValueError: as for `start`, or `timeout` is negative.
         """
         if into is not None:
             _structuring.check_type(into, self._settings.converter)
@@ -508,8 +551,16 @@ class Session:
 
         https://docs.promptlayer.com/reference/get-workflow
 
-        The arguments are those of `start`; without a label and a version, it is the latest one. The
-        errors are those of `get_results`.
+        Args:
+            workflow: its name or id.
+            label: the label of the version; not allowed with `version`.
+            version: the number of the version; not allowed with `label`. Without either, you get
+                the latest version.
+
+        Raises:
+            PromptLayerExecError: as for `get_results`.
+            TypeError: an argument has another type.
+            ValueError: an argument is out of range.
         """
         request = workflow_request(workflow, label, version)
         client = self._open()
@@ -523,14 +574,14 @@ class Session:
         external_source: str | None = None,
         external_id: str | None = None,
     ) -> AsyncGenerator[WorkflowSummary, None]:
-        """Yield every workflow of the workspace, requesting a page of 100 when it is needed.
+        """Yield every workflow of the workspace; each request reads a page of 100.
 
         https://docs.promptlayer.com/reference/list-workflows
 
         Args:
-            sort_by: the field to sort by; None: the server's default.
-            sort_order: the direction; None: `desc`.
-            external_source: only workflows with an id of this source; needs `external_id`.
+            sort_by: the field to sort by; None for the server's default.
+            sort_order: the direction; None for `desc`.
+            external_source: only workflows with an id from this source; needs `external_id`.
             external_id: only workflows with this id in `external_source`.
 
         Raises:
@@ -546,7 +597,7 @@ class Session:
         hooks: SendHooks | None = None,
         token: str | None = None,
     ) -> Execution:
-        """Start a run; with `hooks`, its caller records itself what happens to the start."""
+        """Start a run; with `hooks`, the caller records it instead of the store of starts."""
         if request.key is not None and hooks is None and self._settings.starts is not None:
             return await self._start_once(request, deadline)
 
@@ -568,11 +619,11 @@ class Session:
         )
 
     async def _start_once(self, request: StartRequest, deadline: Deadline | None) -> Execution:
-        """Start a run with a key, or return the handle of the run that the key stands for."""
+        """Start a run with a key, or return the handle of the run that the key already started."""
         try:
             key = check_key(request.key)
             inputs = self._encode_inputs(request)
-            run_request(request, {})  # checks all the rest
+            run_request(request, {})  # checks everything but the inputs
             client = self._open()
         except Exception as error:
             self._emit(StartFailed(None, request, error))
@@ -592,13 +643,13 @@ class Session:
             return await self._start(request, deadline, hooks, token)
 
         keyed_starts = cast(KeyedStarts, client.keyed_starts)
-        # No callback comes for a start with a callback URL of the caller's own.
+        # If the caller chose the callback URL, no callback comes to this session.
         token = self._new_token() if request.callback_url is None else uuid4().hex
         found = await keyed_starts.start(request, asked_for, token, send, deadline)
         if isinstance(found, Execution):
             return found
 
-        # The server may still answer 404 for it.
+        # The server may still return 404 for it.
         execution_id = cast(int, found.execution_id)
         self._recent_starts.add(execution_id, request.workflow, now=clock() - found.age)
         execution = Execution(self, execution_id, request.workflow, key=key)
@@ -608,8 +659,8 @@ class Session:
     def _check_keys_are_kept(self, key: str | None) -> None:
         if key is not None and self._settings.starts is None:
             raise ConfigurationError(
-                "a start with a key needs a record of starts: pass"
-                " starts=promptlayer_exec.starts.SQLStartStore() to Session, which needs"
+                "key= needs a record of starts. Pass"
+                " starts=promptlayer_exec.starts.SQLStartStore() to Session. That needs"
                 f" {install_hint('starts')}"
             )
 
@@ -621,18 +672,19 @@ class Session:
     async def recover(
         self, error: StartUnknown, *, timeout: float | EllipsisType | None = ...
     ) -> Execution:
-        """Wait for the callback of a start whose answer was lost; it is never started again.
+        """Wait for the callback of a start whose response was lost, and return the run's handle.
 
-        This session must receive the callback with `promptlayer_exec.fastapi`, now or earlier.
-        The error may come from another session with the same `Callbacks(url, secret=...)`.
+        It never starts the run again. The callback must reach this session through
+        `promptlayer_exec.fastapi`, before or during the call. The error may come from another
+        session with the same `Callbacks(url, secret=...)`.
 
         Args:
             error: what `start` raised, or an unpickled copy of it.
-            timeout: seconds; `...` means the session's `wait_timeout`, None no limit.
+            timeout: seconds; `...` for the session's `wait_timeout`, None for no limit.
 
         Raises:
             StartUnknown: no callback came in time; the run may still exist.
-            ValueError: the start had no callback URL of its own, or one with another secret.
+            ValueError: the start did not have its own callback URL, or it had another secret.
             SessionClosed: the session was closed.
         """
         token = recoverable_token(error, self._settings.callbacks)
@@ -673,18 +725,26 @@ class Session:
         timeout: float | EllipsisType | None = ...,
         into: Any = None,
     ) -> AsyncGenerator[Outcome[ItemT, Any], None]:
-        """Follow many executions, start those that are requests, and yield outcomes as they arrive.
+        """Run or follow many executions in parallel, and yield each outcome as it arrives.
 
-        One item's failure is the `error` of its outcome, and affects no other item. Wrap the
-        generator in `contextlib.aclosing` to stop early; executions go on at the server. Where it
-        raises, the items in flight are yielded first, with that error if they are cancelled.
+        A `StartRequest` starts a run; an id or a handle follows one::
+
+            topics = ["otters", "beavers", "seals"]
+            requests = (StartRequest("write-report", {"topic": topic}) for topic in topics)
+            async for outcome in session.as_completed(requests, max_in_flight=50):
+                print(outcome.item.inputs["topic"], outcome.output if outcome.ok else outcome.error)
+
+        If an item fails, its outcome carries the `error`, and the others continue. To stop early,
+        wrap the generator in `contextlib.aclosing`; started executions keep running on the server.
+        Before it raises, it yields an outcome for every item in flight; cancelled items carry that
+        error.
 
         Args:
             items: ids, `Execution` handles and `StartRequest`s, as an iterable or async iterable.
-                The next item is taken when a slot is free.
-            max_in_flight: how many items may be in flight or waiting to be yielded.
-            timeout: seconds for each item, from when it is taken; `...` means the session's
-                `wait_timeout`, None no limit. The answer to a start that was sent is still read.
+                The session takes the next item when a slot is free.
+            max_in_flight: how many items may be in flight or waiting for you to take them.
+            timeout: seconds for each item, from when the session takes it; `...` for the session's
+                `wait_timeout`, None for no limit. Once a start is sent, its response is still read.
             into: the type of the outputs, as for `Execution.output`.
 
         Raises:
@@ -722,9 +782,10 @@ class Session:
         timeout: float | EllipsisType | None = ...,
         into: Any = None,
     ) -> list[Outcome[ItemT, Any]]:
-        """Run `as_completed` to its end, and return all outcomes in the order of the items.
+        """Return the outcomes of all items, in the order of the items.
 
-        Arguments and errors are those of `as_completed`; after an error, no outcome is returned.
+        The arguments and errors are those of `as_completed`. If it raises, you get no outcomes; the
+        log has the id of every run that it started.
         """
         return await collected(
             outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
@@ -736,37 +797,51 @@ class Session:
         *,
         timeout: float | EllipsisType | None = ...,
     ) -> AsyncGenerator[tuple[Execution, Snapshot], None]:
-        """Follow many executions in one loop: yield each with its snapshot on every poll.
+        """Follow many executions in one loop, and yield each with its snapshot on every poll.
 
-        Each execution's snapshots are those of `Execution.stream`, the complete one last. The
-        generator ends when all are complete. An execution that cannot be followed does not end the
-        others: its error is raised after them. Wrap the generator in `contextlib.aclosing` to stop
-        early.
+        Each execution yields the same snapshots as `Execution.stream`, the complete one last, and
+        the loop finishes when all are complete. If one execution cannot be followed, the others
+        continue, and the error comes after them. To stop early, wrap the generator in
+        `contextlib.aclosing`.
 
         Args:
-            items: ids and `Execution` handles; repeated ones count once.
-            timeout: seconds from the first `anext`, for all together; `...` means the session's
-                `wait_timeout`, None no limit.
+            items: ids and `Execution` handles; duplicates count once.
+            timeout: seconds for all together, from the first `anext`; `...` for the session's
+                `wait_timeout`, None for no limit.
 
         Raises:
-            ExecutionTimeout: an execution was not complete in time; it continues on the server.
-            RequestError: an execution could not be followed. Of several errors, the first is
-                raised, with the others as notes.
+            ExecutionTimeout: an execution was not complete in time; it continues on PromptLayer.
+            RequestError: an execution could not be followed. If there are several errors, you get
+                the first, with the others as notes.
             Unauthorized: the server refused the key; raised immediately.
             SessionClosed: the session was closed; raised immediately.
         """
         return snapshots_of(self, items, timeout)
 
     def execution(self, execution_id: int | str) -> Execution:
-        """Return the handle of an execution, without any I/O; its id is as for `get_results`."""
+        """Return the handle of an execution, without any I/O.
+
+        Args:
+            execution_id: an int from 1 to 2**63-1, or a string of its digits.
+
+        Raises:
+            TypeError: `execution_id` is neither an int nor a string of digits.
+            ValueError: `execution_id` is out of range.
+        """
         return Execution(self, check_execution_id(execution_id))
 
     def wake(self, execution_id: int | str) -> bool:
-        """Poll an execution now; return True if somebody follows it in this session.
+        """Poll an execution now, and return True if somebody follows it in this session.
 
-        If nobody follows it yet, the wake-up is remembered for 10 minutes. Wake-ups cause at most
-        two polls a second by default. Call it in the session's event loop. After closing, it raises
-        `SessionClosed`.
+        If nobody follows it yet, the session remembers the wake-up for 10 minutes. By default,
+        wake-ups cause at most two polls a second. Call it in the session's event loop.
+
+        Args:
+            execution_id: as for `get_results`.
+
+        Raises:
+            SessionClosed: the session was closed.
+            RuntimeError: the session is open in another event loop.
         """
         return self._wake(check_execution_id(execution_id), "caller")
 
@@ -785,4 +860,6 @@ class Session:
         return "<Session, not open>"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a Session holds a key and connections, and cannot be pickled or copied")
+        raise TypeError(
+            "a Session has an API key and connections, so it cannot be pickled or copied"
+        )

@@ -1,4 +1,4 @@
-"""Reading and checking the settings of a session; each check raises `ConfigurationError`."""
+"""Reads and checks the settings of a session; each check raises `ConfigurationError`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEFAULT_BASE_URL = "https://api.promptlayer.com"
 def find_api_key(api_key: str | None) -> str | None:
     """Return the API key: the argument, else `$PROMPTLAYER_API_KEY`, else None.
 
-    An empty variable counts as unset. The error for a key that cannot be sent does not show it.
+    An empty variable counts as unset. The error for a malformed key does not show it.
     """
     source = "api_key"
     if api_key is None:
@@ -45,8 +45,8 @@ def find_api_key(api_key: str | None) -> str | None:
 
     if not _matches(r"[\x21-\x7e]+", api_key):
         raise ConfigurationError(
-            f"{source} must be a non-empty string of visible ASCII characters: "
-            "remove white space, line breaks and typographic quotation marks"
+            f"{source} must be a non-empty string of visible ASCII characters. Remove any white"
+            " space, line breaks and typographic quotation marks"
         )
     return api_key
 
@@ -79,7 +79,7 @@ def find_base_url(base_url: str | None) -> str:
         raise ConfigurationError(
             f"{source} must be an http:// or https:// URL with a host, got {base_url!r}"
         )
-    # aiohttp would refuse `127.1` at each request, and blame the URL of a proxy.
+    # aiohttp would reject `127.1` in each request, and blame the URL of a proxy.
     if _matches(r"[\d.]+", url.host) and _ip_address(url.host) is None:
         raise ConfigurationError(
             f"{source} must have the name or the complete IP address of a host, got {base_url!r}"
@@ -115,7 +115,7 @@ def _matches(pattern: str, value: Any) -> bool:
 
 
 def _find_push(push: Any) -> Any:
-    """Return the argument, else the environment variable; but the variable can turn push off."""
+    """Return the argument, or else the environment variable, which can also turn push off."""
     text = os.environ.get("PROMPTLAYER_EXEC_PUSH", "").lower()
 
     if text in ("1", "true", "yes", "on"):
@@ -145,15 +145,15 @@ def find_proxy(settings: Settings, base_url: str) -> str | None:
     try:
         parsed = URL(proxy)
         is_valid = parsed.scheme in ("http", "https") and bool(parsed.host)
-        # aiohttp encodes the password so, and its error at each request would show it.
+        # aiohttp uses this encoding, and its errors would show the password.
         (parsed.password or "").encode("latin-1")
     except ValueError:
         is_valid = False
     if not is_valid:
         # The error does not show the URL, which may contain a password.
         raise ConfigurationError(
-            f"{url.scheme.upper()}_PROXY must be a URL like http://user:password@host:port; set"
-            " NO_PROXY=* or pass trust_env=False to use no proxy"
+            f"{url.scheme.upper()}_PROXY must be a URL like http://user:password@host:port. To use"
+            " no proxy, set NO_PROXY=* or pass trust_env=False"
         )
 
     return str(parsed)
@@ -232,7 +232,7 @@ def _callables(_: Any, __: Any, value: Any) -> None:
 class Settings:
     """The checked settings of a session; `Session` documents them."""
 
-    # The session reads both again on opening: a program may set its environment after creating one.
+    # The session reads both again when it opens: a program may set its environment in between.
     api_key: str | None = attrs.field(repr=False)
     base_url: str | None
     poll: PollPolicy = attrs.field(

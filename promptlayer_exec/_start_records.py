@@ -1,4 +1,4 @@
-"""One run per key: what a session and the store of its starts ask of each other."""
+"""One run per key: the Protocol between a session and its store of starts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import attrs
 
 StartState = Literal["sending", "started", "unknown"]
 
-# Seconds for which a call of a store waits for its database, unless the caller says otherwise.
+# How long a call of a store waits for its database by default, in seconds.
 PATIENCE = 10.0
 
 
 @attrs.frozen
 class StartClaim:
-    """A start that is about to be sent, and that its key is to stand for.
+    """A claim to a key, by a start that is about to be sent.
 
     Attributes:
-        key: what the start is known by.
-        token: distinguishes this attempt from all others; it is also in the start's callback URL.
-        server: the URL of the server that it goes to.
-        request: what is asked for, as `fingerprint` returns it.
-        request_timeout: seconds after which its sender no longer waits for the response. A start
-            whose result is not recorded a few seconds later is taken for lost.
+        key: the key of the start.
+        token: a unique id of this attempt, which is also in the start's callback URL.
+        server: the URL of the server.
+        request: the start's `fingerprint`.
+        request_timeout: seconds after which the sender stops waiting for the response. If it
+            records no result within a few more seconds, the start counts as lost.
     """
 
     key: str
@@ -38,7 +38,7 @@ class StartClaim:
 
 @attrs.frozen
 class StoredStart:
-    """What is recorded about the start that a key stands for.
+    """The record of a key: which start it belongs to, and which run that start began.
 
     Attributes:
         key: the key.
@@ -46,15 +46,15 @@ class StoredStart:
             known, `unknown` if the response was lost: PromptLayer may have started a run.
         execution_id: the id of the run; None unless `started`.
         workflow: the name or id of the workflow.
-        attempts: how many times the start has been sent; 1 unless unknown starts are restarted.
+        attempts: how often the start was sent; more than 1 only if unknown starts are resent.
         created: when the key was first used (UTC).
         updated: when the record last changed (UTC).
-        server: the URL of the server that the start was sent to.
-        request: what was asked for, as `fingerprint` returns it.
+        server: the URL of the server.
+        request: the start's `fingerprint`.
         token: the token of the latest attempt.
         age: seconds since `updated`, on the store's own clock.
-        replaceable: whether the start is unknown, and has been for so long that another claim with
-            the same server and request may take its place.
+        replaceable: whether the start has been unknown for long enough that another claim with the
+            same server and request may replace it.
     """
 
     key: str
@@ -72,56 +72,55 @@ class StoredStart:
 
 
 class StartStore(Protocol):
-    """Records which run each key has started, so that none is started twice.
+    """Records which run each key has started, so that no key starts two.
 
-    `promptlayer_exec.starts.SQLStartStore` is one on SQLite or PostgreSQL. Write your own to keep
-    the records in a table of your app.
+    `promptlayer_exec.starts.SQLStartStore` does so in SQLite or PostgreSQL. Write your own to keep
+    the records in your app's tables.
 
-    Each method is atomic, whichever processes call it at the same time, and can be repeated: a
-    second call with the same arguments changes nothing and returns the same. All methods take the
-    time from one clock, which is the store's.
+    Each method must be atomic across processes, and repeatable: a second call with the same
+    arguments changes nothing and returns the same. All methods use the store's own clock.
 
-    All methods wait at most `patience` seconds, and raise `ConfigurationError` if the store cannot
-    be used for so long.
+    All methods wait at most `patience` seconds, and raise `ConfigurationError` if the store is
+    unavailable for that long.
     """
 
     async def find(self, key: str, *, patience: float = PATIENCE) -> StoredStart | None:
-        """Return what is recorded for a key, if anything is."""
+        """Return the record of a key, or None if it has none."""
 
     async def claim(self, claim: StartClaim, *, patience: float = PATIENCE) -> StoredStart | None:
-        """Record that a start is about to be sent, if nothing is recorded for its key.
+        """Record that a start is about to be sent, unless its key already has a record.
 
-        A record that is `replaceable`, and has the same server and request, is replaced. The token
-        that it had still counts for `record` and `resolve`.
+        A `replaceable` record with the same server and request gives way. Its token still counts
+        for `record` and `resolve`.
 
         If the call is cancelled or fails, the claim must not stay: call `release` with its token.
 
         Returns:
-            None if this claim is recorded now, and otherwise the record that is in its way.
+            None if this claim is now recorded, or else the record that is in the way.
         """
 
     async def record(
         self, key: str, token: str, execution_id: int | None, *, patience: float = PATIENCE
     ) -> bool:
-        """Record the id of the run that the start has begun, or None if nobody knows.
+        """Record the id of the run that the start began, or None if the response was lost.
 
-        A sender that was thought dead may still record its id, unless another id is recorded.
+        A sender that counted as dead may still record its id, unless there already is another id.
 
         Returns:
-            Whether this is what is recorded now.
+            Whether this is now the record.
         """
 
     async def release(self, key: str, token: str, *, patience: float = PATIENCE) -> None:
-        """Forget a claim whose request has started nothing.
+        """Forget a claim whose request started nothing.
 
-        If there were earlier attempts, the start is unknown again, as it was before this one.
+        If there were earlier attempts, the start becomes unknown again, as before this one.
         """
 
     async def resolve(self, token: str, execution_id: int, *, patience: float = PATIENCE) -> bool:
-        """Record the id of the run that a start has begun, given only the token of its callback.
+        """Record the id of the run that a start began, given only its callback's token.
 
         Returns:
-            Whether this id is recorded now. False if the token is of no start of this store, or if
+            Whether this id is now recorded. False if the store has no start with this token, or if
             another attempt of the start has another id.
         """
 
@@ -149,18 +148,18 @@ def fingerprint(
     version: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Return what a start asks for, in a form that can be stored and compared.
+    """Return the request of a start in a form to store and compare.
 
-    Of inputs and metadata it has the names, and a digest of each value, salted with the key. Equal
-    requests with one key have equal fingerprints.
+    It contains the names of inputs and metadata, with a digest of each value, salted with the key.
+    Equal requests with the same key have equal fingerprints.
 
     Args:
         key: the start's key.
-        workflow: the name or the id of the workflow, as the caller gave it.
+        workflow: the name or id of the workflow, as the caller passed it.
         inputs: the inputs in their JSON form.
         label: the label of the version to run.
         version: the number of the version to run.
-        metadata: the caller's own metadata.
+        metadata: the strings to store with the run.
     """
     parts = {
         "workflow": workflow,
@@ -173,13 +172,13 @@ def fingerprint(
 
 
 def workflow_of(request: str) -> str | int:
-    """Return the workflow that is in a fingerprint."""
+    """Return the workflow in a fingerprint."""
     workflow: str | int = json.loads(request)["workflow"]
     return workflow
 
 
 def differences(stored: str, given: str) -> list[str]:
-    """Return what differs between two fingerprints, such as `["label", "inputs.topic"]`."""
+    """Return the differences of two fingerprints, such as `["label", "inputs.topic"]`."""
     return [*_differing(json.loads(stored), json.loads(given))]
 
 

@@ -1,4 +1,4 @@
-"""The one table of a node's statuses, for models, notebooks, the terminal and the viewer."""
+"""The one table of node statuses, for models, notebooks, the terminal and the viewer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import attrs
 
 
 class NodeStatus(enum.StrEnum):
-    """The documented statuses of a node; the last three are final, as their entries say."""
+    """The documented statuses of a node; the last three are final."""
 
     QUEUED = "QUEUED"
     RUNNING = "RUNNING"
@@ -22,13 +22,13 @@ class NodeStatus(enum.StrEnum):
 
 @attrs.frozen
 class StatusEntry:
-    """What a status means, and how it is displayed."""
+    """Whether a status is final, and how to display it."""
 
     final: bool
     mark: str
     colour: str  # of the mark in a notebook; it suits light and dark pages
     style: str  # of the name in a terminal, as rich spells it
-    rank: int  # if not all nodes fit, those of rank 0 come first
+    rank: int  # if not all nodes fit, nodes of rank 0 come first
 
 
 # The viewer's page has its own icons (index.html) and colours (style sheets).

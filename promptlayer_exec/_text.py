@@ -17,7 +17,7 @@ _short.maxstring = _short.maxother = _short.maxlong = 80
 
 
 def short_repr(value: Any) -> str:
-    """Return the repr of a value in at most 80 characters, with the keys of dicts sorted."""
+    """Return the repr of a value in at most 80 characters, with sorted dict keys."""
     text = _short.repr(value)
     if len(text) > 80:
         text = f"{text[:38]}...{text[-38:]}"
@@ -46,7 +46,7 @@ JSON_KINDS: dict[type, str] = {
 
 
 def json_kind(value: Any) -> str:
-    """Return the kind of a value in words for an error message, such as "null" or "a datetime"."""
+    """Return the kind of a value for an error message, such as "null" or "a datetime"."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, type):
@@ -64,7 +64,7 @@ def indented(value: Any) -> str:
     """Return a value as JSON for people; on one line if it is very long or deep."""
     compact = json.dumps(value, ensure_ascii=False)
 
-    # Indenting is slow, and recursive in Python: a megabyte takes a noticeable time.
+    # Indenting runs in recursive Python: with a megabyte, people would notice.
     with suppress(RecursionError):
         if len(compact) <= 1_000_000:
             return json.dumps(value, ensure_ascii=False, indent=2)
@@ -72,7 +72,7 @@ def indented(value: Any) -> str:
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Escape what does not print, such as control characters that could steer a terminal."""
+    """Escape unprintable characters, such as control characters that could steer a terminal."""
     if text.isprintable():
         return text
 

@@ -19,8 +19,8 @@ from promptlayer_exec._text import printable
 class WorkflowNode:
     """One node of a workflow.
 
-    Its type is an open string, such as `PROMPT_TEMPLATE`; it is empty if the server does not say.
-    The dependencies are names of other nodes, by the node's definition or by an edge.
+    Its type is an open string, such as `PROMPT_TEMPLATE`, or empty if the server sent none. Its
+    dependencies are the names of other nodes, from its definition and from edges.
     """
 
     name: str
@@ -31,7 +31,7 @@ class WorkflowNode:
 
 @attrs.frozen
 class WorkflowEdge:
-    """A connection between two nodes, by their names; a conditional one may not be followed."""
+    """A connection between two nodes, by name; runs may skip a conditional one."""
 
     source: str
     target: str
@@ -40,7 +40,7 @@ class WorkflowEdge:
 
 @attrs.frozen
 class WorkflowSummary:
-    """One workflow in the list of workflows, with the release labels of its versions.
+    """One entry in the list of workflows, with the release labels of its versions.
 
     https://docs.promptlayer.com/reference/list-workflows
     """
@@ -54,20 +54,20 @@ class WorkflowSummary:
 
 @attrs.frozen(repr=False)
 class Workflow:
-    """One version of a workflow: the inputs that it requires, its nodes and their connections.
+    """One version of a workflow: its required inputs, nodes and edges.
 
     https://docs.promptlayer.com/reference/get-workflow
 
     Attributes:
         id: the workflow's id.
         name: the workflow's name.
-        version: the number of this version; None if the server does not say.
+        version: the number of this version; None if the server sent none.
         labels: the release labels of this version.
         required_inputs: the type of each required input variable by its name, such as
-            `{"topic": "string"}`; None if the server does not say. Types are open strings.
+            `{"topic": "string"}`; None if the server sent none. Types are open strings.
         nodes: the nodes by name, in the server's order; read-only. Empty if the server sent none.
         edges: the connections, as the server sent them.
-        raw: the decoded body, with all other fields. It is shared: do not change it.
+        raw: the decoded body, including all other fields. Do not change it.
     """
 
     id: int
@@ -82,10 +82,10 @@ class Workflow:
     raw: Any = None
 
     def layers(self) -> tuple[tuple[str, ...], ...]:
-        """Return the names of the nodes in layers: each node comes after all that it depends on.
+        """Return the names of the nodes in layers: each node comes after its dependencies.
 
-        Within a layer, they are in the server's order. Nodes that depend on each other in a cycle,
-        and those after them, are one last layer.
+        Within a layer, they are in the server's order. A cycle, and every node after it, forms the
+        last layer.
         """
         from graphlib import CycleError, TopologicalSorter  # noqa: PLC0415 - rarely needed
 
@@ -114,14 +114,14 @@ class Workflow:
         return tuple(layers)
 
     def check_inputs(self, inputs: Any) -> None:
-        """Check that all required inputs are there; others are allowed, and types are not checked.
+        """Check that all required inputs are there; it allows others, and does not check types.
 
         Args:
             inputs: as for `Session.start`.
 
         Raises:
-            InvalidInputs: some are missing. The message names all of them, and suggests those that
-                may be misspelt: `it does not require topik (did you mean 'topic'?)`.
+            InvalidInputs: some are missing. The message names all of them, and points out likely
+                misspellings: `It does not require topik (did you mean 'topic'?)`.
             TypeError: `inputs` is of another type.
         """
         if not self.required_inputs:
@@ -132,14 +132,13 @@ class Workflow:
             return
 
         named = ", ".join(f"{name!r} ({kind})" for name, kind in missing.items())
-        what = f"workflow {self.name!r:.100} needs the input {named}, which is missing"
-        if len(missing) > 1:
-            what = f"workflow {self.name!r:.100} needs the inputs {named}, which are missing"
+        plural = "s" if len(missing) > 1 else ""
+        what = f"workflow {self.name!r:.100} is missing the input{plural} {named}"
 
         if unknown := sorted(given - self.required_inputs.keys()):
             # A row of a table may have many more columns than the workflow has inputs.
             most = 20
-            what += f"; it does not require {', '.join(_guesses(unknown[:most], missing))}"
+            what += f". It does not require {', '.join(_guesses(unknown[:most], missing))}"
             if len(unknown) > most:
                 what += f" and {len(unknown) - most} more"
         raise InvalidInputs(printable(what), missing=tuple(missing))
@@ -162,7 +161,7 @@ def _names(inputs: Any) -> set[str]:
 
 
 def _guesses(given: Iterable[str], missing: Iterable[str]) -> list[str]:
-    """Return each given name, with the missing one that it resembles; those with one come first."""
+    """Return each given name with the missing one that it resembles; matches come first."""
     misspelt, others = [], []
     for name in given:
         if likely := near(name, missing, 1):

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces and metrics of a session (extra `opentelemetry`)."""
+"""OpenTelemetry traces and metrics for a session (extra `opentelemetry`)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from promptlayer_exec import (
 
 __all__ = ["OpenTelemetryObserver"]
 
-# The last version that has the conventions for GenAI; their own repository has not published one.
+# The last version with the conventions for GenAI; their new repository has not published any yet.
 _SCHEMA = "https://opentelemetry.io/schemas/1.41.0"
 # The buckets of the semantic conventions for HTTP, and more up to an hour for watches. The SDK's
 # defaults are for milliseconds.
@@ -60,24 +60,28 @@ class _WatchSpan:
 
 
 class OpenTelemetryObserver:
-    """An observer that records a span for each start and each watch, and metrics.
+    """Records a span for each start and each watch, and metrics.
 
-    Spans follow the semantic conventions for GenAI agents: each is named `invoke_agent` and the
-    workflow, and a watch is linked to the start of its run. The parent of a span is the span that
-    was current where the start or the watch began. The span of a watch has an event for each poll
-    that saw a status change, ended an outage or was the last, for the start of each outage and for
-    each wake-up; any span has one for the exception that ended it.
+    Pass it to a session::
 
-    By default, values, inputs and texts that may quote them are not recorded. Execution ids are on
-    spans, never on metrics.
+        session = Session(observers=[OpenTelemetryObserver()])
+
+    Spans follow the semantic conventions for GenAI agents. Each is named `invoke_agent` plus the
+    workflow, and its parent is the current span at the call. The span of a watch links to the one
+    of its start. It has an event for each poll with a status change, for the last poll, for each
+    wake-up, and for the first failure and the recovery of each outage. A span that failed has an
+    `exception` event.
+
+    By default it records no values, no inputs, and no texts that may quote them. Spans have
+    execution ids; metrics never do.
 
     https://github.com/open-telemetry/semantic-conventions-genai
 
     Args:
-        tracer_provider: receives the spans; None: the global one, which may be set later.
-        meter_provider: receives the metrics; None: the global one, which may be set later.
+        tracer_provider: receives the spans; None for the global one, which may be set later.
+        meter_provider: receives the metrics; None for the global one, which may be set later.
         record_values: whether to record inputs, outputs, and the whole text of errors, which may
-            quote them or the body of a response of invalid shape.
+            quote them or the body of a malformed response.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class OpenTelemetryObserver:
         record_values: bool = False,
     ) -> None:
         self._tracer = trace.get_tracer("promptlayer_exec", __version__, tracer_provider, _SCHEMA)
-        # By the server and the execution's id, so that a watch can be linked.
+        # By server and execution id, so that a watch can link to its start.
         self._starts: ExpiringDict[tuple[str, int | None], trace.SpanContext] = ExpiringDict()
         self._record_values = record_values
         # By task, as two sessions may watch the same execution, and a session may start a new watch
@@ -207,7 +211,7 @@ class OpenTelemetryObserver:
         span.end()
 
     def _start_ended(self, event: ExecutionStarted | StartFailed) -> None:
-        """Record a span that began when the start was called, and ends now."""
+        """Record a span from the call of the start until now."""
         request, ended = event.request, time.time_ns()
         attributes = _attributes("start", request.workflow, event.base_url)
         if request.version is not None:
@@ -231,7 +235,7 @@ class OpenTelemetryObserver:
             span.set_attribute("promptlayer_exec.recovered", event.recovered)
             self._starts.add((event.base_url, event.execution_id), span.get_span_context())
 
-        # What it took until the callback is no time of a response.
+        # The time until a callback is not a response time.
         if isinstance(event, StartFailed) or not event.recovered:
             self._seconds["start.duration"].record(event.duration, metric)
         span.end(ended)
@@ -245,7 +249,7 @@ class OpenTelemetryObserver:
             text, stack = _text(log_text(error)), traceback.format_tb(error.__traceback__)
 
         _set_error(span, kind, text)
-        # `record_exception` would add the messages of the causes, too, which may quote values.
+        # `record_exception` would add the messages of the causes, which may quote values.
         attributes = {
             "exception.type": kind,
             "exception.message": text,
@@ -268,7 +272,7 @@ def _agent(workflow: str | int | None) -> dict[str, str]:
 
 
 def _attributes(operation: str, workflow: str | int | None, base_url: str) -> dict[str, str | int]:
-    """Return what a sampler may want to know when a span is created."""
+    """Return the attributes that a sampler may need when the span is created."""
     attributes: dict[str, str | int] = {
         "gen_ai.operation.name": "invoke_agent",
         "gen_ai.provider.name": "promptlayer",
@@ -282,7 +286,7 @@ def _attributes(operation: str, workflow: str | int | None, base_url: str) -> di
 
 
 def _server(base_url: str) -> dict[str, str | int]:
-    if not base_url:  # the start failed before anything was to be sent
+    if not base_url:  # the start failed before there was a request
         return {}
     url = urlsplit(base_url)
     default = {"http": 80, "https": 443}[url.scheme]

@@ -1,4 +1,4 @@
-"""One run per key (extra `starts`): the record of starts, on SQLite or PostgreSQL."""
+"""One run per key (extra `starts`): the record of starts, in SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ _starts = sa.Table(
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("execution_id", sa.BigInteger),
     sa.Column("server", sa.Text, nullable=False),
-    # The fingerprint of what was asked for.
+    # The fingerprint of the request.
     sa.Column("request", sa.Text, nullable=False),
     sa.Column("token", sa.Text, nullable=False, unique=True),
-    # Of the attempt before this one, whose callback may still come.
+    # The token of the previous attempt, whose callback may still arrive.
     sa.Column("earlier_token", sa.Text, index=True),
     sa.Column("attempts", sa.Integer, nullable=False),
     # In seconds since the epoch, on the database's clock.
     sa.Column("created", sa.Double, nullable=False),
     sa.Column("updated", sa.Double, nullable=False),
-    # Until when the start may be in flight. It is unknown from then on, whether that was recorded
-    # or its sender was killed; 0 if an earlier attempt has been unknown for long enough.
+    # Until when the start may be in flight. From then on it counts as unknown, even if its sender
+    # was killed before it could record that; 0 if an earlier attempt was unknown for long enough.
     sa.Column("until", sa.Double, nullable=False),
 )
 _row = _starts.c
@@ -86,7 +86,7 @@ class _Released(NamedTuple):
 
 @attrs.define(eq=False)
 class _StoreCall:
-    """One call of a store: its arguments, and until when somebody waits for it."""
+    """One call of a store: its argument, and how long its caller waits."""
 
     argument: Any
     give_up: float
@@ -100,7 +100,7 @@ class _StartsTable:
     """The statements; each takes the arguments of many calls, and returns a result for each.
 
     Args:
-        database: where the table is.
+        database: the database of the table.
         restart_after: seconds after which an unknown start may be claimed again; None: never.
     """
 
@@ -116,7 +116,7 @@ class _StartsTable:
             attempts=1,
             created=now,
             updated=now,
-            # A little longer than its sender waits: it must also record the answer.
+            # A little longer than its sender waits, which must also record the response.
             until=now + sa.bindparam("the_timeout", type_=sa.Double) + 3.0,
         )
         new = insert.excluded
@@ -130,7 +130,7 @@ class _StartsTable:
                 "updated": now,
                 "until": new.until,
             },
-            # Where it is false, PostgreSQL locks the row all the same, so that it can be read.
+            # If it is false, PostgreSQL still locks the row, so that we can read it.
             where=sa.false()
             if restart_after is None
             else sa.and_(
@@ -185,7 +185,7 @@ class _StartsTable:
             }
             for claim in claims
         ]
-        # In one order in all processes: two transactions that lock rows of each other would fail.
+        # In the same order in all processes, or else two transactions could deadlock.
         parameters.sort(key=lambda row: str(row["the_key"]))
         counted = self._claim.execution_options(preserve_rowcount=True)
         written = connection.execute(counted, parameters)
@@ -259,7 +259,7 @@ class _StartsTable:
 
     def _stored(self, row: Any) -> StoredStart:
         state = row.state
-        if state == "sending" and row.until <= row.now:  # nobody has recorded the loss
+        if state == "sending" and row.until <= row.now:  # nobody recorded the loss
             state = "unknown"
 
         after = self._restart_after
@@ -281,7 +281,7 @@ class _StartsTable:
 
 
 def _is_recorded(row: Any, record: _Recorded) -> bool:
-    """Return True if a row says what was to be recorded."""
+    """Return True if a row has the values of a record."""
     if row is None:
         return False
     if record.execution_id is None:
@@ -294,12 +294,12 @@ class _OpenStore:
     """The connections and the threads of a store in one process.
 
     Args:
-        url: where the database is.
+        url: the URL of the database.
         restart_after: as for `SQLStartStore`.
     """
 
     def __init__(self, url: sa.URL, restart_after: float | None) -> None:
-        # A call is retried until its own patience ends, so a single try is to be short.
+        # Calls are retried until their patience runs out, so a single try must be short.
         limits = attrs.evolve(LIMITS, locked=1.0, locked_file=1.0, connections=3, threads=1)
         self._url = url
         self.database = Database(url, limits)
@@ -312,8 +312,8 @@ class _OpenStore:
             (table.claim, table.release),
             (table.record, table.resolve),
         ]
-        # Behind a network, starts need not wait for each other's round trips. Connections to one
-        # file would wait for each other, and longer than they need to.
+        # Over a network, starts need not wait for each other's round trips. Connections to one file
+        # would only block each other.
         thread = OneThread()
         self._groups: dict[str, Group[_StoreCall, Any]] = {}
         for works_of_thread in works:
@@ -329,7 +329,7 @@ class _OpenStore:
         return future
 
     def submit_after(self, earlier: Future[Any], what: str, call: _StoreCall) -> None:
-        """Make a call as soon as another one is over."""
+        """Make a call as soon as another one has finished."""
         ended: Future[None] = Future()
         self._running.add(ended)
         ended.add_done_callback(self._running.discard)
@@ -362,37 +362,39 @@ class _OpenStore:
             self._is_prepared = True
 
     async def aclose(self) -> None:
-        """Wait for the calls that go on, and close the connections."""
+        """Wait for the calls in progress, and close the connections."""
         while self._running:
-            with suppress(Exception):  # it is the caller's, who may also have given up
+            with suppress(Exception):  # its caller gets the error, or has given up
                 await finished(next(iter(self._running)))
         await self.database.run_in_thread(self.database.engine.dispose)
         self.database.close()
 
 
 class SQLStartStore:
-    """A record of starts in a database, so that each key starts one run.
+    """Records in a database which run each key started, so that each key starts one run.
 
-    Give it to the sessions of all processes that may start with the same keys::
+    Pass it to the sessions of all processes that may use the same keys::
 
-        async with SQLStartStore("postgresql://app@db/app") as store, Session(starts=store):
-            ...
+        async with (
+            SQLStartStore("postgresql://app@db/app") as store,
+            Session(starts=store) as session,
+        ):
+            execution = await session.start("write-report", {"topic": "otters"}, key="order-42")
 
-    Making one does no I/O; the first call creates its table, `promptlayer_exec_starts`. Any number
-    of sessions, event loops and processes may use it, also after a fork.
+    Creating it does no I/O; its first call creates the table `promptlayer_exec_starts`. Any number
+    of sessions, event loops and processes may use it, even after a fork.
 
     Args:
         database_url: `sqlite:///` and the path of a file, or `postgresql://user@host/database`.
-            None: the database that batches use by default: that of the environment variable
-            `PROMPTLAYER_EXEC_DB`, else a file of the user's own in the platform's directory for
-            the state of programs.
-        restart_unknown_after: seconds after which a start whose response was lost may be sent
-            again. **The first one may have started a run, too**, and you pay for both. None: only
-            a callback or `forget` ends the uncertainty.
+            By default the database that batches use: the one in `$PROMPTLAYER_EXEC_DB`, or else a
+            SQLite file in your user's state directory.
+        restart_unknown_after: seconds after which the next call with the same key resends a start
+            whose response was lost. **The first request may have started a run as well**, and you
+            pay for both. None: only a callback or `forget` frees the key.
 
     Raises:
-        ConfigurationError: an argument is malformed. Each method raises it, too, if the database
-            cannot be used for `patience` seconds.
+        ConfigurationError: an argument is malformed. Each method also raises it if the database
+            is unavailable for `patience` seconds.
     """
 
     def __init__(
@@ -402,12 +404,12 @@ class SQLStartStore:
         if restart_unknown_after is not None:
             restart_unknown_after = check_seconds("restart_unknown_after", restart_unknown_after)
         self._restart_after = restart_unknown_after
-        # By process id. A forked process must neither use nor close what it got from its parent,
-        # so that stays here.
+        # By process id. A forked process must neither use nor close its parent's connections, so
+        # they stay here.
         self._open: dict[int, _OpenStore] = {}
 
     async def find(self, key: str, *, patience: float = PATIENCE) -> StoredStart | None:
-        """Return what is recorded for a key, if anything is."""
+        """Return the record of a key, or None if it has none."""
         found: StoredStart | None = await self._call("find", check_key(key), patience)
         return found
 
@@ -422,45 +424,45 @@ class SQLStartStore:
     async def record(
         self, key: str, token: str, execution_id: int | None, *, patience: float = PATIENCE
     ) -> bool:
-        """Record the id of the run that a start has begun; see `StartStore.record`."""
+        """Record the id of the run that a start began; see `StartStore.record`."""
         done: bool = await self._call("record", _Recorded(key, token, execution_id), patience)
         return done
 
     async def release(self, key: str, token: str, *, patience: float = PATIENCE) -> None:
-        """Forget a claim whose request has started nothing; see `StartStore.release`."""
+        """Forget a claim whose request started nothing; see `StartStore.release`."""
         await self._call("release", _Released(key, token), patience)
 
     async def resolve(self, token: str, execution_id: int, *, patience: float = PATIENCE) -> bool:
-        """Record the id of the run that a callback has named; see `StartStore.resolve`."""
+        """Record the id of the run in a callback; see `StartStore.resolve`."""
         resolved = _Resolved(token, check_execution_id(execution_id))
         done: bool = await self._call("resolve", resolved, patience)
         return done
 
     async def forget(self, key: str, *, patience: float = PATIENCE) -> bool:
-        """Delete what is recorded for a key: the next start with it starts a new run.
+        """Delete the record of a key, so that its next start begins a new run.
 
         Returns:
-            Whether there was anything.
+            Whether there was a record.
         """
         done: bool = await self._call("forget", check_key(key), patience)
         return done
 
     async def prune(self, *, older_than: float, patience: float = PATIENCE) -> int:
-        """Forget every key whose record last changed so long ago, except for starts in flight.
+        """Delete old records, except for starts in flight.
 
         Args:
-            older_than: the number of seconds.
-            patience: for how many seconds to wait for the database.
+            older_than: the least age of a record, in seconds since it last changed.
+            patience: how long to wait for the database, in seconds.
 
         Returns:
-            How many keys there were.
+            The number of deleted records.
         """
         seconds = check_seconds("older_than", older_than)
         pruned: int = await self._call("prune", seconds, patience)
         return pruned
 
     async def aclose(self) -> None:
-        """Wait for the calls that go on, and close the connections; a later call opens new ones."""
+        """Wait for the calls in progress, and disconnect; a later call connects again."""
         opened = self._open.pop(os.getpid(), None)
         if opened is not None:
             await opened.aclose()
@@ -492,11 +494,11 @@ class SQLStartStore:
             if isinstance(error, TimeoutError):
                 raise opened.database.late(patience) from error
             if isinstance(error, ConfigurationError):
-                raise ConfigurationError(*error.args) from error  # others got the same one
+                raise ConfigurationError(*error.args) from error  # other callers get the same one
             raise
 
     def _give_up(self, opened: _OpenStore, what: str, argument: Any, future: Future[Any]) -> None:
-        """Undo a claim whose caller does not know of it, unless it has not been tried yet."""
+        """Undo a claim whose caller has given up, unless it can still be cancelled."""
         if not future.cancel() and what == "claim":
             released = _Released(argument.key, argument.token)
             opened.submit_after(future, "release", _StoreCall(released, time.monotonic() + 10.0))

@@ -35,15 +35,15 @@ _PURPOSE = b"promptlayer_exec callback "
 class Webhook:
     """A genuine webhook of PromptLayer.
 
-    PromptLayer may send it several times, and anyone who has seen it can send it again: its
-    signature has no time limit. So take it as a hint to look at the execution.
+    PromptLayer may send it several times, and anyone who has seen it can replay it: the signature
+    never expires. Treat it as a hint to look at the execution.
 
     Attributes:
         event_type: what happened, such as `agent_run_finished`.
         execution_id: the id of the execution, for `agent_run_finished`; else None.
         workflow: the name of its workflow, if the webhook has it.
         workflow_id: the id of its workflow, if the webhook has it.
-        timestamp: when it happened (UTC); None if the webhook does not say it readably.
+        timestamp: when it happened (UTC); None if the webhook has no readable time.
         payload: the decoded body, with all fields.
     """
 
@@ -59,13 +59,13 @@ def read_webhook(body: bytes, signature: str | None, secret: str) -> Webhook:
     """Return the webhook in a request's body, if PromptLayer signed it.
 
     Args:
-        body: the request's body as it was received, at most 1 MiB.
+        body: the raw body of the request, at most 1 MiB.
         signature: the request's header `X-PromptLayer-Signature`; None if there is none.
         secret: the webhook's secret, from PromptLayer's settings.
 
     Raises:
-        InvalidSignature: the body is not PromptLayer's, or was signed with another secret.
-        ValueError: it is not a webhook as documented, or larger than 1 MiB.
+        InvalidSignature: PromptLayer did not sign this body, or used another secret.
+        ValueError: it is not a documented webhook, or larger than 1 MiB.
         ConfigurationError: the secret is empty.
         TypeError: `body` is not bytes, or `secret` not a str.
     """
@@ -105,13 +105,13 @@ def _verified(body: bytes, signature: str | None, secret: str) -> Any:
         raise InvalidSignature("the webhook has no signature")
 
     try:
-        # Both as the sender does it, in Python's own JSON: other decoders differ in numbers.
+        # As the sender does it, with Python's own JSON: other decoders treat numbers differently.
         payload = json.loads(body)
         canonical = json.dumps(payload, sort_keys=True)
     except (ValueError, RecursionError):
         # Without a cause: its text and its attributes quote the body.
         raise InvalidSignature(
-            "the webhook is not JSON, so its signature cannot be checked"
+            "cannot check the signature, because the webhook is not JSON"
         ) from None
 
     expected = hmac.digest(secret.encode(), canonical.encode(), "sha256").hex()
@@ -124,8 +124,8 @@ def _verified(body: bytes, signature: str | None, secret: str) -> Any:
 class Callback:
     """What PromptLayer posted to a start's `callback_url` when the execution was complete.
 
-    The output is the callback's `final_output` as it was posted, None if it has none. A start of
-    this package asks for all nodes; for other starts, it may be the main output alone.
+    The output is the callback's `final_output`, None if it has none. For runs that this package
+    started, that is all nodes; for others, it may be the main output alone.
     """
 
     execution_id: int
@@ -135,8 +135,8 @@ class Callback:
 def read_callback(body: bytes) -> Callback:
     """Return what PromptLayer posted to a start's `callback_url`.
 
-    Nobody signed the body. So take it as a hint to look at the execution, unless only PromptLayer
-    can know the URL that it was posted to.
+    The body is not signed. Treat it as a hint to look at the execution, unless its URL is a secret
+    between you and PromptLayer.
 
     Raises:
         ValueError: it is not a JSON object with the id of an execution.
@@ -159,17 +159,17 @@ def read_callback(body: bytes) -> Callback:
 
 @attrs.frozen
 class Callbacks:
-    """Gives each start of `Session(callbacks=...)` a callback URL of its own.
+    """Gives each start of `Session(callbacks=...)` its own callback URL.
 
-    PromptLayer posts to that URL when the run is complete. So a callback proves that the start
-    reached PromptLayer, even if its answer was lost, and says the execution's id.
+    PromptLayer posts to that URL when the run is complete. If the response to a start was lost, the
+    callback proves that the run started, and brings its id.
 
     Args:
         url: your server's URL for callbacks, as PromptLayer reaches it, for example
-            `https://app.example.com/callbacks`. The URL of a start is this, `/`, and a token that
-            nobody can guess.
-        secret: signs the tokens, so that a server recognizes those of any process with the same
-            secret. Keep it from everyone else.
+            `https://app.example.com/callbacks`. Each start appends `/` and a token that nobody can
+            guess.
+        secret: signs the tokens, so that every process with the same secret recognizes them. Keep
+            it from everyone else.
 
     Raises:
         ConfigurationError: `url` is not an http or https URL, or the secret is empty.
@@ -198,7 +198,7 @@ class Callbacks:
             raw = base64.urlsafe_b64decode(f"{token}=".encode("ascii"))
         except ValueError:
             return False
-        # Several texts decode to the same bytes, and only one of them was issued.
+        # Several texts decode to the same bytes, but only one of them is the token.
         if _text(raw) != token:
             return False
         nonce, signature = raw[:_NONCE_BYTES], raw[_NONCE_BYTES:]
@@ -209,7 +209,7 @@ class Callbacks:
 
 
 def check_secret(secret: Any) -> str:
-    """Return a secret that can be used."""
+    """Return a secret, or raise an error if it is unusable."""
     if not isinstance(secret, str):
         raise TypeError(f"secret must be a str, not {json_kind(secret)}")
     if not secret:
@@ -235,7 +235,7 @@ def _callbacks_url(text: Any) -> str:
 
 def _check_bytes(body: Any) -> None:
     if not isinstance(body, bytes | bytearray):
-        raise TypeError(f"body must be the bytes that were received, not {json_kind(body)}")
+        raise TypeError(f"body must be the received bytes, not {json_kind(body)}")
 
 
 def _is_id(value: Any) -> TypeGuard[int]:
@@ -256,4 +256,4 @@ def _text(raw: bytes) -> str:
 
 
 def _malformed(what: str, path: str, reason: str) -> NoReturn:
-    raise ValueError(f"the {what} is malformed: {path}: {reason}")
+    raise ValueError(f"the {what} is malformed at {path}: {reason}")

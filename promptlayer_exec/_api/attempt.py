@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class AtMostOnce(Protocol):
-    """A request that must not reach the server twice, and whether it may have reached it."""
+    """A request that must not reach the server twice, and what has happened to it so far."""
 
     @property
     def secret(self) -> str | None:
@@ -42,10 +42,10 @@ class AtMostOnce(Protocol):
 
 
 class Priority(enum.Enum):
-    """Which requests go first when not all can be sent at once."""
+    """Which requests go first when the session cannot send all of them now."""
 
     URGENT = enum.auto()  # before all others: control requests, and polls after a wake-up
-    FIRST = enum.auto()  # somebody has seen nothing yet: first polls, single reads, starts
+    FIRST = enum.auto()  # their callers have nothing yet: first polls, single reads, starts
     REPEATED = enum.auto()  # the polls that follow
 
 
@@ -56,10 +56,10 @@ class Attempt:
     due: float  # on the event loop's clock
     priority: Priority = Priority.FIRST
     start: AtMostOnce | None = None  # which must not be sent twice
-    # Called with False when it begins to wait for a connection and the rate, True when it is sent.
+    # Called with False when it starts to wait for a connection and the rate, True when it is sent.
     on_sending: Callable[[bool], object] | None = None
-    # A request of push or for a definition. It is urgent and has its own connections, so that no
-    # other kind of request waits while its response is late.
+    # Whether it is a request of push or for a definition. Those are urgent and have their own
+    # connections, so that no other request waits while their responses are late.
     is_control: bool = False
 
 

@@ -1,7 +1,7 @@
 """Building the requests for workflows and reading their responses, without I/O.
 
-They read every documented shape: the reference's, its example's (`version_number`), and that of a
-development server (an object in `workflow`).
+There are three shapes of a workflow: the reference documents one, its example another
+(`version_number`), and a development server sends a third (an object in `workflow`).
 
 https://docs.promptlayer.com/reference/get-workflow
 https://docs.promptlayer.com/reference/list-workflows
@@ -117,7 +117,7 @@ documented(
 
 
 def read_workflow(response: Response) -> Workflow:
-    """Read one version of a workflow; the documented fields win over those in `workflow`."""
+    """Read one version of a workflow; documented fields take precedence over `workflow`."""
     check_status(response)
     raw = decode(response)
     body = structured(response, raw, _Definition)

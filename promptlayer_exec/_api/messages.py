@@ -44,8 +44,8 @@ class Response:
 class Reply(Generic[T]):
     """The value of a successful response, with the measurements of `Polled`.
 
-    `sent_at` is when the rate allowed the request, on the event loop's clock. A `shared` reply is
-    from another process, which sent the request.
+    `sent_at` is when the rate allowed the request, on the event loop's clock. If `shared`, another
+    process sent the request.
     """
 
     value: T
@@ -65,7 +65,7 @@ def decode(response: Response) -> Any:
         what = f"the {response.status} response is not JSON ({error})"
         raise invalid(response, what, reason=str(error)) from error
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
-        invalid_shape(response, "$", f"the JSON cannot be read ({error})", error)
+        invalid_shape(response, "$", f"cannot read the JSON ({error})", error)
 
 
 def is_object(body: bytes) -> bool:
@@ -77,7 +77,7 @@ def is_object(body: bytes) -> bool:
 
 
 def oversize_reason(body: bytes, limit: int) -> str:
-    """Return how a JSON body exceeds a limit in bytes, in words; empty if it does not."""
+    """Return how a JSON body exceeds a limit in bytes, for a message; empty if it does not."""
     # A decoded body takes up to fifty times its size. One under a sixth of the limit takes less
     # than nine times the limit, so its values are not counted.
     if len(body) <= limit // 6:
@@ -88,7 +88,7 @@ def oversize_reason(body: bytes, limit: int) -> str:
     # With one value per 64 bytes of the limit, a decoded body takes about 20 times the limit.
     values = max(limit // 64, 1000)
     if sum(map(body.count, (b",", b"[", b"{"))) > values:
-        return f"holds more than {values:,} values, the most for {limit} bytes"
+        return f"contains more than {values:,} values, the most for {limit} bytes"
     return ""
 
 
@@ -96,17 +96,17 @@ def invalid_shape(
     response: Response, path: str, reason: str, cause: BaseException | None = None
 ) -> NoReturn:
     """Raise the `InvalidResponse` for JSON that is not of the documented shape."""
-    what = f"the {response.status} response has an unexpected shape: {path}: {reason}"
+    what = f"the {response.status} response has an unexpected shape at {path}: {reason}"
     raise invalid(response, what, path=path, reason=reason) from cause
 
 
 def invalid(response: Response, what: str, **fields: Any) -> InvalidResponse:
-    """Return an `InvalidResponse` with the start of the body."""
+    """Return an `InvalidResponse` with the first bytes of the body."""
     return InvalidResponse(what, status=response.status, excerpt=excerpt(response.body), **fields)
 
 
 def excerpt(body: bytes) -> str:
-    """Return the start of a body, for an error."""
+    """Return the first 200 bytes of a body as text, for an error."""
     return body[:200].decode("utf-8", "replace")
 
 
@@ -138,7 +138,7 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
 
 
 def _number(value: str) -> float | None:
-    """Return a decimal number, or None for what else `float` reads, such as `nan` and `1e9`."""
+    """Return a decimal number; None for anything else, even if `float` reads it (`nan`, `1e9`)."""
     value = value.strip()
     if re.fullmatch(r"\d+(\.\d*)?|\.\d+", value, re.ASCII):
         return float(value)

@@ -1,4 +1,4 @@
-"""Keeping the API key, and the passwords in URLs, out of every text that is shown."""
+"""Keeps the API key and the passwords in URLs out of every message and log line."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 
 import attrs
 
-# The user and the password in a URL, such as that of a proxy, or in the quoted part of one.
+# The user and the password in a URL, for example of a proxy, or in a quoted part of one.
 CREDENTIALS = re.compile(r"(?<=[/'])[^/\s@']*@")
 
 
 @attrs.frozen
 class Redactor:
-    """Replaces secrets by `***`, except for those of fewer than 6 characters."""
+    """Replaces secrets with `***`, unless they have fewer than 6 characters."""
 
     _secrets: tuple[str, ...] = attrs.field(repr=False)
 
@@ -24,7 +24,7 @@ class Redactor:
 
     def redact(self, text: str) -> str:
         for secret in self._secrets:
-            # A shorter one is a test's, and may be a word of ordinary messages.
+            # A shorter one comes from a test, and may be a word in ordinary messages.
             if len(secret) >= 6:
                 text = text.replace(secret, "***")
         return text

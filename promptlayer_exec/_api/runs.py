@@ -47,12 +47,12 @@ def results_request(execution_id: int, *, return_all_outputs: bool) -> Request:
 def run_request(
     start: StartRequest, inputs: Mapping[str, Any], channel_suffix: str | None = None
 ) -> Request:
-    """Return the request that starts a run with `inputs`, plain JSON values, not `start.inputs`.
+    """Return the request that starts a run with `inputs` in JSON form, instead of `start.inputs`.
 
-    PromptLayer pushes the completion of a run with a `channel_suffix` to the channel of that
-    suffix.
+    When the run completes, PromptLayer pushes a message to the channel with `channel_suffix`.
 
-    Checks all other fields of `start`, and raises `TypeError` or `ValueError`.
+    Raises:
+        TypeError, ValueError: another field of `start` is malformed.
     """
     label, version = version_selection(start.label, start.version)
     callback_url = optional_str("callback_url", start.callback_url)
@@ -66,7 +66,7 @@ def run_request(
         "channel_name_suffix": channel_suffix,
     }
     if callback_url is not None:
-        # The documented callback, with the node map, is that of such a start.
+        # Only then does the callback have the documented shape, with the node map.
         body["return_all_outputs"] = True
 
     given = {name: value for name, value in body.items() if value is not None}
@@ -93,7 +93,7 @@ def path_segment(workflow: Any) -> str:
     if not workflow:
         raise ValueError("workflow name must not be empty")
     segment = quote(workflow, safe="")
-    # Many servers resolve a segment of dots as a relative path.
+    # Many servers take a segment of dots for a relative path.
     if set(segment) == {"."}:
         return segment.replace(".", "%2E")
     return segment
@@ -123,7 +123,7 @@ class StartResponse:
 
 def _read_id(value: Any, _: Any) -> int:
     if type(value) is not int or not 1 <= value <= MAX_ID:
-        raise ValueError("there is no usable id")
+        raise ValueError("expected an execution id")
     return value
 
 
@@ -146,7 +146,7 @@ documented(Node, status=override(struct_hook=_read_status))
 
 
 def read_started(response: Response) -> StartResponse:
-    """Read the response to the request that starts a run; a 2xx must have a usable id."""
+    """Read the response to a start request; every 2xx must contain an execution id."""
     if response.status >= 300:
         check_status(response)
     return structured(response, decode(response), StartResponse)
@@ -154,7 +154,7 @@ def read_started(response: Response) -> StartResponse:
 
 @attrs.define
 class NodeMap:
-    """The nodes in a body, which is decoded in `raw`; `source` is the status and the body."""
+    """The nodes in a body; `raw` is the decoded body, and `source` the status and the bytes."""
 
     complete: bool
     nodes: FrozenMap[Node]
@@ -169,9 +169,9 @@ class NodeMapReader:
     _reported: set[str] = attrs.field(factory=set)
 
     def read(self, response: Response, execution_id: int, before: NodeMap | None = None) -> NodeMap:
-        """Read the node map in a response, with the unchanged nodes of the map `before`.
+        """Read the node map in a response, and reuse the unchanged nodes of the map `before`.
 
-        For an unchanged response, it is `before` itself.
+        If the whole response is unchanged, return `before` itself.
         """
         if before is not None and before.source == (response.status, response.body):
             return before
@@ -198,7 +198,7 @@ class NodeMapReader:
             if node.status not in STATUSES:
                 self._report(execution_id, node)
 
-        # Snapshots share the unchanged nodes, so that a watch does not keep each body in memory.
+        # Snapshots share unchanged nodes, so that a watch does not keep every body in memory.
         if before is not None:
             raw.update({name: before.raw[name] for name in raw if name not in changed})
             nodes = {name: nodes.get(name) or before.nodes[name] for name in raw}
@@ -210,7 +210,7 @@ class NodeMapReader:
         if node.status not in self._reported:
             self._reported.add(node.status)
             logger.warning(
-                "execution %d: node %.100r has the unknown status %.100r; it counts as not final",
+                "execution %d: node %.100r has the unknown status %.100r, which is not final",
                 execution_id,
                 node.name,
                 node.status,
@@ -218,7 +218,7 @@ class NodeMapReader:
 
 
 def read_main_output(response: Response, execution_id: int) -> MainOutput:
-    """Read the main output in a response; any body of a 202 is accepted."""
+    """Read the main output in a response; a 202 may have any body."""
     check_status(response)
     try:
         value = decode(response)

@@ -1,4 +1,4 @@
-"""The errors of refused requests: the class for a status, and the server's message in a body."""
+"""The errors for refused requests: each status has its class, each body its message."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_status(response: Response) -> None:
         raise status_error(response)
     if response.status not in (200, 202):
         name = status_name(response.status)
-        what = f"the server answered {name}, but only 200 and 202 are defined"
+        what = f"the server returned {name}, but PromptLayer documents only 200 and 202"
         raise invalid(response, what, path="$")
 
 
@@ -40,9 +40,9 @@ def status_error(response: Response) -> StatusError:
     shown = message
     if status < 400 and response.location:
         target = response.location[:200]
-        shown = f"a redirect to {target}, not followed because the key is for base_url alone"
+        shown = f"a redirect to {target}, not followed because it would get the API key"
 
-    what = f"the server answered {name}"
+    what = f"the server returned {name}"
     if shown and shown != responses.get(status):  # which would only repeat the name
         what += f": {_one_line(shown)}"
 
@@ -80,7 +80,7 @@ def _server_message(body: Any) -> str:
     """Return the server's error message, or an empty string if the body has none."""
     if isinstance(body, str):
         text = body[:200].strip()
-        if "<" in text:  # the HTML of a proxy tells less than the status
+        if "<" in text:  # a proxy's HTML page is less helpful than the status
             return ""
         return text
     if not isinstance(body, dict):

@@ -1,6 +1,6 @@
 """Structuring responses into attrs classes with cattrs, by the strict rules of `into=`.
 
-A class is the documented shape: a body needs all fields without a default, null is the same as
+Each class is the documented shape: a body must have all fields without a default, null counts as
 missing, and unknown fields are ignored.
 """
 
@@ -26,7 +26,7 @@ _OVERRIDES: dict[type, dict[str, Any]] = {}
 
 
 def documented(kind: type, **overrides: Any) -> None:
-    """Register the fields of a class that have other names in bodies, or need another hook."""
+    """Register the fields of a class whose name in bodies differs, or that need their own hook."""
     _OVERRIDES[kind] = overrides
 
 
@@ -43,7 +43,7 @@ def structured(response: Response, value: Any, kind: type[T], *keys: str) -> T:
 
 @cache
 def _wire_converter() -> cattrs.Converter:
-    # Imported with the first response, so that importing the package stays cheap.
+    # Imported with the first response, to keep importing the package cheap.
     from promptlayer_exec._structuring._rules import is_union, strict_converter  # noqa: PLC0415
 
     converter = strict_converter()

@@ -1,4 +1,4 @@
-"""What batches and the record of starts share about their database: SQLite or PostgreSQL.
+"""The database of batches and of the record of starts: SQLite or PostgreSQL.
 
 It needs an extra, so the core never imports it.
 """

@@ -30,7 +30,7 @@ logger = logging.getLogger("promptlayer_exec")
 
 # Without these, a connection over which nothing comes any more keeps its thread for many minutes.
 # In seconds, except for the one in milliseconds. libpq acts on all of them itself; only
-# `client_encoding` is sent, and PgBouncer knows it.
+# `client_encoding` is sent, and PgBouncer accepts it.
 _POSTGRES_OPTIONS = {
     "connect_timeout": "5",
     "keepalives_idle": "10",
@@ -48,7 +48,7 @@ _stop: ContextVar[threading.Event] = ContextVar("stop")
 
 @attrs.frozen
 class DatabaseLimits:
-    """How long a database may keep its callers waiting, and how many of them at once.
+    """How long a database may keep its callers waiting, and how many of them in parallel.
 
     Attributes:
         retry_for: seconds for which calls are retried while the database cannot be used.
@@ -103,7 +103,7 @@ class Database:
         self.is_sqlite = url.get_backend_name() == "sqlite"
         self._shown = shown(url)
         if not self.is_sqlite:
-            # In the URL, because DBOS creates its tables on connections of its own.
+            # In the URL, because DBOS creates its tables on its own connections.
             url = url.set(query=_POSTGRES_OPTIONS | url.query)
         self.url = url.render_as_string(hide_password=False)
 
@@ -267,10 +267,10 @@ class Database:
                 logger.warning("the database %s can be used again", self._shown)
 
     def late(self, seconds: float) -> ConfigurationError:
-        """Return the error of a call that has waited for so long."""
+        """Return the error of a call that has waited for this long."""
         if self._error is not None and self.unavailable_for:
             return self._unusable(self._error)
-        return self._unusable(DatabaseLost(f"no answer within {seconds:g} s"))
+        return self._unusable(DatabaseLost(f"no response within {seconds:g} s"))
 
     def _unusable(self, error: Exception) -> ConfigurationError:
         cause = getattr(error, "orig", None) or error
@@ -294,7 +294,7 @@ def dispose(engine: sa.Engine) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what an error of the database says, on one line."""
+    """Return the message of a database error, on one line."""
     return " ".join(str(getattr(error, "orig", None) or error).split())
 
 
@@ -308,7 +308,7 @@ def _may_pass(error: Exception) -> bool:
 def _mark_lost_connections(context: sa.ExceptionContext) -> None:
     """Replace a connection that is lost, or whose server became a standby.
 
-    DBOS, too, retries after an error that SQLAlchemy calls a disconnect. By themselves, both
+    Like us, DBOS retries after an error that SQLAlchemy calls a disconnect. By themselves, both
     recognize only some of psycopg's messages.
     """
     error = context.original_exception

@@ -1,4 +1,4 @@
-"""Where the database of batches is."""
+"""The location of the database of batches."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ _VARIABLE = "PROMPTLAYER_EXEC_DB"
 
 
 def database_url(given: str | None) -> sa.URL:
-    """Return the URL of a database: the given one, that of the environment, or the user's own."""
+    """Return the URL of a database: the given one, or from the environment, or the default."""
     if text := given or os.environ.get(_VARIABLE):
         return check_url(text)
     return sa.URL.create("sqlite", database=str(_default_path()))
 
 
 def shown_database_url(given: str | None = None) -> str:
-    """Return the URL of the database that `Batch` uses, as messages show it: without a password.
+    """Return the URL of the database that `Batch` uses, without its password, for messages.
 
     Args:
-        given: as `database_url` of `Batch`.
+        given: the same as `database_url` of `Batch`.
 
     Raises:
-        ConfigurationError: this, or the environment variable `PROMPTLAYER_EXEC_DB`, is no such URL.
+        ConfigurationError: it, or the environment variable `PROMPTLAYER_EXEC_DB`, is malformed.
     """
     return shown(database_url(given))
 
 
 def shown(url: sa.URL) -> str:
-    """Return a URL as messages show it: as it was given, but without a password."""
+    """Return a URL for messages: in its original form, but without the password."""
     return url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True)
 
 
 def prepare_default(url: sa.URL) -> None:
-    """Make the directory of the user's own database, unless the URL is another one's.
+    """Make the directory of the default database, if the URL is the default.
 
     Raises:
-        ConfigurationError: the directory cannot be made.
+        ConfigurationError: making the directory failed.
     """
     path = _default_path()
     if url.database != str(path):
@@ -51,8 +51,8 @@ def prepare_default(url: sa.URL) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(
-            f"the directory {path.parent}, for the database of batches, cannot be made:"
-            f" {error.strerror or error}; name another database in {_VARIABLE}"
+            f"could not make the directory {path.parent} for the database of batches:"
+            f" {error.strerror or error}. Set {_VARIABLE} to another database"
         ) from error
 
 
@@ -66,7 +66,7 @@ def check_url(database_url: str) -> sa.URL:
         url = sa.make_url(database_url)
     except (exc.ArgumentError, ValueError):
         raise ConfigurationError(
-            "database_url is not a URL; use sqlite:///batches.sqlite or"
+            "database_url is not a URL. Use sqlite:///batches.sqlite or"
             " postgresql://user@host/database"
         ) from None
     backend = url.get_backend_name()
@@ -76,7 +76,7 @@ def check_url(database_url: str) -> sa.URL:
         raise ConfigurationError(f"database_url must be sqlite or postgresql, got {backend}")
     if url.database in (None, "", ":memory:"):
         raise ConfigurationError(
-            "database_url must name a file; a SQLite database in memory ends with its process"
+            "database_url must name a file: a SQLite database in memory is lost with its process"
         )
     try:
         url.database.encode()

@@ -1,4 +1,4 @@
-"""Threads that use a database: each takes many rows into one transaction."""
+"""Threads that use a database: each writes many rows in one transaction."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import attrs
 R = TypeVar("R")
 V = TypeVar("V")
 
-# At most so many rows, and about so many bytes, are written at once.
+# The most rows, and about the most bytes, in one transaction.
 _MOST_ROWS = 500
 _MOST_BYTES = 4 * 1024 * 1024
 
 
 async def finished(future: Future[V]) -> V:
-    """Wait for what a thread does, and return its result; cancelling ends only the waiting."""
+    """Wait for a thread's result, and return it; cancelling stops only the waiting."""
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
 
     def wake(_: Future[V]) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed, so nobody is waiting
             loop.call_soon_threadsafe(done.set)
 
     future.add_done_callback(wake)
@@ -36,7 +36,7 @@ async def finished(future: Future[V]) -> V:
 
 
 class OneThread:
-    """Calls functions one after the other, in a thread that ends when there is nothing to do."""
+    """Calls functions one after the other, in a thread that exits when it has nothing to do."""
 
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
@@ -44,11 +44,11 @@ class OneThread:
         self._is_running = False
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Call a function, which must not raise, after those that wait."""
+        """Call a function, which must not raise, after the waiting ones."""
         with self._lock:
             self._waiting.append(work)
             if not self._is_running:
-                # No daemon: what is written must be written when the program ends.
+                # No daemon: the program must not exit before everything is written.
                 threading.Thread(target=self._run, name="promptlayer-exec-rows").start()
                 self._is_running = True
 
@@ -66,8 +66,8 @@ class OneThread:
 class Group(Generic[R, V]):
     """Gathers rows while others are being written, and then writes them together.
 
-    A transaction takes several round trips to the database, for one row as for a hundred. Rows may
-    come from several event loops. Groups with the same thread take turns.
+    A transaction takes several round trips to the database, whether it has one row or a hundred.
+    Rows may come from several event loops. Groups with the same thread take turns.
     """
 
     _write: Callable[[list[R]], Sequence[V]]  # returns a value for each row
@@ -79,11 +79,11 @@ class Group(Generic[R, V]):
     _transaction_time: float = attrs.field(init=False, default=0.0)  # the latest one's, in seconds
 
     async def add(self, row: R) -> V:
-        """Return the row's value when it is written; also if cancelled, it will be."""
+        """Write the row, even if cancelled, and return its value."""
         return await finished(self.submit(row))
 
     def submit(self, row: R) -> Future[V]:
-        """Return the future of the row's value; one that is cancelled in time is not written."""
+        """Return the future of the row's value; cancel it in time, and the row is not written."""
         written: Future[V] = Future()
         with self._lock:
             self._waiting.append((row, written))
@@ -122,7 +122,7 @@ class Group(Generic[R, V]):
     def _write_together(self, taken: list[tuple[R, Future[V]]]) -> None:
         try:
             values = self._write([row for row, _ in taken])
-        except BaseException as error:  # noqa: BLE001 - it is each caller's
+        except BaseException as error:  # noqa: BLE001 - each caller gets it
             for _, written in taken:
                 written.set_exception(error)
         else:

@@ -1,4 +1,4 @@
-"""Matches callbacks that arrived with lost starts. No HTTP."""
+"""Matches callbacks with lost starts. No HTTP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def with_callback_url(
     request: StartRequest, callbacks: Callbacks | None, token: str | None = None
 ) -> tuple[StartRequest, str | None]:
-    """Return a start with a callback URL, and the token in it; None if the caller chose the URL."""
+    """Return a start with a callback URL, and its token; None if the caller chose the URL."""
     if callbacks is None or request.callback_url is not None:
         return request, None
     token = token or callbacks.new_token()
@@ -39,19 +39,20 @@ def recoverable_token(error: StartUnknown, callbacks: Callbacks | None) -> str:
     token = error.callback_token
     if token is None:
         raise ValueError(
-            "this start cannot be recovered: it had no callback URL of its own; pass callbacks="
-            " to Session, and no callback_url= to the start"
+            "this start cannot be recovered, because it did not have its own callback URL. Pass"
+            " callbacks= to Session, and no callback_url= to the start"
         )
     if callbacks is not None and not callbacks.is_genuine(token):
         raise ValueError(
-            "this start was sent with another secret: recover it in a session with that secret"
+            "this start was sent with a different secret. Recover it in a session whose callbacks="
+            " has that secret"
         )
     return token
 
 
 @attrs.frozen
 class _LostStart:
-    """A start whose response was lost; its request is without the inputs, which may be large."""
+    """A start whose response was lost; its request has no inputs, because they may be large."""
 
     request: StartRequest
     base_url: str
@@ -60,15 +61,15 @@ class _LostStart:
 
 @attrs.define(eq=False)
 class CallbackLog:
-    """Matches callbacks with lost starts, by the starts' tokens.
+    """Matches callbacks with lost starts, by their tokens.
 
-    Either may come first, and each may be recorded several times. Only the first callback counts;
-    it is reported once, even if nobody waits for it.
+    Either may come first, and may come several times. Only the first callback counts; the log
+    reports it once, even if nobody waits for it.
     """
 
     _emit: Emit
     _recent_starts: RecentStarts
-    # Hands a callback to other processes.
+    # Passes a callback on to other processes.
     share: Callable[[str, int], object] = attrs.field(init=False, default=lambda *_: None)
     _callbacks: ExpiringDict[str, int] = attrs.field(
         init=False, factory=partial(ExpiringDict, 3600.0)
@@ -77,11 +78,11 @@ class CallbackLog:
     _waiters: dict[str, set[asyncio.Future[None]]] = attrs.field(init=False, factory=dict)
 
     def lost_tokens(self) -> list[str]:
-        """Return the tokens of the lost starts whose callbacks have not come."""
+        """Return the tokens of lost starts whose callback has not arrived."""
         return [token for token in self._lost if self.execution_id(token) is None]
 
     def receive(self, token: str, execution_id: int, *, shared: bool = False) -> None:
-        """Record a callback; a `shared` one came to another process."""
+        """Record a callback; another process received a `shared` one."""
         if self.execution_id(token) is None:
             self._callbacks.add(token, execution_id)
             self._report(token)
@@ -98,7 +99,7 @@ class CallbackLog:
             self._report(token)
 
     def execution_id(self, token: str) -> int | None:
-        """Return the execution id of a start whose callback has come."""
+        """Return the execution id of a start, if its callback has arrived."""
         return self._callbacks.get(token)
 
     async def wait(self, token: str) -> int:
@@ -111,7 +112,7 @@ class CallbackLog:
             while (execution_id := self.execution_id(token)) is None:
                 await future
         except asyncio.CancelledError:
-            self._warn(token)  # the callback may have come at the same time
+            self._warn(token)  # the callback may have arrived at the same time
             raise
         finally:
             waiters.discard(future)
@@ -121,12 +122,12 @@ class CallbackLog:
         return execution_id
 
     def _report(self, token: str) -> None:
-        """Report the run of a lost start whose callback has come."""
+        """Report the run of a lost start, if its callback has arrived."""
         execution_id, start = self.execution_id(token), self._lost.get(token)
         if execution_id is None or start is None:
             return
 
-        # The server may still answer 404 for it.
+        # The server may still return 404 for it.
         self._recent_starts.add(execution_id, start.request.workflow, now=time.monotonic())
         if token not in self._waiters:
             self._warn(token)
@@ -146,8 +147,9 @@ class CallbackLog:
         execution_id, start = self.execution_id(token), self._lost.get(token)
         if execution_id is not None and start is not None:
             logger.warning(
-                "execution %d of workflow %.100r had started, although its answer was lost; follow"
-                " it by its id",
+                "execution %d of workflow %.100r did start, although the response was lost;"
+                " session.execution(%d) picks it up",
                 execution_id,
                 start.request.workflow,
+                execution_id,
             )

@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 @attrs.define(eq=False)
 class _Fetch:
-    """Requests the node map of one execution; unchanged nodes stay the same objects."""
+    """Requests the node map of one execution, and reuses the objects of unchanged nodes."""
 
     _retrying: Retrying
     _request: Request
@@ -86,7 +86,7 @@ class _Fetch:
 
 @attrs.define(eq=False, kw_only=True)
 class Client:
-    """The watches, calls and starts of an open session; closing the session ends them."""
+    """The watches, calls and starts of an open session; they stop when it closes."""
 
     _settings: Settings
     lifetime: Lifetime
@@ -108,7 +108,7 @@ class Client:
         return self._settings.deadline(timeout, now=clock())
 
     def watch(self, execution_id: int) -> Watch:
-        """Return the watch of an execution, which the caller joins at once."""
+        """Return the watch of an execution; the caller must join it without awaiting anything."""
         watch = self._watches.get(execution_id)
         if watch is not None:
             return watch
@@ -139,7 +139,7 @@ class Client:
         return watch
 
     def last_failure(self, execution_id: int) -> Exception | None:
-        """Return why the poll that somebody waits for is sent again, if it is."""
+        """Return the error for which the current poll is being retried, if any."""
         watch = self._watches.get(execution_id)
         return None if watch is None else watch.retries.error
 
@@ -156,24 +156,24 @@ class Client:
         self.callbacks.receive(token, execution_id, shared=True)
 
     def started_elsewhere(self, execution_id: int, left: float) -> None:
-        """Record that the server may not know a run of another session for `left` seconds."""
+        """Record that for `left` seconds, the server may return 404 for another session's run."""
         since = clock() + left - self._settings.retry.not_found_grace
         workflow = self._recent_starts.workflow(execution_id)
         self._recent_starts.add(execution_id, workflow, now=since)
 
     def stream_elsewhere(self, execution_id: int) -> None:
-        """Record that an execution is streamed in another session."""
+        """Record that another session streams an execution."""
         if (watch := self._watches.get(execution_id)) is not None:
             watch.stream_elsewhere()
 
     def wake(self, execution_id: int, source: WakeSource) -> bool:
-        """Do what `wake_here` does in all sessions that share the backplane."""
+        """Wake an execution's watch in all sessions that share the backplane."""
         if self.backplane is not None:
             self.backplane.wake(execution_id, source)
         return self.wake_here(execution_id, source)
 
     def wake_here(self, execution_id: int, source: WakeSource) -> bool:
-        """Wake the execution's watch, and return True; without one, remember the wake-up."""
+        """Wake the execution's watch and return True; if it has none, remember the wake-up."""
         watch = self._watches.get(execution_id)
         if watch is None:
             self._early_wake_ups.add(execution_id, source)
@@ -186,7 +186,7 @@ class Client:
             del self._watches[watch.execution_id]
 
     async def ask_main_output(self, snapshot: Snapshot, deadline: Deadline) -> Any:
-        """Request the main output of a complete execution until the server has it."""
+        """Request the main output of a complete execution until the server returns it."""
         request = results_request(snapshot.execution_id, return_all_outputs=False)
         read = partial(read_main_output, execution_id=snapshot.execution_id)
         due = clock()
@@ -218,7 +218,7 @@ class Client:
     async def definition(
         self, workflow: str | int, label: str | None, version: int | None, *, fresh: bool
     ) -> Workflow:
-        """Return a definition that all parts of the session share."""
+        """Return a definition, from the cache that all parts of the session share."""
         try:
             async with self.lifetime.call(self.deadline(None)):
                 return await self._definitions.get(workflow, label, version, fresh=fresh)
@@ -242,7 +242,7 @@ class Client:
         due: float | None = None,
         seen: Snapshot | None = None,
     ) -> Reply[T]:
-        """Send a request outside of a watch, now or at `due`; errors carry the snapshot `seen`."""
+        """Send a request outside a watch, now or at `due`; errors carry the snapshot `seen`."""
         state = RetryState(self._settings.retry, self._settings.retry.outage)
         now = clock()
         due = now if due is None else due
@@ -269,8 +269,8 @@ class Client:
         except DeadlinePassed:
             timeout = deadline.timeout or 0.0
             raise ExecutionTimeout(
-                f"could not send the start within {timeout:g} s; no run was started: the server did"
-                f" not say in time which inputs workflow {request.workflow!r:.100} requires",
+                f"could not send the start request within {timeout:g} s, so no run was started:"
+                f" the definition of workflow {request.workflow!r:.100} did not arrive in time",
                 timeout=timeout,
             ) from None
 
@@ -283,9 +283,9 @@ class Client:
         token: str | None,
         hooks: SendHooks | None,
     ) -> StartResponse:
-        """Start a run; its request must be sent before the deadline.
+        """Start a run; the request must be sent before the deadline.
 
-        The `token` is that in the start's own callback URL, if it has one.
+        The `token` is part of the start's own callback URL, if it has one.
         """
         start = Start(
             request=request,
@@ -317,7 +317,7 @@ class Client:
                 request.workflow, execution_id, sent_at=reply.sent_at, waited=reply.lateness
             )
 
-        if warning is not None:  # it goes to the log
+        if warning is not None:  # it may go to the log
             warning = self._redactor.also(start.secret).redact(warning)
         return StartResponse(execution_id, warning)
 
@@ -334,10 +334,9 @@ class Client:
             async with self.lifetime.call(deadline):
                 execution_id = await self._callback_of(error, token)
         except DeadlinePassed:
-            since = f"; no callback came within {deadline.timeout or 0.0:g} s"
+            since = f", and no callback came within {deadline.timeout or 0.0:g} s"
             if self._settings.callbacks is None:
-                since += " to this session, which has no callbacks="
-            since += "; the run may still be running, so call Session.recover again"
+                since += " (this session has no callbacks=)"
             raise start_unknown(
                 error.workflow, error.reason, token, since, key=error.key
             ) from error
@@ -346,7 +345,7 @@ class Client:
         return execution_id
 
     async def _callback_of(self, error: StartUnknown, token: str) -> int:
-        """Return the execution id that the callback of a lost start has told any process."""
+        """Return the execution id in a lost start's callback, whichever process received it."""
         if self.keyed_starts is None or error.key is None:
             return await self.callbacks.wait(token)
 
@@ -368,11 +367,11 @@ async def list_workflows(
     following: int | None = 1
     while following is not None:
         page = await open_client().workflows_page(following, parameters)
-        # Workflows that are added meanwhile move others to the next page.
+        # A workflow that was added meanwhile pushes others to the next page.
         new = [summary for summary in page.summaries if summary.id not in seen]
         seen.update(summary.id for summary in new)
         for summary in new:
             yield summary
 
-        # A page without new workflows ends the list, whatever the server says.
+        # Stop at a page without new workflows, even if the server claims that there are more.
         following = page.following if new else None

@@ -1,4 +1,4 @@
-"""The definitions of workflows: read in one place, and kept for a while."""
+"""The definitions of workflows: read in one place, and cached for a while."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _Key: TypeAlias = tuple[str | int, str | None, int | None]
 
 @attrs.frozen
 class _Limits:
-    """How long a start waits for a definition, and what is kept.
+    """How long a start waits for a definition, and how many definitions to cache.
 
-    Every start needs the required inputs, which are small: a start of a workflow that is not among
-    the 10,000 kept costs a request. Nodes are needed only by those who show a graph, and a workflow
-    may have thousands: only the latest 20 keep theirs. The raw body, with the prompts, goes.
+    Every start needs the required inputs, which are small: with more than 10,000 workflows, some
+    starts cost another request. Only graphs need the nodes, and a workflow may have thousands, so
+    the cache has the nodes of the latest 20 only. It drops the raw body, which has the prompts.
     """
 
     timeout: float = 5.0
@@ -42,9 +42,9 @@ _LIMITS = _Limits()
 
 @attrs.define(eq=False)
 class Definitions:
-    """Reads the definition of each version once for all who need it, and keeps it for five minutes.
+    """Reads each definition once for all callers, and caches it for five minutes.
 
-    Starts check their inputs with it, push needs the workflow's id, and the command line, the
+    Starts check their inputs against it, push needs the workflow's id, and the command line, the
     viewer and the MCP server show it.
     """
 
@@ -52,7 +52,7 @@ class Definitions:
     _spawn: Callable[
         [Coroutine[Any, Any, Workflow | Exception]], asyncio.Task[Workflow | Exception]
     ]
-    # Without nodes; None where there is no definition, so that no start waits for it again.
+    # Without nodes. None if there is no definition, so that no start waits for it again.
     _kept: ExpiringDict[_Key, tuple[Workflow | None]] = attrs.field(
         init=False, factory=lambda: ExpiringDict(_LIMITS.kept_for, _LIMITS.most)
     )
@@ -63,21 +63,21 @@ class Definitions:
     _warned: set[tuple[int, str]] = attrs.field(init=False, factory=set)
 
     async def check(self, request: StartRequest, inputs: Mapping[str, Any]) -> None:
-        """Raise `InvalidInputs` for missing ones, if the server names those required in time."""
+        """Raise `InvalidInputs` if required ones are missing and the definition arrives in time."""
         key = request.workflow, request.label, request.version
 
         kept = self._kept.get(key)
         if kept is not None:
-            with suppress(ValueError):  # it may have changed since, so it is read once more
+            with suppress(ValueError):  # the workflow may have changed since, so read it again
                 self._check(*kept, inputs)
                 return
 
         found = await self._read(key)
         if isinstance(found, Workflow):
             self._check(found, inputs)
-        else:  # whatever it is, the start itself will report it
+        else:  # the start itself will report the reason
             name, why = request.workflow, type(found).__name__
-            logger.debug("the inputs of workflow %.100r are not checked (%s)", name, why)
+            logger.debug("workflow %.100r: inputs not checked, no definition (%s)", name, why)
 
     def _check(self, workflow: Workflow | None, inputs: Mapping[str, Any]) -> None:
         if workflow is None:
@@ -89,14 +89,13 @@ class Definitions:
             if kind == "string" and is_number and (workflow.id, name) not in self._warned:
                 self._warned.add((workflow.id, name))
                 logger.warning(
-                    "the input %.100s of workflow %.100s is sent as a number, but should be a"
-                    " string",
-                    printable(repr(name)),
+                    "workflow %.100s expects its input %.100s as a string, but gets a number",
                     printable(repr(workflow.name)),
+                    printable(repr(name)),
                 )
 
     async def find_id(self, workflow: str) -> int:
-        """Return the id of the workflow with a name; raises a `RequestError`."""
+        """Return the id of a workflow by its name, or raise a `RequestError`."""
         for key in self._kept:
             if key[0] == workflow and (kept := self._kept.get(key)) is not None and kept[0]:
                 return kept[0].id
@@ -112,12 +111,12 @@ class Definitions:
     ) -> Workflow:
         """Return a definition with its nodes, but without `raw`.
 
-        One that is kept will do, unless it must be `fresh`. That there was none is not kept here:
-        whoever asks again may have corrected the name.
+        A cached one will do, unless it must be `fresh`. A failure is not cached here: before you
+        ask again, you may have corrected the name.
 
         Raises:
-            RequestError: it did not come, or not within 5 s. There is one attempt only.
-            TypeError, ValueError: there can be no such workflow, label or version.
+            RequestError: it did not arrive, or not within 5 s. There is only one attempt.
+            TypeError, ValueError: the workflow, label or version is malformed.
         """
         key = workflow, label, version
         kept = self._kept_with_nodes.get(key)
@@ -130,13 +129,13 @@ class Definitions:
         return found
 
     async def _read(self, key: _Key) -> Workflow | Exception:
-        """Return a definition, or why it did not come; all who wait for it share one request."""
+        """Return a definition, or why it did not arrive; all callers share one request."""
         reading = self._reading.get(key)
         if reading is None:
             reading = self._reading[key] = self._spawn(self._request(key))
             reading.add_done_callback(lambda _: self._reading.pop(key))
 
-        await asyncio.wait([reading])  # unlike `await`, it does not pass on a cancellation
+        await asyncio.wait([reading])  # unlike `await`, this does not cancel the task
         if reading.cancelled():
             return SessionClosed()
         return reading.result()
@@ -146,10 +145,10 @@ class Definitions:
         try:
             async with limit:
                 found = await self._call(workflow_request(*key), read_workflow)
-        except Exception as error:  # noqa: BLE001 - those who wait for it decide
+        except Exception as error:  # noqa: BLE001 - each caller decides
             self._kept.add(key, (None,))
             if limit.expired():
-                return RequestTimeout(f"no answer within {_LIMITS.timeout:g} s")
+                return RequestTimeout(f"no response within {_LIMITS.timeout:g} s")
             return error
 
         found = attrs.evolve(found, raw=None)

@@ -1,4 +1,4 @@
-"""Starts that have a key: each happens once, over all processes that share a store. No HTTP."""
+"""Starts with a key: each happens once across all processes that share a store. No HTTP."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ T = TypeVar("T")
 
 @attrs.frozen
 class _RecordPolicy:
-    """How long a start waits until its end is recorded, in seconds.
+    """How long a start waits for the store to record its result, in seconds.
 
-    An id that is not in the database after a moment goes to the log, and the caller gets its handle
-    a little later. Recording goes on beside it until the session closes, which tries once more.
+    If the id is not in the database by `until_reported`, it goes to the log; at `until_delivered`,
+    the caller gets the handle. Recording continues in the background until the session closes,
+    which tries once more.
     """
 
     until_reported: float = 1.0
@@ -55,16 +56,16 @@ _RECORD = _RecordPolicy()
 
 @attrs.define(eq=False, kw_only=True)
 class KeyedStarts:
-    """Starts each key once: it asks the store, and sends only what nobody has sent.
+    """Starts each key once: it asks the store first, and sends only if nobody else has.
 
-    The row in the store decides between processes. Within one session, calls with one key share
-    what they learn: one of them asks or sends, and the others wait for it.
+    The row in the store decides between processes. Within a session, calls with the same key share
+    one lookup or one request.
     """
 
     _store: StartStore
     _server: str
     _request_timeout: float
-    _is_recoverable: Callable[[str], bool]  # whether a callback can come for a token
+    _is_recoverable: Callable[[str], bool]  # whether a token's callback can reach us
     _lifetime: Lifetime
     _emit: Emit
     _sending: dict[str, asyncio.Event] = attrs.field(init=False, factory=dict)
@@ -78,20 +79,21 @@ class KeyedStarts:
         send: Callable[[SendHooks, str], Awaitable[T]],
         deadline: Deadline,
     ) -> T | StoredStart:
-        """Return what `send` returns, or the record of the run that the key has started already.
+        """Return the result of `send`, or the record of the run that the key already started.
 
         Args:
             request: the start, with a key.
-            fingerprint: what it asks for, for comparison with the record.
+            fingerprint: the request in a form to compare with the record.
             token: identifies the start if this call sends it.
             send: sends the start with hooks and the token.
-            deadline: until when to wait for a start in flight elsewhere.
+            deadline: until when to wait for another call that is sending this start.
 
         Raises:
-            KeyConflict: the key stands for another request.
-            StartUnknown: it is not known whether the key has started a run.
-            ExecutionTimeout: the start in flight has no response yet; this call sent nothing.
-            ConfigurationError: the store cannot be used; no run was started.
+            KeyConflict: the key belongs to a different request.
+            StartUnknown: the key may have started a run, but its response was lost.
+            ExecutionTimeout: the call that is sending it has no response yet; this one sent
+                nothing.
+            ConfigurationError: the store is unavailable; no run was started.
         """
         key: str = request.key
         claim = StartClaim(key, token, self._server, fingerprint, self._request_timeout)
@@ -112,12 +114,12 @@ class KeyedStarts:
     async def wait_for_callback(
         self, key: str, token: str, receive: Callable[[str, int], object]
     ) -> None:
-        """Look at a record until a callback has told any process the id of its run."""
+        """Watch a record until any process has received the callback with the id of its run."""
         while True:
-            with suppress(ConfigurationError):  # a store that is away may come back
+            with suppress(ConfigurationError):  # a store that is unavailable may come back
                 stored = await self._store.find(key)
                 if stored is None or stored.token != token:
-                    return  # it was forgotten, or started again
+                    return  # somebody forgot it, or started it again
                 if stored.execution_id is not None:
                     receive(token, stored.execution_id)
                     return
@@ -126,7 +128,7 @@ class KeyedStarts:
     async def _settled(
         self, request: StartRequest, claim: StartClaim, deadline: Deadline
     ) -> StoredStart | None:
-        """Return what is recorded for a key, once no start with it is in flight anywhere."""
+        """Return the record of a key, once nobody is sending its start."""
         pause = 0.02
         while True:
             stored = await self._find(request, deadline)
@@ -140,7 +142,7 @@ class KeyedStarts:
             pause = min(2 * pause, 0.5)
 
     async def _find(self, request: StartRequest, deadline: Deadline) -> StoredStart | None:
-        """Return what is recorded for a key, once no call of this session is sending its start."""
+        """Return the record of a key, once no call of this session is sending its start."""
         while (sending := self._sending.get(request.key)) is not None:
             await self._wait(request, deadline, sending.wait())
 
@@ -160,7 +162,7 @@ class KeyedStarts:
     def _looked_up(self, key: str, looking_up: asyncio.Task[StoredStart | None]) -> None:
         del self._looking_up[key]
         if not looking_up.cancelled():
-            looking_up.exception()  # marks it as retrieved: all callers may be gone
+            looking_up.exception()  # marks it as retrieved, because all callers may be gone
 
     async def _wait(
         self, request: StartRequest, deadline: Deadline, what: Coroutine[Any, Any, object]
@@ -171,35 +173,35 @@ class KeyedStarts:
         except DeadlinePassed:
             timeout = deadline.timeout or 0.0
             raise ExecutionTimeout(
-                f"the start with the key {short_repr(request.key)} is in flight in another call,"
-                f" and had no response within {timeout:g} s; this call sent nothing",
+                f"another call is starting the run for key {short_repr(request.key)}, and got no"
+                f" response within {timeout:g} s, so this call sent nothing",
                 timeout=timeout,
             ) from None
         finally:
             what.close()
 
     def _check(self, stored: StoredStart, claim: StartClaim) -> None:
-        """Raise an error if a record stands for another start, or for one that may be lost."""
+        """Raise an error if a record belongs to another start, or to one that may be lost."""
         key = short_repr(claim.key)
         if stored.server != claim.server:
             raise KeyConflict(
-                f"the key {key} belongs to a start on another server, {stored.server}. Nothing was"
+                f"the key {key} belongs to a run on another server, {stored.server}. Nothing was"
                 " sent: use another key",
                 key=claim.key,
             )
 
         if differing := differences(stored.request, claim.request):
             raise KeyConflict(
-                f"the key {key} belongs to another request, which differs in"
-                f" {', '.join(differing)}. Nothing was sent: use another key, or the same request",
+                f"the key {key} belongs to a different request (changed: {', '.join(differing)})."
+                " Nothing was sent: use another key, or repeat the original request",
                 key=claim.key,
             )
 
         if stored.state == "unknown" and not stored.replaceable:
             raise start_unknown(
                 stored.workflow,
-                "an earlier call with this key got no response, or was killed before it recorded"
-                " one; nothing was sent now",
+                "an earlier call got no response, or was killed before it could record one, so this"
+                " call sent nothing",
                 stored.token if self._is_recoverable(stored.token) else None,
                 key=claim.key,
             )
@@ -219,9 +221,9 @@ class KeyedStarts:
 
 
 def store_patience(request_timeout: float) -> float:
-    """Return for how long one call of a store may take before a start is sent.
+    """Return how long one call of a store may take before a start is sent, in seconds.
 
-    There are two, and both together must leave most of the time to the request itself.
+    There are two calls, and together they must leave most of the time to the request itself.
     """
     return request_timeout / 6
 
@@ -259,24 +261,24 @@ class _ClaimedStart:
             await self._persist(self._release)
 
     async def ended(self, outcome: StartOutcome) -> None:
-        """Record how the start ended, and return once that is done or takes too long."""
+        """Record the result of the start, and return once that is done or takes too long."""
         if isinstance(outcome, StartResponse):
             execution_id = outcome.execution_id
             await self._persist(lambda: self._record(execution_id), execution_id)
         elif isinstance(outcome, StartUnknown):
             await self._persist(lambda: self._record(None))
         elif self._may_be_claimed:
-            # After a claim that failed, the caller has waited for the store for long enough.
+            # If the claim failed, the caller has already waited for the store long enough.
             has_failed = isinstance(outcome, ConfigurationError)
             await self._persist(self._release, wait=not has_failed)
 
     async def _wait_until_released(self, patience: float) -> None:
-        """Wait for what an earlier attempt left to do: it would undo the next claim."""
+        """Wait until an earlier attempt has released its claim, which would undo the next one."""
         if self._writing is None:
             return
         await asyncio.wait([self._writing], timeout=patience)
         if not self._writing.done():
-            late = ConfigurationError("the record of starts cannot be used")
+            late = ConfigurationError("the record of starts is unavailable")
             raise _nothing_started(late)
 
     async def _persist(
@@ -286,10 +288,10 @@ class _ClaimedStart:
         *,
         wait: bool = True,
     ) -> None:
-        """Write to the store, beside the caller if the store is away."""
+        """Write to the store, in the background if the store is unavailable."""
         write = _Write(call, self._claim.key, execution_id)
         if self._lifetime.is_closing():
-            write.close()  # whoever closes the session waits for this one
+            write.close()  # closing the session waits for this one
         self._writing = self._lifetime.spawn(
             write.run(), name="promptlayer_exec.StartRecord", cancel=write.close
         )
@@ -303,10 +305,11 @@ class _ClaimedStart:
         )
         if not recorded and execution_id is not None:
             logger.warning(
-                "execution %d was started for the key %.100r, which stands for another run now;"
-                " follow it by its id",
+                "execution %d was started for the key %.100r, which now belongs to another run;"
+                " session.execution(%d) picks it up",
                 execution_id,
                 claim.key,
+                execution_id,
             )
 
     async def _release(self) -> None:
@@ -317,7 +320,7 @@ class _ClaimedStart:
 
 @attrs.define(eq=False)
 class _Write:
-    """A write to the store, which is tried again until it is done or the session has closed."""
+    """A write to the store, retried until it succeeds or the session has closed."""
 
     _call: Callable[[], Awaitable[None]]
     _key: str
@@ -327,14 +330,14 @@ class _Write:
     _is_reported: bool = attrs.field(init=False, default=False)
 
     def close(self) -> None:
-        """Allow one more try."""
+        """Allow only one more try."""
         if not self._is_closing:
             self._is_closing = True
             if self._try is not None:
                 self._try.reschedule(clock())
 
     async def run(self) -> None:
-        """Write; if that takes a while or fails, report the execution's id."""
+        """Write to the store; if that takes a while or fails, report the execution's id."""
         loop = asyncio.get_running_loop()
         timer = loop.call_later(_RECORD.until_reported, self._report)
         try:
@@ -356,7 +359,7 @@ class _Write:
             except TimeoutError:
                 continue  # the session is closing
             except asyncio.CancelledError:
-                # The event loop ends, and so does the session.
+                # The event loop is stopping, and the session with it.
                 self._is_closing = True
                 error = SessionClosed()
 
@@ -368,7 +371,7 @@ class _Write:
     async def _failure(self) -> Exception | None:
         try:
             await self._call()
-        except Exception as error:  # noqa: BLE001 - the store may be an app's own
+        except Exception as error:  # noqa: BLE001 - it may be an app's own store
             return error
         return None
 

@@ -1,4 +1,4 @@
-"""The lifetime of an open session: one task owns all that the session runs, and closing ends it."""
+"""The lifetime of an open session: one task owns everything that the session runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from promptlayer_exec._policies import Deadline
 
 T = TypeVar("T")
 
-# Event loops hold their tasks weakly: without these references, the garbage collector would destroy
-# a session that nobody closed, and the end of the loop could not close it.
+# Event loops hold their tasks weakly. Without these references, the garbage collector would destroy
+# a session that nobody closed, before its loop could close it.
 _supervisors: set[asyncio.Task[None]] = set()
 
 
@@ -24,10 +24,10 @@ class DeadlinePassed(Exception):
 
 
 class Lifetime:
-    """The supervisor task of an open session, and all that runs in the session.
+    """The supervisor task of an open session, and everything that runs in it.
 
-    The supervisor waits for the session to be closed, so the session may be opened, used and closed
-    by three different tasks.
+    The supervisor waits for the session to close, so three different tasks may open, use and close
+    it.
     """
 
     def __init__(self, resources: AsyncExitStack) -> None:
@@ -51,7 +51,7 @@ class Lifetime:
         return self._closing.is_set() or self._loop.is_closed()
 
     def has_lost_loop(self) -> bool:
-        """Return True if the event loop is closed, and with it all that ran in this session."""
+        """Return True if the event loop is closed, and everything in this session with it."""
         return self._loop.is_closed()
 
     def check_open(self) -> None:
@@ -63,16 +63,16 @@ class Lifetime:
     def check_loop(self) -> None:
         if self._loop is not asyncio.get_running_loop():
             raise RuntimeError(
-                "this session is open in another event loop: close it there, use it again once"
-                " that loop has ended, or use one Session per loop"
+                "this session is open in another event loop. Close it there first, or use one"
+                " Session per event loop"
             )
 
     def spawn(
         self, work: Coroutine[Any, Any, T], *, name: str, cancel: Callable[[], object] | None = None
     ) -> asyncio.Task[T]:
-        """Run a task until it ends by itself or the session is closed.
+        """Run a task until it finishes or the session closes.
 
-        Closing calls `cancel` in place of the task's own, and waits for the task in any case.
+        Closing calls `cancel`, by default the task's own, and then waits for the task.
         """
         task = asyncio.create_task(work, name=name)
         self._tasks[task] = cancel or task.cancel
@@ -82,20 +82,20 @@ class Lifetime:
     def call(self, deadline: Deadline) -> Call:
         """Return an async context manager that limits a call in the caller's own task.
 
-        Its exit raises `DeadlinePassed` or `SessionClosed` if that has ended the call.
+        Its exit raises `DeadlinePassed` or `SessionClosed` if one of these stopped the call.
         """
         if self.is_closing():
             raise SessionClosed
         return Call(self, deadline)
 
     def close(self) -> None:
-        """Begin closing: end everything that runs."""
+        """Begin to close: stop everything that runs."""
         if not self._has_ended():
             self.check_loop()
             self._closing.set()
 
     async def wait_closed(self) -> None:
-        """Wait until everything has ended; any number of tasks may wait at once."""
+        """Wait until everything has stopped; any number of tasks may wait."""
         if not self._has_ended():
             self.check_loop()
             await asyncio.wait([self._supervisor])
@@ -106,7 +106,7 @@ class Lifetime:
     async def _supervise(self) -> None:
         try:
             await self._closing.wait()
-        finally:  # also when asyncio.run cancels every task at its end
+        finally:  # even if asyncio.run cancels every task when it exits
             self._closing.set()
             try:
                 while self._tasks or self._calls:
@@ -135,7 +135,7 @@ class Lifetime:
 
 
 class Call:
-    """A call in progress, which its deadline or the closing of the session ends."""
+    """A call in progress, which its deadline or closing the session stops."""
 
     def __init__(self, lifetime: Lifetime, deadline: Deadline) -> None:
         self._lifetime = lifetime

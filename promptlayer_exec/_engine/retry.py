@@ -1,4 +1,4 @@
-"""Sending a request until there is a good response: its retries, and the log of outages."""
+"""Retries requests until there is a good response, and logs outages."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ T = TypeVar("T")
 class RetryState:
     """The failures of one logical request since its last good response.
 
-    A request is given up `limit` seconds after its first failed attempt. Waiting that is not the
-    server's fault, or that the server asked for, does not count.
+    The session gives up `limit` seconds after the first failed attempt. Waiting does not count if
+    the server asked for it, or had no part in it.
     """
 
     _policy: RetryPolicy
@@ -65,9 +65,9 @@ class RetryState:
 
 @attrs.define(eq=False)
 class RecentStarts:
-    """The latest starts: which workflow they run, and whether the server may still answer 404.
+    """The latest starts: which workflow they run, and whether the server may still return 404.
 
-    A 404 may come for `grace` seconds. Starts are remembered for longer.
+    That can happen for `grace` seconds. The starts stay here for longer.
     """
 
     _grace: float
@@ -77,22 +77,22 @@ class RecentStarts:
         self._started.add(execution_id, (now, workflow))
 
     def workflow(self, execution_id: int) -> str | int | None:
-        """Return the name or id of the workflow with which an execution was started, if known."""
+        """Return the workflow of an execution, by the name or id in its start, if known."""
         started = self._started.get(execution_id)
         return None if started is None else started[1]
 
     def covers(self, execution_id: int | None, *, now: float) -> bool:
-        """Return True if an execution was started less than `grace` seconds ago."""
+        """Return True if an execution started less than `grace` seconds ago."""
         started = self._started.get(execution_id) if execution_id else None
         return started is not None and now - started[0] < self._grace
 
 
 @attrs.define(eq=False)
 class OutageLog:
-    """Logs the outages of a session: one line when an outage begins, one when it has ended.
+    """Logs the outages of a session: one line when an outage begins, and one when it is over.
 
-    All requests that fail at the same time are one outage. An outage lasts at least as long as the
-    delay of a failed request, which limits the lines in the log.
+    All requests that fail at the same time belong to one outage. An outage lasts at least as long
+    as the delay before a retry, which limits the number of lines.
     """
 
     _failing: set[RetryState] = attrs.field(factory=set)
@@ -101,30 +101,30 @@ class OutageLog:
     def begin(
         self, error: RequestError, state: RetryState, *, seconds: float | None, is_start: bool
     ) -> None:
-        """Record that a request failed, and is sent again for up to `seconds`."""
+        """Record that a request failed and will be retried for up to `seconds`."""
         if not self._failing:
             self._answered = False
             limit = "" if seconds is None else f" for up to {seconds:g} s"
-            subject = "a start" if is_start else "a request"
+            subject = "starting a run" if is_start else "a request"
             if error.execution_id is not None:
                 subject = f"execution {error.execution_id}"
-            # Not the whole error: its text also quotes the body and ends with advice.
+            # Not the whole error, because its text also quotes the body and has advice.
             logger.warning("%s: %s; trying again%s", subject, printable(str(error.args[0])), limit)
         self._failing.add(state)
 
     def end(self, state: RetryState, *, answered: bool) -> None:
-        """Record that a request will not be sent again: it was answered, or given up."""
+        """Record that the retries are over: there was a response, or the session gave up."""
         if state not in self._failing:
             return
         self._failing.remove(state)
         self._answered |= answered
         if self._answered and not self._failing:
-            logger.info("the server answers again")
+            logger.info("PromptLayer is reachable again")
 
 
 @attrs.define(eq=False)
 class Retrying:
-    """Sends requests again, until there is a good response or the retries are used up."""
+    """Sends requests until there is a good response or the retries are used up."""
 
     _send: Send
     _policy: RetryPolicy
@@ -145,8 +145,8 @@ class Retrying:
     ) -> Reply[T]:
         """Return the first good response to a request due at `due`, or raise the last error.
 
-        An error that `read` raises is handled like any other failure. `state` has the failures so
-        far, of this request or of its watch. The rest is that of an `Attempt`.
+        An error in `read` counts like any other failure. `state` has the failures so far, of this
+        request or of its watch. The rest is the same as for an `Attempt`.
         """
         attempt = Attempt(due, priority, start, on_sending)
         answered = False
@@ -174,7 +174,7 @@ class Retrying:
     def _delay(
         self, error: RequestError, request: Request, state: RetryState, start: AtMostOnce | None
     ) -> float | None:
-        """Record a failed attempt; return the seconds before the next, or None."""
+        """Record a failed attempt, and return the seconds before the next; None: give up."""
         error.execution_id = request.execution_id
         error.attempts = state.failures + 1
         if not self._is_transient(error, start):
@@ -207,7 +207,7 @@ class Retrying:
         return self._is_new_run(error) or is_transient(error, self._policy.statuses)
 
     def _is_new_run(self, error: RequestError) -> bool:
-        """Return True for a 404 on a run that was started so recently that it may still appear."""
+        """Return True for a 404 on a run that started so recently that it may still appear."""
         return isinstance(error, NotFound) and self._recent_starts.covers(
             error.execution_id, now=clock()
         )

@@ -1,4 +1,4 @@
-"""When a watch polls: as the policy says, sooner after a wake-up, rarely while push works."""
+"""When a watch polls: by the policy, sooner after a wake-up, and rarely while push works."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class Schedule:
-    """When one watch polls, on the event loop's clock: it computes, and never sleeps."""
+    """Computes when one watch polls next, on the event loop's clock; it never sleeps."""
 
     _policy: PollPolicy
     # When the next poll is due by the policy alone.
     _scheduled: float = attrs.field(init=False, default=-math.inf)
-    # When the status of a node last changed, counted from the beginning of the watch.
+    # When the status of a node last changed, in seconds since the watch began.
     _changed_at: float = attrs.field(init=False, default=0.0)
     _final_count: int = attrs.field(init=False, default=0)
     _wake: tuple[WakeSource, float] | None = attrs.field(init=False, default=None)
@@ -35,17 +35,17 @@ class Schedule:
     _streamed_until: float = attrs.field(init=False, default=-math.inf)
 
     def wake(self, source: WakeSource) -> None:
-        """Have the next poll now, or one more if a poll is in flight.
+        """Make the next poll due now; if one is in flight, there will be another.
 
-        A flood of wake-ups polls at most every half second, or every `floor` seconds if that is
-        less. No poll comes before the time that the server asked to wait has passed.
+        A flood of wake-ups causes at most one poll in half a second, or in `floor` seconds if that
+        is less. A pause that the server asked for is always respected.
         """
         if self._wake is None:
             self._wake = source, clock()
 
     def stream_elsewhere(self) -> None:
-        """Poll as for a stream for a while, because another process has a stream."""
-        # It is announced again before this is over.
+        """For a while, poll as for a stream, because another process has one."""
+        # The other process repeats the announcement before this runs out.
         self._streamed_until = clock() + 20.0
 
     def due(self, waiters: Collection[Waiter], pushed: PushedRun | None) -> float:
@@ -53,7 +53,7 @@ class Schedule:
         if self._wake is not None:
             return min(self._scheduled, max(self._wake[1], self._no_wake_before))
 
-        # Whoever streams wants every snapshot, not only the complete one.
+        # A stream wants every snapshot, not only the complete one.
         if pushed is None or self._is_shared or clock() < self._streamed_until:
             return self._scheduled
         if any(waiter.streams for waiter in waiters):
@@ -64,7 +64,7 @@ class Schedule:
         return max(due, self._no_wake_before)
 
     def begin(self) -> WakeSource | None:
-        """Record that a poll begins, and return what woke the watch, if something has."""
+        """Record that a poll begins, and return the source of the wake-up, if there was one."""
         if self._wake is None:
             return None
         source, self._wake = self._wake[0], None
@@ -76,8 +76,8 @@ class Schedule:
     ) -> None:
         """Record a good poll, and compute when the next one is due.
 
-        The server `announced` how long to wait now. After a `shared` one, the next waits for the
-        other process's next answer.
+        `announced` is how long the server asked to wait now. After a `shared` poll, the next one
+        waits for the other process's next response.
         """
         now = clock()
         if previous is None or snapshot.nodes is not previous.nodes:

@@ -1,4 +1,4 @@
-"""Making a snapshot of a response."""
+"""Makes a snapshot of a response."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def take_snapshot(
 def _first_seen(
     nodes: Mapping[str, Node], before: Mapping[str, NodeTimes], elapsed: float
 ) -> Mapping[str, NodeTimes]:
-    # Nodes that are first seen in the same poll share one object: of most nodes of most executions
-    # all times are equal.
+    # Nodes first seen in the same poll share one object, because in most executions, the times of
+    # most nodes are equal.
     unseen, running, final = NodeTimes(), NodeTimes(elapsed), NodeTimes(None, elapsed)
     times = {**dict.fromkeys(nodes, unseen), **before}
 

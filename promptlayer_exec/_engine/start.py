@@ -1,4 +1,4 @@
-"""Starting a run, without HTTP: a request that is sent at most once, and its response."""
+"""Starts a run, without HTTP: sends a request at most once, and delivers its response."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ StartOutcome = StartResponse | BaseException
 
 
 class StartTaken(Exception):
-    """Somebody else sends this start, so `SendHooks.before_send` does not allow it."""
+    """Another call is sending this start, so `SendHooks.before_send` forbids it."""
 
 
 class SendHooks(Protocol):
-    """A caller's hooks around the sending of a start, to record what happens to it.
+    """A caller's hooks around sending a start, to record what happens to it.
 
-    All of them run in the session's tasks, whether or not the caller still waits.
+    All of them run in the session's tasks, whether or not the caller is still waiting.
     """
 
     async def before_send(self) -> None:
-        """Return when the request may be sent, or raise an error, which the caller gets."""
+        """Return when the request may be sent, or raise the error that the caller gets."""
 
     async def not_sent(self) -> None:
         """Handle an attempt that started nothing and will be repeated."""
@@ -55,25 +55,25 @@ class SendHooks(Protocol):
 
 @attrs.define(eq=False, kw_only=True)
 class Start:
-    """The start of one run, in its own task: the response is read even if the caller is gone.
+    """The start of one run, in its own task: it reads the response even if the caller is gone.
 
     Until the request is sent, the caller, the session or the deadline can cancel it. After that,
-    the response goes to the caller if it still waits, else to the observers and the log.
+    the response goes to the caller if it is still waiting, or else to the observers and the log.
 
     Attributes:
-        secret: the token in the start's own callback URL, if it has one; no text may show it.
+        secret: the token in the start's own callback URL, if it has one; no message may show it.
         sent: whether the request may have reached the server.
     """
 
     _request: StartRequest
     _send: Callable[[AtMostOnce, RetryState], Awaitable[StartResponse]]
-    _retries: RetryState  # the failed attempts so far
+    _retries: RetryState  # its failed attempts so far
     _lifetime: Lifetime
     _emit: Emit
     _base_url: str
     secret: str | None
     _hooks: SendHooks | None
-    _on_lost: Callable[[str, StartRequest, float], object]  # of a start with a secret
+    _on_lost: Callable[[str, StartRequest, float], object]  # only for a start with a secret
     sent: bool = attrs.field(init=False, default=False)
     _called_at: float = attrs.field(init=False, factory=clock)
     _task: asyncio.Task[StartOutcome] = attrs.field(init=False)
@@ -87,13 +87,13 @@ class Start:
     async def run(self, deadline: Deadline) -> StartResponse:
         """Send the request, and return the response.
 
-        Once the request has been sent, the deadline no longer matters.
+        Once the request is sent, the deadline no longer matters.
 
         Raises:
             StartUnknown: the response was lost, so the run may have started.
-            RequestError: the server refused, or could not be reached.
-            ExecutionTimeout: the request could not be sent before the deadline.
-            SessionClosed: the session was closed; with the execution's id if it started.
+            RequestError: the server refused the request, or was unreachable.
+            ExecutionTimeout: the request was not sent before the deadline.
+            SessionClosed: the session was closed; the error has the execution's id if it started.
         """
         name = f"promptlayer_exec.Start {self._request.workflow!s:.100}"
         self._task = self._lifetime.spawn(self._perform(), name=name, cancel=self._cancel)
@@ -114,11 +114,11 @@ class Start:
         self._report(response, abandoned=False)
         return response
 
-    # What the transport and the retries ask and report.
+    # Called by the transport and the retries.
 
     @property
     def cancelled(self) -> bool:
-        """Whether the request must no longer be sent."""
+        """Whether it is too late to send the request."""
         unneeded = self._is_abandoned or self._expired is not None or self._hook_error is not None
         return unneeded or self._lifetime.is_closing()
 
@@ -128,13 +128,13 @@ class Start:
         try:
             await self._hooks.before_send()
         except Exception as error:
-            # aiohttp calls this, and would hide the error in one about the connection.
+            # aiohttp calls this, and would hide the error behind one about the connection.
             self._hook_error = error
-            raise ConnectionAbortedError("it must not be sent") from error
+            raise ConnectionAbortedError("a hook forbids sending it") from error
 
     async def not_sent(self) -> None:
         if self._hooks is not None:
-            # Even if the caller is gone: what the caller recorded must be undone.
+            # Even if the caller is gone, its record must be undone.
             taking_back = asyncio.ensure_future(self._hooks.not_sent())
             await wait_even_if_cancelled(taking_back)
             taking_back.result()
@@ -143,10 +143,10 @@ class Start:
         """Record that the request is being sent.
 
         Raises:
-            ConnectionAbortedError: the request must not be sent, because it was just cancelled or
-                was sent already.
+            ConnectionAbortedError: the request must not be sent, because the caller just cancelled
+                it or it was already sent.
         """
-        if self.sent:  # a middleware of http= repeats it
+        if self.sent:  # a middleware of http= is repeating it
             raise ConnectionAbortedError("a start must not be sent twice")
         if self.cancelled:
             raise ConnectionAbortedError("cancelled before it was sent")
@@ -159,7 +159,7 @@ class Start:
     # The task.
 
     async def _perform(self) -> StartOutcome:
-        """Send the request, and return the response or the error, once the hooks know it."""
+        """Send the request, and return the response or error once the hooks have recorded it."""
         outcome: StartOutcome
         try:
             outcome = await self._send(self, self._retries)
@@ -173,21 +173,21 @@ class Start:
         return outcome
 
     async def _tell(self, hooks: SendHooks, outcome: StartOutcome) -> None:
-        """Wait until the hooks know the outcome; whatever they do, that is what it is."""
+        """Wait until the hooks have recorded the outcome; they cannot change it."""
         telling = asyncio.ensure_future(hooks.ended(outcome))
         while not telling.done():
-            with suppress(asyncio.CancelledError):  # it comes too late
+            with suppress(asyncio.CancelledError):  # too late to cancel
                 await asyncio.wait([telling])
 
         if not telling.cancelled() and (error := telling.exception()) is not None:
-            logger.error("the end of a start could not be recorded", exc_info=error)
+            logger.error("could not record how a start ended", exc_info=error)
 
     def _cancel(self) -> None:
         if not self.sent:
             self._task.cancel()
 
     def _abandon(self) -> None:
-        """Handle a start whose caller is gone, whether or not it has ended."""
+        """Handle a start whose caller is gone, whether or not it has finished."""
         self._is_abandoned = True
         if not self._outcome.done():
             self._cancel()
@@ -196,7 +196,7 @@ class Start:
 
     def _ended(self, task: asyncio.Task[StartOutcome]) -> None:
         outcome: StartOutcome
-        if task.cancelled():  # before its first step, so that it ran nothing
+        if task.cancelled():  # before its first step
             outcome = self._judge_cancellation(self._retries.error)
         else:
             outcome = task.exception() or task.result()
@@ -207,7 +207,7 @@ class Start:
 
         if isinstance(outcome, BaseException):
             self._outcome.set_exception(outcome)
-            if not isinstance(outcome, StartTaken):  # the caller goes on with the other's run
+            if not isinstance(outcome, StartTaken):  # the caller gets the other call's run
                 self._emit(StartFailed(None, self._request, outcome, duration, self._base_url))
         elif self._lifetime.is_closing() and not self._is_abandoned:
             self._is_abandoned = True
@@ -219,10 +219,10 @@ class Start:
             self._outcome.exception()  # marks the error as retrieved
             self._report_undelivered(outcome)
 
-    # What an error proves.
+    # Did an error prove that no run started?
 
     def _judge(self, error: Exception) -> BaseException:
-        """Return the failure itself if it proves that no run started, else `StartUnknown`."""
+        """Return the failure itself if it proves that no run started, or else `StartUnknown`."""
         if self._hook_error is not None:
             return self._hook_error
         if isinstance(error, RequestError):
@@ -237,7 +237,7 @@ class Start:
         if is_refused:
             self.mark_rejected()  # a 429 starts nothing
         if self._is_lost(error):
-            # Without the quoted body, which may hold outputs: the cause has it.
+            # Without the quoted body, which may contain outputs; the cause has it.
             return self._unknown(RequestError._what(error), error)
 
         if self.cancelled and is_refused:
@@ -256,18 +256,18 @@ class Start:
 
     def _judge_cancellation(self, cause: Exception | None) -> BaseException:
         if self.sent:
-            return self._unknown("it was cancelled, for example by the end of its event loop")
+            return self._unknown("it was cancelled, for example because its event loop stopped")
         if self._is_abandoned:
             return asyncio.CancelledError("the caller was cancelled, and no run was started")
         if self._expired is None:
             return SessionClosed()
 
         timeout = self._expired.timeout or 0.0
-        why = "no connection was made, or none was free, or the rate did not allow it"
+        why = "it was still waiting for a connection or for the rate limit"
         if cause is not None:
             why = f"last failure: {cause.args[0]}"
         error = ExecutionTimeout(
-            f"could not send the start within {timeout:g} s; no run was started: {why}",
+            f"could not send the start request within {timeout:g} s, so no run was started: {why}",
             timeout=timeout,
         )
         error.__cause__ = cause
@@ -281,7 +281,7 @@ class Start:
     # Reports.
 
     def _report_undelivered(self, outcome: StartOutcome) -> None:
-        """Report the outcome of a start whose caller will not get the outcome."""
+        """Report the outcome of a start whose caller is gone."""
         if isinstance(outcome, StartResponse):
             self._report(outcome, abandoned=True)
         elif isinstance(outcome, StartUnknown):
@@ -290,11 +290,12 @@ class Start:
     def _report(self, response: StartResponse, *, abandoned: bool) -> None:
         if abandoned:
             logger.warning(
-                "execution %d of workflow %.100r%s started, but its caller did not get"
-                " the handle; follow it by its id",
+                "execution %d of workflow %.100r%s started, but its caller was gone;"
+                " session.execution(%d) picks it up",
                 response.execution_id,
                 self._request.workflow,
                 shown_key(self._request.key),
+                response.execution_id,
             )
 
         duration = clock() - self._called_at
@@ -311,7 +312,7 @@ def log_unknown(error: StartUnknown) -> None:
 
 
 def report_unrecorded(execution_id: int, subject: str) -> None:
-    """Say which run was started if the database cannot record it yet: the id must not get lost."""
+    """Log and print the id of a run that the database cannot record yet, so it is not lost."""
     text = (
         f"execution {execution_id} was started for {subject}, but the database could not record"
         " it yet: keep this line"
@@ -323,12 +324,12 @@ def report_unrecorded(execution_id: int, subject: str) -> None:
 def start_unknown(
     workflow: str | int, reason: str, token: str | None, since: str = "", *, key: Any = None
 ) -> StartUnknown:
-    """Return the error for a lost response; `since` says what has happened since."""
+    """Return the error for a lost response; `since` adds to the reason in the message alone."""
     which = f"a run of workflow {workflow!r:.100}"
     if key is not None:
         which += f" with the key {short_repr(key)}"
     return StartUnknown(
-        f"it is not known whether {which} started: {reason}{since}",
+        f"{which} may have started: {reason}{since}",
         workflow=workflow,
         reason=reason,
         callback_token=token,

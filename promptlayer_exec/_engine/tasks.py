@@ -14,7 +14,7 @@ def clock() -> float:
 
 
 def resolve(future: asyncio.Future[None]) -> None:
-    """Wake the task that awaits a future, unless it is done already."""
+    """Wake the task that awaits a future, unless the future is already done."""
     if not future.done():
         future.set_result(None)
 
@@ -26,14 +26,14 @@ class Alarm:
         self._sleeping: asyncio.Future[None] | None = None
 
     def recheck(self) -> None:
-        """Have the sleeping task compute again until when it sleeps."""
+        """Make the sleeping task compute its wake-up time again."""
         if self._sleeping is not None:
             resolve(self._sleeping)
 
     async def sleep_until(self, due: Callable[[], float]) -> float:
         """Sleep until the time that `due` returns, and return that time."""
         loop = asyncio.get_running_loop()
-        # What turns out to be overdue is not late.
+        # If it turns out to be overdue, it is not late.
         earliest = loop.time()
 
         while (at := max(due(), earliest)) > loop.time():
@@ -50,7 +50,7 @@ class Alarm:
 
 
 async def wait_even_if_cancelled(future: asyncio.Future[Any], timeout: float | None = None) -> None:
-    """Wait for a future, at most `timeout` seconds, and raise a cancellation only afterwards."""
+    """Wait for a future, at most `timeout` seconds; a cancellation is raised only afterwards."""
     waiting = asyncio.ensure_future(asyncio.wait([future], timeout=timeout))
     try:
         await asyncio.shield(waiting)

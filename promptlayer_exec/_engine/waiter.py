@@ -1,4 +1,4 @@
-"""Who waits for an execution, and the error for a wait that was too short."""
+"""The waiters of an execution, and the error when a wait times out."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Waiter:
     """
 
     deadline: Deadline
-    streams: bool  # it wants every snapshot, not only the complete one
-    wake: Callable[[], None] | None = None  # called when there is something to look at
+    streams: bool  # whether it wants every snapshot, not only the complete one
+    wake: Callable[[], None] | None = None  # called when there is a new snapshot or an error
 
 
 def timed_out(
@@ -29,22 +29,23 @@ def timed_out(
     """Return the error for a deadline that passed, with the progress and the last failure."""
     timeout = deadline.timeout or 0.0
 
-    if seen is None:
-        state = "no answer came"
+    if execution_id is None or seen is None:
+        what = f"no response within {timeout:g} s"
     elif seen.complete:
-        state = "every node was final, but the main output was not available"
+        what = f"complete, but its main output did not arrive within {timeout:g} s"
     else:
-        final = sum(node.final for node in seen.nodes.values())
-        state = f"{final} of {len(seen.nodes)} nodes were final"
-        for node in seen.nodes.values():
-            if not isinstance(node.status, NodeStatus):
-                state += f", and {node.name!r:.100} had the unknown status {node.status!r:.100}"
-                break
+        what = f"still running after {timeout:g} s ({_progress(seen)})"
 
-    what = f"not complete within {timeout:g} s: {state}"
-    if execution_id is None:
-        what = f"no answer within {timeout:g} s"
-    failure = f"; last failure: {cause.args[0]}" if cause is not None and cause.args else ""
-    return ExecutionTimeout(
-        what + failure, timeout=timeout, execution_id=execution_id, last_snapshot=seen
-    )
+    if cause is not None and cause.args:
+        what += f"; last failure: {cause.args[0]}"
+    return ExecutionTimeout(what, timeout=timeout, execution_id=execution_id, last_snapshot=seen)
+
+
+def _progress(seen: Snapshot) -> str:
+    final = sum(node.final for node in seen.nodes.values())
+    progress = f"{final} of {len(seen.nodes)} nodes done"
+    for node in seen.nodes.values():
+        if not isinstance(node.status, NodeStatus):
+            progress += f", {node.name!r:.100} has the unknown status {node.status!r:.100}"
+            break
+    return progress

@@ -1,4 +1,4 @@
-"""One poller for one execution, without HTTP."""
+"""The poller of one execution, without HTTP."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Fetch(Protocol):
         priority: Priority,
         on_sending: Callable[[bool], object] | None = None,
     ) -> Reply[NodeMap]:
-        """Return the response to a request that is due at `due`, on the loop's clock.
+        """Return the response to a request due at `due`, on the loop's clock.
 
-        The rest is that of an `Attempt`.
+        The rest is the same as for an `Attempt`.
         """
 
 
@@ -57,7 +57,7 @@ class Watch:
 
     Attributes:
         latest: the latest snapshot.
-        error: what ended the watch.
+        error: the error that stopped the watch.
         retries: the failures since the last good poll.
     """
 
@@ -90,7 +90,7 @@ class Watch:
         self._on_end = on_end
         self._workflow = workflow
 
-        self._waiters: dict[Waiter, None] = {}  # in the order in which they came
+        self._waiters: dict[Waiter, None] = {}  # in the order of arrival
         self._has_false_wakes = False
         self._started = clock()
         self._schedule = Schedule(poll)
@@ -103,7 +103,7 @@ class Watch:
         )
         self._task.add_done_callback(self._ended)
 
-    # What those who wait call.
+    # Called by the waiters.
 
     def join(self, deadline: Deadline, *, streams: bool = False) -> Waiter:
         """Add a waiter; one that `streams` wants every snapshot, not only the complete one."""
@@ -159,7 +159,7 @@ class Watch:
             if waiter.wake is not None and (ended or waiter.streams):
                 waiter.wake()
 
-    # What may change the time of the next poll.
+    # These may change the time of the next poll.
 
     def wake(self, source: WakeSource) -> None:
         """Poll now, or once more if a poll is in flight; many wake-ups lead to a single poll."""
@@ -167,7 +167,7 @@ class Watch:
         self._alarm.recheck()
 
     def stream_elsewhere(self) -> None:
-        """Poll as for a stream for a while, because another process has a stream."""
+        """For a while, poll as for a stream, because another process has one."""
         self._schedule.stream_elsewhere()
         self._alarm.recheck()
 
@@ -201,7 +201,7 @@ class Watch:
 
     async def _poll_once(self, due: float, *, woken: bool) -> bool:
         """Poll, and return True if the execution is complete."""
-        # A separate method, so that a poll's locals are freed while the watch sleeps.
+        # A separate method, which frees a poll's locals while the watch sleeps.
         if self.retries.failures:
             self.retries = RetryState(self._retry, self._retry.watch_outage)
         reply = await self._request(due, self._priority(woken=woken))
@@ -211,7 +211,7 @@ class Watch:
         announced = self._retry.announced(reply.retry_after)
         self._schedule.polled(snapshot, previous, announced=announced, shared=reply.shared)
 
-        # A wake-up that led to this poll should have come with the completion.
+        # A true wake-up would have found the execution complete.
         is_false_wake = woken and not reply.shared and not snapshot.complete
         self._has_false_wakes |= is_false_wake
         if self._pushed is not None:
@@ -252,7 +252,7 @@ class Watch:
             self._pushed.channel.release(self._alarm.recheck)
         if self._shared is not None:
             self._shared.end()
-        if task.cancelled():  # before its first step, so that it ran nothing
+        if task.cancelled():  # before its first step
             self._fail(SessionClosed())
 
     def _fail(self, error: Exception) -> None:
@@ -272,7 +272,7 @@ class Watch:
         succeeded, state = None, "no longer followed"
         if error is not None:
             self._fail(error)
-            state = f"the watch ended in {type(error).__name__}"
+            state = f"the watch failed with {type(error).__name__}"
         elif latest is not None and latest.complete:
             succeeded, state = latest.succeeded, "complete"
 

@@ -1,1 +1,1 @@
-"""The only package that makes requests: aiohttp, its connections, and the rate of requests."""
+"""The only package that sends requests: aiohttp, its connections, and their rate."""

@@ -1,4 +1,4 @@
-"""Connection pools, our own or borrowed: nothing is sent twice, no responses are mixed up."""
+"""Connection pools, our own or borrowed: they send nothing twice and mix up no responses."""
 
 from __future__ import annotations
 
@@ -32,34 +32,34 @@ _HEADERS = {
     "Accept": "application/json",
     "User-Agent": f"promptlayer-exec/{__version__} aiohttp/{aiohttp.__version__}",
 }
-# WebSockets of one session. Of a borrowed session with a limit, they get at most a quarter of it.
+# WebSockets of one session. If a borrowed session has a limit, they get a quarter of it at most.
 _MOST_SOCKETS = 20
 
 
 class _CleanConnector(aiohttp.TCPConnector):
-    """Gives out no connection on which the server has sent bytes unasked.
+    """Never reuses a connection on which the server has sent bytes unasked.
 
-    aiohttp's pool would take those bytes for the response to the next request, and would be one
+    aiohttp's pool would take those bytes for the response to the next request, and stay one
     response behind from then on.
     """
 
     async def connect(
         self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
     ) -> aiohttp.connector.Connection:
-        for _ in range(10):  # even new connections may have such bytes, from another protocol
+        for _ in range(10):  # even a new connection may have some, from another protocol
             connection = await super().connect(req, traces, timeout)
             if not _has_spoken(connection):
                 return connection
             connection.close()
-            await asyncio.sleep(0)  # the loop learns which others were closed while it was busy
-        raise aiohttp.ClientConnectionError("the server sends bytes that no request asked for")
+            await asyncio.sleep(0)  # lets the loop notice other closed connections
+        raise aiohttp.ClientConnectionError("the server sent bytes that no request asked for")
 
 
 def _has_spoken(connection: aiohttp.connector.Connection) -> bool:
     protocol, transport = connection.protocol, connection.transport
     if protocol is None or transport is None or transport.is_closing() or protocol.should_close:
         return True
-    # TLS has messages of its own, so bytes in its socket need not be HTTP.
+    # TLS has its own messages, so bytes in its socket need not be HTTP.
     return transport.get_extra_info("ssl_object") is None and _is_readable(transport)
 
 
@@ -76,9 +76,9 @@ def _is_readable(transport: asyncio.Transport) -> bool:
 async def _no_hidden_retry(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
-    """Keep aiohttp from sending a request again by itself, as a retry or after a redirect.
+    """Keep aiohttp from resending a request by itself, as a retry or after a redirect.
 
-    That request would bypass the rate and the observers. Only `ws_connect` follows redirects.
+    It would bypass the rate and the observers. Only `ws_connect` follows redirects.
     """
     try:
         response = await handler(request)
@@ -96,7 +96,7 @@ async def _no_hidden_retry(
 
 
 class Slots:
-    """The right to use one of a number of connections, in the order of `Queues`."""
+    """The right to use one of several connections, in the order of `Queues`."""
 
     def __init__(self, connections: int) -> None:
         self._free = anyio.Semaphore(connections, fast_acquire=True)
@@ -126,8 +126,8 @@ class Slots:
 class Pool:
     """Connections for one kind of request, and one slot for each of them.
 
-    The key is in `headers` and never set on `http`, because aiohttp also sends the headers of a
-    session to a proxy. Borrowed connections belong to the caller, who may use them, too.
+    `headers` has the API key. It is never set on `http`, because aiohttp also sends a session's
+    headers to a proxy. Borrowed connections belong to the caller, who may use them as well.
     """
 
     http: aiohttp.ClientSession
@@ -145,14 +145,14 @@ class Pool:
 class Pools:
     """The connections of a session, divided between reads, starts and control requests.
 
-    So one kind of request never waits for another. Each start gets a new connection: the server
-    might be closing a reused one, and the start would be lost needlessly.
+    This way, no kind of request waits for another. Each start gets a new connection: the server
+    might be closing a reused one, and the response would be lost for nothing.
     """
 
     reads: Pool
     starts: Pool
-    control: Pool  # for the requests of push and for definitions
-    sockets: int  # how many WebSockets there may be, in addition to all requests
+    control: Pool  # for push and definitions
+    sockets: int  # the number of WebSockets, in addition to all requests
 
     @classmethod
     def open(
@@ -210,8 +210,8 @@ class Pools:
 def _slots(connections: int) -> tuple[Slots, Slots, Slots]:
     """Divide connections between reads, starts and control requests.
 
-    One or two are not divided with control requests, which get one more. A single one serves both
-    reads and starts.
+    If there are only one or two, control requests get an additional one. A single connection
+    serves both reads and starts.
     """
     control = min(max(connections // 8, 1), 4)  # control requests are few
     if connections > 2:
@@ -227,8 +227,8 @@ def _slots(connections: int) -> tuple[Slots, Slots, Slots]:
 class StartBody(aiohttp.Payload):
     """The body of a start, which reports when it and its headers are about to be sent.
 
-    aiohttp holds the headers back until the body is written. So this is the one place where "sent"
-    is exact, even with a borrowed session.
+    aiohttp holds the headers back until it writes the body. Only here is "sent" exact, even with a
+    borrowed session.
     """
 
     def __init__(self, body: bytes, start: AtMostOnce) -> None:
@@ -249,7 +249,7 @@ class StartBody(aiohttp.Payload):
         return self._body.decode(encoding, errors)
 
     def __deepcopy__(self, _: object) -> StartBody:
-        return self  # aioresponses copies what a test sends
+        return self  # aioresponses copies the requests of a test
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         self._writing = asyncio.current_task()
@@ -262,7 +262,7 @@ class StartBody(aiohttp.Payload):
         await writer.write(self._body)
 
     async def ended(self) -> None:
-        """End `write`: aiohttp calls it in a separate task, which may still wait for permission."""
+        """Stop `write`: aiohttp runs it in its own task, which may still wait for permission."""
         writing = self._writing
         if writing is not None and writing is not asyncio.current_task() and not writing.done():
             writing.cancel()
@@ -270,10 +270,10 @@ class StartBody(aiohttp.Payload):
 
 
 class StartTimeout:
-    """`asyncio.timeout_at` for a start, which first reads a response that has arrived.
+    """An `asyncio.timeout_at` for a start, which first reads a response that has arrived.
 
-    If the loop was blocked past the time, `asyncio.timeout_at` would cancel the start before its
-    response is read, and the id of a paid run would be lost.
+    If something blocked the loop past that time, `asyncio.timeout_at` would cancel the start before
+    it reads the response, and the id of a paid run would be lost.
     """
 
     def __init__(self, at: float) -> None:
@@ -286,7 +286,7 @@ class StartTimeout:
         self._handle = asyncio.get_running_loop().call_at(self._at, self._expire)
 
     def _expire(self) -> None:
-        # In 20 ms, every event loop reads what is in its sockets.
+        # Within 20 ms, every event loop reads its sockets.
         self._timeout.reschedule(asyncio.get_running_loop().time() + 0.02)
 
     async def __aexit__(

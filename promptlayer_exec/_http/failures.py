@@ -1,4 +1,4 @@
-"""Explains in words why a connection failed, and tells whether waiting may help."""
+"""Explains why a connection failed, and whether waiting may help."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ from yarl import URL
 
 from promptlayer_exec._api.redaction import CREDENTIALS
 
-# Alerts of a server that refuses the handshake. With TLS 1.3 they arrive after our last message.
+# Alerts from a server that refuses the handshake. In TLS 1.3 they follow our last message.
 _REFUSED_HANDSHAKE = re.compile("ALERT.*(CERTIFICATE|UNKNOWN_CA|HANDSHAKE|ACCESS_DENIED)")
 
 
 def is_permanent(error: BaseException) -> bool:
-    """Return True if no connection can be made, and waiting will not change that."""
+    """Return True if there can be no connection, and waiting will not change that."""
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return 400 <= error.status < 500 and error.status not in (408, 425, 429)
     return is_tls_failure(error) or isinstance(error, aiohttp.InvalidURL)
 
 
+def is_unreachable(error: BaseException) -> bool:
+    """Return True if there was no connection to the server, not even one that broke later."""
+    kinds = aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.InvalidURL
+    return isinstance(error, kinds)
+
+
 def is_tls_failure(error: BaseException | None) -> bool:
-    """Return True if no TLS connection can be made; then the server has read nothing."""
+    """Return True if TLS failed; the server has then read no request."""
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         return not isinstance(error.os_error, ssl.SSLEOFError)  # the server disconnected
     if isinstance(error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch)):
         return True
     if isinstance(error, ssl.SSLError):
         return _REFUSED_HANDSHAKE.search(str(error.reason)) is not None
-    # For aiohttp, such an alert is the cause of a lost connection.
+    # aiohttp makes the alert the cause of a lost connection.
     return isinstance(error, aiohttp.ClientError) and is_tls_failure(error.__cause__)
 
 
@@ -43,20 +49,20 @@ def tls_peer(error: BaseException, base_url: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:  # noqa: PLR0911 - a table
-    """Return an error's message, without the password of a proxy and the quoted bytes of a peer."""
+    """Return an error's message, without a proxy's password or a peer's quoted bytes."""
     if is_tls_failure(error):
         return _tls_reason(error)
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return f"the proxy refused the connection: {error.status} {_unquoted(error.message)}"
     if isinstance(error, aiohttp.ClientProxyConnectionError):
         return f"no connection to the proxy {error.host}:{error.port}: {_connect_reason(error)}"
-    if isinstance(error, aiohttp.InvalidURL):  # not base_url: the session has checked that
-        return "the URL of the proxy is not valid: it must be like http://user:password@host:port"
+    if isinstance(error, aiohttp.InvalidURL):  # of the proxy: the session has checked base_url
+        return "the proxy's URL is invalid: it must look like http://user:password@host:port"
     if isinstance(error, aiohttp.ClientConnectorError):
         return _connect_reason(error)
 
     if isinstance(error, aiohttp.ClientResponseError):
-        return f"not a valid HTTP response: {_unquoted(error.message)}"
+        return f"the response is not valid HTTP: {_unquoted(error.message)}"
     if isinstance(error, aiohttp.ClientOSError) and error.errno is None and error.__cause__:
         return reason_of(error.__cause__)  # aiohttp's text for a failed write lacks the reason
     if isinstance(error, aiohttp.ServerDisconnectedError):
@@ -65,7 +71,7 @@ def reason_of(error: BaseException) -> str:  # noqa: PLR0911 - a table
 
 
 def _tls_reason(error: BaseException) -> str:
-    """Return why there is no TLS connection, and what to do about it."""
+    """Return why TLS failed, and what to do about it."""
     cause: BaseException = error
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         cause = error.certificate_error
@@ -75,27 +81,27 @@ def _tls_reason(error: BaseException) -> str:
         return _tls_reason(error.__cause__)
 
     if isinstance(cause, ssl.SSLCertVerificationError):
-        said = str(cause.verify_message).rstrip(".")
+        why = str(cause.verify_message).rstrip(".")
         return (
-            f"the server's certificate is not valid: {said}; if a private authority issued it, set"
-            " SSL_CERT_FILE to that authority's certificate, or pass http= with an SSL context"
+            f"the server's certificate is not valid: {why} (for a private authority, set"
+            " SSL_CERT_FILE to its certificate, or pass http= with an SSL context)"
         )
 
     name = getattr(cause, "reason", None) or str(cause)
     if name == "WRONG_VERSION_NUMBER":
         return f"the server does not speak TLS on this port ({name}): check base_url"
     return (
-        f"the handshake failed ({name}): if the server requires a client certificate or another TLS"
-        " version, pass http= with an SSL context"
+        f"the handshake failed: {name} (for a client certificate or another TLS version, pass"
+        " http= with an SSL context)"
     )
 
 
 def _connect_reason(error: aiohttp.ClientConnectorError) -> str:
     # aiohttp's own text shows its internal connection key.
-    if isinstance(error, aiohttp.ClientConnectorDNSError):  # it may be that of a proxy
-        return f"the name of the host {error.host} cannot be resolved: {error.os_error.strerror}"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):  # the host may be a proxy
+        return f"cannot resolve the host name {error.host}: {error.os_error.strerror}"
     if error.errno is None:
-        return str(error.os_error) or "the connection was closed while it was being made"
+        return str(error.os_error) or "the server closed the connection before it was established"
     if error.errno > 0:
         return os.strerror(error.errno)
     return str(error.strerror)

@@ -1,4 +1,4 @@
-"""The throttle: decides when a session may send its next request."""
+"""Decides when a session may send its next request."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from promptlayer_exec._policies import Limiter, or_infinity
 
 @attrs.frozen
 class RatePolicy:
-    """The dials of a rate that follows the server's limit, which nobody announces.
+    """The dials of a rate that follows the server's limit, which is not published.
 
-    The rate adapts as TCP's does: each 429 takes a part of it, and it grows steadily in between.
+    The rate adapts as in TCP: each 429 cuts it, and it grows steadily in between.
 
     Args:
-        decrease: what a 429 leaves of the rate. With less, a lone session wastes the limit; with
-            more, sessions that share it get unequal parts for longer, and more is refused.
-        growth: the part of itself by which the rate grows each second; more means more 429s.
-        least_growth: requests per second that it gains each second at least: slow sessions catch
-            up, and one that is refused everything still tries every few seconds.
-        acceleration: seconds without a 429 until the rate grows twice as fast; after as many
-            again, it grows three times as fast.
-        unlimited: more than one process can send: a session without `rate` slows down from here.
+        decrease: the factor for each 429. A smaller one makes a lone session waste the limit. With
+            a larger one, there are more 429s, and sessions that share the limit get unequal parts
+            for longer.
+        growth: the fraction by which the rate grows each second; more means more 429s.
+        least_growth: the least growth each second, in requests per second. Slow sessions catch up,
+            and if every request gets a 429, a session still tries every few seconds.
+        acceleration: seconds without a 429 until growth doubles; after twice as many, it triples.
+        unlimited: more than one process can send, in requests per second: a session without `rate`
+            slows down from here.
     """
 
     decrease: float = 0.7
@@ -39,22 +40,22 @@ class RatePolicy:
 
 
 class Rate:
-    """Requests per second, slowed down by 429s; the time is an argument."""
+    """Requests per second, which 429s slow down; the time is an argument."""
 
     _policy = RatePolicy()
 
     def __init__(self, most: float) -> None:
         self._most = self._now = most
         self._refused_at = self._grown_at = -math.inf
-        self._growing = 0.0  # seconds since the last decrease, less those without requests
-        self._before = 0.0  # after the first of the 429s since the last good response; 0: none
+        self._growing = 0.0  # seconds since the last decrease, without idle ones
+        self._before = 0.0  # the rate after the first 429 since the last good response; 0: none
 
     def at(self, now: float) -> float:
-        """Return the rate for a request that is sent now."""
+        """Return the rate for a request at this moment."""
         if self._now >= self._most:
             return self._now
 
-        # Time without requests says nothing about the server, so the rate does not grow in it.
+        # Idle time proves nothing about the server, so the rate does not grow meanwhile.
         passed = min(now - self._grown_at, 2.0 / self._now)
         self._grown_at = now
         self._growing += passed
@@ -68,14 +69,14 @@ class Rate:
 
     def accepted(self) -> None:
         """Record a response other than 429."""
-        # Several 429s in a row were an outage or the rest of a fixed window, not a lower limit.
+        # Several 429s in a row mean an outage or the rest of a fixed window, not a lower limit.
         if self._now < self._before:
             self._now = math.sqrt(self._now * self._before)
         self._before = 0.0
 
     def refused(self, sent_at: float, now: float) -> float:
         """Record a 429, and return the rate after it."""
-        # A request that was sent before the last 429 arrived says nothing new about the rate.
+        # A request sent before the last 429 arrived proves nothing new about the rate.
         if sent_at > self._refused_at:
             self._now = self._policy.decrease * min(self._now, self._policy.unlimited)
             self._before = self._before or self._now
@@ -87,24 +88,24 @@ class Rate:
 class Queues:
     """The lines in which requests wait before the lock or semaphore that admits them in order.
 
-    Urgent requests go to it at once. Of the first requests and of the repeated ones, only one each
-    does so at a time. So an urgent request is behind two others at most, a first one does not wait
-    for all repeated ones, and first and repeated ones take turns while many of both wait.
+    Urgent requests skip the lines. First and repeated requests each have one, and only the head of
+    a line waits at the lock. An urgent request is thus behind two others at most, a first one does
+    not wait for all repeated ones, and the two kinds take turns while many of both wait.
     """
 
     def __init__(self) -> None:
         self._lines = {Priority.FIRST: asyncio.Lock(), Priority.REPEATED: asyncio.Lock()}
 
     def line(self, priority: Priority) -> AbstractAsyncContextManager[None]:
-        """Return what a request holds while it waits to be admitted."""
+        """Return the lock that a request holds while it waits for admission."""
         return self._lines.get(priority) or nullcontext()
 
 
 class Throttle:
-    """Lets HTTP attempts go one after the other, by rate and then by limiters.
+    """Admits HTTP attempts one after the other, by rate and then by limiters.
 
     Attempts of the same priority go in order of arrival. A 429 stops all attempts for as long as
-    the server asked. The sequence of limiters may change.
+    the server asked. The list of limiters may change.
     """
 
     def __init__(self, rate: float | None, limiters: Sequence[Limiter] = ()) -> None:
@@ -113,12 +114,12 @@ class Throttle:
         self._limiters = limiters
         self._queues = Queues()
         self._lock = asyncio.Lock()
-        # The lock does not tell: it is free for a moment between two waiting attempts.
+        # The lock does not show it, because it is briefly free between two waiting attempts.
         self._waiting = 0
         self._next_at = -math.inf
 
     async def acquire(self, priority: Priority = Priority.FIRST) -> float:
-        """Wait until an attempt may be made, and return the time."""
+        """Wait until an attempt may go, and return the time."""
         now = self._clock()
         waits = self._waiting > 0 or self._next_at > now
         if not waits and not self._limiters:
@@ -146,8 +147,8 @@ class Throttle:
     def _take(self, now: float, *, waited: bool) -> None:
         at = now
         if waited:
-            # A timer that fired late lost time. At most a tenth of a second of it is made up for,
-            # and an idle session has lost none.
+            # If the timer fired late, make up for it, by a tenth of a second at most. An idle
+            # session has nothing to make up for.
             at = max(self._next_at, now - 0.1)
         self._next_at = at + 1.0 / self.rate.at(now)
 
@@ -155,7 +156,7 @@ class Throttle:
         """Record a 429, and return the seconds until the next request may be sent.
 
         Args:
-            sent_at: when the refused request was sent, on the event loop's clock.
+            sent_at: when the session sent that request, on the event loop's clock.
             announced: the seconds that the server asked to wait; 0 if it did not ask.
         """
         now = self._clock()

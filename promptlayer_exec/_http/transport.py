@@ -1,4 +1,4 @@
-"""One attempt to send a request over HTTP, and the translation of aiohttp's errors."""
+"""Makes one attempt to send a request over HTTP, and translates aiohttp's errors."""
 
 from __future__ import annotations
 
@@ -34,25 +34,31 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._events import Emit, Throttled
 from promptlayer_exec._http.connections import Pool, Pools, StartBody, StartTimeout
-from promptlayer_exec._http.failures import is_permanent, is_tls_failure, reason_of, tls_peer
+from promptlayer_exec._http.failures import (
+    is_permanent,
+    is_tls_failure,
+    is_unreachable,
+    reason_of,
+    tls_peer,
+)
 from promptlayer_exec._http.throttle import Throttle
 from promptlayer_exec._settings import Settings
 
 T = TypeVar("T")
 
-# What aiohttp raises if it cannot send a request or read its response. An HttpProcessingError comes
-# from its parser in Python; every TimeoutError is an OSError; a ValueError is about settings of
-# http=, such as a header that cannot be encoded.
+# aiohttp raises these if it cannot send a request or read its response. HttpProcessingError comes
+# from its Python parser, and every TimeoutError is an OSError. A ValueError concerns settings of
+# http=, such as an unencodable header.
 _FAILURES = (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError)
-# aiohttp's timeout is off: one of ours limits the whole attempt, body included.
+# aiohttp's timeout is off: ours limits the whole attempt, including the body.
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
-# Only people read the body of a refusal.
+# Only people read the body of an error.
 _ERROR_BODY_BYTES = 64 * 1024
 
 
 @attrs.define(eq=False)
 class _Received:
-    """What arrived in one attempt, and why it stopped early."""
+    """The result of one attempt, and why it stopped early, if it did."""
 
     response: aiohttp.ClientResponse | None = None
     pieces: list[bytes] = attrs.field(factory=list)
@@ -77,10 +83,13 @@ class Transport:
     async def send(
         self, request: Request, read: Callable[[Response], T], attempt: Attempt
     ) -> Reply[T]:
-        """Send a request once, when a connection is free and the rate allows it.
+        """Send a request once, as soon as a connection is free and the rate allows it.
 
-        `request_timeout` limits the attempt, but not the wait for it.
-        Raises a `RequestError`, or `SessionClosed` if the borrowed client session is closed.
+        `request_timeout` limits the attempt, but not the wait before it.
+
+        Raises:
+            RequestError: the attempt failed.
+            SessionClosed: the borrowed client session is closed.
         """
         pool, redactor = self._pool(attempt), self.redactor
         if attempt.start is not None:
@@ -128,7 +137,7 @@ class Transport:
     async def _exchange(
         self, pool: Pool, request: Request, start: AtMostOnce | None, until: float
     ) -> _Received:
-        """Send a request, and return what arrived of its response, and the failure."""
+        """Send a request, and return what arrived of its response, and the failure, if any."""
         pool.check_open()
         url = URL(self.base_url + request.target, encoded=True)
 
@@ -141,7 +150,7 @@ class Transport:
             timeout = StartTimeout(until)
             body = StartBody(request.body or b"", start)
             if pool.is_borrowed:
-                # aiohttp also pools connections by this name, so no other request shares this one.
+                # aiohttp also pools by this name, so no other request shares the connection.
                 server_hostname = url.raw_host
 
         received = _Received()
@@ -156,16 +165,16 @@ class Transport:
                     allow_redirects=False,
                     raise_for_status=False,
                     auto_decompress=True,
-                    # More than 8 KiB, the default: large headers must not cost us a run's id.
+                    # The default is 8 KiB, but large headers must not cost us a run's id.
                     max_line_size=32 * 1024,
                     max_field_size=32 * 1024,
-                    # As much as asyncio reads at once. With less, aiohttp pauses the connection
+                    # As much as asyncio reads in one go. With less, aiohttp pauses the connection
                     # at each read of a large body.
                     read_bufsize=256 * 1024,
                     server_hostname=server_hostname,
                 )
                 if start is not None and not start.sent:
-                    # A mock has responded, or a middleware of http= has sent another body.
+                    # A mock has responded, or a middleware of http= has replaced the body.
                     start.mark_sent()
 
                 limit = _ERROR_BODY_BYTES
@@ -180,21 +189,21 @@ class Transport:
         return received
 
     async def open_websocket(self, path: str) -> aiohttp.ClientWebSocketResponse:
-        """Open a WebSocket, without the key, before ordinary requests; raises as `send` does."""
+        """Open a WebSocket without the key, ahead of ordinary requests; raise as `send` does."""
         pool = self.pools.reads
         pool.check_open()
         sent_at = await self._throttle.acquire(Priority.URGENT)
 
-        # With https in place of wss, aiohttp finds the same proxy as for requests.
+        # With https instead of wss, aiohttp finds the same proxy as for requests.
         url = URL(self.base_url + path, encoded=True)
         failure: Exception
         try:
             return await pool.http.ws_connect(
                 url,
-                # A session that closes waits for the closing handshake.
+                # A closing session waits for the closing handshake.
                 timeout=aiohttp.ClientWSTimeout(ws_close=0.1),
                 max_msg_size=self._settings.max_response_bytes,
-                # A borrowed session follows redirects. Over TLS, this name keeps them to our host.
+                # A borrowed session follows redirects. Over TLS, this keeps them on our host.
                 server_hostname=url.raw_host,
             )
         except _FAILURES as error:
@@ -218,19 +227,19 @@ class Transport:
 
         is_cut = failure is not None and response is not None and response.status < 300
         if is_cut and start is not None and is_object(body):
-            is_cut = False  # the id of a paid run counts, even if the connection broke after it
+            is_cut = False  # keep the id of a paid run, even if the connection broke later
         if response is None or is_cut:
             if start is not None and start.sent and is_tls_failure(failure):
-                start.mark_rejected()  # the handshake was refused, so the server read nothing
+                start.mark_rejected()  # no handshake, so the server read nothing
             raise self._failure(failure or TimeoutError(), response, body, redactor)
 
         location = None
-        if response.status >= 300:  # a part of the body is enough: the status tells what is wrong
+        if response.status >= 300:  # the status matters, so a part of the body is enough
             body = redactor.redact_bytes(body[:_ERROR_BODY_BYTES])
             location = redactor.redact(response.headers.get("Location", ""))
         elif too_large := oversize_reason(body, self._settings.max_response_bytes):
             raise ResponseTooLarge(
-                f"the {response.status} answer {too_large}",
+                f"the {response.status} response {too_large}",
                 limit=self._settings.max_response_bytes,
                 status=response.status,
                 excerpt=redactor.redact(excerpt(body)),
@@ -246,11 +255,11 @@ class Transport:
         body: bytes,
         redactor: Redactor,
     ) -> RequestError:
-        """Return the error for a failure of aiohttp."""
+        """Return the error for an aiohttp failure."""
         reason = redactor.redact(reason_of(failure))
         if isinstance(failure, ValueError) and not isinstance(failure, aiohttp.ClientError):
             raise ConfigurationError(
-                f"the client session of http= could not send the request: {reason}"
+                f"the aiohttp.ClientSession passed as http= could not send the request: {reason}"
             )
 
         error: RequestError
@@ -260,15 +269,14 @@ class Transport:
         elif isinstance(failure, TimeoutError):
             seconds = self._settings.request_timeout
             error = RequestTimeout(
-                f"no complete answer from {self.base_url} within {seconds:g} s", reason=reason
+                f"no complete response from {self.base_url} within {seconds:g} s", reason=reason
             )
         elif response is None:
-            error = ConnectionFailed(
-                f"no usable answer from {self.base_url}: {reason}", reason=reason
-            )
+            what = "could not reach" if is_unreachable(failure) else "no usable response from"
+            error = ConnectionFailed(f"{what} {self.base_url}: {reason}", reason=reason)
         else:
             error = InvalidResponse(
-                f"the {response.status} answer is cut short or cannot be decoded, after"
+                f"the {response.status} response broke off or could not be decoded after"
                 f" {len(body)} bytes ({reason})",
                 status=response.status,
                 excerpt=redactor.redact(excerpt(body)),
@@ -276,7 +284,7 @@ class Transport:
             )
 
         error.is_permanent = is_permanent(failure)
-        # aiohttp's own errors show request headers, with the key, and the URL of a proxy.
+        # aiohttp's own errors show the request headers with the key, and a proxy's URL.
         error.__cause__ = aiohttp.ClientError(f"{type(failure).__name__}: {reason}")
         return error
 
@@ -289,11 +297,11 @@ async def _read_body(response: aiohttp.ClientResponse, pieces: list[bytes], limi
             pieces.append(piece)
             size += len(piece)
 
-        # A middleware or a trace of http= may have read it. `read` would fail then.
+        # A middleware or trace of http= may have read it already; `read` would then fail.
         if not pieces and content.total_bytes:
             pieces.append((await response.text("latin-1")).encode("latin-1"))
     finally:
-        if response.connection is not None:  # a part of the body was not read
+        if response.connection is not None:  # parts of the body are unread
             response.close()
 
 

@@ -1,1 +1,1 @@
-"""Wake-ups: the channels on which completions are pushed, and the polls that do not trust them."""
+"""Push: the channels on which PromptLayer announces completions, and polls in case it fails to."""

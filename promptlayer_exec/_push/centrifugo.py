@@ -1,4 +1,4 @@
-"""Centrifugo's JSON protocol on a WebSocket: one subscription, until its connection ends.
+"""Centrifugo's JSON protocol on a WebSocket: one subscription, as long as its connection.
 
 https://centrifugal.dev/docs/transports/client_protocol
 """
@@ -19,13 +19,13 @@ from promptlayer_exec._events import logger
 
 @attrs.frozen
 class SubscriptionPolicy:
-    """The dials of a subscription: how long the server may be silent, and when to renew a token.
+    """The dials of a subscription: how long the server may be silent, and when to renew the token.
 
     Args:
         ping_delay: seconds by which the server's ping may be late before the connection counts as
             dead.
-        renewal: the part of a token's lifetime after which it is renewed.
-        shortest: the fewest seconds between two renewals, even if the server names no lifetime.
+        renewal: the fraction of a token's lifetime after which to renew it.
+        shortest: the least seconds between two renewals, even if the server sends no lifetime.
     """
 
     ping_delay: float = 10.0
@@ -41,14 +41,14 @@ class SubscriptionLost(Exception):
 
 
 class SubscriptionRefused(Exception):
-    """The server refuses the subscription for good."""
+    """The server permanently refuses the subscription."""
 
 
 @attrs.define(eq=False, kw_only=True)
 class Subscription:
     """One subscription to a channel, on one open WebSocket.
 
-    `get_token` is called whenever the last token is about to expire.
+    It calls `get_token` whenever the last token is about to expire.
     """
 
     _socket: aiohttp.ClientWebSocketResponse
@@ -62,9 +62,12 @@ class Subscription:
     _patience: float | None = attrs.field(init=False, default=None)  # seconds without a frame
 
     async def run(self, token: str) -> NoReturn:
-        """Subscribe, and stay subscribed; close the WebSocket at the end.
+        """Subscribe, stay subscribed until that fails, and close the WebSocket.
 
-        Raises `SubscriptionLost`, `SubscriptionRefused`, or what `get_token` raised.
+        Raises:
+            SubscriptionLost: the subscription is gone; another one may succeed.
+            SubscriptionRefused: the server permanently refuses it.
+            Exception: `get_token` raised it.
         """
         work = self._read(), self._subscribe(token)
         tasks = [asyncio.create_task(part, name="promptlayer_exec.Push") for part in work]
@@ -79,7 +82,7 @@ class Subscription:
         raise next(outcome for outcome in outcomes if isinstance(outcome, Exception))
 
     async def _subscribe(self, token: str) -> None:
-        """Connect, subscribe, and renew the token while the server lets it expire."""
+        """Connect, subscribe, and keep renewing the token if it expires."""
         reply = await self._ask("connect", token=token, name="promptlayer_exec")
         if ping := _seconds(reply, "ping"):
             self._patience = ping + _POLICY.ping_delay
@@ -129,11 +132,11 @@ class Subscription:
                 self._end(frame)
 
     async def _handle(self, line: str) -> None:
-        """Handle one line of a frame; ignore it if it is not JSON, or of an unknown kind."""
+        """Handle one line of a frame; ignore lines that are not JSON or of an unknown kind."""
         try:
             message: Any = json.loads(line) if line else None
         except ValueError as error:
-            logger.debug("push: a line is not JSON (%s)", type(error).__name__)
+            logger.debug("push: ignored a line that is not JSON (%s)", type(error).__name__)
             return
 
         match message:

@@ -1,7 +1,7 @@
 """PromptLayer's push channel, as a hint that an execution is complete.
 
-A message only wakes the watch of its execution, which then polls. So a message that is lost or
-wrong costs a poll or a few seconds, but never a result.
+A message only wakes the watch of its execution, which then polls. A lost or wrong message costs a
+poll or a few seconds, but never a result.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ T = TypeVar("T")
 
 @attrs.frozen
 class ChannelPolicy:
-    """The dials of one channel: how long it is tried, and when push is given up. Times in seconds.
+    """The dials of one channel: how long to try it, and when to give up push. Times in seconds.
 
     Args:
         handshake: how long a first subscription may take.
         reconnect: how long the next one may take after a connection was lost.
-        idle: how long a subscription is kept that no watch needs.
-        silence: how late a message may be after a poll has found the completion; later is silence.
-        most_silent: silent completions in a row after which push is given up.
-        pauses: how long it is given up for: the first time, the second time, and from then on.
-        retry: the pause after the first request or connection that failed; it doubles.
-        longest_retry: the longest of these pauses; an attempt that lasted longer did succeed.
-        most_unwatched: how many runs that nobody watches are remembered.
+        idle: how long to keep a subscription that no watch needs.
+        silence: how late a message may be after a poll found the completion; later counts as
+            silence.
+        most_silent: the silent completions in a row after which to give up push.
+        pauses: how long to give it up: the first time, the second time, and every later time.
+        retry: the pause after the first failed request or connection; it doubles each time.
+        longest_retry: the longest of these pauses; an attempt that lasted longer was a success.
+        most_unwatched: how many runs without a watch to remember.
     """
 
     handshake: float = 10.0
@@ -82,7 +83,7 @@ def read_token(response: Response) -> str:
     details = body.get("token_details") if isinstance(body, dict) else None
     token = details.get("token") if isinstance(details, dict) else None
     if not isinstance(token, str) or not token:
-        invalid_shape(response, "$.token_details.token", "there is no token")
+        invalid_shape(response, "$.token_details.token", "expected a token")
     return token
 
 
@@ -94,7 +95,7 @@ def read_completion(data: Any) -> int | None:
         completion = json.loads(data.get("data", ""))
         return check_execution_id(completion["workflow_version_execution_id"])
     except (KeyError, TypeError, ValueError) as error:
-        logger.debug("push: a completion cannot be read (%s)", type(error).__name__)
+        logger.debug("push: unreadable completion message (%s)", type(error).__name__)
         return None
 
 
@@ -102,11 +103,11 @@ def read_completion(data: Any) -> int | None:
 class Push:
     """The channels of an open session, and the runs that use them.
 
-    There is one channel for each name or id that runs are started with. A name and the id of the
-    same workflow have two channels, which get the same messages.
+    Each workflow name or id in a start has one channel. The name and the id of the same workflow
+    have two, which get the same messages.
     """
 
-    suffix: str  # each start sends it, and the name of each channel ends with it
+    suffix: str  # part of each start, and the last part of each channel's name
     # Whether to subscribe at the first start of a workflow, and to warn if push is unavailable.
     is_eager: bool
     free_sockets: int
@@ -120,8 +121,8 @@ class Push:
     has_announced: bool = attrs.field(init=False, default=False)
     _has_reported: bool = attrs.field(init=False, default=False)
     _channels: dict[str | int, Channel] = attrs.field(init=False, factory=dict)
-    # The runs that were started here and are not complete, by execution id: all that have a watch,
-    # whose completions must be noticed, and the latest ones.
+    # The incomplete runs of this session, by execution id: the latest ones, and all with a watch,
+    # because a silent completion of theirs counts against push.
     runs: WeakValueDictionary[int, PushedRun] = attrs.field(init=False, factory=WeakValueDictionary)
     _latest: ExpiringDict[int, PushedRun] = attrs.field(
         init=False, factory=lambda: ExpiringDict(most=_POLICY.most_unwatched)
@@ -130,12 +131,12 @@ class Push:
     def started(
         self, workflow: str | int, execution_id: int, *, sent_at: float, waited: float
     ) -> None:
-        """Record a run that was started.
+        """Record a new run.
 
         Args:
-            workflow: the name or id that it was started with.
+            workflow: the name or id in its start.
             execution_id: the run's id.
-            sent_at: when its start was sent, on the event loop's clock.
+            sent_at: when the session sent its start, on the event loop's clock.
             waited: the seconds that the start waited for a connection or the rate.
         """
         channel = self._channels.get(workflow)
@@ -154,7 +155,7 @@ class Push:
         self._latest.pop(run.execution_id)
 
     def receive(self, data: Any) -> None:
-        """Wake the watch that a message is for."""
+        """Wake the watch of the run in a message."""
         execution_id = read_completion(data)
         if execution_id is None:
             return
@@ -162,17 +163,18 @@ class Push:
             run.is_announced = True
         self._wake(execution_id)
 
-    def report(self, workflow: str | int, reason: str) -> None:
-        """Log that push is given up for a workflow; the first line of a session is the loudest."""
+    def report(self, workflow: str | int, reason: str, *, pause: float) -> None:
+        """Log that push is unavailable for a workflow; the session's first line is the loudest."""
         level = logging.WARNING if self.is_eager else logging.INFO
         if self._has_reported:
             level -= 10
 
         logger.log(
             level,
-            "push is not used for workflow %.100r, only polling: %s; it is tried again in a while",
+            "push unavailable for workflow %.100r (%s): polling instead, next try in %g s",
             workflow,
             printable(self._redact(reason)[:1000]),
+            pause,
         )
         self._has_reported = True
 
@@ -181,41 +183,41 @@ class Push:
 class Channel:
     """The subscription for the runs of one workflow.
 
-    It is kept while a watch needs it. If push does not work, the channel gives it up for a while.
+    It stays while a watch needs it. If push does not work, the channel gives up for a while.
     """
 
     _push: Push
-    workflow: str | int  # the name or id that the runs are started with
-    # When the subscription became active, on the loop's clock; None: it is not active.
+    workflow: str | int  # the name or id in the starts
+    # When the subscription became active, on the loop's clock; None if it is not.
     since: float | None = attrs.field(init=False, default=None)
     # Whether it is about to subscribe for the first time.
     is_starting: bool = attrs.field(init=False, default=False)
     _is_running: bool = attrs.field(init=False, default=False)
     _starts: int = attrs.field(init=False, default=0)
-    # One function for each watch of its runs, called when the state of the channel has changed.
+    # One function for each watch of its runs, called when the state of the channel changes.
     _watches: set[Callable[[], None]] = attrs.field(init=False, factory=set)
     _silent: int = attrs.field(init=False, default=0)
     _failures: int = attrs.field(init=False, default=0)
     _not_before: float = attrs.field(init=False, default=-math.inf)
-    # What ends the subscription, and why: None if it is no longer needed.
+    # When to drop the subscription, and why; None if no watch needs it any more.
     _limit: asyncio.Timeout = attrs.field(init=False)
     _reason: str | None = attrs.field(init=False)
     _last_error: str = attrs.field(init=False)
 
     @property
     def has_announced(self) -> bool:
-        """Whether push has announced a real completion, of any workflow."""
+        """Whether push has announced a real completion of any workflow."""
         return self._push.has_announced
 
     def started(self) -> None:
-        """Record a start; the second one shows that push pays."""
+        """Record a start; from the second one on, push pays off."""
         self._starts += 1
         self._limit_idleness()
         if self._push.is_eager or self._starts > 1:
             self.need()
 
     def attach(self, changed: Callable[[], None]) -> None:
-        """Notify a watch, by `changed`, whenever the state of the channel has changed."""
+        """Call a watch's `changed` whenever the state of the channel changes."""
         self._watches.add(changed)
         self._limit_idleness()
 
@@ -228,7 +230,7 @@ class Channel:
             changed()
 
     def need(self) -> None:
-        """Begin to subscribe, unless push was given up for now, or has too many WebSockets."""
+        """Begin to subscribe, unless push is given up for now or has too many WebSockets."""
         if self._is_running or not self._push.free_sockets or _now() < self._not_before:
             return
         self._is_running = self.is_starting = True
@@ -241,15 +243,15 @@ class Channel:
             async with asyncio.timeout(None) as self._limit:
                 self._expect_subscription(_POLICY.handshake)
                 await self._stay_subscribed()
-        except Exception as error:  # noqa: BLE001 - it would end the session
+        except Exception as error:  # noqa: BLE001 - the session must continue
             if not self._limit.expired():
                 self._reason, self._last_error = _describe(error), ""
 
         if self._reason is not None:
-            pauses = _POLICY.pauses
-            self._not_before = _now() + pauses[min(self._failures, len(pauses) - 1)]
+            pause = _POLICY.pauses[min(self._failures, len(_POLICY.pauses) - 1)]
+            self._not_before = _now() + pause
             self._failures += 1
-            self._push.report(self.workflow, self._reason + self._last_error)
+            self._push.report(self.workflow, self._reason + self._last_error, pause=pause)
 
     def _ended(self, _: object) -> None:
         self._is_running = self.is_starting = False
@@ -280,7 +282,7 @@ class Channel:
             self._lose()
 
     async def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Return what an attempt returns; repeat it after each failure that may pass."""
+        """Return the result of an attempt; repeat it after each transient failure."""
         pause = _POLICY.retry
         while True:
             began = _now()
@@ -291,7 +293,7 @@ class Channel:
                     raise
                 self._last_error = f"; last failure: {_describe(error)}"
 
-            # The first polls of runs wait for the first attempt, but not for the next one.
+            # The first poll of a run waits for the first attempt, but not for more.
             if self.is_starting:
                 self.is_starting = False
                 self._changed()
@@ -302,7 +304,7 @@ class Channel:
             pause = min(pause * 2, _POLICY.longest_retry)
 
     def _begin(self) -> None:
-        """Record that from now on, every completion will be published to us."""
+        """Record that from now on, PromptLayer publishes every completion to us."""
         self.since = _now()
         self.is_starting = False
         self._last_error = ""
@@ -310,14 +312,14 @@ class Channel:
         self._changed()
 
     def _lose(self) -> None:
-        """Record that from now on, messages may be missed."""
+        """Record that from now on, we may miss messages."""
         if self.since is not None:
             self.since = None
             self._expect_subscription(_POLICY.reconnect)
             self._changed()
 
     def _expect_subscription(self, seconds: float) -> None:
-        self._end_after(seconds, f"there was no subscription within {seconds:g} s")
+        self._end_after(seconds, f"no subscription within {seconds:g} s")
 
     def _limit_idleness(self) -> None:
         if self.since is None:
@@ -333,7 +335,7 @@ class Channel:
             self._limit.reschedule(None if seconds is None else _now() + seconds)
 
     def completed(self, run: PushedRun, *, expected: bool) -> None:
-        """Record that a poll found a run complete, and whether push should have announced it."""
+        """Record that a poll found a run complete; `expected` if push should have announced it."""
         if run.is_announced or not expected:
             self._conclude(run)
         else:  # its message may still be on the way
@@ -348,10 +350,10 @@ class Channel:
         self._silent += 1
         if self._silent >= _POLICY.most_silent:
             self._push.has_announced = False
-            self._end_after(0.0, f"it did not announce the last {_POLICY.most_silent} completions")
+            self._end_after(0.0, f"no message for the last {_POLICY.most_silent} completions")
 
     def _conclude(self, run: PushedRun) -> None:
-        """Forget a run that is complete; if a message announced it, push can be trusted."""
+        """Forget a complete run; if a message announced it, push works."""
         self._push.forget(run)
         if run.is_announced:
             self._push.has_announced = True
@@ -360,16 +362,16 @@ class Channel:
 
 @attrs.define(eq=False)
 class PushedRun:
-    """What is known of one run that was started with push, from polls and messages.
+    """The state of one run that was started with push, from polls and messages.
 
     It outlives the run's watches. Polls are rare only if the subscription was already active when
-    the run was last known to be running: when its start was sent, or a poll that found it
+    the run was last seen running, which is when the session sent its start, or a poll that found it
     incomplete.
     """
 
     execution_id: int
     channel: Channel
-    _known_at: float  # when the last request was sent that showed the run to be running
+    _known_at: float  # when the last request that showed it running was sent
     _waited: float  # how long that request waited for a connection or the rate
     is_announced: bool = attrs.field(init=False, default=False)  # its completion, by push
     _polls: int = attrs.field(init=False, default=0)  # in a row, under an active subscription
@@ -377,11 +379,11 @@ class PushedRun:
     _is_doubted: bool = attrs.field(init=False, default=False)  # a wake-up was false
 
     def next_poll(self, scheduled: float, *, floor: float, deadlines: Iterable[Deadline]) -> float:
-        """Return when to poll; `scheduled` is when the run would be polled without push."""
+        """Return when to poll; `scheduled` is the time without push."""
         if self._is_doubted or self._is_complete:
             return scheduled
 
-        # Until push has announced anything, nobody knows whether it will: the gaps do not grow.
+        # The gaps grow only once push has announced something.
         polls = self._polls if self.channel.has_announced else 0
         return _FALLBACK.next_poll(
             scheduled,
@@ -395,7 +397,7 @@ class PushedRun:
         )
 
     def polled(self, sent_at: float, *, waited: float, complete: bool, false_wake: bool) -> None:
-        """Record a good poll; `false_wake` if a wake-up led to it, but the run still runs."""
+        """Record a good poll; `false_wake` if a wake-up caused it, but the run is still running."""
         since = self.channel.since
         is_covered = since is not None and since <= self._known_at
         if not complete:
@@ -410,7 +412,7 @@ class PushedRun:
 
 
 def _describe(error: BaseException) -> str:
-    """Return an error's message, or the type of a foreign one, whose text may be secret."""
+    """Return an error's message; only the type of a foreign one, whose text may be secret."""
     if isinstance(error, RequestError | SubscriptionLost | SubscriptionRefused):
         return str(error.args[0])
     return type(error).__name__

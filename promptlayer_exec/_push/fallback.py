@@ -1,4 +1,4 @@
-"""When to poll a run whose completion is pushed: rarely, since push may fail."""
+"""When to poll a run although push will announce its completion: rarely, in case push fails."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from promptlayer_exec._policies import Deadline
 
 @attrs.frozen
 class FallbackPolicy:
-    """The dials of polling while push is active: times in seconds, and arithmetic alone.
+    """The dials of polling while push is active: pure arithmetic, with times in seconds.
 
     Args:
         first: the gap between two polls under an active subscription; it doubles with each poll.
         longest: the longest of these gaps.
-        times_waited: a gap is at least this many times as long as the last request waited for the
-            rate, because more polls would make all requests wait longer.
-        last_call: how long before a deadline there is a poll, so that its error has a snapshot.
-        subscribing: how long a first poll waits for the first subscription, which then makes that
-            poll unnecessary.
+        times_waited: the least gap, as a multiple of how long the last request waited for the rate:
+            more polls would make all requests wait longer.
+        last_call: how long before a deadline to poll, so that its error has a recent snapshot.
+        subscribing: how long a first poll waits for the first subscription, which may make it
+            unnecessary.
     """
 
     first: float = 5.0
@@ -44,21 +44,21 @@ class FallbackPolicy:
         """Return when to poll a run, all times on one clock.
 
         Args:
-            scheduled: when it would be polled without push.
+            scheduled: when to poll it without push.
             floor: the shortest delay of the session's poll policy.
-            known_at: when the last request was sent that showed the run to be running.
-            subscribed_at: when the subscription became active; None: it is not active.
+            known_at: when the last request that showed it running was sent.
+            subscribed_at: when the subscription became active; None if it is not.
             is_subscribing: whether the first subscription is about to become active.
             polls: how many polls in a row, under this subscription, found the run incomplete.
             waited: how long the last request waited for a connection or the rate.
-            deadlines: the deadlines of those who wait for the completion.
+            deadlines: the deadlines of its waiters.
         """
         if subscribed_at is None:
             if is_subscribing:
                 return max(scheduled, known_at + min(floor, self.subscribing))
             return scheduled
 
-        # The run may have completed before the subscription: one poll finds that out.
+        # The run may have completed before the subscription: one poll finds out.
         if subscribed_at > known_at:
             return min(scheduled, known_at + min(floor, self.first))
 

@@ -1,6 +1,6 @@
-"""Structuring outputs into the user's types, strictly, and encoding inputs as JSON.
+"""Structures outputs into your types, strictly, and encodes inputs as JSON.
 
-Its modules are imported at the first use, so that importing the package stays cheap.
+It imports its modules at first use, to keep importing the package cheap.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ __all__ = ["check_type", "encode_inputs", "strict_converter", "structure_output"
 
 
 def strict_converter() -> cattrs.Converter:
-    """Return a new cattrs converter with the strict rules that `into=` has by default.
+    """Return a new cattrs converter with the strict rules that `into=` uses by default.
 
-    Register hooks of your own on it, and pass it as `Session(converter=...)`. As in cattrs, a
-    hook takes precedence over what was registered before. For other settings of the converter,
-    use its `copy` method: `strict_converter().copy(forbid_extra_keys=True)`.
+    Register your own hooks on it, and pass it as `Session(converter=...)`. As in cattrs, a later
+    hook takes precedence over earlier ones. To change settings of the converter, use its `copy`
+    method: `strict_converter().copy(forbid_extra_keys=True)`.
     """
     from promptlayer_exec._structuring import _rules  # noqa: PLC0415
 

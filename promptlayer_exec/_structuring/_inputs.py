@@ -1,4 +1,4 @@
-"""Encoding the inputs of a workflow as plain JSON values."""
+"""Encodes the inputs of a workflow as plain JSON values."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dic
     """Return inputs as a new tree of dicts, lists, strings, numbers, booleans and None.
 
     Mappings become dicts, tuples become lists. The converter unstructures attrs classes,
-    dataclasses, enums, paths, and every type that it has an unstructure hook for; pydantic models
-    are dumped by `model_dump(mode="json")`. An error has the path to what JSON does not have.
+    dataclasses, enums, paths, and every type for which it has an unstructure hook; pydantic models
+    go through `model_dump(mode="json")`. An error has the path to the value that JSON lacks.
     """
     try:
         encoded = _Encoder(converter or STRICT).encode(inputs)
@@ -41,20 +41,20 @@ def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dic
 @attrs.define(eq=False)
 class _Encoder:
     _converter: cattrs.Converter
-    _keys: list[Any] = attrs.field(factory=list)  # to the value that is being encoded
+    _keys: list[Any] = attrs.field(factory=list)  # the path to the current value
 
     def encode(self, value: Any) -> Any:
         kind = type(value)
         if kind in (str, bool, NoneType):
             return value
 
-        # A converter may turn any other type into one that JSON has.
+        # A converter may turn any other type into a JSON type.
         if kind not in (int, float, dict, list, tuple):
             unstructured = self._unstructured(value)
             if type(unstructured) is not kind:
                 return self.encode(unstructured)
 
-        # What it has left as it was may still be a subclass of one.
+        # A value that it left unchanged may still be of a subclass.
         if isinstance(value, (int, float)):
             return self._number(value)
         if isinstance(value, str):
@@ -63,8 +63,8 @@ class _Encoder:
             return self._object(value)
         if isinstance(value, (list, tuple)):
             return self._array(value)
-        advice = "convert it, or give Session a converter= with an unstructure hook for it"
-        raise self._error(TypeError, f"{json_kind(value)} is not a JSON value; {advice}")
+        advice = "Convert it, or give Session a converter= with an unstructure hook for it"
+        raise self._error(TypeError, f"{json_kind(value)} is not a JSON value. {advice}")
 
     def _unstructured(self, value: Any) -> Any:
         if _contains_itself(value, frozenset({id(value)})):
@@ -84,12 +84,12 @@ class _Encoder:
         try:
             return self._converter.get_unstructure_hook(kind)
         except NameError:
-            # A converter of the user without our rule for named tuples: see `_rules`.
+            # The user's converter lacks our rule for named tuples: see `_rules`.
             if is_namedtuple(kind):
                 return tuple
             raise
 
-    # Neither calls more than `encode` for each level: Python bounds how deeply calls may nest.
+    # Both add only `encode` to the stack for each level: Python limits how deeply calls may nest.
     def _object(self, value: Mapping[Any, Any]) -> dict[str, Any]:
         encoded = {}
         for key, item in value.items():
@@ -123,7 +123,7 @@ class _Encoder:
         plain = int(value)
         try:
             str(plain)
-        except ValueError as error:  # Python has a limit for digits
+        except ValueError as error:  # Python limits the digits
             raise self._error(ValueError, "the integer has too many digits") from error
         return plain
 
@@ -132,7 +132,7 @@ class _Encoder:
 
 
 def _contains_itself(value: Any, outer: frozenset[int]) -> bool:
-    """Return whether a value contains itself; from Python 3.12 on, cattrs would fill the memory."""
+    """Return True if a value contains itself: from Python 3.12 on, cattrs would exhaust memory."""
     kind = type(value)
     parts: Iterable[Any] = ()
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What does not fit a type: a value of the wrong kind, and where it stands in a body or output."""
+"""Finds the value that does not match a type, and its path in a body or output."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ T = TypeVar("T")
 
 
 class WrongKind(TypeError):
-    """The value is not of the JSON kind that the type is structured from."""
+    """The value is not of the JSON kind that the type needs."""
 
 
 def exact(value: Any, kind: type[T]) -> T:
-    """Return the value if it is of exactly that kind, else raise `WrongKind`."""
+    """Return the value if it is of exactly this kind, or else raise `WrongKind`."""
     if type(value) is not kind:
         raise WrongKind(f"expected {JSON_KINDS[kind]}, got {json_kind(value)}")
     return value
 
 
 def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[str, str, Exception]:
-    """Return the path to the first mismatch in a tree of cattrs' errors, its reason and error."""
+    """Return the path, reason and error of the first mismatch in a tree of cattrs errors."""
     path, container, key = "$", None, None
     while isinstance(error, cattrs.BaseValidationError):
         group, error = error, error.exceptions[0]
@@ -39,7 +39,7 @@ def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[s
     if isinstance(error, cattrs.ForbiddenExtraKeysError):
         return path + step(min(error.extra_fields)), "is not expected", error
 
-    with suppress(Exception):  # not an error of pydantic
+    with suppress(Exception):  # not a pydantic error
         first = error.errors()[0]  # type: ignore[attr-defined]
         steps, reason = _within_model(first, value)
         return path + steps, reason, error
@@ -47,12 +47,12 @@ def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[s
 
 
 def _key(group: cattrs.BaseValidationError, error: Exception, converter: cattrs.Converter) -> Any:
-    """Return the JSON key of a group's first error, None if the error is about the whole value."""
+    """Return the JSON key of a group's first error; None if it concerns the whole value."""
     for note in reversed(getattr(error, "__notes__", ())):
         if isinstance(note, cattrs.IterableValidationNote):
             return note.index
         if isinstance(note, cattrs.AttributeValidationNote):
-            with suppress(Exception):  # a hook of the user has no overrides
+            with suppress(Exception):  # the user's own hook has no overrides
                 hook: Any = converter.get_structure_hook(group.cl)
                 return hook.overrides[note.name].rename or note.name
             return note.name
@@ -96,9 +96,9 @@ def step(key: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    said = str(error)
+    reason = str(error)
     if error.args and isinstance(error.args[0], str):
-        said = error.args[0]  # that of a KeyError, or of a group, has more in its str()
+        reason = error.args[0]  # the str() of a KeyError or of a group adds to it
     if isinstance(error, (TypeError, ValueError, cattrs.StructureHandlerNotFoundError)):
-        return said
-    return f"{type(error).__name__}: {said}"
+        return reason
+    return f"{type(error).__name__}: {reason}"

@@ -1,4 +1,4 @@
-"""Structuring a decoded JSON value into a type, with the strict converter or the user's."""
+"""Structures a decoded JSON value into a type, with the strict converter or the user's."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def structure_output(
 
     path, reason, leaf = locate(cause, failed, converter)
     if isinstance(leaf, cattrs.StructureHandlerNotFoundError):
-        # check_type does not see the parts that only this value leads to.
-        where = f"execution {snapshot.execution_id}: {path}"
-        raise TypeError(f"cannot structure the output of {where}: {reason}") from cause
+        # check_type cannot see types that only this value leads to.
+        place = f"execution {snapshot.execution_id} at {path}"
+        raise TypeError(f"cannot structure the output of {place}: {reason}") from cause
     if isinstance(leaf, RecursionError):
         path, reason, cause = "$", "is nested too deeply", leaf
 
     raise InvalidOutput(
-        f"the output does not fit the type given as into=: {path}: {reason}",
+        f"the output does not match into= at {path}: {reason}",
         path=path,
         value=value,
         reason=reason,
@@ -58,7 +58,7 @@ def check_type(into: Any, converter: cattrs.Converter | None = None) -> None:
 
 
 def _with_json_in(value: Any) -> Iterator[Any]:
-    """Yield the value, and then, if it is a string of JSON, the value in it."""
+    """Yield the value and then, if it is a string of JSON, its content."""
     yield value
     if type(value) is str:
         with suppress(ValueError, RecursionError):
@@ -71,7 +71,9 @@ def _find_hook(into: Any, converter: cattrs.Converter) -> Hook:
 
     try:
         hook = converter.get_structure_hook(into)
-        if isinstance(hook, UnionHook):  # it looks up those of its members when it gets a value
+        if isinstance(
+            hook, UnionHook
+        ):  # it looks up the hooks of its members only when it gets a value
             for member in hook.members:
                 converter.get_structure_hook(member)
     except Exception as error:

@@ -42,7 +42,7 @@ def _scalar(base: type, value: Any, kind: Any) -> Any:
 
 
 def _refuse(kind: Any) -> Any:
-    what = f"there is no rule for {_name(kind)}; give Session a converter= with a hook for it"
+    what = f"there is no rule for {_name(kind)}. Give Session a converter= with a hook for it"
     raise cattrs.StructureHandlerNotFoundError(what, kind)
 
 
@@ -50,7 +50,7 @@ def _option(value: Any, kind: Any) -> Any:
     options = get_args(kind)
     if _is_enum(kind):
         options = tuple(kind)
-    # The options of a Literal may be members of enums, too.
+    # A Literal may list enum members.
     plain = [getattr(option, "value", option) for option in options]
 
     for option, expected in zip(options, plain, strict=True):
@@ -60,7 +60,7 @@ def _option(value: Any, kind: Any) -> Any:
     if _is_enum(kind):
         with suppress(TypeError, ValueError):
             found = kind(value)
-            # Not the member 1 for True; but an enum's own `_missing_` may do as it likes.
+            # Reject the member 1 for True, but accept anything from an enum's own `_missing_`.
             if found.value != value or _same(value, found.value):
                 return found
 
@@ -68,7 +68,7 @@ def _option(value: Any, kind: Any) -> Any:
 
 
 def _same(value: Any, expected: Any) -> bool:
-    """Return whether both are equal and of the same type; an int also stands for a float."""
+    """Return True if both are equal and of the same type; an int may also stand for a float."""
     alike = type(value) is type(expected) or (type(value) is int and type(expected) is float)
     return alike and bool(value == expected)
 
@@ -119,7 +119,7 @@ def _array(kind: Any, converter: cattrs.Converter) -> Hook:
         try:
             for item, (hook, expected) in zip(value, cycle(hooks), strict=False):
                 items.append(hook(item, expected))
-        except Exception as error:  # noqa: BLE001 - a hook of the user may raise anything
+        except Exception as error:  # noqa: BLE001 - the user's hook may raise anything
             where = f"Structuring {kind} @ index {len(items)}"
             error.add_note(cattrs.IterableValidationNote(where, len(items), None))
             raise cattrs.IterableValidationError(where, [error], kind) from None
@@ -148,7 +148,7 @@ def _from_object(kind: Any, converter: cattrs.Converter) -> Hook:
 def _evaluated(kind: Any) -> Any:
     """Return an equal TypedDict whose annotations are evaluated.
 
-    Where annotations are strings, Python takes keys that are marked `NotRequired` for required.
+    If annotations are strings, Python takes keys marked `NotRequired` for required.
     """
     if get_origin(kind):
         return kind
@@ -189,10 +189,10 @@ class UnionHook:
         for member in self._candidates(value):
             try:
                 return self._converter.structure(value, member)
-            except Exception as error:  # noqa: BLE001 - a hook of the user may raise anything
+            except Exception as error:  # noqa: BLE001 - the user's hook may raise anything
                 errors.append((member, error))
 
-        # An error of a member whose kind the value has says more than that of another kind.
+        # A member of the right kind has the most helpful error.
         close = [(member, error) for member, error in errors if not isinstance(error, WrongKind)]
         if len(close) == 1:
             raise close[0][1]
@@ -207,7 +207,7 @@ class UnionHook:
     def _candidates(self, value: Any) -> list[Any]:
         fit = self.members
         if len(self._classes) > 1 and type(value) is dict:
-            with suppress(Exception):  # cattrs cannot tell them apart, or the value fits none
+            with suppress(Exception):  # cattrs cannot distinguish them, or none matches
                 fit = _members(self._pick_class(value))
         kept = [member for member in self.members if member in fit or member not in self._classes]
         return sorted(kept, key=partial(_rank, type(value)))
@@ -265,7 +265,7 @@ def is_union(kind: Any) -> bool:
 
 # cattrs tries the last one first.
 _RULES: list[tuple[Callable[[Any], bool], Callable[..., Hook]]] = [
-    # cattrs would take a string for an iterable of characters.
+    # cattrs would accept a string as an iterable of characters.
     (lambda kind: issubclass(_origin(kind), abc.Iterable), _refuse),
     (_is_option, lambda _: _option),
     (lambda kind: kind in _PARSERS, lambda _: _parsed),
@@ -299,8 +299,8 @@ def strict_converter() -> cattrs.Converter:
         converter.register_structure_hook(kind, partial(_scalar, kind))
     converter.register_structure_hook(bytes, lambda _, kind: _refuse(kind))
 
-    # cattrs goes by the annotations of a named tuple. From Python 3.14 on, it cannot evaluate them
-    # in a module with `from __future__ import annotations`.
+    # cattrs reads the annotations of a named tuple. From Python 3.14 on, it cannot evaluate them in
+    # a module with `from __future__ import annotations`.
     converter.register_unstructure_hook_factory(is_namedtuple, _as_tuple)
     return converter
 

@@ -22,7 +22,7 @@ import attrs
 import typer
 
 import promptlayer_exec
-from promptlayer_exec._integration import printable
+from promptlayer_exec._integration import printable, split_advice
 from promptlayer_exec.cli._printing import err, out
 
 P = ParamSpec("P")
@@ -160,8 +160,7 @@ def describe(error: Exception) -> str:
 
 def describe_stored(kind: str, message: str) -> str:
     """Return the text of an error of that class with advice for a command line."""
-    advice = getattr(getattr(promptlayer_exec, kind, None), "advice", "")
-    problem = message.removesuffix(advice).rstrip()
+    problem, advice = split_advice(kind, message)
     return printable(f"{problem} {_ADVICE.get(kind, advice)}".rstrip())
 
 

@@ -57,7 +57,7 @@ def state_text(snapshot: Snapshot) -> str:
 
 def failure_text(execution_id: int, error: ExecutionFailed) -> str:
     """Say why an execution has no output, and how to read more."""
-    reason = clip(str(error.args[0]).removeprefix("it failed: "), 1_500)
+    reason = clip(str(error.args[0]).removeprefix("failed: "), 1_500)
     text = f"Execution {execution_id} failed: {reason}."
     if error.failed:
         text += f" Call get_execution with execution_id '{execution_id}' and node"

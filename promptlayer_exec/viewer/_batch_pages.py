@@ -127,7 +127,9 @@ def _cause(message: str) -> tuple[str | None, str]:
     if named is None:
         # Ids and keys differ from item to item, and would keep equal errors apart.
         message = re.sub(r"^execution \d+:? ", "", message)
-        unknown = re.match(r"it is not known whether .*? started: (.*?)(?=\. The run |$)", message)
+        unknown = re.match(
+            r"a run of .*? may have started: (.*?)(?=\. Session|\. Look |$)", message
+        )
         return None, message if unknown is None else unknown[1]
     rest = message[named.end() :]
     found = re.match(r" \((.*?)\)(?=;|\.|$)|: (.*?)(?=; node |\. See |$)", rest, re.DOTALL)

@@ -162,9 +162,10 @@ _OPEN_ENDED = {_errors.InvalidInputs, _errors.KeyConflict}
 def test_text(cls):
     """The text says which execution, what happened and what to do, without an errno."""
     error = build(cls)
+    error.last_snapshot = None
     text = str(error)
-    assert text.startswith("execution 787: it went wrong")
-    assert text.endswith(cls.advice or ("wrong" if cls in _OPEN_ENDED else "."))
+    assert text.replace(":", "", 1).startswith("execution 787 it went wrong")
+    assert text.endswith(cls.advice.format(id=787) or ("wrong" if cls in _OPEN_ENDED else "."))
     assert "[Errno" not in text + repr(error)
     assert not re.search(r"[.;,:!?][.;,:]", text.replace("...", "")), text
     assert text == text.strip()
@@ -194,13 +195,13 @@ def test_punctuation(ending, attempts):
 @pytest.mark.parametrize(("attempts", "shown"), [(1, False), (2, True)], ids=["once", "repeatedly"])
 def test_attempts_are_shown(attempts, shown):
     """The number of attempts is shown if there was more than one."""
-    text = str(_errors.ConnectionFailed("no answer", attempts=attempts))
+    text = str(_errors.ConnectionFailed("no response", attempts=attempts))
     assert (f"({attempts} attempts)" in text) is shown
 
 
 @pytest.mark.parametrize(
     ("excerpt", "shown"),
-    [("<html>\n", r"the body starts with '<html>\n'"), ("", "the body is empty")],
+    [("<html>\n", r"The body starts with '<html>\n'"), ("", "The body is empty")],
     ids=["text", "empty"],
 )
 def test_excerpt_is_shown(excerpt, shown):
@@ -254,18 +255,38 @@ def test_what_does_not_print_is_escaped(said, shown):
     assert (error.message, error.body) == (said, said)
 
 
+def test_a_timeout_after_the_execution_completed_does_not_say_that_it_continues():
+    """Only its output is late."""
+    text = str(build(_errors.ExecutionTimeout))
+    assert text == "execution 787: it went wrong. session.execution(787) picks it up."
+
+
+@each_error
+@pytest.mark.parametrize("execution_id", [787, None])
+def test_the_advice_can_be_split_off(cls, execution_id):
+    """A stored text is divided into the problem and the advice, by the name of its class."""
+    error = cls("it", **FIELDS[cls.__name__], execution_id=execution_id)
+    problem, advice = _errors.split_advice(cls.__name__, str(error))
+    assert f"{problem} {advice}".rstrip() == str(error)
+    assert bool(advice) == bool(error._next_step())
+    assert _errors.split_advice("KeyError", "it. Try again.") == ("it. Try again.", "")
+
+
 def test_a_start_that_can_be_recovered_says_so_without_its_token():
     """The token is only in the attribute: whoever has it can forge the start's callback."""
     error = build(_errors.StartUnknown)
-    assert "it went wrong; Session.recover waits for its callback. The run may" in str(error)
+    assert "it went wrong. Session.recover(error) waits for its callback. Look" in str(error)
     assert error.callback_token not in str(error) + repr(error)
     error.callback_token = None
     assert "recover" not in str(error)
 
 
-def test_a_closed_session_speaks_of_an_execution_only_if_there_is_one():
+def test_a_closed_session_names_an_execution_only_if_there_is_one():
     """A start that was refused started nothing."""
     assert str(_errors.SessionClosed()) == (
-        "the session is closed. Call it while the session is open."
+        "the session is closed. Make the call while the session is open."
     )
-    assert "The execution goes on" in str(_errors.SessionClosed(execution_id=787))
+    assert str(_errors.SessionClosed(execution_id=787)) == (
+        "execution 787: the session is closed. It continues on PromptLayer;"
+        " session.execution(787) in an open session picks it up."
+    )

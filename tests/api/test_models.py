@@ -220,7 +220,7 @@ def test_failure_names_the_failed_nodes():
         seen.raise_for_failure()
     text = str(caught.value)
     assert text.startswith(
-        "execution 787: it failed: 'Node/1' FAILED (division by zero); 'Node 2' FAILED."
+        "execution 787 failed: node 'Node/1' FAILED: division by zero; node 'Node 2' FAILED."
     )
     assert "Node 3" not in text
 
@@ -231,7 +231,7 @@ def test_failure_of_many_nodes_names_the_first():
     with pytest.raises(ExecutionFailed) as caught:
         snapshot(*nodes, complete=True).raise_for_failure()
     assert len(caught.value.failed) == 1001
-    assert "'N18' FAILED; and 981 more." in str(caught.value)
+    assert "'N18' FAILED; and 981 more nodes." in str(caught.value)
     assert len(str(caught.value)) < 1000
 
 
@@ -240,7 +240,7 @@ def test_failure_without_failed_nodes_names_the_outputs():
     with pytest.raises(ExecutionFailed) as caught:
         outputs((S, False), (K, True), ("PAUSED", True)).raise_for_failure()
     assert caught.value.failed == ()
-    assert "no output node succeeded: 'N1' SKIPPED; 'N2' PAUSED." in str(caught.value)
+    assert "no output node succeeded: node 'N1' SKIPPED; node 'N2' PAUSED." in str(caught.value)
 
 
 def test_diff_of_status():

@@ -59,7 +59,7 @@ def test_redirect(status):
 
 def test_redirect_without_a_target():
     """A redirect may have no target, as a 304 has none, or one too long to show."""
-    assert str(refused(304)).startswith("the server answered 304 Not Modified. ")
+    assert str(refused(304)).startswith("the server returned 304 Not Modified. ")
     assert len(str(refused(302, location="https://x.test/" + "y" * 10_000))) < 500
 
 
@@ -125,7 +125,7 @@ def test_status_without_a_name(status):
     error = refused(status)
     assert status_name(status) == str(status)
     assert error.message == error.reason == str(status)
-    assert f"answered {status}. " in f"{error} "
+    assert f"returned {status}. " in f"{error} "
 
 
 FASTAPI = {

@@ -195,13 +195,13 @@ def test_a_webhook_of_more_than_a_mebibyte_is_not_read() -> None:
 
 def test_mistakes_in_the_program_are_named() -> None:
     """A decoded body, and a secret that is missing or empty, are no fault of the sender."""
-    with pytest.raises(TypeError, match="body must be the bytes that were received, not an object"):
+    with pytest.raises(TypeError, match="body must be the received bytes, not an object"):
         read_webhook(FINISHED, sign(FINISHED), SECRET)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="secret must be a str, not null"):
         read_webhook(body(FINISHED), sign(FINISHED), None)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="secret must not be empty"):
         read_webhook(body(FINISHED), sign(FINISHED, ""), "")
-    with pytest.raises(TypeError, match="body must be the bytes that were received"):
+    with pytest.raises(TypeError, match="body must be the received bytes"):
         read_callback("{}")  # type: ignore[arg-type]
 
 

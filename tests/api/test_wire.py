@@ -317,7 +317,7 @@ def test_both_readers_check_the_status(reader, status):
 @pytest.mark.parametrize("status", [201, 203, 204, 205, 206, 299])
 def test_other_success(status):
     """Any other 2xx is an InvalidResponse with a path, so permanent."""
-    with pytest.raises(InvalidResponse, match=f"answered {status}") as caught:
+    with pytest.raises(InvalidResponse, match=f"returned {status}") as caught:
         check_status(Response(status, RECORDED))
     assert (caught.value.status, caught.value.path) == (status, "$")
     assert caught.value.excerpt.startswith('{"Node 1"')

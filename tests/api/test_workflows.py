@@ -365,11 +365,11 @@ def test_missing_inputs_are_named_with_near_misses() -> None:
             {"topik": 1, "LANGUAGE": 2, "other": 3}
         )
     assert str(caught.value) == (
-        "workflow 'analyze' needs the inputs 'topic' (string), 'language' (string), 'n' (int),"
-        " which are missing; it does not require LANGUAGE (did you mean 'language'?), topik (did"
-        " you mean 'topic'?), other"
+        "workflow 'analyze' is missing the inputs 'topic' (string), 'language' (string), 'n' (int)."
+        " It does not require LANGUAGE (did you mean 'language'?), topik (did you mean 'topic'?),"
+        " other"
     )
-    with pytest.raises(ValueError, match=r"the input 'a\\nb' \(x\\x1b\), which is missing$"):
+    with pytest.raises(ValueError, match=r"the input 'a\\nb' \(x\\x1b\)$"):
         requires(**{"a\nb": "x\x1b"}).check_inputs(None)
     with pytest.raises(ValueError, match=r"does not require o00, o01, .*, o19 and 5 more$"):
         requires(topic="string").check_inputs({f"o{n:02}": n for n in range(25)})
@@ -431,13 +431,13 @@ async def test_the_errors_of_a_description(
     sim.inject(Fault.status(503))
     assert (await session.workflow("w")).name == "w"
     with pytest.raises(
-        NotFound, match=r"^workflow 'x': the server answered 404 Not Found: Workflow not found"
+        NotFound, match=r"^workflow 'x': the server returned 404 Not Found: Workflow not found"
     ):
         await session.workflow("x")
     with pytest.raises(TypeError, match="unexpected argument workflow_version=: it is version="):
         await session.workflow("w", workflow_version=1)  # type: ignore[call-arg]
     sim.inject(Fault.stall())
-    with pytest.raises(ExecutionTimeout, match=r"^no answer within 0\.05 s") as caught:
+    with pytest.raises(ExecutionTimeout, match=r"^no response within 0\.05 s") as caught:
         await session.workflow("w")
     assert caught.value.execution_id is None
     await session.aclose()

@@ -88,7 +88,7 @@ def test_a_batch_is_run_and_its_results_are_written(
     code, out, err = run(*command)
     assert (code, out) == (1, "")
     unchecked, first, second, third, *others, hint = err.splitlines()
-    assert unchecked.startswith("inputs are not checked: workflow 'none': the server answered 403")
+    assert unchecked.startswith("inputs are not checked: workflow 'none': the server returned 403")
     sim.clear_faults()
     assert first == "batch night: 3 items"
     assert second.startswith("batch night: 3 items: 1 succeeded, 2 failed, 0 unknown, in ")
@@ -273,7 +273,7 @@ def test_lines_that_cannot_run_are_reported_before_anything_is_added(
     code, out, err = run("run", file, "--workflow", "pair")
     assert (code, out) == (2, "")
     misspelt = (
-        "workflow 'pair' needs the input 'last' (string), which is missing; it does not require"
+        "workflow 'pair' is missing the input 'last' (string). It does not require"
         " lats (did you mean 'last'?);"
         " `promptlayer-exec workflow pair` shows what it needs"
     )
@@ -779,7 +779,9 @@ def test_an_item_shows_its_attempts(sim: Simulator, run: Run, tmp_path: Path) ->
     first, second = (run.execution_id for run in sim.runs if run.inputs["n"] == "bad")
 
     _, out, _ = run("show", "bad")
-    assert f"  attempt 1 ended, execution {first}: ExecutionFailed: execution {first}: " in out
+    assert (
+        f"  attempt 1 ended, execution {first}: ExecutionFailed: execution {first} failed: " in out
+    )
     assert f"  execution {second} started" in out
     attempts = json.loads(run("show", "bad", "--json")[1])["attempts"]
     assert [attempt["execution_id"] for attempt in attempts] == [first, second]

@@ -149,11 +149,11 @@ class TestWatch:
         execution_id = sim.add_execution(HELD)
         code, out, err = start("watch", execution_id, "--json", "--timeout", "0.3").end()
         assert code == 3
-        assert f"execution {execution_id}: not complete within 0.3 s" in err
+        assert f"execution {execution_id}: still running after 0.3 s" in err
         assert err.endswith(f"again with:\n  promptlayer-exec watch {execution_id}\n")
         error = json.loads(out.splitlines()[-1])["error"]
         assert (error["type"], error["execution_id"]) == ("ExecutionTimeout", str(execution_id))
-        assert "not complete within 0.3 s" in error["message"]
+        assert "still running after 0.3 s" in error["message"]
 
     def test_a_refusal_is_exit_code_4(self, sim: Simulator, call: Call) -> None:
         """A wrong key or an unknown id is reported at once, without advice to try again."""
@@ -183,7 +183,7 @@ class TestWatch:
         code, out, err = call("watch", execution_id)
         assert code == 0
         assert "succeeded" in out
-        assert re.fullmatch(r"execution \d+: the server answered 503 .*; trying again .*\n", err)
+        assert re.fullmatch(r"execution \d+: the server returned 503 .*; trying again .*\n", err)
 
     def test_an_interrupt_is_exit_code_130(self, sim: Simulator, start: Start) -> None:
         """Ctrl-C prints the command that picks the execution up again, and so does SIGTERM."""
@@ -313,7 +313,7 @@ class TestRun:
         wrong_key = call("run", "unknown", PROMPTLAYER_API_KEY="wrong")
         code, out, err = unknown
         assert code == 4
-        assert err.startswith("no run of workflow 'unknown' started: the server answered 404")
+        assert err.startswith("no run of workflow 'unknown' started: the server returned 404")
         assert "`promptlayer-exec workflows` lists the names." in err
         assert err.count("no run") == 1
         error = json.loads(out)["error"]
@@ -329,7 +329,7 @@ class TestRun:
         sim.inject(Fault.disconnect(), path="/run")
         code, out, err = call("run", "lost", "--json")
         assert code == 4
-        assert "The run may have started" in err
+        assert "may have started" in err
         assert "no run was started" not in err
         assert "again with" not in err
         error = json.loads(out)["error"]
@@ -343,11 +343,11 @@ class TestRun:
         never = start("run", "slow", "--timeout", "0.5", "--base-url", UNREACHABLE)
         code, _, err = too_slow.end()
         assert code == 3
-        assert "not complete within 0.5 s" in err
+        assert "still running after 0.5 s" in err
         assert err.endswith(f"  promptlayer-exec watch {sim.runs[-1].execution_id}\n")
         code, _, err = never.end()
         assert code == 3
-        assert "could not send the start within 0.5 s; no run was started" in err
+        assert "could not send the start request within 0.5 s, so no run was started" in err
         assert "again with" not in err
 
     def test_usage_errors_are_exit_code_2(self, sim: Simulator, call: Call) -> None:
@@ -397,8 +397,8 @@ class TestRun:
         code, out, err = call("run", *options, "-i", "topic=voles", "--json")
         assert (code, err.count("\n"), len(sim.runs)) == (2, 1, before + 1)
         assert err == (
-            "the key 'order-42' belongs to another request, which differs in inputs.topic. Nothing"
-            " was sent: use another key, or the same request\n"
+            "the key 'order-42' belongs to a different request (changed: inputs.topic). Nothing"
+            " was sent: use another key, or repeat the original request\n"
         )
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("KeyConflict", None)
@@ -525,8 +525,8 @@ class TestRun:
     @pytest.mark.parametrize(
         ("faults", "message"),
         [
-            ([], "no run of workflow 'x' started: the server answer"),
-            ([Fault.disconnect()], "it is not known whether a run of workflow 'x' started"),
+            ([], "no run of workflow 'x' started: the server returned"),
+            ([Fault.disconnect()], "a run of workflow 'x' may have started"),
         ],
     )
     def test_an_interrupted_start_that_fails(
@@ -544,7 +544,7 @@ class TestRun:
             code, _, err = command.end()
         assert code == 130
         assert err.startswith(f"interrupted; {message}")
-        assert ("The run may have started" in err) is bool(faults)
+        assert ("may have started" in err) is bool(faults)
 
     def test_a_second_interrupt_ends_a_start_at_once(self, start: Start, gate: Any) -> None:
         """The command does not wait for the answer."""
@@ -611,12 +611,12 @@ class TestTerminal:
         sim.inject(Fault.status(503, execution_id=execution_id))
         screen = terminal("watch", execution_id)
         screen.read_until("waiting for the first answer")
-        screen.read_until("the server answered 503")
+        screen.read_until("the server returned 503")
         screen.read_until("RUNNING")
         frame = screen.text[screen.text.rindex("0/2") :]
         assert "trying again" not in frame
         sim.inject(Fault.disconnect(execution_id=execution_id))
-        screen.read_until("no usable answer")
+        screen.read_until("no usable response")
         os.kill(screen.process.pid, signal.SIGINT)
         code, text = screen.end()
         assert code == 130
@@ -631,7 +631,7 @@ class TestTerminal:
         sim.inject(Fault.status(429, retry_after=0.2), path="/run")
         screen = terminal("run", "[red]agent")
         screen.read_until("workflow [red]agent: starting")
-        screen.read_until("the server answered 429")
+        screen.read_until("the server returned 429")
         screen.read_until("RUNNING")
         execution_id = sim.runs[-1].execution_id
         sim.finish(execution_id, "think")
@@ -874,7 +874,7 @@ class TestExit:
         """An outage is one line, however many retries there are; the error says what to check."""
         code, out, err = call(*command, "--outage", "0.1", "--base-url", UNREACHABLE)
         assert (code, out) == (4, "")
-        assert re.match(r".*no usable answer .* refused; trying again for up to 0.1 s\n", err)
+        assert re.match(r".*could not reach .* refused; trying again for up to 0.1 s\n", err)
         assert "Check the network and --base-url.\n" in err
         assert err.count("trying again") == 1
         again = f"again with:\n  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n"

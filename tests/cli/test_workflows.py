@@ -207,8 +207,8 @@ class TestRun:
         code, out, err = call("run", "support agent", *options)
         assert (code, out) == (2, "")
         assert err == (
-            "workflow 'support agent' needs the inputs 'letter' (string), 'language' (string),"
-            " which are missing; it does not require leter (did you mean 'letter'?);"
+            "workflow 'support agent' is missing the inputs 'letter' (string), 'language' (string)."
+            " It does not require leter (did you mean 'letter'?);"
             f" `promptlayer-exec workflow 'support agent' --base-url {sim.base_url}` shows what it"
             " needs; no run was started\n"
         )
@@ -369,7 +369,9 @@ def test_a_small_terminal_keeps_failed_and_running_nodes_in_sight() -> None:
 
 def test_a_warning_takes_the_place_of_nodes() -> None:
     """The display never gets higher than the terminal."""
-    lines = show(large({}), height=24, warning="no usable answer; trying again for up to 60 s " * 3)
+    lines = show(
+        large({}), height=24, warning="could not reach it; trying again for up to 60 s " * 3
+    )
     assert len(lines) <= 23
     assert lines[-1].startswith("… 43 more: 43 SUCCESS")
 

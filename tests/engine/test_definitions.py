@@ -25,7 +25,7 @@ from promptlayer_exec._integration import definition
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 DONE = Scenario([SimNode("Answer", "42", is_output_node=True)])
-MISSPELT = r"needs the input 'topic' \(string\), which is missing; .* topik \(did you mean 'topic'"
+MISSPELT = r"is missing the input 'topic' \(string\)\. .* topik \(did you mean 'topic'"
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ async def test_a_number_for_a_string_is_a_warning(
         for _ in range(2):
             await checking.start("n", {"text": 12345, "count": 1, "flag": True})
     (said,) = caplog.messages
-    assert said == "the input 'text' of workflow 'n' is sent as a number, but should be a string"
+    assert said == "workflow 'n' expects its input 'text' as a string, but gets a number"
 
 
 async def test_all_parts_of_a_session_share_one_definition(
@@ -162,7 +162,7 @@ async def test_why_there_is_no_definition_is_not_kept(sim: Simulator, checking: 
     )
     assert [type(error) for error in errors] == [Forbidden] * 2
     assert str(errors[0]) == str(errors[1])
-    assert str(errors[0]).startswith("workflow 'w': the server answered 403")
+    assert str(errors[0]).startswith("workflow 'w': the server returned 403")
     assert (await definition(checking, "w")).name == "w"
     assert reads(sim) == 2
 
@@ -173,7 +173,7 @@ async def test_a_definition_that_does_not_come_is_given_up(
     """After seconds, long before `request_timeout`."""
     monkeypatch.setattr(definitions, "_LIMITS", definitions._Limits(timeout=0.05))
     sim.inject(Fault.stall())
-    with pytest.raises(RequestTimeout, match=r"workflow 'w': no answer within 0.05 s"):
+    with pytest.raises(RequestTimeout, match=r"workflow 'w': no response within 0.05 s"):
         await definition(checking, "w")
 
 
@@ -209,7 +209,7 @@ class TestEnds:
 
     async def test_a_deadline(self, sim: Simulator, starting: asyncio.Task[Any]) -> None:
         """The error says that nothing was started, and why."""
-        with pytest.raises(ExecutionTimeout, match="no run was started: the server did not say"):
+        with pytest.raises(ExecutionTimeout, match="no run was started: the definition of"):
             await starting
         assert sim.runs == []
 

@@ -308,7 +308,7 @@ async def test_a_borrowed_session_that_cannot_send_says_so(
         both = aiohttp.ClientSession(auth=aiohttp.BasicAuth("me", "x"), headers=headers)
     async with both as http, connect(http=http) as session:
         for call in (session.get_results(1), session.start("name")):
-            with pytest.raises(ConfigurationError, match="the client session of http= could not"):
+            with pytest.raises(ConfigurationError, match="passed as http= could not"):
                 await call
     assert raw_server.requests == []
 

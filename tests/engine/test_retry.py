@@ -66,7 +66,7 @@ async def test_the_end_of_a_watch_is_one_line(
     said = [re.sub(r"polls? in \d+\.\d s", "polls", line) for line in lines(caplog, logging.INFO)]
     assert said == [
         f"execution {held}: no longer followed ({ended.polls} polls)",
-        "execution 7: the watch ended in NotFound (0 polls)",
+        "execution 7: the watch failed with NotFound (0 polls)",
     ]
     assert len(caplog.records) == 2
 
@@ -74,16 +74,16 @@ async def test_the_end_of_a_watch_is_one_line(
 async def test_an_outage_is_two_lines_however_many_requests_fail(
     caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator
 ) -> None:
-    """The first has the error and the limit; the second says that the server answers again."""
+    """The first has the error and the limit; the second, that PromptLayer is reachable again."""
     ids = [sim.add_execution(Scenario([SimNode("Out")])) for _ in range(200)]
     sim.inject(Fault.status(503, times=500))
     await session.collect(ids)
     (line,) = lines(caplog, logging.WARNING)
     assert line.startswith("execution ")
-    assert "the server answered 503 Service Unavailable" in line
+    assert "the server returned 503 Service Unavailable" in line
     assert line.endswith("; trying again for up to 5 s")
     said = lines(caplog, logging.INFO)
-    assert said.count("the server answers again") == 1
+    assert said.count("PromptLayer is reachable again") == 1
     assert len([line for line in said if ": complete (1 poll in " in line]) == 200
 
 
@@ -95,7 +95,7 @@ async def test_a_second_outage_is_logged_again(
         sim.inject(Fault.status(503, times=2))
         await session.execution(held).snapshot()
     assert len(lines(caplog, logging.WARNING)) == 2
-    assert lines(caplog, logging.INFO) == ["the server answers again"] * 2
+    assert lines(caplog, logging.INFO) == ["PromptLayer is reachable again"] * 2
 
 
 async def test_an_abandoned_outage_is_not_logged_as_ended(
@@ -109,12 +109,12 @@ async def test_an_abandoned_outage_is_not_logged_as_ended(
     with pytest.raises(ExecutionTimeout):
         await session.execution(6).wait(timeout=0.05)
     await session.aclose()
-    why = f"no usable answer from {dead}: Connection refused; trying again"
+    why = f"could not reach {dead}: Connection refused; trying again"
     assert lines(caplog, logging.WARNING) == [
         f"execution 5: {why} for up to 0.02 s",
         f"execution 6: {why}",
     ]
-    assert "the server answers again" not in lines(caplog, logging.INFO)
+    assert "PromptLayer is reachable again" not in lines(caplog, logging.INFO)
 
 
 async def test_a_start_is_named_as_a_start(
@@ -128,7 +128,7 @@ async def test_a_start_is_named_as_a_start(
     with pytest.raises(SessionClosed):
         await starting
     assert caplog.messages == [
-        f"a start: no usable answer from {dead}: Connection refused; trying again for up to 60 s"
+        f"starting a run: could not reach {dead}: Connection refused; trying again for up to 60 s"
     ]
 
 
@@ -140,7 +140,7 @@ async def test_a_request_for_a_workflow_is_not_named_as_a_start(
     sim.inject(Fault.status(503))
     await session.workflow("w")
     (line,) = lines(caplog, logging.WARNING)
-    assert line.startswith("a request: the server answered 503")
+    assert line.startswith("a request: the server returned 503")
 
 
 async def test_no_answer_is_quoted(
@@ -277,6 +277,6 @@ def test_the_first_failure_of_an_outage_is_shown_without_a_logging_setup(dead: s
     command = [sys.executable, "-c", program, dead]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert ran.stderr == (
-        f"execution 787: no usable answer from {dead}: Connection refused;"
+        f"execution 787: could not reach {dead}: Connection refused;"
         " trying again for up to 0.05 s\n"
     )

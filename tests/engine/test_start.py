@@ -263,13 +263,15 @@ async def test_a_start_that_cannot_be_sent_in_time_is_a_timeout(
         for _ in range(2 if wait == "rate" else 1):
             with pytest.raises(
                 ExecutionTimeout,
-                match=r"could not send the start within 0\.3 s; no run was started",
+                match=r"could not send the start request within 0\.3 s, so no run was started",
             ) as caught:
                 await session.start(NAME)
     text = str(caught.value)
     assert isinstance(caught.value.__cause__, RateLimited) == (wait == "429")
-    assert ("429" if wait == "429" else "no connection was made, or none was free, or") in text
-    assert "goes on at the server" not in text
+    assert (
+        "429" if wait == "429" else "still waiting for a connection or for the rate limit"
+    ) in text
+    assert "continues on PromptLayer" not in text
 
 
 async def test_a_start_without_any_time_is_a_timeout(
@@ -800,5 +802,5 @@ async def test_hooks_that_fail_at_the_end_change_no_outcome(
 
     execution = await integration.start(session, StartRequest(NAME), hooks=Failing())
     assert [execution.id] == [run.execution_id for run in sim.runs]
-    assert "the end of a start could not be recorded" in caplog.text
+    assert "could not record how a start ended" in caplog.text
     assert "a bug of the hooks" in caplog.text

@@ -230,7 +230,7 @@ async def test_a_body_with_too_many_values_is_refused(
         if is_read:
             assert (await session.get_results(1)).value == [1] * 80_001
         else:
-            with pytest.raises(ResponseTooLarge, match="holds more than 18,750 values"):
+            with pytest.raises(ResponseTooLarge, match="contains more than 18,750 values"):
                 await session.get_results(1)
 
 

@@ -274,13 +274,13 @@ class Log(logging.Handler):
     @property
     def lines(self) -> list[tuple[str, str]]:
         """The level and the text of each line on push."""
-        given_up = [one for one in self.records if "push is not used" in str(one.msg)]
+        given_up = [one for one in self.records if "push unavailable" in str(one.msg)]
         return [(one.levelname, one.getMessage()) for one in given_up]
 
     async def given_up(self, times: int = 1) -> None:
         """Wait until push was given up so many times."""
         async with asyncio.timeout(10):
-            while sum("push is not used" in str(one.msg) for one in self.records) < times:
+            while sum("push unavailable" in str(one.msg) for one in self.records) < times:
                 self._emitted.clear()
                 await self._emitted.wait()
 
@@ -451,7 +451,7 @@ class TestWhenItPays:
         await server.until(lambda: server.count(TOKEN) == 2)
         await session.aclose()
         assert [level for level, _ in log.lines] == levels
-        assert "push is not used for workflow 'w', only polling: " in log.lines[0][1]
+        assert "push unavailable for workflow 'w' (" in log.lines[0][1]
 
     async def test_a_subscription_that_nobody_needs_is_dropped(
         self,
@@ -635,7 +635,7 @@ class TestDelivery:
         first = asyncio.create_task(execution.wait(timeout=60))
         await recorder.next(WatchStarted)
         await asyncio.sleep(0)  # it sleeps until shortly before the first deadline
-        with pytest.raises(ExecutionTimeout, match="0 of 1 nodes were final"):
+        with pytest.raises(ExecutionTimeout, match="0 of 1 nodes done"):
             await execution.wait(timeout=0.1)
         assert server.polls == 1
         await server.finish(execution.id)
@@ -662,7 +662,7 @@ class TestDelivery:
         assert len({body["channel_name_suffix"] for body in server.bodies}) == 1
 
 
-NO_TOKEN = "$.token_details.token: there is no token"
+NO_TOKEN = "$.token_details.token: expected a token"
 REFUSED = {"error": {"code": 103, "message": "a-secret-key may not subscribe"}}
 
 
@@ -698,7 +698,7 @@ class TestFaults:
         await polled_to_the_end(server, await session.start("other"))
         await log.given_up(2)
         (record,) = log.warnings
-        assert record.startswith("push is not used for workflow 'w', only polling: ")
+        assert record.startswith("push unavailable for workflow 'w' (")
         assert said in record
         assert server.count(RUN) == 1
 
@@ -719,7 +719,7 @@ class TestFaults:
         await server.until(lambda: server.count(path) >= 1)
         limiter.error = KeyError("secret")
         await log.given_up()
-        assert "only polling: KeyError; " in log.warnings[0]
+        assert "workflow 'w' (KeyError): " in log.warnings[0]
         limiter.error = None
         await polled_to_the_end(server, execution)
 
@@ -787,7 +787,7 @@ class TestFaults:
             assert log.warnings == []
             await polled_to_the_end(server, silent)
         await log.given_up()
-        assert "it did not announce the last 3 completions" in log.warnings[0]
+        assert "no message for the last 3 completions" in log.warnings[0]
 
     async def test_many_open_runs_are_no_silence(
         self,
@@ -833,7 +833,7 @@ class TestFaults:
         await log.given_up()
         await other.stop()
         assert other.log == []
-        assert f"the server answered {status}" in log.warnings[0]
+        assert f"the server returned {status}" in log.warnings[0]
         await server.until(lambda: not server.sockets)
 
     async def test_a_borrowed_session_takes_no_token_to_another_host(
@@ -1072,7 +1072,7 @@ class TestFaults:
         assert len(log.warnings) == 1
         server.statuses = {TOKEN: 500}
         await log.given_up(3)
-        assert "last failure: the server answered 500" in log.records[-1].getMessage()
+        assert "last failure: the server returned 500" in log.records[-1].getMessage()
         server.statuses.clear()
         await server.subscribed()
         await server.finish(execution.id)
@@ -1086,7 +1086,7 @@ class TestFaults:
         server.statuses[WEBSOCKET] = 500
         await server.drop()
         await log.given_up()
-        assert "there was no subscription within 0.3 s; last failure: " in log.warnings[0]
+        assert "no subscription within 0.3 s; last failure: " in log.warnings[0]
         await polled_to_the_end(server, execution)
 
 

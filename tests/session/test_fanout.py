@@ -273,7 +273,7 @@ async def test_a_401_says_of_a_start_on_the_wire_that_it_may_have_started(
         await consume()
     await session.aclose()
     assert str(outcomes[0].error).startswith(
-        "this item was given up, because another failed (if its start was sent already, its id is"
+        "this item was cancelled, because another item failed (if its start request was already"
     )
     assert "execution 1001 of workflow" in caplog.text
 
@@ -449,7 +449,7 @@ async def test_lost_starts_whose_outcomes_nobody_gets_are_logged(
     with pytest.raises(asyncio.CancelledError):
         await collecting
     for n, message in zip((0, 2, 4), caplog.messages, strict=True):
-        what = f"it is not known whether a run of workflow 'w' with the key 'item {n}' started: "
+        what = f"a run of workflow 'w' with the key 'item {n}' may have started: "
         assert message.startswith(what)
 
 

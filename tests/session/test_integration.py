@@ -18,7 +18,7 @@ from promptlayer_exec._integration import log_text
         ),
         (
             InvalidOutput("got 'secret'", path="$.a", value="secret", reason="secret"),
-            "InvalidOutput: at $.a",
+            "InvalidOutput: the output does not match at $.a",
         ),
         (ValueError("secret"), "ValueError"),
     ],

@@ -203,7 +203,7 @@ async def test_an_error_is_recorded_and_sets_the_status(
     (span,) = collected.spans("watch")
     assert span.status.status_code is StatusCode.ERROR
     assert (span.status.description or "").startswith(
-        "NotFound: execution 7: the server answered 404"
+        "NotFound: execution 7: the server returned 404"
     )
     assert span.attributes is not None
     assert span.attributes["error.type"] == "promptlayer_exec.NotFound"

@@ -85,7 +85,7 @@ async def test_the_servers_warning_is_logged(
     sim.add_workflow("warns", done, warning="missing: topic\n\x1b[31m")
     await session.run("warns")
     (run,) = sim.runs
-    text = "the server warns: missing: topic\\n\\x1b[31m"
+    text = "PromptLayer warns: missing: topic\\n\\x1b[31m"
     assert caplog.messages == [f"execution {run.execution_id} of workflow 'warns': {text}"]
     await session.run("echo")
     assert len(caplog.messages) == 1
@@ -95,7 +95,7 @@ async def test_a_refused_run_names_its_workflow(session: Session) -> None:
     """The server's own message does not."""
     with pytest.raises(NotFound) as caught:
         await session.run("report")
-    text = "no run of workflow 'report' started: the server answered 404 Not Found"
+    text = "no run of workflow 'report' started: the server returned 404 Not Found"
     assert str(caught.value).startswith(text)
 
 
@@ -164,7 +164,7 @@ async def test_an_error_that_is_not_ours_does_not_lose_the_id(
     with pytest.raises(ZeroDivisionError):
         await open_session(limiter=Limiter()).run("two outputs")
     (run,) = sim.runs
-    assert f"execution {run.execution_id} of workflow 'two outputs' was started" in caplog.text
+    assert f"execution {run.execution_id} of workflow 'two outputs' started" in caplog.text
 
 
 async def test_cancelling_after_the_start_logs_the_id(

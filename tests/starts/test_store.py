@@ -340,7 +340,7 @@ async def test_a_call_gives_up_in_time(store: SQLStartStore, url: str) -> None:
     await store.find("order")
     with locked(url):
         began = time.monotonic()
-        with pytest.raises(ConfigurationError, match="cannot be used: no answer within"):
+        with pytest.raises(ConfigurationError, match="cannot be used: no response within"):
             await store.claim(CLAIM, patience=0.1)
         assert time.monotonic() - began < 0.9
 

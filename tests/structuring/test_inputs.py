@@ -188,7 +188,7 @@ def _deep() -> dict[str, Any]:
     return inputs
 
 
-_CONVERT = "convert it, or give Session a converter= with an unstructure hook for it"
+_CONVERT = "Convert it, or give Session a converter= with an unstructure hook for it"
 _EXPECTED = "expected a mapping, or an attrs, dataclass or pydantic instance, got"
 
 
@@ -198,22 +198,22 @@ _EXPECTED = "expected a mapping, or an attrs, dataclass or pydantic instance, go
         (
             {"rows": [0, 1, 2, {"when": dt.datetime.now()}]},
             TypeError,
-            f"inputs.rows[3].when: a datetime is not a JSON value; {_CONVERT}",
+            f"inputs.rows[3].when: a datetime is not a JSON value. {_CONVERT}",
         ),
         (
             Table([Row(1), Row({1})]),
             TypeError,
-            f"inputs.rows[1].when: a set is not a JSON value; {_CONVERT}",
+            f"inputs.rows[1].when: a set is not a JSON value. {_CONVERT}",
         ),
         (
             {"a b": (b"",)},
             TypeError,
-            f'inputs["a b"][0]: a bytes is not a JSON value; {_CONVERT}',
+            f'inputs["a b"][0]: a bytes is not a JSON value. {_CONVERT}',
         ),
-        ({"a": object()}, TypeError, f"inputs.a: an object is not a JSON value; {_CONVERT}"),
-        ({"a": Plain.DAY}, TypeError, f"inputs.a: a date is not a JSON value; {_CONVERT}"),
-        ({"a": Row}, TypeError, f"inputs.a: the class Row is not a JSON value; {_CONVERT}"),
-        ({"a": Model}, TypeError, f"inputs.a: the class Model is not a JSON value; {_CONVERT}"),
+        ({"a": object()}, TypeError, f"inputs.a: an object is not a JSON value. {_CONVERT}"),
+        ({"a": Plain.DAY}, TypeError, f"inputs.a: a date is not a JSON value. {_CONVERT}"),
+        ({"a": Row}, TypeError, f"inputs.a: the class Row is not a JSON value. {_CONVERT}"),
+        ({"a": Model}, TypeError, f"inputs.a: the class Model is not a JSON value. {_CONVERT}"),
         ({"a": {1: 2}}, TypeError, "inputs.a: the key 1 is not a string"),
         ([1], TypeError, f"inputs: {_EXPECTED} an array"),
         ("a", TypeError, f"inputs: {_EXPECTED} a string"),

@@ -71,7 +71,7 @@ def test_a_snapshot_structures_its_output() -> None:
 @pytest.mark.parametrize(
     ("snapshot", "message"),
     [
-        (Snapshot(787, False, {"a": Node("a", "SUCCESS", is_output_node=True)}), "not complete"),
+        (Snapshot(787, False, {"a": Node("a", "SUCCESS", is_output_node=True)}), "still running"),
         (complete(("A", "SUCCESS", 1, True), ("B", "SUCCESS", 1, True)), "several output nodes"),
         (complete(("A", "SUCCESS", 1, None)), "no node is marked"),
         (complete(), "no node is marked"),
@@ -122,7 +122,7 @@ async def test_where_no_output_node_succeeded_or_some_node_failed_there_is_no_ou
     sim: Simulator, session: Session, nodes: Any
 ) -> None:
     """The first where any is marked, the second where none is; the server is not asked."""
-    with pytest.raises(ExecutionFailed, match="execution 787: it") as caught:
+    with pytest.raises(ExecutionFailed, match=r"execution 787 (failed|completed)") as caught:
         await decided(sim, session, complete(*nodes))
     assert caught.value.last_snapshot is not None
     assert caught.value.failed == caught.value.last_snapshot.failed_nodes
@@ -210,7 +210,7 @@ async def test_a_202_to_the_deciding_request_is_polled_until_the_deadline(
     execution_id = sim.add_execution(Scenario([SimNode("A", 1)]))
     sim.inject(Fault.delay(0.0))
     sim.inject(Fault.status(202, times=None))
-    with pytest.raises(ExecutionTimeout, match="the main output was not available") as caught:
+    with pytest.raises(ExecutionTimeout, match="its main output did not arrive within") as caught:
         await session.execution(execution_id).output(timeout=0.1)
     assert caught.value.timeout == 0.1
     assert caught.value.execution_id == execution_id

@@ -346,7 +346,7 @@ def test_the_error_names_path_and_reason(value: Any, into: Any, path: str, reaso
     """The error has the path and reason of the first mismatch, and the original error as cause."""
     error = error_of(value, into)
     assert (error.path, error.reason) == (path, reason)
-    assert error.args[0].endswith(f": {path}: {reason}")
+    assert error.args[0].endswith(f" at {path}: {reason}")
     assert isinstance(error.__cause__, Exception)
 
 
@@ -590,7 +590,7 @@ def test_a_usable_type_passes_the_check() -> None:
 
 def test_bytes_need_a_hook() -> None:
     """JSON has no bytes, and there are several ways to encode them."""
-    with pytest.raises(TypeError, match=r"execution 787: \$\[0\]: there is no rule for bytes"):
+    with pytest.raises(TypeError, match=r"execution 787 at \$\[0\]: there is no rule for bytes"):
         structure(["x"], list[bytes])
     converter = strict_converter()
     converter.register_structure_hook(bytes, lambda value, _: bytes.fromhex(value))

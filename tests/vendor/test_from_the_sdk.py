@@ -327,7 +327,7 @@ def test_a_celery_worker_runs_the_task(sim: Simulator, tmp_path: Path) -> None:
     otters, unicorns, newts = finished.stdout.splitlines()
     assert (otters, newts) == ("About otters.", "About newts.")
     ids = {run.inputs["topic"]: run.execution_id for run in sim.runs}  # in any order
-    assert unicorns.startswith(f"execution {ids['unicorns']}: it failed: 'Report' FAILED")
+    assert unicorns.startswith(f"execution {ids['unicorns']} failed: node 'Report' FAILED")
     assert len(sim.runs) == 3
 
 

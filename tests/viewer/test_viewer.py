@@ -423,7 +423,7 @@ async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Any) -> Non
     sim.inject(Fault.disconnect(), path="/run")
     status, answer = await viewer.send("POST", "runs", {"workflow": "a/b", "inputs": ""})
     assert (status, answer["field"], answer["is_unknown"]) == (502, None, True)
-    assert "may have started and be billed" in answer["message"]
+    assert "may have started" in answer["message"]
     before = len(sim.runs)
     sim.inject(Fault.delay(0.05), path="/run")
     start = asyncio.create_task(viewer.send("POST", "runs", {"workflow": "a/b", "inputs": ""}))
@@ -613,7 +613,7 @@ async def test_a_start_that_is_answered_after_the_end_is_reported(
             process.kill()
             await process.wait()
     assert process.returncode == 0
-    assert b"execution 1001 of workflow 'w' started, but its caller did not get" in errors
+    assert b"execution 1001 of workflow 'w' started, but its caller was gone" in errors
     history = History(tmp_path / "promptlayer-exec" / "history.sqlite", server=sim.base_url)
     (entry,) = (await history.search("Maria"))["entries"]
     await history.aclose()
