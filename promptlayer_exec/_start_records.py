@@ -55,6 +55,7 @@ class StoredStart:
         age: seconds since `updated`, on the store's own clock.
         replaceable: whether the start has been unknown for long enough that another claim with the
             same server and request may replace it.
+        earlier_token: the token of the attempt before the latest one, if there was one.
     """
 
     key: str
@@ -69,6 +70,7 @@ class StoredStart:
     token: str = attrs.field(repr=False)
     age: float = attrs.field(repr=False)
     replaceable: bool = attrs.field(repr=False)
+    earlier_token: str | None = attrs.field(default=None, repr=False)
 
 
 class StartStore(Protocol):

@@ -29,7 +29,7 @@ from promptlayer_exec._integration import (
 try:
     import sqlalchemy as sa
 
-    from promptlayer_exec._database.database import LIMITS, Database
+    from promptlayer_exec._database.database import LIMITS, Database, logger
     from promptlayer_exec._database.location import database_url as locate
     from promptlayer_exec._database.location import prepare_default, shown
     from promptlayer_exec._database.threads import Group, OneThread, finished
@@ -235,6 +235,16 @@ class _StartsTable:
         which = sa.or_(_row.token.in_(tokens), _row.earlier_token.in_(tokens))
         rows = self._rows(connection, which)
         found = {token: row for row in rows for token in (row.token, row.earlier_token)}
+        for token, execution_id in resolved:
+            row = found.get(token)
+            if row is not None and row.execution_id not in (None, execution_id):
+                logger.warning(
+                    "execution %d was also started for the key %.100r, which belongs to execution"
+                    " %d; follow it by its id",
+                    execution_id,
+                    row.key,
+                    row.execution_id,
+                )
         return [
             token in found and found[token].execution_id == execution_id
             for token, execution_id in resolved
@@ -275,6 +285,7 @@ class _StartsTable:
             server=row.server,
             request=row.request,
             token=row.token,
+            earlier_token=row.earlier_token,
             age=max(0.0, row.now - row.updated),
             replaceable=state == "unknown" and is_over,
         )
@@ -363,11 +374,18 @@ class _OpenStore:
 
     async def aclose(self) -> None:
         """Wait for the calls in progress, and close the connections."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                await self._all_finished()
+
+        # A server that stands still may keep a call for longer: it is not to be tried again.
+        self.database.ended.set()
+        await self.database.run_in_thread(self.database.close)
+
+    async def _all_finished(self) -> None:
         while self._running:
             with suppress(Exception):  # its caller gets the error, or has given up
                 await finished(next(iter(self._running)))
-        await self.database.run_in_thread(self.database.engine.dispose)
-        self.database.close()
 
 
 class SQLStartStore:

@@ -46,11 +46,11 @@ class OneThread:
     def submit(self, work: Callable[[], None]) -> None:
         """Call a function, which must not raise, after the waiting ones."""
         with self._lock:
-            self._waiting.append(work)
             if not self._is_running:
                 # No daemon: the program must not exit before everything is written.
                 threading.Thread(target=self._run, name="promptlayer-exec-rows").start()
                 self._is_running = True
+            self._waiting.append(work)
 
     def _run(self) -> None:
         while True:
@@ -89,7 +89,12 @@ class Group(Generic[R, V]):
             self._waiting.append((row, written))
             is_first, self._is_writing = not self._is_writing, True
         if is_first:
-            self._thread.submit(self._run)
+            try:
+                self._thread.submit(self._run)
+            except RuntimeError as error:  # no thread can be started, as when the program ends
+                for _, waiting in self._take():
+                    waiting.set_exception(error)
+                self._is_writing = False
         return written
 
     def _run(self) -> None:

@@ -118,7 +118,7 @@ class KeyedStarts:
         while True:
             with suppress(ConfigurationError):  # a store that is unavailable may come back
                 stored = await self._store.find(key)
-                if stored is None or stored.token != token:
+                if stored is None or token not in (stored.token, stored.earlier_token):
                     return  # somebody forgot it, or started it again
                 if stored.execution_id is not None:
                     receive(token, stored.execution_id)
@@ -138,13 +138,13 @@ class KeyedStarts:
             self._check(stored, claim)
             if stored.state != "sending":
                 return stored
-            await self._wait(request, deadline, asyncio.sleep(pause))
+            await self._wait(deadline, asyncio.sleep(pause), self._other_call(request))
             pause = min(2 * pause, 0.5)
 
     async def _find(self, request: StartRequest, deadline: Deadline) -> StoredStart | None:
         """Return the record of a key, once no call of this session is sending its start."""
         while (sending := self._sending.get(request.key)) is not None:
-            await self._wait(request, deadline, sending.wait())
+            await self._wait(deadline, sending.wait(), self._other_call(request))
 
         looking_up = self._looking_up.get(request.key)
         if looking_up is None:
@@ -153,7 +153,8 @@ class KeyedStarts:
             self._looking_up[request.key] = looking_up
             looking_up.add_done_callback(partial(self._looked_up, request.key))
 
-        await self._wait(request, deadline, asyncio.wait([looking_up]))
+        silent = "the store of starts did not respond"
+        await self._wait(deadline, asyncio.wait([looking_up]), silent)
         try:
             return looking_up.result()
         except ConfigurationError as error:
@@ -164,17 +165,21 @@ class KeyedStarts:
         if not looking_up.cancelled():
             looking_up.exception()  # marks it as retrieved, because all callers may be gone
 
+    def _other_call(self, request: StartRequest) -> str:
+        key = short_repr(request.key)
+        return f"another call is starting the run for key {key}, and got no response"
+
     async def _wait(
-        self, request: StartRequest, deadline: Deadline, what: Coroutine[Any, Any, object]
+        self, deadline: Deadline, what: Coroutine[Any, Any, object], reason_if_late: str
     ) -> None:
+        """Wait for something until the deadline; the reason then becomes the error's text."""
         try:
             async with self._lifetime.call(deadline):
                 await what
         except DeadlinePassed:
             timeout = deadline.timeout or 0.0
             raise ExecutionTimeout(
-                f"another call is starting the run for key {short_repr(request.key)}, and got no"
-                f" response within {timeout:g} s, so this call sent nothing",
+                f"{reason_if_late} within {timeout:g} s, so this call sent nothing",
                 timeout=timeout,
             ) from None
         finally:
@@ -229,7 +234,7 @@ def store_patience(request_timeout: float) -> float:
 
 
 def _nothing_started(error: ConfigurationError) -> ConfigurationError:
-    return ConfigurationError(f"no run was started: {error.args[0]}")
+    return ConfigurationError(f"this call started nothing: {error.args[0]}")
 
 
 @attrs.define(eq=False)
@@ -269,7 +274,8 @@ class _ClaimedStart:
             await self._persist(lambda: self._record(None))
         elif self._may_be_claimed:
             # If the claim failed, the caller has already waited for the store long enough.
-            has_failed = isinstance(outcome, ConfigurationError)
+            failures = ConfigurationError | ExecutionTimeout | SessionClosed
+            has_failed = isinstance(outcome, failures)
             await self._persist(self._release, wait=not has_failed)
 
     async def _wait_until_released(self, patience: float) -> None:
@@ -364,7 +370,8 @@ class _Write:
                 error = SessionClosed()
 
             if is_last:
-                logger.error("key %.100r: %s", self._key, error)
+                text = "key %.100r stays taken until you forget it: its record was not updated: %s"
+                logger.error(text, self._key, error)
                 self._report()
                 return
 

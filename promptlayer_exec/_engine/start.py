@@ -263,7 +263,7 @@ class Start:
             return SessionClosed()
 
         timeout = self._expired.timeout or 0.0
-        why = "it was still waiting for a connection or for the rate limit"
+        why = "it was still waiting for a connection, the rate limit or the store of its key"
         if cause is not None:
             why = f"last failure: {cause.args[0]}"
         error = ExecutionTimeout(

@@ -140,7 +140,9 @@ def run(
         key=key,
     )
     display = choose_display(as_json=as_json)
-    subject = Subject(base_url=base_url, resumable=True, note="no run was started", as_json=as_json)
+    subject = Subject(
+        base_url=base_url, resumable=True, note="this command started no run", as_json=as_json
+    )
 
     def observe(event: Event) -> None:
         # Also when the command was interrupted meanwhile, and only the session reads the answer.

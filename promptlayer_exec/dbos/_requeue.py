@@ -104,7 +104,8 @@ def requeue(
 
     ended = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome, _item.history)
     ended = ended.add_columns(_callback_id).select_from(items.outerjoin(callbacks, called_back))
-    unknown_before = datetime.now(UTC) - timedelta(seconds=unknown_for)
+    # Clocks of workers may differ, so without a limit no times are compared.
+    unknown_before = datetime.now(UTC) - timedelta(seconds=unknown_for) if unknown_for else None
     choose = partial(_next_attempt, reason, unknown_before)
 
     count = 0
@@ -151,10 +152,11 @@ def _requeue_page(
     return len(chosen)
 
 
-def _next_attempt(reason: Reason, unknown_before: datetime, row: Any) -> NextAttempt | None:
+def _next_attempt(reason: Reason, unknown_before: datetime | None, row: Any) -> NextAttempt | None:
     """Return the next attempt of an item that ended; None if it is not to be run again."""
     outcome = StoredOutcome.from_json(row.outcome)
-    if row.kind == "unknown" and outcome.finished > unknown_before:
+    is_unknown = row.kind == "unknown"
+    if is_unknown and unknown_before is not None and outcome.finished > unknown_before:
         return None
 
     # Its callback may have come while this waited for the lock.

@@ -129,6 +129,8 @@ def describe(error: Exception) -> tuple[int, str, str]:
     status, title = _STATUSES_AND_TITLES[known]
     if known is Exception:
         return status, "InternalServerError", title
+    if isinstance(error, ExecutionTimeout) and error.execution_id is None:
+        title = "No run was started in time. Try again."
     return status, known.__name__, title
 
 

@@ -94,13 +94,13 @@ export declare const UNSEEN: View;
  *
  * @param {string} workflow
  * @param {Record<string, any>} [inputs]
- * @param {{base?: string, headers?: Record<string, string>, key?: string}} [options]
+ * @param {{base?: string, headers?: Record<string, string>, key?: string | null}} [options]
  * @returns {Promise<{execution_id: string, ticket?: string, warning?: string}>}
  */
 export declare function start(workflow: string, inputs?: Record<string, any>, { base, headers, key }?: {
     base?: string;
     headers?: Record<string, string>;
-    key?: string;
+    key?: string | null;
 }): Promise<{
     execution_id: string;
     ticket?: string;

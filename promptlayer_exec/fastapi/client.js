@@ -55,13 +55,16 @@ export const UNSEEN = Object.freeze({
  *
  * @param {string} workflow
  * @param {Record<string, any>} [inputs]
- * @param {{base?: string, headers?: Record<string, string>, key?: string}} [options]
+ * @param {{base?: string, headers?: Record<string, string>, key?: string | null}} [options]
  * @returns {Promise<{execution_id: string, ticket?: string, warning?: string}>}
  */
 export async function start(workflow, inputs = {}, { base = BASE, headers = {}, key } = {}) {
   /** @type {Record<string, string>} */
   const all = { "Content-Type": "application/json", ...headers };
-  if (key !== undefined) all["Idempotency-Key"] = key;
+  if (key != null) {
+    if (/[^\x20-\xff]/.test(key)) throw new Error(`a key must be text of Latin-1, got ${key}`);
+    all["Idempotency-Key"] = key;
+  }
   const response = await fetch(base, {
     method: "POST",
     headers: all,

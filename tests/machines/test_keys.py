@@ -376,7 +376,7 @@ class Keyed(RuleBasedStateMachine):
             case SessionClosed():
                 assert call.is_closed
             case ConfigurationError() as error:
-                assert "no run was started" in str(error)
+                assert "started nothing" in str(error)
             case RateLimited() | ExecutionTimeout() | ConnectionFailed() | BadRequest():
                 pass
             case error:
