@@ -53,7 +53,7 @@ from promptlayer_exec._settings import (
     find_proxy,
     sends_in_the_clear,
 )
-from promptlayer_exec._start_records import StartStore, check_key, fingerprint
+from promptlayer_exec._start_records import StartStore, check_key
 from promptlayer_exec._workflows import Workflow, WorkflowSummary
 
 if TYPE_CHECKING:
@@ -630,14 +630,6 @@ class Session:
             raise
 
         deadline = deadline or client.deadline()
-        asked_for = fingerprint(
-            key,
-            workflow=request.workflow,
-            inputs=inputs,
-            label=request.label,
-            version=request.version,
-            metadata=request.metadata,
-        )
 
         async def send(hooks: SendHooks, token: str) -> Execution:
             return await self._start(request, deadline, hooks, token)
@@ -645,7 +637,7 @@ class Session:
         keyed_starts = cast(KeyedStarts, client.keyed_starts)
         # If the caller chose the callback URL, no callback comes to this session.
         token = self._new_token() if request.callback_url is None else uuid4().hex
-        found = await keyed_starts.start(request, asked_for, token, send, deadline)
+        found = await keyed_starts.start(request, inputs, token, send, deadline)
         if isinstance(found, Execution):
             return found
 
