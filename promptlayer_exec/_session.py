@@ -53,7 +53,7 @@ from promptlayer_exec._settings import (
     find_proxy,
     sends_in_the_clear,
 )
-from promptlayer_exec._start_records import StartStore, check_key, fingerprint
+from promptlayer_exec._start_records import StartStore, check_key
 from promptlayer_exec._workflows import Workflow, WorkflowSummary
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ class Session:
         wait_timeout: the default timeout of every wait, in seconds; None for no limit.
         request_timeout: seconds for one HTTP attempt, from connecting to the last byte. Waiting for
             the rate or for a connection does not count.
-        max_connections: how many requests may be in flight in parallel. A quarter of them, at least
-            one, is reserved for starts; an eighth, from one to four, for push and definitions.
+        max_connections: the most requests in flight. A quarter of them, at least one, is reserved
+            for starts; an eighth, from one to four, for push and definitions.
         max_response_bytes: the largest response body, in bytes after decompression.
         rate: HTTP attempts per second, for the whole session; None for no limit.
         limiter: an additional limit, acquired once per HTTP attempt.
@@ -106,10 +106,9 @@ class Session:
             `promptlayer_exec.strict_converter`. Node maps never go through it.
         observers: functions that the session calls with every event.
         push: whether PromptLayer's push channel wakes the watches of runs that this session
-            started. None: only if it saves polls, which is when a run of the workflow outlasts its
-            first poll, or from the second start on. True: from the first start on, with a warning
-            if push is unavailable. False: never. `$PROMPTLAYER_EXEC_PUSH` sets the default, 1 or 0;
-            0 also overrides True.
+            started. None: once a run of the workflow outlasts its first poll, or a second one
+            starts. True: from the first start on, with a warning if push is unavailable. False:
+            never. `$PROMPTLAYER_EXEC_PUSH` sets the default, 1 or 0; 0 also overrides True.
         check_inputs: whether a start raises `InvalidInputs` if required inputs are missing.
         trust_env: whether to use HTTP_PROXY, HTTPS_PROXY and NO_PROXY, read when the session opens.
             A borrowed `http` has its own setting.
@@ -421,9 +420,9 @@ class Session:
             report = await execution.output()
 
         The session resends the request only if PromptLayer certainly did not start a run: the
-        request never reached it, or it returned 429. If you cancel the call after that, the session
-        still reads the response, emits `ExecutionStarted(abandoned=True)` and logs a warning with
-        the id.
+        request never reached it, or it returned 429. If you cancel the call once the request is
+        sent, the session still reads the response, emits `ExecutionStarted(abandoned=True)` and
+        logs a warning with the id.
 
         https://docs.promptlayer.com/reference/run-workflow
 
@@ -516,7 +515,7 @@ class Session:
         the id.
 
         Args:
-            workflow: as for `start`; so are the following ones.
+            workflow: its name or id.
             inputs: its input variables.
             label: the label of the version to run.
             version: the number of the version to run.
@@ -630,14 +629,6 @@ class Session:
             raise
 
         deadline = deadline or client.deadline()
-        asked_for = fingerprint(
-            key,
-            workflow=request.workflow,
-            inputs=inputs,
-            label=request.label,
-            version=request.version,
-            metadata=request.metadata,
-        )
 
         async def send(hooks: SendHooks, token: str) -> Execution:
             return await self._start(request, deadline, hooks, token)
@@ -645,7 +636,7 @@ class Session:
         keyed_starts = cast(KeyedStarts, client.keyed_starts)
         # If the caller chose the callback URL, no callback comes to this session.
         token = self._new_token() if request.callback_url is None else uuid4().hex
-        found = await keyed_starts.start(request, asked_for, token, send, deadline)
+        found = await keyed_starts.start(request, inputs, token, send, deadline)
         if isinstance(found, Execution):
             return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -30,7 +30,13 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, StartFailed, logger
 from promptlayer_exec._models import StartRequest
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._start_records import StartClaim, StartStore, StoredStart, differences
+from promptlayer_exec._start_records import (
+    StartClaim,
+    StartStore,
+    StoredStart,
+    differences,
+    fingerprint,
+)
 from promptlayer_exec._text import short_repr
 
 T = TypeVar("T")
@@ -74,7 +80,7 @@ class KeyedStarts:
     async def start(
         self,
         request: StartRequest,
-        fingerprint: str,
+        inputs: Mapping[str, Any],
         token: str,
         send: Callable[[SendHooks, str], Awaitable[T]],
         deadline: Deadline,
@@ -83,7 +89,7 @@ class KeyedStarts:
 
         Args:
             request: the start, with a key.
-            fingerprint: the request in a form to compare with the record.
+            inputs: its inputs in JSON form.
             token: identifies the start if this call sends it.
             send: sends the start with hooks and the token.
             deadline: until when to wait for another call that is sending this start.
@@ -96,7 +102,15 @@ class KeyedStarts:
             ConfigurationError: the store is unavailable; no run was started.
         """
         key: str = request.key
-        claim = StartClaim(key, token, self._server, fingerprint, self._request_timeout)
+        asked_for = fingerprint(
+            key,
+            workflow=request.workflow,
+            inputs=inputs,
+            label=request.label,
+            version=request.version,
+            metadata=request.metadata,
+        )
+        claim = StartClaim(key, token, self._server, asked_for, self._request_timeout)
 
         while True:
             try:

@@ -28,8 +28,8 @@ class RatePolicy:
         least_growth: the least growth each second, in requests per second. Slow sessions catch up,
             and if every request gets a 429, a session still tries every few seconds.
         acceleration: seconds without a 429 until growth doubles; after twice as many, it triples.
-        unlimited: more than one process can send, in requests per second: a session without `rate`
-            slows down from here.
+        unlimited: where a session without `rate` starts to slow down, in requests per second; more
+            than one process can send.
     """
 
     decrease: float = 0.7

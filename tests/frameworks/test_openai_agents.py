@@ -42,7 +42,7 @@ async def test_the_model_reads_why_a_workflow_failed(server: Simulator, page: Mo
     """A failed execution does not end the run."""
     answer = await page.answer("unicorns")
     (run,) = server.runs
-    assert answer.startswith(f"It says: There is no report: execution {run.execution_id}: ")
+    assert answer.startswith(f"It says: There is no report: execution {run.execution_id} failed: ")
 
 
 async def test_a_lost_start_ends_the_run(server: Simulator, page: ModuleType) -> None:

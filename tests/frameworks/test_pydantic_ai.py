@@ -40,7 +40,7 @@ async def test_the_model_reads_why_a_workflow_failed(server: Simulator, page: Mo
     with page.agent.override(model=FunctionModel(call_once)):
         answer = await page.answer("unicorns")
     (run,) = server.runs
-    assert answer.startswith(f"It says: There is no report: execution {run.execution_id}: ")
+    assert answer.startswith(f"It says: There is no report: execution {run.execution_id} failed: ")
 
 
 async def test_a_lost_start_ends_the_agents_run(server: Simulator, page: ModuleType) -> None:

@@ -87,7 +87,7 @@ async def test_no_common_version_is_named(authority: trustme.CA) -> None:
         serving = asyncio.create_task(asyncio.to_thread(serve))
         error = await refused(f"https://127.0.0.1:{listener.getsockname()[1]}", mine)
         await serving
-    assert "handshake failed (TLSV1_ALERT_PROTOCOL_VERSION)" in str(error)
+    assert "handshake failed: TLSV1_ALERT_PROTOCOL_VERSION" in str(error)
 
 
 async def test_a_demanded_client_certificate_is_named_under_tls_1_3(authority: trustme.CA) -> None:
