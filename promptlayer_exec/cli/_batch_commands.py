@@ -235,7 +235,7 @@ async def _work_on(
 
     subject = THIS_SUBJECT.get()
     subject.note = _NOTE
-    subject.hint = hint("See how far it is with:", f"{PROGRAM} batch status{flags}")
+    subject.hint = hint("see how far it is with:", f"{PROGRAM} batch status{flags}")
     subject.stopping = _STOPPING
 
     status = await batch.status()
@@ -306,6 +306,6 @@ async def _summary(batch: Batch) -> list[str]:
 
     for failure in await batch.failures():
         reason = describe_stored(failure.type, failure.message)
-        example = shorten(f"item {printable(failure.key)}: {reason}", 160)
+        example = shorten(f"{printable(failure.key)}: {reason}", 160)
         lines.append(f"{failure.count} {failure.type}, for example {example}")
     return lines

@@ -126,7 +126,8 @@ def hint_lines(status: BatchStatus, flags: str) -> list[str]:
     """Return, for each kind of items without an output, the commands that continue with them."""
     lines = []
     if status.finished < status.total and not status.workers:
-        problem = f"nobody is working on the {status.total - status.finished} unfinished items"
+        left = item_count(status.total - status.finished)
+        problem = f"{left} not finished, and nobody is working on them"
         lines.append(hint(f"{problem}; continue with:", f"{PROGRAM} batch work{flags}"))
 
     if status.failed:

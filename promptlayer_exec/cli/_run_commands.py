@@ -113,7 +113,7 @@ def run(
     """
     if context.args:
         given = quoted(context.args[0])
-        raise typer.BadParameter(f"{given} is not expected; inputs are given with -i: -i {given}")
+        raise typer.BadParameter(f"give inputs with -i: -i {given}")
 
     request = StartRequest(
         workflow,

@@ -53,10 +53,7 @@ def running_line(snapshot: Snapshot) -> str:
     running = [node for node in snapshot.nodes.values() if node.status == NodeStatus.RUNNING]
     if not running:
         return f"last seen with {done}"
-
-    since = snapshot.times[running[0].name].running
-    length = "" if since is None else f" for {duration(snapshot.elapsed - since)}"
-    return f"last seen running in {_named(running)}{length} ({done})"
+    return f"last seen running in {_named(running)} ({done})"
 
 
 def final_count(snapshot: Snapshot) -> str:
