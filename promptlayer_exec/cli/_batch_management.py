@@ -277,7 +277,7 @@ async def _check_keys(name: str, batch: Batch, keys: list[str], *, unknown: bool
             if kind == "unknown":
                 err(
                     f"item {quoted(key)} is unknown and stays so: its run may have started and be"
-                    " billed. To start it again all the same, give --unknown"
+                    " billed. To start it again, give --unknown"
                 )
 
 

@@ -312,7 +312,7 @@ def test_a_file_that_is_refused_leaves_the_results_alone(run: Run, tmp_path: Pat
     before = (tmp_path / "out.jsonl").read_bytes()
     other_server = ("--base-url", "http://127.0.0.1:9")
     for inputs, options, why in (
-        ({"n": 1}, other_server, "was begun at"),
+        ({"n": 1}, other_server, "was started on"),
         ({"n": 2}, (), "belongs to another request"),
     ):
         write(file, item | {"inputs": inputs})
@@ -459,7 +459,7 @@ def test_a_batch_of_another_server_is_refused(
         for asked in (running, ["work"], ["recheck"], ["retry", "--failed"], exporting):
             code, out, err = run(*asked)
             assert (code, out) == (2, "")
-            assert f"was begun at {sim.base_url}, and this is {other.base_url}" in err
+            assert f"was started on {sim.base_url}, not on {other.base_url}" in err
             assert "(--name, --same-server)" in err
         assert other.requests == []
     assert (tmp_path / "out.jsonl").read_bytes() == before
@@ -775,10 +775,7 @@ def test_only_the_items_with_these_keys_are_started_again(
     assert (code, err.splitlines()) == (
         0,
         [
-            (
-                f"item 'lost' is unknown and stays so: {reason}. To start it again all the same, give"
-                " --unknown"
-            ),
+            f"item 'lost' is unknown and stays so: {reason}. To start it again, give --unknown",
             "batch night: a worker will start 1 item again; start one with:",
             "  promptlayer-exec batch work --name night",
         ],

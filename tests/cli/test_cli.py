@@ -105,7 +105,7 @@ class TestWatch:
 
     def test_the_end_of_the_traceback_is_printed(self, sim: Simulator, call: Call) -> None:
         """Its last three lines, escaped, and `results` prints all of it."""
-        details = "Traceback:\n  one\n\n  two\n  three\x1b[31m\nWhy: no idea"
+        details = "Calls:\n  one\n\n  two\n  three\x1b[31m\nWhy: no idea"
         raw = {"raw": details}
         nodes = [SimNode("a", status="FAILED", error_message="no idea", raw_error_message=raw)]
         execution_id = sim.add_execution(

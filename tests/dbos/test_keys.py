@@ -38,12 +38,12 @@ async def test_a_key_stands_for_one_request(
     """Another request is refused with what differs, and nothing of the call is added."""
     assert await batch.add([REQUEST]) == 1
     items = [StartRequest("echo", key=f"{n}") for n in range(600)]
-    with pytest.raises(KeyConflict, match="was not added") as caught:
+    with pytest.raises(KeyConflict, match="Nothing was added") as caught:
         await batch.add([*items, request_])
     assert caught.value.key == "a"
     assert str(caught.value) == (
-        f"the key 'a' of batch 'nightly' stands for another request ({names} differs): give this"
-        " one another key, or add it to another batch; it was not added"
+        f"the key 'a' of batch 'nightly' belongs to another request, which differs in {names}."
+        " Nothing was added: use another key, or another batch"
     )
     assert (await batch.status()).total == 1
 
