@@ -528,7 +528,7 @@ class RedisConnection:
 
     async def _receive(self, pubsub: PubSub) -> None:
         is_pinged = False
-        # `_is_up`, because hints may come from another server after an outage; `is_closing`, because
+        # After an outage, hints may come from another server, so this connection is of no use. And
         # redis-py may swallow a cancellation.
         while self._is_up and not self._client.is_closing():
             message = await pubsub.get_message(timeout=TERMS.command)

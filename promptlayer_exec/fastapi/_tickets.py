@@ -48,7 +48,7 @@ class Tickets:
     def read(
         self, request: HTTPConnection, execution_id: int | str
     ) -> tuple[str | int | None, float] | None:
-        """Return the workflow of a request's ticket, if known, and the age of the ticket in seconds.
+        """Return the workflow, if known, and the age in seconds of a request's ticket.
 
         The ticket is `ticket` in the query, or a bearer token. None means that the request has no
         valid ticket for the execution. The routes of `create_router` call this themselves.

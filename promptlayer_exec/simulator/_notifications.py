@@ -1,4 +1,4 @@
-"""What the server tells its users when a run is complete: by push, a webhook and a callback."""
+"""The messages that tell users of a complete run: push, a webhook and a callback."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Notifications:
     async def _notify(
         self, execution_id: int, workflow: SimulatedWorkflow, body: Mapping[str, Any]
     ) -> None:
-        webhook_url = self.webhook_url  # of now: to set it concerns later runs
+        webhook_url = self.webhook_url  # the current one: setting it affects later runs
         try:
             results = await self._wait_until_complete(execution_id)
         except Exception:

@@ -543,7 +543,7 @@ async def test_a_process_that_uses_dbos_is_refused(batch: Batch, tmp_path: Path)
         }
     )
     try:
-        with pytest.raises(ConfigurationError, match=r"uses DBOS; .* batch work`"):
+        with pytest.raises(ConfigurationError, match=r"uses DBOS: .* batch work`"):
             await batch.work()
         DBOS.launch()
     finally:

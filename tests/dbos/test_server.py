@@ -87,7 +87,7 @@ async def test_another_key_is_refused(sim: Simulator, batch_of: Callable[..., Ba
     """Its workspace may be another one; no key is in the error."""
     await begin(sim, batch_of())
     for call in CALLS:
-        with pytest.raises(ConfigurationError, match="begun with another API key") as caught:
+        with pytest.raises(ConfigurationError, match="with another API key") as caught:
             await call(batch_of(api_key="another-key"))
         assert "another-key" not in str(caught.value)
         assert sim.api_key not in str(caught.value)
