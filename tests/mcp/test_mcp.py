@@ -308,7 +308,7 @@ async def test_only_some_of_many_nodes_are_shown(sim: Simulator, connect: Connec
         ("start_workflow", {"workflow": "other", "topic": 1}, "('topic' was unexpected)"),
         ("start_workflow", {"workflow": "other", "inputs": "{}"}, "inputs: '{}' is not of type"),
         ("start_workflow", {"workflow": "other", "version": True}, "version: True is not of type"),
-        ("start_workflow", {"workflow": "other", "version": 1, "label": "a"}, "either label or version"),
+        ("start_workflow", {"workflow": "other", "version": 1, "label": "a"}, "not both"),
         ("wait_execution", {"execution_id": "1e3"}, "got '1e3'. Do not guess ids"),
         ("wait_execution", {"execution_id": "787", "timeout": -1}, "-1 is less than the minimum"),
         ("wait_execution", {"execution_id": "787", "timeout": 10**400}, "is greater than the max"),
@@ -320,12 +320,12 @@ async def test_only_some_of_many_nodes_are_shown(sim: Simulator, connect: Connec
         (
             "wait_execution",
             {"execution_id": "787"},
-            "no execution 787 (404 Not Found). Check the id",
+            "no execution 787 (404 Not Found). Use the id",
         ),
         (
             "get_execution",
             {"execution_id": "787"},
-            "no execution 787 (404 Not Found). Check the id",
+            "no execution 787 (404 Not Found). Use the id",
         ),
     ],
 )
@@ -457,7 +457,7 @@ async def test_another_call_under_a_key_starts_nothing(
         workspace.inject(Fault.disconnect(), path="/run")
         for _ in range(2):
             error = await refused(client, "start_workflow", **{**asked, "idempotency_key": "b"})
-            assert "A call with the same idempotency_key starts nothing: ask the user." in error
+            assert "Another call with this idempotency_key starts nothing: ask the user." in error
     assert len(workspace.runs) == 2
 
 
@@ -541,7 +541,7 @@ async def test_a_name_that_the_server_was_started_with_may_be_misspelt(
         ):
             text = await refused(client, tool, **arguments)
             assert text.startswith(problem)
-            assert text.endswith("started with that name: ask the user to correct it.")
+            assert text.endswith("started with this name: ask the user to correct it.")
     assert workspace.runs == []
 
 
@@ -902,7 +902,7 @@ async def test_standard_output_has_nothing_but_the_protocol(held: int, serve_mcp
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ([], "there is no API key: set the environment variable PROMPTLAYER_API_KEY"),
+        ([], "there is no API key: create one in PromptLayer"),
         (["--workflow", ""], "must not be empty"),
         (["--db", "mysql://x/y"], "(--db)"),
     ],

@@ -351,7 +351,7 @@ def test_the_command_prints_its_url(
 @pytest.mark.parametrize(
     ("arguments", "token", "problem"),
     [
-        (["--http"], TOKEN, "--http needs --workflow: name each workflow that clients may start"),
+        (["--http"], TOKEN, "--http needs --workflow: list each workflow that clients may start"),
         (
             ["--http", "--workflow", "a"],
             None,
