@@ -14,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import attrs
 import pytest
 
 from promptlayer_exec import RetryPolicy
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli._exit import ExitCode
-from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator, examples
 
 Call: TypeAlias = Callable[..., tuple[int, str, str]]
 Start: TypeAlias = Callable[..., Any]
@@ -121,6 +122,16 @@ class TestWatch:
         whole = details.replace("\x1b", "\\x1b")
         assert call("results", execution_id)[2].startswith(f"a: {whole}\n\nb: PromptLayer gave no")
         assert call("watch", execution_id, "--json")[2] == ""
+
+    def test_the_failure_on_the_page_is_what_is_printed(self, sim: Simulator, call: Call) -> None:
+        """The page on the command line shows it, with the time that its nodes take."""
+        scenario = examples.WORKFLOWS["invoice-check"].scenario({})
+        nodes = [attrs.evolve(node, duration=0.0) for node in scenario.nodes]
+        execution_id = sim.add_execution(Scenario(nodes), execution_id=1002)
+        page = Path(__file__).parents[2] / "docs" / "reference" / "command-line.md"
+        (shown,) = re.findall(r"```console\n.*\n([^`]*)```", page.read_text(encoding="utf-8"))
+        _, out, err = call("watch", execution_id)
+        assert shown.replace(" after 4.3 s", "") == f"{out.splitlines()[-1]}\n{err}"
 
     def test_json_lines(self, sim: Simulator, start: Start) -> None:
         """With --json, each poll with a change is one object; the last one is complete."""
