@@ -70,7 +70,7 @@ async def _run(
             "--out",
             metavar="FILE",
             help="File for the results: JSON Lines, appended to as items finish, or a table in a"
-            " .csv file, written at the end.",
+            " .csv file, written last.",
             show_default="standard output",
         ),
     ] = None,

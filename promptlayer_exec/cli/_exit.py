@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, signals, hints, and the report of an error."""
+"""How a command exits: exit codes, signals, hints, and the report of an error."""
 
 from __future__ import annotations
 

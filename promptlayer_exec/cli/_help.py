@@ -94,7 +94,7 @@ with an "execution_id" of null if no run was started.
 
 
 def help_epilog(*examples: str) -> str:
-    """Return the end of a page of help: examples, and where the exit codes are explained."""
+    """Return the last lines of a page of help: examples, and the topic on exit codes."""
     lines = [f"  {PROGRAM} {example}" for example in examples]
     if lines:
         lines = ["\b", "Examples:" if len(lines) > 1 else "Example:", *lines, ""]
@@ -102,7 +102,7 @@ def help_epilog(*examples: str) -> str:
 
 
 class _PlainHelp:
-    """Lists arguments and options without Python's types, in sections of their own panels."""
+    """Lists arguments and options without Python's types, in the sections of their panels."""
 
     def collect_usage_pieces(self, context: Any) -> list[str]:
         pieces = super().collect_usage_pieces(context)  # type: ignore[misc]

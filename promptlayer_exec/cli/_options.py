@@ -116,7 +116,7 @@ Database = Annotated[
         metavar="URL",
         envvar="PROMPTLAYER_EXEC_DB",
         help="Database, sqlite:///FILE or postgresql://...",
-        show_default="$PROMPTLAYER_EXEC_DB, or a file of yours",
+        show_default="$PROMPTLAYER_EXEC_DB, or a file per user",
         rich_help_panel=STORAGE,
     ),
 ]

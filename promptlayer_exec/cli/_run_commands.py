@@ -53,7 +53,7 @@ from promptlayer_exec.cli._sentences import (
 from promptlayer_exec.cli._watch_display import Display, choose_display
 
 _MAY_HAVE_STARTED = "the run may have started; waiting for its id (Ctrl-C again stops waiting)"
-# Each of these tells by itself whether a run was started.
+# The messages of these already include whether a run was started.
 _START_ERRORS = (RequestError, StartUnknown, ExecutionTimeout, KeyConflict)
 _UNKNOWN = (
     "This --key starts nothing now. If PromptLayer shows the run, follow it by its id with"
@@ -208,7 +208,7 @@ async def _start(
 
 
 def _failed(snapshot: Snapshot, subject: Subject) -> ExitCode:
-    """Print the end of the traceback, and how to read all of it; return the exit code."""
+    """Print the last lines of the traceback, and how to read the rest; return the exit code."""
     if not subject.as_json:
         for node in snapshot.failed_nodes[:1]:
             for line in traceback_end(node):
@@ -329,7 +329,7 @@ async def demo(
     from promptlayer_exec.cli import _demo  # noqa: PLC0415 - slow to import
 
     if not as_json:
-        out("A support agent with ten nodes answers a letter, on a simulated PromptLayer.\n")
+        out("A support agent with ten nodes replies to a letter, on a simulated PromptLayer.\n")
     async with _demo.watched_agent(display.warn) as execution:
         await _follow(execution, display, THIS_SUBJECT.get())
         output = await execution.output()

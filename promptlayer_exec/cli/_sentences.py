@@ -1,4 +1,4 @@
-"""What there is to say of an execution in one sentence: its state, node, reason and moment.
+"""An execution in one sentence: its state, the node, the reason and the time.
 
 The words are those of the viewer's page (`sentence.js`).
 """
@@ -26,9 +26,9 @@ def node_detail(node: Node) -> str:
 
 
 def result_line(snapshot: Snapshot, *, timed: bool = True) -> str:
-    """Return how a complete execution ended, after what time, and which node failed and why.
+    """Return how a complete execution finished and when, and which node failed and why.
 
-    There is no time if no node was seen running: the execution may have ended long before.
+    Without a node that was seen running, there is no time: it may have finished long before.
     """
     subject = f"execution {snapshot.execution_id}"
     when = ""
@@ -48,7 +48,7 @@ def result_line(snapshot: Snapshot, *, timed: bool = True) -> str:
 
 
 def running_line(snapshot: Snapshot) -> str:
-    """Return where an execution was last seen, and how far it was."""
+    """Return the nodes that were running when the execution was last seen, and its progress."""
     done = f"{final_count(snapshot)} nodes done"
     running = [node for node in snapshot.nodes.values() if node.status == NodeStatus.RUNNING]
     if not running:

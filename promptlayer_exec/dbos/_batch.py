@@ -314,14 +314,14 @@ class Batch:
         return await self._report(reports.settings)
 
     async def kinds(self, keys: Iterable[str]) -> dict[str, Kind | None]:
-        """Return how the items of these keys ended, None for one that has not.
+        """Return how the items of these keys finished, None for one that has not.
 
         Keys that the batch does not have are left out.
         """
         return await self._report(reports.kinds, keys)
 
     async def latest_kinds(self, count: int) -> list[tuple[int, Kind]]:
-        """Return how the last items ended, each with a growing number, the newest first."""
+        """Return how the latest items finished, each with a growing number, the newest first."""
         return await self._report(reports.latest_kinds, count)
 
     async def item(self, key: str) -> StoredItem | None:
@@ -329,7 +329,7 @@ class Batch:
         return await self._report(reports.item, key)
 
     async def failures(self) -> tuple[Failure, ...]:
-        """Return the types of errors that items ended with, the most frequent first."""
+        """Return the types of errors of failed items, the most frequent first."""
         return await self._report(reports.failures)
 
     async def durations(self) -> Durations | None:

@@ -80,8 +80,8 @@ def create_callback_router(
     """Return the route `POST /callbacks/{token}`, for the callbacks of `Session(callbacks=...)`.
 
     If the response to a start was lost, its callback lets `Session.recover` return. With
-    `Session(starts=...)`, the id is stored before the route responds, whichever process sent the
-    start. While the store is unavailable, the response is 503, so that PromptLayer repeats the
+    `Session(starts=...)`, the id is stored before the route responds, even if another process sent
+    the start. While the store is unavailable, the response is 503, so that PromptLayer repeats the
     callback. Each callback also wakes the execution, as a webhook does. Only the execution id in it
     counts, not the output.
 

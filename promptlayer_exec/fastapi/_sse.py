@@ -196,7 +196,7 @@ def waiting_reason(execution: Execution) -> dict[str, str]:
         _, kind, title = describe(failure)
         message = f"{title.partition('.')[0]}; trying again."
         if isinstance(failure, NotFound):
-            message = "PromptLayer does not know this new run yet; trying again."
+            message = "PromptLayer has no results of this new run yet; trying again."
     return {"execution_id": str(execution.id), "type": kind, "message": message}
 
 

@@ -127,7 +127,7 @@ class SimulatedRun:
             raise LookupError(f"the execution has no node {name!r}; its nodes are: {names}")
         if node.duration is not None:
             raise ValueError(
-                f"node {name!r} ends by itself: only one with duration=None can be finished"
+                f"node {name!r} finishes by itself: only one with duration=None can be finished"
             )
 
         state = self.results(now).states[name]

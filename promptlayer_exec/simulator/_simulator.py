@@ -350,7 +350,7 @@ class Simulator:
         if self._running is not None:
             raise RuntimeError("the simulator is already running")
         loop = asyncio.get_running_loop()
-        # Cancelling the handler of a client that disconnects is what ends a stalled answer.
+        # A stalled response stops when its client disconnects, because that cancels its handler.
         server = web.Server(self._operations.handle, handler_cancellation=True, access_log=None)
         self._running = await loop.create_server(server, self._host, self._port), server
         return self
