@@ -678,6 +678,7 @@ class TestTerminal:
         erase_line = "\x1b[2K"
         assert erase_line in text[text.rindex("starting") : text.index("warning")]
         assert f"warning: no letter\nexecution {execution_id} started\n" in shown(text)
+        assert "\x1b[32m━" in text  # the bar of a run that succeeded is green
         end = shown(text[text.rindex("Status") :])
         assert "trying again" not in end
         assert end.endswith(f"  promptlayer-exec results {execution_id}\n")
