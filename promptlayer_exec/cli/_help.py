@@ -17,7 +17,7 @@ _TOPICS = {
     "exit-codes": """\
 Exit codes:
   0    succeeded
-  1    the run failed, or not every item of the batch succeeded
+  1    the run or an item of the batch failed, or doctor found a problem
   2    wrong usage, or no API key
   3    still running when the time was up
   4    PromptLayer refused a request or could not be reached
