@@ -1,7 +1,7 @@
-"""Sharing watches with the sessions of other processes, through Redis (extra `redis`).
+"""Sessions of several processes share their watches through Redis (extra `redis`).
 
-Redis holds the truth: for each execution, whose turn it is to poll, and the latest answer. What is
-published is a hint to look there, so a hint that is lost or late costs seconds and never a result.
+Redis stores, for each execution, whose turn it is to poll, and the latest response. Published
+messages are only hints to look there: a hint that is lost or late costs seconds, never a result.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ _logger = logging.getLogger("promptlayer_exec")
 
 @attrs.frozen
 class Terms:
-    """For how long what is in Redis counts, and how long this waits for Redis, in seconds.
+    """How long entries in Redis count, and how long a session waits for Redis, in seconds.
 
-    A session may poll for `lease` without a sign of life. It gives one every `renewal` while it
-    sleeps or waits for the rate, and with each poll, but not while a request is on its way: one
-    that hangs is taken over. Hints may be lost, so everybody looks at the lease again after
+    A session holds the lease of an execution for `lease`. It renews it with each poll, and every
+    `renewal` while it sleeps or waits for the rate, but not while a request is on its way: if that
+    hangs, another session takes over. Hints may be lost, so all look at the lease again after
     `recheck`.
 
-    A command may take `command`, which is also the longest silence of Redis. Once that cannot be
-    used, it is tried again every `pause`, and the latest `most_kept` messages for other sessions
-    are kept until it can.
+    A command to Redis may take `command`, and so may a pause between its messages. If Redis is
+    away, a session tries again every `pause`, and meanwhile keeps the latest `most_kept` messages
+    for other sessions.
 
-    Answers of over `most_bytes` are not shared. Those of complete runs are kept for `complete`,
-    others for `incomplete` after the last sign of life, callbacks for `callback`.
+    Responses over `most_bytes` are not shared. Redis keeps those of complete runs for `complete`,
+    others for `incomplete` after the last renewal, and callbacks for `callback`.
     """
 
     lease: float = 10.0
@@ -71,7 +71,8 @@ class Terms:
 
 TERMS = Terms()
 
-# Each has the keys of the lease, the answer and the streams, and the token of the lease first.
+# The first arguments of each: the keys of the lease, the response and the streams, and the token of
+# the lease.
 _TURN = """
 local owner = redis.call('GET', KEYS[1])
 if owner == ARGV[1] then
@@ -91,7 +92,7 @@ if ARGV[5] ~= '' and redis.call('SET', KEYS[3], 1, 'NX', 'PX', ARGV[2]) then
 end
 return redis.call('PTTL', KEYS[1])
 """
-# A session that was stopped must not overwrite what its successor has published.
+# A session that stood still must not overwrite what its successor has published.
 _PUBLISH = """
 local is_ours = redis.call('GET', KEYS[1]) == ARGV[1]
 if ARGV[3] ~= '200' then
@@ -103,7 +104,7 @@ if is_ours then redis.call('PEXPIRE', KEYS[1], ARGV[6]) end
 redis.call('PUBLISH', ARGV[7], ARGV[8])
 return 1
 """
-# For 0 ms, it releases the lease.
+# With 0 ms, it releases the lease.
 _EXTEND = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
@@ -116,22 +117,22 @@ end
 
 
 class RedisUnavailable(Exception):
-    """Redis does not answer, or refuses."""
+    """Redis does not respond, or refuses the command."""
 
 
 class RedisBackplane:
     """Lets the sessions of several processes share their watches: `Session(backplane=...)`.
 
-    One of the sessions with the same Redis, prefix, server and key polls an execution, and the
-    others take its answers. If that session ends, fails or hangs, another one polls. Wake-ups and
-    callbacks reach the session that needs them, and a run that one session has started is known as
-    new to all. While Redis cannot be used, each session polls for itself, and keeps what the others
-    are to know.
+    Of all sessions with the same Redis, prefix, server and key, one polls an execution, and the
+    others use its responses. If that session closes, fails or hangs, another one polls. Wake-ups
+    and callbacks reach the session that needs them, and all sessions learn of a run that one has
+    started. While Redis is away, each session polls for itself, and keeps its messages for the
+    others.
 
     Args:
-        url_or_client: a URL as for `redis.asyncio.Redis.from_url`, or a `redis.asyncio.Redis` of
-            yours, which is not closed; each session uses up to nine of its connections.
-        prefix: what all keys in Redis, and the channel, begin with.
+        url_or_client: a URL as for `redis.asyncio.Redis.from_url`, or your own
+            `redis.asyncio.Redis`, which stays open; each session uses up to nine connections.
+        prefix: the prefix of all keys in Redis and of the channel.
 
     Raises:
         ConfigurationError: an argument is malformed.
@@ -144,7 +145,7 @@ class RedisBackplane:
         self._prefix = prefix
         try:
             self._client()
-        except (TypeError, ValueError):  # their text may have a password
+        except (TypeError, ValueError):  # their text may contain a password
             raise ConfigurationError(
                 "RedisBackplane needs a URL such as 'redis://localhost:6379/0', or a"
                 " redis.asyncio.Redis"
@@ -159,12 +160,12 @@ class RedisBackplane:
             self._source,
             socket_timeout=TERMS.command,
             socket_connect_timeout=TERMS.command,
-            # A server or proxy may close idle connections. Nothing else is worth a retry.
+            # Only to survive a server or proxy that closes idle connections.
             retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
         )
 
     def connect(self, client: OpenSession, namespace: str) -> RedisConnection:
-        """Connect an open session; sessions call this."""
+        """Connect an open session; only sessions call this."""
         redis = self._client()
         channel = f"{self._prefix}:1:{namespace}"
         return RedisConnection(redis, redis is not self._source, channel, client)
@@ -172,18 +173,18 @@ class RedisBackplane:
 
 @attrs.define(eq=False)
 class SharedWatch:
-    """Takes the answers that another session polls, or polls and shares its own."""
+    """Uses the responses that another session polls, or polls and shares its own."""
 
     _connection: RedisConnection
     execution_id: int
     _read: Callable[[Response], NodeMap]
-    # Names the watch in Redis; a later watch of the same session has another.
+    # Identifies the watch in Redis; each watch of a session has another.
     token: str = attrs.field(init=False, factory=lambda: uuid4().hex)
     is_held: bool = attrs.field(init=False, default=False)  # the lease, as far as is known here
     is_sent: bool = attrs.field(init=False, default=False)  # so the lease is not renewed
-    is_waiting: bool = attrs.field(init=False, default=False)  # for the answer of another watch
+    is_waiting: bool = attrs.field(init=False, default=False)  # for another watch's response
     news: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)  # set by hints
-    _seen: str = attrs.field(init=False, default="")  # the version of the latest answer
+    _seen: str = attrs.field(init=False, default="")  # the version of the latest response
     _is_alone: bool = attrs.field(init=False, default=False)
     _is_ended: bool = attrs.field(init=False, default=False)
 
@@ -192,11 +193,11 @@ class SharedWatch:
     ) -> Reply[NodeMap]:
         now = asyncio.get_running_loop().time
         if not self._is_alone:
-            with suppress(RedisUnavailable, RequestError):  # the latter: an answer cannot be read
+            with suppress(RedisUnavailable, RequestError):  # the latter: an unreadable response
                 if (response := await self._wait_for_turn(streams)) is not None:
                     value, size = self._read(response), len(response.body)
                     return Reply(value, size, now(), 0.0, 0.0, None, shared=True)
-            due = max(due, now())  # to wait for the others is not lateness
+            due = max(due, now())  # waiting for others does not make the poll late
 
         try:
             reply = await poll(due=due, on_sending=self._set_sent)
@@ -206,7 +207,7 @@ class SharedWatch:
             reply = await poll(due=now(), on_sending=self._set_sent)
 
         self.is_sent = False
-        # What is complete does not change, whoever polls.
+        # A complete execution never changes, so its response counts even without the lease.
         source = reply.value.source
         if source is not None and (self.is_held or reply.value.complete):
             with suppress(RedisUnavailable):
@@ -217,9 +218,9 @@ class SharedWatch:
         self.is_sent = is_sent
 
     async def _wait_for_turn(self, streams: Callable[[], bool]) -> Response | None:
-        """Wait for an answer of another session; None: this one is to poll."""
+        """Wait for a response of another session; None if it is this session's turn to poll."""
         while True:
-            self.news.clear()  # first, so that no hint is lost after the look
+            self.news.clear()  # first, so that no hint is lost in between
             turn = await self._connection.run(self._ask_turn, streams())
             if isinstance(turn, list):
                 version, status, body = turn
@@ -256,7 +257,7 @@ class SharedWatch:
             connection.release(self)
             return
 
-        # What is complete needs no lease any more.
+        # A complete execution needs no lease any more.
         keep, lease = TERMS.incomplete, TERMS.lease
         if status == 200:
             keep, lease = TERMS.complete, 0.0
@@ -281,13 +282,13 @@ class RedisConnection:
 
     _redis: Redis
     _owns_redis: bool
-    channel: str  # of all hints; the keys begin with its name, too
+    channel: str  # of all hints; the keys also begin with its name
     _client: OpenSession
     _id: str = attrs.field(init=False, factory=lambda: uuid4().hex[:8])
     _is_up: bool = attrs.field(init=False, default=True)
     _slots: asyncio.Semaphore = attrs.field(init=False, factory=partial(asyncio.Semaphore, 8))
     _watches: dict[int, SharedWatch] = attrs.field(init=False, factory=dict)
-    # What other sessions are to know once Redis is back.
+    # Messages for other sessions, until Redis is back.
     _kept: deque[Callable[[], Awaitable[Any]]] = attrs.field(
         init=False, factory=lambda: deque(maxlen=TERMS.most_kept)
     )
@@ -296,7 +297,7 @@ class RedisConnection:
         self._spawn(self._listen)
         self._spawn(self._renew_leases)
 
-    # What the session calls.
+    # Called by the session.
 
     def share(self, execution_id: int, read: Callable[[Response], NodeMap]) -> SharedWatch:
         watch = self._watches[execution_id] = SharedWatch(self, execution_id, read)
@@ -320,7 +321,7 @@ class RedisConnection:
             await self.run(self._redis.set, self._key(execution_id, "start"), 1, px=left)
 
     async def find_start(self, execution_id: int) -> bool:
-        """Return True if another session has started a run that the server may not know yet."""
+        """Return True if another session has started a run that may still be a 404."""
         left = 0
         with suppress(RedisUnavailable):
             left = await self.run(self._redis.pttl, self._key(execution_id, "start"))
@@ -354,13 +355,13 @@ class RedisConnection:
         if self._owns_redis:
             await self._redis.aclose()
 
-    # What the watches call.
+    # Called by the watches.
 
     def hint(self, kind: str, subject: object, detail: object = "-") -> str:
         return f"{kind} {subject} {detail} {self._id}"
 
     def end(self, watch: SharedWatch) -> None:
-        """Forget a watch that has ended; when the session closes, `aclose` does that for all."""
+        """Forget a watch that is over; when the session closes, `aclose` does so for all."""
         if not self._client.is_closing():
             if self._watches.get(watch.execution_id) is watch:
                 del self._watches[watch.execution_id]
@@ -375,13 +376,13 @@ class RedisConnection:
             self._spawn(self._release, held)
 
     async def _release(self, watches: list[SharedWatch], within: float = TERMS.command) -> None:
-        # Even if Redis is taken for away: one that is full can still delete.
-        with suppress(Exception):  # the leases run out
+        # Even if Redis seems away: a full one can still delete.
+        with suppress(Exception):  # the leases expire anyway
             async with asyncio.timeout(within):
                 await self._extend(watches, 0)
 
     async def _extend(self, watches: Iterable[SharedWatch], seconds: float) -> list[Any]:
-        """Keep the leases of watches for that many more seconds, in one round trip."""
+        """Extend the leases of watches by so many seconds, in one round trip."""
         pipeline = self._redis.pipeline(transaction=False)
         for watch in watches:
             hint = self.hint("news", watch.execution_id)
@@ -403,7 +404,7 @@ class RedisConnection:
         await self.run(self._redis.publish, self.channel, hint)
 
     def _spawn(self, work: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
-        """Do something that nobody waits for, unless Redis is away or the session closes."""
+        """Run something in the background, unless Redis is away or the session closes."""
 
         async def run() -> None:
             with suppress(RedisUnavailable):
@@ -413,7 +414,7 @@ class RedisConnection:
             self._client.spawn(run(), name="promptlayer_exec.Backplane")
 
     def _hand_on(self, work: Callable[[], Awaitable[Any]]) -> None:
-        """Tell other sessions something, now or when Redis is back."""
+        """Send other sessions a message, now or when Redis is back."""
 
         async def run() -> None:
             try:
@@ -428,7 +429,7 @@ class RedisConnection:
         for work in kept:
             self._hand_on(work)
 
-        # Sessions that were back later have missed the hints.
+        # Sessions that came back later have missed the hints.
         await asyncio.sleep(TERMS.recheck)
         for work in kept:
             self._hand_on(work)
@@ -436,9 +437,9 @@ class RedisConnection:
     async def run(
         self, command: Callable[..., Awaitable[Any]], *arguments: Any, **options: Any
     ) -> Any:
-        """Return what a command returns; raise `RedisUnavailable` if it fails or is late.
+        """Return the result of a command; raise `RedisUnavailable` if it fails or is late.
 
-        It has a task of its own: on Python 3.11, redis-py may swallow a cancellation.
+        It runs in a separate task: on Python 3.11, redis-py may swallow a cancellation.
         """
         attempt = self._try(partial(command, *arguments, **options))
         task = self._client.spawn(attempt, name="promptlayer_exec.Backplane")
@@ -449,34 +450,34 @@ class RedisConnection:
         return answer
 
     async def _try(self, command: Callable[[], Awaitable[Any]], *, is_probe: bool = False) -> Any:
-        """Return what a command returns, None if it fails."""
-        async with self._slots:  # to wait for it is no part of the command's second
+        """Return the result of a command, or None if it fails."""
+        async with self._slots:  # waiting for a slot does not count for the timeout
             if self._is_up or is_probe:
                 try:
                     async with asyncio.timeout(TERMS.command):
                         return await command()
-                except Exception as error:  # noqa: BLE001 - whatever it is, Redis is of no use
+                except Exception as error:  # noqa: BLE001 - any error makes Redis unusable
                     self._mark_unavailable(error)
         return None
 
-    # What goes on by itself.
+    # Running in the background.
 
     def _mark_unavailable(self, error: Exception) -> None:
-        """Let each watch poll for itself, until Redis can be used again."""
+        """Let each watch poll for itself until Redis is back."""
         if not self._is_up:
             return
         self._is_up = False
 
         said = f"{type(error).__name__}: {error}".removesuffix(": ")
         _logger.warning(
-            "Redis cannot be used (%.200s); until it can, this session polls for itself", said
+            "Redis unavailable (%.200s): this session polls for itself until Redis is back", said
         )
 
         self.release(*self._watches.values())
         self._recheck_leases()
 
     def _recheck_leases(self) -> None:
-        """Let each waiting watch look at its lease."""
+        """Make each waiting watch look at its lease."""
         for watch in self._watches.values():
             watch.news.set()
 
@@ -487,10 +488,10 @@ class RedisConnection:
                 await self._extend_all()
 
     async def _extend_all(self) -> None:
-        """Keep the leases of all watches that sleep, or wait for the rate."""
+        """Extend the leases of all watches that sleep or wait for the rate."""
         watches = self._watches.values()
         held = [watch for watch in watches if watch.is_held and not watch.is_sent]
-        for start in range(0, len(held), 100):  # each with a command's time
+        for start in range(0, len(held), 100):  # so that each command takes little time
             await self.run(self._extend, held[start : start + 100], TERMS.lease)
 
     async def _listen(self) -> None:
@@ -504,17 +505,17 @@ class RedisConnection:
                         await pubsub.subscribe(self.channel)
                     await self._probe()
                     await self._receive(pubsub)
-            except Exception as error:  # noqa: BLE001 - it would end the hints
+            except Exception as error:  # noqa: BLE001 - otherwise the hints would stop
                 self._mark_unavailable(error)
             await asyncio.sleep(TERMS.pause)
 
     async def _drop_connections(self) -> None:
-        """Have new connections made: the old ones may lead to a server that was demoted."""
+        """Close idle connections: they may lead to a server that was demoted."""
         async with asyncio.timeout(TERMS.command):
             await self._redis.connection_pool.disconnect(inuse_connections=False)
 
     async def _probe(self) -> None:
-        """Try whether Redis can be used again, by a real write: a full one answers all else."""
+        """Try a real write, because a full Redis accepts everything else."""
         if self._is_up:
             return
 
@@ -522,18 +523,18 @@ class RedisConnection:
         probe = partial(self.eval, _TURN, f"probe-{self._id}", *arguments)
         if await self._try(probe, is_probe=True) is not None:
             self._is_up = True
-            _logger.info("Redis can be used again; this session shares its polls")
+            _logger.info("Redis is back: this session shares its polls again")
             self._spawn(self._hand_on_kept)
 
     async def _receive(self, pubsub: PubSub) -> None:
         is_pinged = False
-        # The first: after an outage, hints may come from another server. The second: a cancellation
-        # may be swallowed.
+        # After an outage, hints may come from another server, so this connection is of no use. And
+        # redis-py may swallow a cancellation.
         while self._is_up and not self._client.is_closing():
             message = await pubsub.get_message(timeout=TERMS.command)
             if message is None:  # it is quiet, or hangs
                 if is_pinged:
-                    raise TimeoutError(f"no answer within {TERMS.command:g} s")
+                    raise TimeoutError(f"no response within {TERMS.command:g} s")
                 await pubsub.ping()
             elif message["type"] == "subscribe":
                 self._recheck_leases()
@@ -542,12 +543,12 @@ class RedisConnection:
                 try:
                     self._handle_message(*_text(message["data"]).split(" "))
                 except (TypeError, ValueError) as error:
-                    _logger.debug("a hint cannot be read (%s)", type(error).__name__)
+                    _logger.debug("could not read a hint (%s)", type(error).__name__)
 
             is_pinged = message is None
 
     def _handle_message(self, kind: str, subject: str, detail: str, sender: str) -> None:
-        """Follow a hint."""
+        """Act on a hint."""
         if sender == self._id:
             return
 
@@ -576,5 +577,5 @@ def _text(value: str | bytes) -> str:
 
 
 def _digest(token: str) -> str:
-    """Return what stands for the token of a callback, which proves a start, in Redis."""
+    """Return what to store of a callback's token, which is a secret."""
     return hashlib.sha256(token.encode()).hexdigest()

@@ -11,19 +11,14 @@ import typer
 from promptlayer_exec import __version__
 from promptlayer_exec.cli._batch_commands import batch_app
 from promptlayer_exec.cli._doctor_command import doctor
-from promptlayer_exec.cli._exit import PROGRAM, help_epilog, report_crash
+from promptlayer_exec.cli._exit import PROGRAM, report_crash
+from promptlayer_exec.cli._help import Program, help_epilog, show_help
 from promptlayer_exec.cli._printing import out, prepare_streams
 from promptlayer_exec.cli._run_commands import demo, results, run, watch
 from promptlayer_exec.cli._server_commands import mcp, simulate, view
 from promptlayer_exec.cli._workflow_commands import workflow, workflows
 
-app = typer.Typer(
-    name=PROGRAM,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = Program(name=PROGRAM, context_settings={"help_option_names": ["-h", "--help"]})
 
 
 def _print_version(value: bool) -> None:
@@ -32,28 +27,28 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog=help_epilog())
+@app.callback(epilog=f"Exit codes, environment variables and more: `{PROGRAM} help`")
 def _program(
     _version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version, and exit."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    """Follow PromptLayer workflow executions, node by node.
+    """Run PromptLayer workflows, and follow them node by node.
 
-    The API key is read from the environment variable PROMPTLAYER_API_KEY only: every user of the
-    machine can see the arguments of a command. To see how it works, try `demo`.
+    Set the environment variable PROMPTLAYER_API_KEY to your API key. To try it without a key, use
+    `demo`.
     """
-    # The commands report outages in their own words.
+    # The commands print outages themselves.
     logging.getLogger("promptlayer_exec").addHandler(logging.NullHandler())
 
 
 app.command("demo")(demo)
 app.command(
     "run",
-    context_settings={"allow_extra_args": True},  # to say how inputs are given
+    context_settings={"allow_extra_args": True},  # to explain how to give inputs
     epilog=help_epilog(
         "run support-agent -i letter@letter.txt --label prod",
         "run support-agent -i @inputs.json --json | jq .progress",
@@ -70,6 +65,7 @@ app.command("view", epilog=help_epilog("view 787"))(view)
 app.command("mcp", epilog=help_epilog("mcp --workflow support-agent"))(mcp)
 app.command("simulate")(simulate)
 app.add_typer(batch_app, name="batch")
+app.command("help")(show_help)
 
 
 def main() -> None:

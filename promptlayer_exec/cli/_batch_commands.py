@@ -17,15 +17,17 @@ from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_management as management
 from promptlayer_exec.cli import _batch_options as options
 from promptlayer_exec.cli._exit import (
+    PROGRAM,
     THIS_SUBJECT,
     ExitCode,
     Misuse,
     command,
     describe,
     describe_stored,
-    help_epilog,
+    hint,
     server_option,
 )
+from promptlayer_exec.cli._help import Program, help_epilog
 from promptlayer_exec.cli._item_file import ItemFile
 from promptlayer_exec.cli._options import BaseUrl, Database, NoPush, open_session
 from promptlayer_exec.cli._printing import duration, err, quoted, shorten
@@ -36,43 +38,43 @@ if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch
 
 _REFRESH_INTERVAL = 0.25
-_NOTE = "no item is lost: run the same command again to continue"
-_STOPPING = "stopping: starts that were sent are still awaited (interrupt again to stop at once)"
-
-batch_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Run many executions that survive a crash."
+_NOTE = "No item is lost: run the same command again to continue."
+_STOPPING = (
+    "stopping; waiting for the ids of runs that may have started (Ctrl-C again stops waiting)"
 )
+
+batch_app = Program(help="Run a file of items as a durable, resumable batch.")
 
 
 @batch_app.command(
     "run",
     epilog=help_epilog(
         "batch run night.jsonl --workflow grade --out results.jsonl",
-        "batch run topics.csv --workflow grade --out results.csv --rate 50",
+        "batch run topics.csv --workflow grade --out results.csv",
     ),
 )
 @command
 async def _run(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="The items: JSON Lines, or CSV if it ends with .csv."),
+        typer.Argument(metavar="FILE", help="The items, as JSON Lines, or as CSV in a .csv file."),
     ],
     *,
     workflow: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Name or id of the workflow, for lines without one."),
+        typer.Option(metavar="NAME", help="Name or id of the workflow, unless a line has its own."),
     ] = None,
     results: Annotated[
         Path | None,
         typer.Option(
             "--out",
             metavar="FILE",
-            help="File for the results: JSON Lines, which are continued if it exists, or a table"
-            " that is written at the end if it ends with .csv.",
-            show_default="standard output, which gets all of them",
+            help="File for the results: JSON Lines, appended to as items finish, or a table in a"
+            " .csv file, written last.",
+            show_default="standard output",
         ),
     ] = None,
-    name: Annotated[str | None, options.name_option("FILE without its suffix")] = None,
+    name: Annotated[str | None, options.name_option("FILE, without its suffix")] = None,
     database: Database = None,
     max_in_flight: options.MaxInFlight = None,
     rate: options.Rate = None,
@@ -85,28 +87,15 @@ async def _run(
 ) -> ExitCode:
     """Run the items of FILE, each once, and write their results.
 
-    Each line of FILE is one item:
+    A line of FILE is one item: {"key": "a", "inputs": {"topic": "otters"}}. See `help items` for
+    its other fields, for CSV, and for the results. All lines are checked before anything starts.
 
-    \b
-      {"key": "a", "inputs": {"topic": "otters"}}
+    If the command stops for any reason, run it again to continue. It follows runs that have
+    started, and never starts them twice. If a process was killed while it started a run, nobody can
+    tell whether that run exists: its item is then unknown.
 
-    An item can also have a "workflow", a "label" or "version", and "metadata". Its default key is a
-    digest of its line. Invalid lines, also those whose inputs the workflow cannot use, are reported
-    before anything is added.
-
-    In CSV, with commas, semicolons or tabs, the first line names the columns. The columns key,
-    workflow, label, version and metadata.NAME have the same meaning; every other column is an
-    input, a text.
-
-    Each line of the results is one finished item, in the order in which the items finish. Its
-    fields are key, execution_id, succeeded, output, error ({"type": ..., "message": ...} or null),
-    started and finished (UTC). One command at a time writes to a file.
-
-    If the command stops for any reason, run it again to continue, from any directory. A run that
-    was started is watched again, never started again. If a process is killed while it starts a run,
-    there is no way to find out whether the run was started; such an item ends as unknown, with the
-    error StartUnknown. To let other processes help, see `batch work`.
-    """  # noqa: D301 - \b is Typer's mark for preformatted text
+    Limits are stored with the batch. To let other machines help, see `batch work`.
+    """
     batch_name = name or file.stem
     items = ItemFile(file, workflow)
     session = open_session(base_url, outage, no_push=no_push)
@@ -122,11 +111,11 @@ async def _run(
             same_server=same_server,
         )
 
-        # All checks come first, so that nothing is added or paid for if one fails.
+        # All checks come first: if one fails, nothing is added, and you pay for nothing.
         if result_file is not None:
             shown = f"batch '{printable(batch_name)}' in {lookup.shown_database(database)}"
             await _refuse_foreign_results(batch, shown, result_file)
-        # One session for both, so that each definition is read once.
+        # One session for both, which reads each definition once.
         async with session:
             await items.check_inputs(session, batch, base_url)
             new, count = await _add(batch, items), len(items.lines)
@@ -134,7 +123,7 @@ async def _run(
         known = f", {count - new} added before" if new < count else ""
         err(f"batch {printable(batch_name)}: {lookup.item_count(count)}{known}")
 
-        flags = await lookup.command_flags(name, batch_name, database)
+        flags = lookup.command_flags(batch_name, database)
         work = partial(_work_on, batch_name, batch, flags, base_url, stop_after_failures)
         if isinstance(result_file, TableFile):
             code = await work()
@@ -162,9 +151,9 @@ async def _work(
 ) -> ExitCode:
     """Work on a batch until all of its items have finished.
 
-    If the batch does not exist yet, the command waits for it. Other processes can work on it at the
-    same time, also on other machines with the same PostgreSQL database. The death of a worker is
-    noticed within 30 seconds, and the others take over its items.
+    Any number of processes can work on a batch at the same time, and on any number of machines
+    if the database is PostgreSQL. If one dies, the others take over its items within 30 seconds.
+    If the batch does not exist yet, the command waits for it.
     """
     chosen = await lookup.wait_for_batch(name, database)
 
@@ -178,7 +167,7 @@ async def _work(
         same_server=same_server,
     )
 
-    flags = await lookup.command_flags(name, chosen, database)
+    flags = lookup.command_flags(chosen, database)
     return await _work_on(chosen, batch, flags, base_url, stop_after_failures)
 
 
@@ -195,10 +184,10 @@ for _name, _command, *_examples in (
 
 
 async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | TableFile) -> None:
-    """Refuse to run items whose results are in the file, although the database has none of them."""
+    """Refuse to run items if the file has results of them that the database does not have."""
     kinds = await batch.kinds({result.key for result in file.results})
 
-    # An item that did not succeed may wait again meanwhile; one that succeeded stays as it is.
+    # An item that did not succeed may have been requeued; one that succeeded never changes.
     foreign = [
         result.key
         for result in file.results
@@ -208,8 +197,8 @@ async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | Tab
     if foreign:
         raise Misuse(
             f"{file.name} has {len(foreign)} results that {shown} does not have, for example of"
-            f" {quoted(min(foreign))}: that item would be run and paid for again. Use the database"
-            " that the results are from (--db, PROMPTLAYER_EXEC_DB), or another --out"
+            f" {quoted(min(foreign))}: you would pay for that item again. Use the database that"
+            " produced these results (--db, PROMPTLAYER_EXEC_DB), or another --out"
         )
 
 
@@ -241,18 +230,19 @@ async def _work_on(
     *,
     write: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> ExitCode:
-    """Work until all items have finished, and print a summary; `write` results meanwhile."""
+    """Work until all items have finished, `write` results meanwhile, and print a summary."""
     from promptlayer_exec.cli._live import BatchProgress  # noqa: PLC0415 - slow to import
 
     subject = THIS_SUBJECT.get()
-    subject.note = f"{_NOTE}; `batch status{flags}` shows how far it is"
+    subject.note = _NOTE
+    subject.hint = hint("see how far it is with:", f"{PROGRAM} batch status{flags}")
     subject.stopping = _STOPPING
 
     status = await batch.status()
     if status.finished == status.total:
         err(
-            f"all items of batch {printable(name)} have already ended, and none is started again:"
-            " for a new night, use `batch run` with another --name"
+            f"all items of batch {printable(name)} have already finished, so none is started again;"
+            " to run them as a new batch, give `batch run` another --name"
         )
 
     began = time.monotonic()
@@ -275,7 +265,7 @@ async def _work_on(
             if isinstance(result, Exception):
                 raise result
         if is_stopped:
-            err(f"stopped, because {stop_after} items in a row did not succeed; {_NOTE}")
+            err(f"stopped, because {stop_after} items in a row did not succeed. {_NOTE}")
 
         status = await batch.status()
         progress.show(status)
@@ -290,8 +280,8 @@ async def _work_on(
 
 
 async def _follow(batch: Batch, progress: BatchProgress, stop_after: int | None) -> None:
-    """Show the progress until `stop_after` items in a row have not succeeded."""
-    # Failures of an earlier command do not count.
+    """Show the progress; return once `stop_after` items in a row have not succeeded."""
+    # Do not count the failures of an earlier command.
     latest = await batch.latest_kinds(1)
     last_before = latest[0][0] if latest else 0
 
@@ -308,14 +298,14 @@ async def _follow(batch: Batch, progress: BatchProgress, stop_after: int | None)
 
 
 async def _summary(batch: Batch) -> list[str]:
-    """Return a line about how long the runs took, and one for each type of error."""
+    """Return a line about how long runs took, and one for each type of error."""
     lines = []
     if durations := await batch.durations():
         median, p95, longest = map(duration, attrs.astuple(durations))
-        lines = [f"  a run took {median} (median); 95 % took at most {p95}, the longest {longest}"]
+        lines = [f"  a run took {median} (median), 95 % at most {p95}, the longest {longest}"]
 
     for failure in await batch.failures():
         reason = describe_stored(failure.type, failure.message)
         example = shorten(f"{printable(failure.key)}: {reason}", 160)
-        lines.append(f"  {failure.count} {failure.type}, for example {example}")
+        lines.append(f"{failure.count} {failure.type}, for example {example}")
     return lines

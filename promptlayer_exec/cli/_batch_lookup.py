@@ -1,4 +1,4 @@
-"""Finds the batch that a command names, and describes it in lines."""
+"""Finds the batch that a command is about, and describes it in lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from promptlayer_exec import Session
 from promptlayer_exec._integration import install_hint, printable
-from promptlayer_exec.cli._exit import Misuse
+from promptlayer_exec.cli._exit import PROGRAM, Misuse, hint
 from promptlayer_exec.cli._printing import err
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def dbos() -> ModuleType:
 async def working_batch(
     name: str, session: Callable[[], Session], *, rate: float | None, **settings: Any
 ) -> Batch:
-    """Return a batch to work on, with the command's default for a rate that nobody has set."""
+    """Return a batch to work on, with the command line's default rate unless one is stored."""
     session()  # reports a missing key before anything is stored
 
     make = partial(dbos().Batch, name, session=session, **settings)
@@ -47,7 +47,7 @@ async def working_batch(
 async def chosen_batch(
     name: str | None, database: str | None, base_url: str | None = None, **options: Any
 ) -> tuple[str, Batch]:
-    """Return the name of an existing batch, of the only one for None, and the batch."""
+    """Return the name of an existing batch, and the batch; None means the only one."""
     chosen = choose(name, await names(database))
     session = partial(Session, base_url=base_url)
     return chosen, dbos().Batch(chosen, database_url=database, session=session, **options)
@@ -60,7 +60,7 @@ def choose(name: str | None, found: list[str]) -> str:
     if name in found:
         return name
 
-    problem = "give --name"
+    problem = "there are several batches: choose one with --name"
     if name is not None:
         problem = f"there is no batch '{printable(name)}'"
     known = ", ".join(map(printable, found))
@@ -68,7 +68,7 @@ def choose(name: str | None, found: list[str]) -> str:
 
 
 async def names(database: str | None, *, needed: bool = True) -> list[str]:
-    """Return the names of the batches in a database; say if there are none."""
+    """Return the names of the batches in a database; print a line if there are none."""
     found: list[str] = await dbos().batch_names(database)
     if not found:
         problem = f"there is no batch in {shown_database(database)}"
@@ -79,7 +79,7 @@ async def names(database: str | None, *, needed: bool = True) -> list[str]:
 
 
 async def wait_for_batch(name: str | None, database: str | None) -> str:
-    """Return the name of a batch as soon as it exists; the only one for None."""
+    """Return the name of a batch as soon as it exists; None means the only one."""
     for attempt in count():
         found = await dbos().batch_names(database)
         if name in found or (name is None and found):
@@ -89,7 +89,7 @@ async def wait_for_batch(name: str | None, database: str | None) -> str:
             wanted = "a batch" if name is None else f"batch '{printable(name)}'"
             message = f"waiting for {wanted} in {shown_database(database)}"
             if found:
-                message += f", which has {', '.join(map(printable, found))}"
+                message += f" (it has {', '.join(map(printable, found))})"
             err(message)
         await asyncio.sleep(1.0)
     return choose(name, found)
@@ -100,11 +100,9 @@ def shown_database(database: str | None) -> str:
     return printable(dbos().shown_database_url(database))
 
 
-async def command_flags(name: str | None, chosen: str, database: str | None) -> str:
-    """Return the flags that another command needs to find a batch; `name` was given for it."""
-    flags = ""
-    if name is not None or len(await names(database)) > 1:
-        flags += f" --name {shlex.quote(chosen)}"
+def command_flags(name: str, database: str | None) -> str:
+    """Return the flags that another command needs to find a batch."""
+    flags = f" --name {shlex.quote(name)}"
     if database and database != os.environ.get("PROMPTLAYER_EXEC_DB"):
         flags += f" --db {shlex.quote(shown_database(database))}"
     return printable(flags)
@@ -128,21 +126,19 @@ def hint_lines(status: BatchStatus, flags: str) -> list[str]:
     """Return, for each kind of items without an output, the commands that continue with them."""
     lines = []
     if status.finished < status.total and not status.workers:
-        lines.append(
-            f"nobody works on the items that wait or are running: `batch work{flags}`, or the"
-            " same `batch run` again, goes on"
-        )
+        left = item_count(status.total - status.finished)
+        problem = f"{left} not finished, and nobody is working on them"
+        lines.append(hint(f"{problem}; continue with:", f"{PROGRAM} batch work{flags}"))
 
     if status.failed:
-        lines.append(
-            f"failed: `batch retry --failed{flags}` starts those again whose run failed or did"
-            f" not start; `batch recheck{flags}` asks again how runs ended, and starts nothing"
-        )
+        lines += [
+            hint("start failed items again with:", f"{PROGRAM} batch retry --failed{flags}"),
+            hint("or check their runs again, for free, with:", f"{PROGRAM} batch recheck{flags}"),
+        ]
 
     if status.unknown:
-        lines.append(
-            "unknown: these runs may have started and be billed: look in PromptLayer, then start"
-            f" them again with `batch retry --unknown{flags}`, or leave them"
-        )
+        advice = "unknown items may have started and be billed: look for them in PromptLayer."
+        again = f"{PROGRAM} batch retry --unknown{flags}"
+        lines.append(hint(f"{advice} Start them again with:", again))
 
     return lines

@@ -16,12 +16,15 @@ from promptlayer_exec._integration import printable
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_options as options
 from promptlayer_exec.cli._exit import (
+    PROGRAM,
     ExitCode,
     Misuse,
     Subject,
     command,
     describe_stored,
+    hint,
     run_command,
+    server_option,
 )
 from promptlayer_exec.cli._options import BaseUrl, Database, JsonLines, seconds
 from promptlayer_exec.cli._printing import err, out, preview, quoted
@@ -51,7 +54,7 @@ async def status(
             continue
 
         out(lookup.status_line(batch_name, counts))
-        flags = await lookup.command_flags(name, batch_name, database)
+        flags = lookup.command_flags(batch_name, database)
         for line in lookup.hint_lines(counts, flags):
             err(line)
 
@@ -60,9 +63,7 @@ async def status(
 async def list_batches(database: Database = None, *, as_json: JsonLines = False) -> None:
     """List the batches in a database, with their settings.
 
-    After the counts of its items, a line has the time when the first was added (UTC), and the
-    settings: how many items run at most, how many requests are sent per second at most, and, if
-    there may be more than one, how many runs an item may have.
+    Each line shows the counts of the items, when the batch was created (UTC), and its limits.
     """
     batch_names = await lookup.names(database, needed=False)
     if batch_names and database is None and not as_json:
@@ -92,7 +93,7 @@ async def show(
     *,
     as_json: JsonLines = False,
 ) -> None:
-    """Print one item: its request, and its history (UTC)."""
+    """Print one item, with its request and its history (UTC)."""
     chosen, batch = await lookup.chosen_batch(name, database)
     item = await batch.item(key)
     if item is None:
@@ -130,7 +131,7 @@ def _item_lines(batch: str, item: StoredItem) -> list[str]:
 
     lines += [f"  {at}  {event}" for at, event in _events(item)]
 
-    # The outcome comes after everything else, also if the clocks of machines differ.
+    # The outcome comes last, even if the clocks of two machines differ.
     if outcome is not None:
         lines.append(f"  {_time(outcome.finished)}  {outcome.kind}")
         if outcome.error is None:
@@ -150,7 +151,7 @@ def _events(item: StoredItem) -> list[tuple[str, str]]:
             worker = printable(attempt.worker or "")
             events.append((_time(attempt.taken), f"attempt {attempt.number} taken by {worker}"))
 
-        # How the last one ended is the outcome.
+        # The outcome is that of the last attempt.
         is_last = attempt.number == item.attempts[-1].number
         if attempt.finished is not None and not (is_last and outcome is not None):
             events.append((_time(attempt.finished), _ending(attempt)))
@@ -158,12 +159,12 @@ def _events(item: StoredItem) -> list[tuple[str, str]]:
     if outcome is not None and outcome.started is not None:
         events.append((_time(outcome.started), f"execution {outcome.execution_id} started"))
 
-    # Events of the same second, the precision of the text, stay in this order.
+    # Events of the same second keep this order.
     return sorted(events, key=itemgetter(0))
 
 
 def _ending(attempt: RunAttempt) -> str:
-    text = f"attempt {attempt.number} ended"
+    text = f"attempt {attempt.number} finished"
     if attempt.execution_id is not None:
         text += f", execution {attempt.execution_id}"
     if attempt.error is not None:
@@ -182,8 +183,8 @@ async def export(
         typer.Option(
             "--out",
             metavar="FILE",
-            help="File to write: a table if it ends with .csv, else JSON Lines.",
-            show_default="JSON Lines on standard output",
+            help="File to write: a table in a .csv file, else JSON Lines.",
+            show_default="standard output",
         ),
     ] = None,
     name: options.OnlyBatch = None,
@@ -194,11 +195,11 @@ async def export(
 ) -> None:
     """Write the results of all items that have finished so far.
 
-    The fields are those of `batch run --out`. In a table, the error has the columns error_type and
-    error_message, and an output that is no text is written as JSON.
+    The fields are those of `batch run --out` (`help items`). In a table, an error has the columns
+    error_type and error_message, and an output that is not text is JSON.
     """
     _, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
-    await batch.check_server()  # before the file is made
+    await batch.check_server()  # before it creates the file
     with open_results(results) as file:
         await write_results(batch, file, until_done=False)
 
@@ -211,9 +212,10 @@ async def recheck(
     *,
     same_server: options.SameServer = False,
 ) -> None:
-    """Follow every run again that has no output, and start none."""
+    """Follow every run without an output again, and start none."""
     chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
-    _report_requeued(chosen, await batch.recheck(), "followed")
+    flags = lookup.command_flags(chosen, database) + server_option(base_url)
+    _report_requeued(chosen, await batch.recheck(), "follow", flags)
 
 
 @command
@@ -226,26 +228,29 @@ async def retry(
     base_url: BaseUrl = None,
     *,
     same_server: options.SameServer = False,
-    failed: Annotated[bool, typer.Option("--failed", help="Items that failed.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Start failed items again.")] = False,
     unknown: Annotated[
-        bool, typer.Option("--unknown", help="Unknown items, at the risk of paying for them twice.")
+        bool,
+        typer.Option(
+            "--unknown", help="Start unknown items again. You may pay for some of them twice."
+        ),
     ] = False,
     unknown_for: Annotated[
         float | None,
         seconds(
-            "Like --unknown, but only items that have been unknown for so long: time for a callback"
-            " to say which run was started.",
+            "Like --unknown, but leave items alone until they have been unknown for this long, so"
+            " that a callback can still resolve them.",
             default=False,
         ),
     ] = None,
 ) -> None:
-    """Start items again that did not succeed, once each.
+    """Start items that did not succeed once more.
 
-    With keys, only those items; without an option, only those of them that failed.
+    With keys, only those items are started. Keys without an option mean --failed.
     """
     unknown = unknown or unknown_for is not None
     if not (failed or unknown or keys):
-        raise Misuse("give --failed, --unknown, or both, or the keys of items that failed")
+        raise Misuse("give --failed, --unknown, both, or the keys of failed items")
 
     chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
     if keys:
@@ -256,11 +261,12 @@ async def retry(
         keys=keys or None,
         unknown_for=unknown_for or 0.0,
     )
-    _report_requeued(chosen, count, "started")
+    flags = lookup.command_flags(chosen, database) + server_option(base_url)
+    _report_requeued(chosen, count, "start", flags)
 
 
 async def _check_keys(name: str, batch: Batch, keys: list[str], *, unknown: bool) -> None:
-    """Refuse keys that no item has, and say which items need --unknown."""
+    """Refuse keys that no item has, and name the items that need --unknown."""
     kinds = await batch.kinds(keys)
     absent = [key for key in keys if key not in kinds]
     if absent:
@@ -270,16 +276,17 @@ async def _check_keys(name: str, batch: Batch, keys: list[str], *, unknown: bool
         for key, kind in kinds.items():
             if kind == "unknown":
                 err(
-                    f"item {quoted(key)} is unknown, and stays so: its run may have started and be"
-                    " billed; --unknown starts it again"
+                    f"item {quoted(key)} is unknown and stays so: its run may have started and be"
+                    " billed. To start it again, give --unknown"
                 )
 
 
-def _report_requeued(batch: str, count: int, act: str) -> None:
-    text = f"batch {printable(batch)}: {lookup.item_count(count)} will be {act} again"
-    if count:
-        text += " by a worker: `batch work`, or the same `batch run`"
-    err(text)
+def _report_requeued(batch: str, count: int, act: str, flags: str) -> None:
+    if not count:
+        err(f"batch {printable(batch)}: there is no item to {act} again")
+        return
+    text = f"batch {printable(batch)}: a worker will {act} {lookup.item_count(count)} again"
+    err(hint(f"{text}; start one with:", f"{PROGRAM} batch work{flags}"))
 
 
 def delete(
@@ -287,13 +294,13 @@ def delete(
     database: Database = None,
     *,
     is_confirmed: Annotated[
-        bool, typer.Option("--yes", help="Do not ask whether to do so.")
+        bool, typer.Option("--yes", help="Skip the confirmation prompt.")
     ] = False,
 ) -> None:
-    """Delete a batch with all its items and their results.
+    """Delete a batch, with all its items and their results.
 
-    It is refused while a worker works on the batch. What runs at PromptLayer is not affected, and
-    can no longer be found from here.
+    This fails while a worker works on the batch. Runs on PromptLayer are not affected, but their
+    ids are gone.
     """
 
     async def describe() -> None:
@@ -301,7 +308,11 @@ def delete(
         name, batch = await lookup.chosen_batch(name, database)
         err(lookup.status_line(name, await batch.status()))
         if not sys.stdin.isatty():
-            raise Misuse("to delete this batch with all its results, give --yes")
+            flags = lookup.command_flags(name, database)
+            raise Misuse(
+                "deleting a batch needs a terminal to ask on, or --yes",
+                hint=hint("delete it with:", f"{PROGRAM} batch delete --yes{flags}"),
+            )
 
     async def delete_chosen() -> None:
         chosen, batch = await lookup.chosen_batch(name, database)
@@ -315,7 +326,7 @@ def delete(
         if code := run_command(describe(), Subject()):
             raise typer.Exit(code)
 
-        # Not within `run_command`: after Ctrl-C it would wait for the user's answer.
+        # Not within `run_command`, which would wait for the user's reply after Ctrl-C.
         try:
             is_confirmed = typer.confirm("Delete this batch with all its results?", err=True)
         except typer.Abort:

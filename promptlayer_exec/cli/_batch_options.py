@@ -1,4 +1,4 @@
-"""The options that several `batch` commands have."""
+"""The options that several `batch` commands share."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from promptlayer_exec.cli._options import seconds
+from promptlayer_exec.cli._options import CONNECTION, STORAGE, seconds
+
+_LIMITS = "Limits, for all workers together"
 
 
 def name_option(default: str) -> Any:
-    return typer.Option(metavar="NAME", help="Name of the batch.", show_default=default)
+    return typer.Option(
+        metavar="NAME",
+        help="Name of the batch.",
+        show_default=default,
+        rich_help_panel=STORAGE,
+    )
 
 
 OnlyBatch = Annotated[str | None, name_option("the only batch")]
@@ -19,17 +26,18 @@ MaxInFlight = Annotated[
     typer.Option(
         metavar="NUMBER",
         min=1,
-        help="Maximum number of items in progress, over all workers; stored with the batch.",
-        show_default="as stored, at first 100",
+        help="Maximum number of items in progress.",
+        show_default="as stored, or 100",
+        rich_help_panel=_LIMITS,
     ),
 ]
 Rate = Annotated[
     float | None,
     typer.Option(
         metavar="PER_SECOND",
-        help="Maximum requests per second, over all workers; stored with the batch. One worker"
-        " sends at most 100.",
-        show_default="as stored, at first 100",
+        help="Maximum requests per second; one worker sends at most 100.",
+        show_default="as stored, or 100",
+        rich_help_panel=_LIMITS,
     ),
 ]
 Attempts = Annotated[
@@ -37,9 +45,10 @@ Attempts = Annotated[
     typer.Option(
         metavar="NUMBER",
         min=1,
-        help="Maximum number of runs of an item, each of them billed: a run that completes without"
-        " an output is followed by another one. Stored with the batch.",
-        show_default="as stored, at first 1",
+        help="Maximum number of runs for an item, each of them billed: another one starts when one"
+        " finishes without an output.",
+        show_default="as stored, or 1",
+        rich_help_panel=_LIMITS,
     ),
 ]
 StopAfterFailures = Annotated[
@@ -48,22 +57,21 @@ StopAfterFailures = Annotated[
         "--stop-after-failures",
         min=1,
         metavar="N",
-        help="Stop when N items in a row did not succeed.",
+        help="Stop after N items in a row that did not succeed.",
         show_default="never",
+        rich_help_panel=_LIMITS,
     ),
 ]
 SameServer = Annotated[
     bool,
     typer.Option(
         "--same-server",
-        help="Go on with a batch of another address or API key: they are those of the same server"
-        " and workspace.",
+        help="Continue a batch although the server's address or the API key changed, if the"
+        " workspace is the same.",
+        rich_help_panel=CONNECTION,
     ),
 ]
 BatchOutage = Annotated[
     float,
-    seconds(
-        "Maximum time to keep retrying while the server is unreachable or failing; longer than for"
-        " other commands, as nobody watches a batch at night."
-    ),
+    seconds("How long to retry failing requests.", heading=CONNECTION),
 ]

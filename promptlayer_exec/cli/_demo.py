@@ -1,4 +1,4 @@
-"""What `demo`, `simulate` and `view --demo` start, and what they show beside it."""
+"""What `demo`, `simulate` and `view --demo` run, and what they print about it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOTE = "This is a demonstration on a simulated PromptLayer: nothing is billed."
 
 @asynccontextmanager
 async def watched_agent(warn: Callable[[str], None]) -> AsyncIterator[Execution]:
-    """Simulate a run of the support agent, and provide a handle of it."""
+    """Simulate a run of the support agent, and yield its handle."""
     async with Simulator() as simulator, demo_session(simulator, warn) as session:
         execution_id = simulator.add_execution(examples.support_agent(), execution_id=787)
         yield session.execution(execution_id)
@@ -56,14 +56,14 @@ asyncio.run(main())"""
 
 
 def simulator_with_workflows() -> Simulator:
-    """Return a simulator that knows the example workflows."""
+    """Return a simulator with the example workflows."""
     simulator = Simulator(log_requests=False)
     examples.add_workflows(simulator)
     return simulator
 
 
 def add_past_runs(simulator: Simulator, history: History, now: float) -> None:
-    """Add 36 runs of the days before `now` to a simulator, and to the history of the viewer."""
+    """Add 36 runs from the days before `now` to a simulator and to the viewer's history."""
     for number in range(36):
         run = examples.past_run(number)
         times = examples.node_times(run.scenario, slowness=1 + 0.2 * math.sin(number * 1.7))
@@ -86,7 +86,7 @@ def add_past_runs(simulator: Simulator, history: History, now: float) -> None:
 
 
 async def start_runs(board: Board) -> None:
-    """Start a run of three workflows once the page of the board is open."""
+    """Start runs of three workflows once the page of the board is open."""
     await board.opened.wait()
     for workflow in ("support-agent", "research-report", "invoice-check"):
         await board.start(workflow, examples.WORKFLOWS[workflow].inputs)
@@ -125,10 +125,10 @@ def _introduction(simulator: Simulator) -> str:
     webhook = ""
     if url := simulator.webhook_url:
         secret = simulator.webhook_secret
-        webhook = f"\nIts webhook goes to {url}, with the secret {secret}\n"
+        webhook = f"\nIt posts webhooks to {url}, signed with the secret {secret}\n"
 
     return f"""\
-A simulated PromptLayer listens at {simulator.base_url} (Ctrl-C ends it).
+A simulated PromptLayer listens at {simulator.base_url} (Ctrl-C stops it).
 
 In another terminal:
 
@@ -136,25 +136,25 @@ In another terminal:
   {_set_variable("PROMPTLAYER_API_KEY", simulator.api_key)}
 {commands}
 
-Each execution begins at its first request. To start another one like the first:
+Each execution begins when it is first requested. To start another one:
 
   {PROGRAM} run support-agent -i letter="Where is my refund?"
 
-It knows these workflows, and each name and id that the README and the tutorial use:
+You can run these workflows, with their inputs:
 {workflows}
 {webhook}
 Requests:"""
 
 
 def _set_variable(name: str, value: str) -> str:
-    """Return the line that sets an environment variable in the platform's usual shell."""
+    """Return a line that sets an environment variable in the platform's usual shell."""
     if os.name == "nt":
         return f'$env:{name} = "{value}"'
     return f"export {name}={value}"
 
 
 async def _print_requests(simulator: Simulator, requests: asyncio.Queue[SimRequest]) -> NoReturn:
-    # The first request of each execution lets it begin.
+    # Each execution begins when it is first requested.
     waiting = {str(execution_id): execution_id for execution_id in examples.EXECUTIONS}
 
     while True:

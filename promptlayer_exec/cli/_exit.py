@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, signals, and the report of an error."""
+"""How a command exits: exit codes, signals, hints, and the report of an error."""
 
 from __future__ import annotations
 
@@ -22,31 +22,16 @@ import attrs
 import typer
 
 import promptlayer_exec
+from promptlayer_exec import Snapshot
 from promptlayer_exec._integration import printable, split_advice
 from promptlayer_exec.cli._printing import err, out
+from promptlayer_exec.cli._sentences import running_line
 
 P = ParamSpec("P")
 
 PROGRAM = "promptlayer-exec"
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
-_HELP_EPILOG = """\
-\b
-Environment:
-  PROMPTLAYER_API_KEY  the API key; it cannot be given as an option
-
-\b
-Exit codes:
-  0    succeeded
-  1    the execution failed, or not every item of the batch succeeded
-  2    used incorrectly, or there is no API key
-  3    not complete in time
-  4    the API refused a request or could not be reached
-  70   an error in this program
-  74   the output could not be written
-  130  interrupted
-  141  the reader of the output has gone
-  143  terminated"""
-# What to do about an error at a command line; the error's own advice is for a program.
+# What to do about an error on the command line; the error's own advice is for a program.
 _ADVICE = {
     "ConnectionFailed": "Check the network and --base-url.",
     "RequestTimeout": "Try again.",
@@ -54,13 +39,13 @@ _ADVICE = {
     "ResponseTooLarge": "",
     "StatusError": "Check --base-url and the arguments.",
     "Unauthorized": "Check PROMPTLAYER_API_KEY.",
-    "NotFound": "Check the id or name, --base-url and the key's workspace;"
+    "NotFound": "Check the id or name, --base-url and the key's workspace."
     f" `{PROGRAM} workflows` lists the names.",
     "RateLimited": "Try again later.",
     "ExecutionTimeout": "",
     "ExecutionFailed": "",
 }
-# Arguments that a message may name, and the option that sets each.
+# Arguments that a message may contain, and the option that sets each.
 _OPTIONS = {
     "base_url": "--base-url",
     "database_url": "--db",
@@ -75,7 +60,7 @@ _NAMED = re.compile(rf"\b({'|'.join(_OPTIONS)})\b")
 
 
 class ExitCode(IntEnum):
-    """The exit codes; the help texts describe them."""
+    """The exit codes; `help exit-codes` explains them."""
 
     SUCCEEDED = 0
     FAILED = 1
@@ -89,16 +74,12 @@ class ExitCode(IntEnum):
     TERMINATED = 143
 
 
-def help_epilog(*examples: str) -> str:
-    """Return the end of a help text: examples, where the key comes from, and the exit codes."""
-    if not examples:
-        return _HELP_EPILOG
-    lines = ["\b", "Examples:", *(f"  {PROGRAM} {example}" for example in examples), "", ""]
-    return "\n".join(lines) + _HELP_EPILOG
-
-
 class Misuse(Exception):
-    """The command cannot do what it was asked to do."""
+    """The command cannot do what the user asked for; `hint` shows a command that helps."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 class Interrupted(Exception):
@@ -124,33 +105,40 @@ _EXIT_CODES: dict[type[Exception], ExitCode] = {
 
 
 def server_option(base_url: str | None) -> str:
-    """Return the option with which a suggested command asks the server that was given as one."""
+    """Return the option that a suggested command needs, to use the same server as this one."""
     return "" if base_url is None else f" --base-url {shlex.quote(base_url)}"
 
 
 def suggest(command: str, base_url: str | None) -> str:
-    """Return a command for the user to type, for the server that was given as an option."""
+    """Return a command for the user to type, which uses the same server as this one."""
     return f"{PROGRAM} {command}{server_option(base_url)}"
+
+
+def hint(text: str, command: str) -> str:
+    """Return a text, and below it the command that it is about, ready to be copied."""
+    return f"{text}\n  {command}"
 
 
 @attrs.define
 class Subject:
-    """What a command works on; the report of its error names it."""
+    """What a command works on, for the report of its error."""
 
     execution_id: int | None = None  # as soon as it is known
+    snapshot: Snapshot | None = None  # the last one, while the command watches
     base_url: str | None = None  # if it was given as an option
     resumable: bool = False  # whether the report shows how to watch the execution again
-    note: str = ""  # what an error says in addition while there is no execution
-    stopping: str = ""  # what is said if the command takes a while to end after a signal
-    as_json: bool = False  # whether an error is written to standard output, too
+    note: str = ""  # a sentence to add to an error while there is no execution
+    hint: str = ""  # what to do next, while there is no execution
+    stopping: str = ""  # what to print if the command takes a while to finish after a signal
+    as_json: bool = False  # whether an error is also written to standard output
 
 
-# That of the command that runs, which fills it in.
+# The subject of the running command, which fills it in.
 THIS_SUBJECT: ContextVar[Subject] = ContextVar("subject")
 
 
 def describe(error: Exception) -> str:
-    """Return the text of an error with advice for a command line, and the options it is about."""
+    """Return the text of an error, with advice for the command line and the options concerned."""
     text = describe_stored(type(error).__name__, str(error))
     options = sorted({_OPTIONS[name] for name in _NAMED.findall(text)})
     if options:
@@ -159,13 +147,13 @@ def describe(error: Exception) -> str:
 
 
 def describe_stored(kind: str, message: str) -> str:
-    """Return the text of an error of that class with advice for a command line."""
+    """Return the text of an error of that class, with advice for the command line."""
     problem, advice = split_advice(kind, message)
     return printable(f"{problem} {_ADVICE.get(kind, advice)}".rstrip())
 
 
 def command(function: Callable[P, Coroutine[Any, Any, ExitCode | None]]) -> Callable[P, None]:
-    """Make a command of a coroutine function; one that returns None succeeded."""
+    """Turn a coroutine function into a command; returning None means success."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -189,8 +177,8 @@ async def _until_signal(
 ) -> ExitCode | None:
     """Await the work, and report its error if it fails.
 
-    Errors are reported while the signals are handled, so that a signal does not keep one from being
-    written; and inside the loop, because closing it takes long while a host name is being resolved.
+    It reports an error before it restores the signal handlers, so that a signal cannot suppress the
+    report, and inside the loop, because closing the loop takes long while a name is being resolved.
     """
     task = asyncio.ensure_future(work)
 
@@ -211,7 +199,7 @@ async def _until_signal(
 
 @contextmanager
 def _cancelled_by_signals(task: asyncio.Future[Any], subject: Subject) -> Iterator[list[int]]:
-    """Let the first signal cancel the task; the number of the signal is then in the list.
+    """Let the first signal cancel the task, and add the number of the signal to the list.
 
     The second signal exits the process, even while it waits for a write.
     """
@@ -237,7 +225,7 @@ def _cancelled_by_signals(task: asyncio.Future[Any], subject: Subject) -> Iterat
     previous = {
         number: signal.signal(number, handle)
         for number in (signal.SIGINT, signal.SIGTERM, _HANGUP)
-        # They are ignored in a script's background job, or with nohup.
+        # A script's background job and nohup ignore them.
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
@@ -255,13 +243,16 @@ def _report(error: Exception, subject: Subject) -> ExitCode:
     if isinstance(error, Misuse):
         message = str(error)
     if execution_id is None and subject.note not in message:
-        message = f"{message.rstrip('.')}; {subject.note}"
+        message = f"{message.rstrip('.')}. {subject.note}"
     message = printable(message)
     err(message)
 
-    if execution_id is not None and subject.resumable and _can_be_resumed(error):
-        again = suggest(f"watch {execution_id}", subject.base_url)
-        err(f"execution {execution_id} is not affected; pick it up again with:\n  {again}")
+    if isinstance(error, Misuse) and error.hint:
+        err(printable(error.hint, keep="\n"))
+    elif execution_id is None and subject.hint:
+        err(subject.hint)
+    elif execution_id is not None and subject.resumable and _can_be_resumed(error):
+        err(hint(_how_it_is(execution_id, subject), _watch_again(execution_id, subject)))
 
     if subject.as_json:
         id_text = None if execution_id is None else str(execution_id)
@@ -270,8 +261,19 @@ def _report(error: Exception, subject: Subject) -> ExitCode:
     return code
 
 
+def _how_it_is(execution_id: int, subject: Subject) -> str:
+    if subject.snapshot is None:
+        return f"execution {execution_id} is not affected; follow it with:"
+    seen = running_line(subject.snapshot)
+    return f"execution {execution_id} continues on PromptLayer, {seen}; follow it with:"
+
+
+def _watch_again(execution_id: int, subject: Subject) -> str:
+    return suggest(f"watch {execution_id}", subject.base_url)
+
+
 def _can_be_resumed(error: Exception) -> bool:
-    """Return False if another attempt would end in the same way: the key or the id is refused."""
+    """Return False if another attempt would fail the same way: PromptLayer refuses key or id."""
     if isinstance(error, Misuse | promptlayer_exec.ConfigurationError):
         return False
     return not (
@@ -282,7 +284,7 @@ def _can_be_resumed(error: Exception) -> bool:
 
 
 def report_crash(error: BaseException) -> ExitCode:
-    """Report an unexpected error, or a failure of the output, and return the exit code."""
+    """Report an unexpected error, or output that cannot be written, and return the exit code."""
     if not isinstance(error, OSError) or error.errno is None:
         traceback.print_exception(error, file=sys.stderr)
         err("this is a bug in promptlayer-exec: please report it with the lines above")
@@ -298,7 +300,7 @@ def report_crash(error: BaseException) -> ExitCode:
 
 
 def _discard(*streams: Any) -> None:
-    # The interpreter flushes what they still buffer when it exits.
+    # When it exits, the interpreter flushes what they still buffer.
     for stream in streams:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -311,5 +313,5 @@ def listening(host: str, port: int) -> Iterator[None]:
     except OSError as error:
         # socket.create_server repeats the address after the reason.
         reason = str(error.strerror or error).partition(" (while")[0]
-        hint = "; --port 0 takes a free port" if port else ""
-        raise Misuse(f"cannot listen on {host}, port {port}: {reason}{hint}") from None
+        advice = "; --port 0 takes a free port" if port else ""
+        raise Misuse(f"cannot listen on {host}, port {port}: {reason}{advice}") from None

@@ -36,9 +36,9 @@ _INPUT = "inputs."
 
 
 class ItemFile:
-    """The items in a file, checked first. Each iteration reads the file again.
+    """The items in a file, which is checked first. Each iteration reads the file again.
 
-    Lines without a workflow get `workflow`.
+    `workflow` is for lines without one.
     """
 
     def __init__(self, path: Path, workflow: str | None) -> None:
@@ -50,7 +50,7 @@ class ItemFile:
         self._starts: dict[Any, dict[tuple[str, ...], list[int]]] = {}
 
         if path.is_fifo() or path.is_char_device():
-            raise Misuse(f"{self._name} is read twice: write the items to a regular file first")
+            raise Misuse(f"{self._name} is not a regular file: save the items to one first")
 
         problems: dict[int, str] = {}
         for number, line in self._lines():
@@ -67,8 +67,7 @@ class ItemFile:
 
         first = self.lines.setdefault(request.key, number)
         if first != number and request.key == _digest(line):
-            problem = "a key is missing: without one, this line is the same item as"
-            raise Misuse(f"{problem} line {first}")
+            raise Misuse(f"this line equals line {first}: give it a key to run it twice")
         if first != number:
             raise Misuse(f"the key {quoted(request.key)} is already used in line {first}")
 
@@ -77,7 +76,7 @@ class ItemFile:
         self._starts.setdefault(target, {}).setdefault(names, []).append(number)
 
     def _refuse(self, problems: Mapping[int, str]) -> None:
-        """Raise `Misuse` if there are problems, by the numbers of lines; name each problem once."""
+        """Raise `Misuse` if any line has a problem; name each problem once, with its lines."""
         lines: dict[str, list[int]] = {}
         for number, problem in sorted(problems.items()):
             lines.setdefault(problem, []).append(number)
@@ -105,8 +104,8 @@ class ItemFile:
     async def _find_problems(self, session: Session, base_url: str | None) -> dict[int, str]:
         """Return what is wrong with the workflow or the inputs of lines, by their numbers.
 
-        The definition of each workflow is read once. After one that cannot be read, no other is
-        asked for, and the rest is unchecked: a server that is down would cost seconds for each.
+        It requests the definition of each workflow once. If a request fails, it stops and leaves
+        the rest unchecked: with a server that is down, each request would take seconds.
         """
         problems: dict[int, str] = {}
 
@@ -119,7 +118,7 @@ class ItemFile:
                     problems |= dict.fromkeys(numbers, problem)
                 continue
             except RequestError as error:
-                err(f"inputs are not checked: {describe(error)}")
+                err(f"could not check the inputs: {describe(error)}")
                 break
 
             not_required = set[str]()
@@ -132,7 +131,7 @@ class ItemFile:
                     not_required |= {*names} - {*(found.required_inputs or names)}
             if not_required:
                 listed = shorten(", ".join(map(quoted, sorted(not_required))), 200)
-                err(f"note: {_named(workflow)} does not require {listed}: sent all the same")
+                err(f"note: {_named(workflow)} does not require {listed}; sent anyway")
 
         return problems
 
@@ -179,7 +178,7 @@ class ItemFile:
                 yield reader.line_num, row
 
     def _request(self, line: bytes | dict[str, Any]) -> StartRequest:
-        """Return the item of a line; if it is not one, the message of the `Misuse` says why."""
+        """Return the item of a line, or raise `Misuse` with the reason why it is none."""
         fields = _parse(line) if isinstance(line, bytes) else _row_fields(line)
         if "key" not in fields:
             fields["key"] = _digest(line)
@@ -248,14 +247,14 @@ def _checked(fields: dict[str, Any]) -> StartRequest:
 
     request = StartRequest(**fields)
     if request.workflow in (None, ""):
-        raise Misuse('no workflow: give --workflow NAME, or a "workflow" in the line')
+        raise Misuse('no workflow: give --workflow NAME, or add a "workflow" to the line')
     if not request.key:
         raise Misuse('"key" must not be empty')
     return request
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    """Return the fields of a line; null stands for a missing field, except for the inputs."""
+    """Return the fields of a line; null means a missing field, except for the inputs."""
     try:
         fields = json.loads(text.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:

@@ -22,13 +22,10 @@ from promptlayer_exec._integration import printable, status_entry
 from promptlayer_exec.cli._printing import (
     duration,
     err,
-    failure_reason,
-    final_count,
-    node_detail,
-    result_line,
     running_time,
     show_warnings,
 )
+from promptlayer_exec.cli._sentences import final_count, node_detail, result_line
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import BatchStatus
@@ -46,7 +43,7 @@ class LiveDisplay:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Draw `text` until the first snapshot; when the context ends, the last one stays."""
+        """Draw `text` until the first snapshot; the last one stays when the context exits."""
         self._spinner = Spinner("line", Text(text))
 
         # A new one each time: it erases as many lines as its last refresh wrote.
@@ -59,7 +56,7 @@ class LiveDisplay:
             self._live.transient = self._snapshot is None
             self._live.stop()
             if self._snapshot is not None and self._snapshot.complete:
-                self._console.print("", *_summary(self._snapshot), sep="\n", soft_wrap=True)
+                self._console.print("", _result(self._snapshot), sep="\n")
 
     def show(self, snapshot: Snapshot) -> None:
         self._snapshot, self._shown_at = snapshot, time.monotonic()
@@ -79,7 +76,7 @@ class LiveDisplay:
         if snapshot is None:
             return Group(self._spinner, *warning)
 
-        if snapshot.complete:  # what does not fit scrolls up, where it can be read
+        if snapshot.complete:  # what does not fit scrolls up, and can still be read
             now = snapshot.elapsed
             rows = len(snapshot.nodes)
         else:
@@ -96,9 +93,15 @@ class LiveDisplay:
 def _progress_line(snapshot: Snapshot, now: float) -> Table:
     # Above the table: a terminal with too few lines cuts off the bottom.
     grid = Table.grid("", Column(max_width=40), "", "", padding=(0, 1))
+    failed = bool(snapshot.failed_nodes) if not snapshot.complete else not snapshot.succeeded
     grid.add_row(
         Text(f"execution {snapshot.execution_id}", style="bold", no_wrap=True),
-        ProgressBar(total=1.0, completed=snapshot.progress),
+        ProgressBar(
+            total=1.0,
+            completed=snapshot.progress,
+            complete_style="red" if failed else "yellow",
+            finished_style="red" if failed else "green",
+        ),
         Text(final_count(snapshot), no_wrap=True),
         Text(duration(now), style="dim", no_wrap=True),
     )
@@ -137,7 +140,7 @@ def _in_sight(snapshot: Snapshot, rows: int) -> tuple[list[Node], list[Text]]:
         return nodes, []
 
     def interest(node: Node) -> tuple[int, float]:
-        # Among nodes in the same status, those that ended last come first.
+        # Among nodes with the same status, the latest to finish come first.
         return status_entry(node.status).rank, -(snapshot.times[node.name].final or 0.0)
 
     names = {node.name for node in sorted(nodes, key=interest)[: rows - 1]}
@@ -149,31 +152,27 @@ def _in_sight(snapshot: Snapshot, rows: int) -> tuple[list[Node], list[Text]]:
 
 
 def _cell(text: str, style: str = "") -> Text:
-    return Text(text, style=style, no_wrap=True)  # a column cuts it off with an ellipsis
+    return Text(text, style=style, no_wrap=True)  # a narrow column cuts it with an ellipsis
 
 
-def _summary(snapshot: Snapshot) -> list[Text]:
-    lines = []
-    for node in snapshot.failed_nodes:
-        line = Text.assemble((printable(node.name), "bold red"), ": ")
-        lines.append(line.append(printable(failure_reason(node), keep="\n\t")))
-
+def _result(snapshot: Snapshot) -> Text:
     result = Text(result_line(snapshot))
     style = "bold green" if snapshot.succeeded else "bold red"
     result.stylize(style, end=result.plain.index(": "))
-    return [*lines, result]
+    return result
 
 
 class BatchProgress:
-    """Shows the progress on standard error: a bar on a terminal, otherwise a line at times.
+    """Shows the progress on standard error: a bar on a terminal, else a line every ten seconds.
 
-    It also shows warnings of the log. An outage is one warning, however many requests fail in it.
+    It also shows the log's warnings. An outage is one warning, however many requests fail.
     """
 
     def __init__(self, *, transient: bool = False) -> None:
         console = Console(stderr=True)
+        self._column = BarColumn(complete_style="yellow", finished_style="green")
         self._bar = Progress(
-            BarColumn(),
+            self._column,
             TextColumn("{task.description}"),
             console=console,
             get_time=time.monotonic,
@@ -206,6 +205,8 @@ class BatchProgress:
         self._bar.update(self._bar.task_ids[0], total=status.total, completed=status.finished)
 
         parts = [f"{status.finished}/{status.total} done", f"{status.running} running"]
+        if status.failed or status.unknown:
+            self._column.complete_style = self._column.finished_style = "red"
         if status.failed:
             parts.append(f"{status.failed} failed")
         if status.unknown:
@@ -220,7 +221,7 @@ class BatchProgress:
     def _show(self, text: str, done: int, total: int) -> None:
         self._bar.update(self._bar.task_ids[0], total=total, completed=done, description=text)
 
-        # This is called a few times a second, so that a line comes at least every ten seconds.
+        # Callers come a few times a second, so there is a line at least every ten seconds.
         now = time.monotonic()
         if self._bar.disable and now - self._printed_at >= 9.5:
             self._printed_at = now

@@ -1,4 +1,4 @@
-"""Arguments and options that commands share, and what is made of them: inputs, and a session."""
+"""Arguments and options that commands share, and what they make of them: inputs and a session."""
 
 from __future__ import annotations
 
@@ -31,18 +31,25 @@ from promptlayer_exec.cli._printing import err, quoted, shorten, show_warnings
 if TYPE_CHECKING:
     from promptlayer_exec.simulator import Simulator
 
-# The modules whose warnings the commands show; they report those of others in their own words.
+# The modules whose warnings the commands show as they are.
 _SHOWN = ("definitions", "channels", "retry")
 
 
-def seconds(text: str, *, default: bool | str = True) -> Any:
+# Headings of the options in the help.
+CONNECTION = "Connection"
+STORAGE = "Storage"
+
+
+def seconds(text: str, *, default: bool | str = True, heading: str | None = None) -> Any:
     """Return an option in seconds with a help text."""
-    return typer.Option(metavar="SECONDS", min=0, help=text, show_default=default)
+    return typer.Option(
+        metavar="SECONDS", min=0, help=text, show_default=default, rich_help_panel=heading
+    )
 
 
 def parse_id(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MAX_ID:
-        expected = "must be an execution id, a number such as the 787 that `run` prints"
+        expected = "must be an execution id, a number such as 787, as `run` prints it"
         raise typer.BadParameter(f"{expected}, got {shorten(printable(text), 40)!r}")
     return int(text)
 
@@ -55,12 +62,15 @@ def parse_key(text: str) -> str:
 
 
 ExecutionId = Annotated[
-    int, typer.Argument(metavar="ID", parser=parse_id, help="Id of the execution.")
+    int, typer.Argument(metavar="ID", parser=parse_id, help="Id of the execution, such as 787.")
 ]
 WorkflowName = Annotated[
     str, typer.Argument(metavar="WORKFLOW", help="Name or id of the workflow.")
 ]
-Label = Annotated[str | None, typer.Option(metavar="NAME", help="Label of the version.")]
+Label = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Label of the version.", show_default="the latest version"),
+]
 Version = Annotated[
     int | None,
     typer.Option(metavar="NUMBER", min=1, help="Number of the version, instead of --label."),
@@ -70,30 +80,33 @@ StartKey = Annotated[
     typer.Option(
         metavar="KEY",
         parser=parse_key,
-        help="Text of your own that identifies the run: however often you repeat the command with"
-        " it, one run is started.",
+        help="Start only one run for this key, such as order-42.",
     ),
 ]
-JsonLines = Annotated[bool, typer.Option("--json", help="Write JSON Lines.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON Lines.")]
 BaseUrl = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="Server to use.",
-        show_default="$PROMPTLAYER_BASE_URL or https://api.promptlayer.com",
+        help="Server.",
+        show_default="$PROMPTLAYER_BASE_URL, or PromptLayer",
+        rich_help_panel=CONNECTION,
     ),
 ]
 Outage = Annotated[
     float | None,
     seconds(
-        "Maximum time to keep retrying while the server is unreachable or failing.",
+        "How long to retry failing requests.",
         default="60 for a request, 600 for a watch",
+        heading=CONNECTION,
     ),
 ]
 NoPush = Annotated[
     bool,
     typer.Option(
-        "--no-push", help="Only poll: do not listen for completions that PromptLayer pushes."
+        "--no-push",
+        help="Only poll, without push.",
+        rich_help_panel=CONNECTION,
     ),
 ]
 Database = Annotated[
@@ -102,19 +115,20 @@ Database = Annotated[
         "--db",
         metavar="URL",
         envvar="PROMPTLAYER_EXEC_DB",
-        help="Database: sqlite:///FILE, or postgresql://... for several machines.",
-        show_default="a file of your own, whatever the directory",
+        help="Database, sqlite:///FILE or postgresql://...",
+        show_default="$PROMPTLAYER_EXEC_DB, or a file per user",
+        rich_help_panel=STORAGE,
     ),
 ]
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")]
 Port = Annotated[
     int,
-    typer.Option(metavar="PORT", min=0, max=65535, help="Port to listen on; 0 takes a free port."),
+    typer.Option(metavar="PORT", min=0, max=65535, help="Port to listen on; 0 picks a free one."),
 ]
 
 
 def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
-    """Return the input variables given with `--input`; the last value of a key wins."""
+    """Return the inputs given with `--input`; if a key comes twice, the last value wins."""
     inputs: dict[str, Any] = {}
     for argument in arguments:
         match = re.fullmatch(r"(?!=)([^=@]*)([=@])(.*)", argument, re.DOTALL)
@@ -133,7 +147,7 @@ def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def read_metadata(arguments: Iterable[str]) -> dict[str, str]:
-    """Return the texts given with `--metadata`; the last text of a key wins."""
+    """Return the texts given with `--metadata`; if a key comes twice, the last text wins."""
     metadata = {}
     for argument in arguments:
         key, separator, text = argument.partition("=")
@@ -149,8 +163,8 @@ def _parse_value(key: str, text: str) -> Any:
     except json.JSONDecodeError as error:
         if text.lstrip().startswith(("[", "{", '"')):
             err(
-                f"warning: the value of {quoted(key)} looks like JSON but is not valid, and is"
-                f" sent as text: {error}"
+                f"warning: the value of {quoted(key)} looks like JSON but is not valid ({error});"
+                " sending it as text"
             )
         return text
 
@@ -186,13 +200,13 @@ def _refuse(message: str, option: str = "--input") -> NoReturn:
 
 
 def needs(error: ValueError, workflow: str | int, base_url: str | None) -> str:
-    """Return the message that inputs are missing, and how to find out which there are."""
+    """Return the message that inputs are missing, with the command that lists them."""
     command = suggest(f"workflow {shlex.quote(str(workflow))}", base_url)
-    return f"{error}; `{command}` shows what it needs"
+    return f"{error}; see its inputs with `{command}`"
 
 
 def start_store(database: str | None, needed_by: str) -> StartStore:
-    """Return the record of which key has started which run, in a database or the default one."""
+    """Return the store of keys and the runs they started, in a database or the default one."""
     try:
         from promptlayer_exec.starts import SQLStartStore  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
@@ -213,13 +227,14 @@ def open_session(
 ) -> Session:
     """Return a session with the key from the environment.
 
-    Watches survive an `outage` of that length, and so do single requests, up to `longest_retry`.
-    `warn` is called when an outage begins, and with an input of a doubtful type.
+    Watches and single requests retry for `outage` seconds, single requests for at most
+    `longest_retry`. The session calls `warn` when an outage begins, and for an input of a doubtful
+    type.
     """
     if not os.environ.get("PROMPTLAYER_API_KEY"):
         raise ConfigurationError(
-            "there is no API key: set the environment variable PROMPTLAYER_API_KEY to one from"
-            " PromptLayer's settings"
+            "there is no API key: create one in PromptLayer's settings, and set the environment"
+            " variable PROMPTLAYER_API_KEY to it"
         )
     if warn is not None:
         show_warnings(warn, of=_SHOWN)
@@ -229,7 +244,7 @@ def open_session(
         retry = RetryPolicy(outage=outage, watch_outage=outage)
     retry = attrs.evolve(retry, outage=min(retry.outage, longest_retry))
 
-    # A warning about a setting reads like any other message, without a line of Python code.
+    # Print warnings about settings like any other message, without a line of Python code.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         session = Session(
@@ -247,7 +262,7 @@ def open_session(
 
 
 def demo_session(simulator: Simulator, warn: Callable[[str], None]) -> Session:
-    """Return a session on a simulator that polls often enough to see short nodes running."""
+    """Return a session on a simulator; it polls often enough to catch short nodes running."""
     show_warnings(warn, of=_SHOWN)
     poll = PollPolicy(floor=0.2, ceiling=0.4)
     return Session(simulator.api_key, base_url=simulator.base_url, poll=poll)

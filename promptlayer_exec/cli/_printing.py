@@ -1,16 +1,19 @@
-"""What commands print: safe text, warnings of the library, and lines about an execution."""
+"""What commands print: safe text, durations, and warnings of the library."""
 
 from __future__ import annotations
 
 import io
 import json
 import logging
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Collection
 from typing import Any
 
-from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
-from promptlayer_exec._integration import error_text, printable
+from promptlayer_exec import NodeTimes
+from promptlayer_exec._integration import printable
 
 _PREVIEW = 200  # characters of a value
 
@@ -57,45 +60,6 @@ def running_time(times: NodeTimes, now: float) -> str:
     return duration(end - times.running)
 
 
-def node_detail(node: Node) -> str:
-    """Return a node's value, or its error if it failed; empty if it has neither yet."""
-    if node.status == NodeStatus.FAILED:
-        return printable(failure_reason(node))
-    if node.value is None and not node.succeeded:
-        return ""
-    return preview(node.value)
-
-
-def failure_reason(node: Node) -> str:
-    return error_text(node) or "the server gave no reason"
-
-
-def result_line(snapshot: Snapshot, *, timed: bool = True) -> str:
-    """Return how a complete execution ended, after which time, and how its nodes did.
-
-    There is no time if no node was seen running: the execution may have ended long before.
-    """
-    if snapshot.succeeded:
-        verdict = "succeeded"
-    elif snapshot.failed_nodes:
-        verdict = "failed"
-    else:
-        verdict = "failed (no output node succeeded)"
-
-    time = ""
-    if timed and any(times.running is not None for times in snapshot.times.values()):
-        time = f" after {duration(snapshot.elapsed)}"
-
-    counts = [f"{count} {printable(status)}" for status, count in snapshot.counts.items()]
-    nodes = ", ".join(counts) or "no nodes"
-    return f"execution {snapshot.execution_id} {verdict}{time}: {nodes}"
-
-
-def final_count(snapshot: Snapshot) -> str:
-    """Return how many of the nodes are final, such as `2/3`."""
-    return f"{sum(node.final for node in snapshot.nodes.values())}/{len(snapshot.nodes)}"
-
-
 def prepare_streams() -> None:
     """Make the standard streams accept any text: characters that an encoding lacks are escaped."""
     for stream in (sys.stdout, sys.stderr):
@@ -108,7 +72,27 @@ def out(text: str) -> None:
 
 
 def err(text: str) -> None:
+    """Write to standard error; on a terminal, lines are wrapped between words."""
+    if sys.stderr.isatty():
+        text = wrapped(text, shutil.get_terminal_size().columns)
     print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def wrapped(text: str, width: int) -> str:
+    """Return the text with its lines wrapped, except for what people copy.
+
+    An indented line, such as a command, stays whole, and so does a command in backticks.
+    """
+    lines = []
+    for line in text.split("\n"):
+        if line.startswith(" "):
+            lines.append(line)
+            continue
+
+        glued = re.sub("`[^`]+`", lambda command: command[0].replace(" ", "\0"), line)
+        parts = textwrap.wrap(glued, width, break_long_words=False, break_on_hyphens=False)
+        lines += [part.replace("\0", " ") for part in parts] or [""]
+    return "\n".join(lines)
 
 
 def show_warnings(write: Callable[[str], None], *, of: Collection[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The results of a batch: lines on standard output or in a file, or a table in CSV."""
+"""The results of a batch, as lines on standard output or in a file, or as a table in CSV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from promptlayer_exec._integration import printable
-from promptlayer_exec.cli._exit import Misuse
+from promptlayer_exec.cli._exit import PROGRAM, Misuse
 from promptlayer_exec.cli._printing import out
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ csv.field_size_limit(2**31 - 1)  # a cell can be as long as any output
 
 
 class Result(NamedTuple):
-    """A result that a file has."""
+    """A result in a file."""
 
     key: str
     finished: str
@@ -36,7 +36,7 @@ class Result(NamedTuple):
 
 
 async def write_results(batch: Batch, file: Results, *, until_done: bool) -> None:
-    """Write the results of a batch; `until_done`, also those of items that finish later."""
+    """Write the results of a batch; with `until_done`, wait for the rest of the items."""
     async with aclosing(batch.outcomes(until_done=until_done)) as outcomes:
         if file is not None:
             await file.write_all(outcomes)
@@ -48,10 +48,10 @@ async def write_results(batch: Batch, file: Results, *, until_done: bool) -> Non
 
 @contextmanager
 def open_results(path: Path | None) -> Iterator[Results]:
-    """Open the results at a path, by its suffix; None stands for standard output.
+    """Open the results at a path, whose suffix decides the format; None means standard output.
 
-    It is locked meanwhile: with two writers, each result would be there twice. If the file is new
-    and nothing writes it, because the command is refused, it is removed.
+    The file is locked, because two writers would write each result twice. If the command fails
+    before it writes anything, a new file is removed.
     """
     if path is None:
         yield None
@@ -59,11 +59,11 @@ def open_results(path: Path | None) -> Iterator[Results]:
 
     name = printable(str(path))
     is_table = path.suffix.lower() == ".csv"
-    # A table is replaced, which Windows refuses for an open file, so its lock is another file.
+    # A table gets replaced, which Windows refuses for an open file: so another file is locked.
     locked = path.with_name(path.name + ".lock") if is_table else path
     try:
-        if path.is_char_device():  # to read what it has would take for ever
-            raise Misuse(f"{name} is a device: name a file, or omit --out")
+        if path.is_char_device():  # reading it to its end would take forever
+            raise Misuse(f"{name} is a device: give a file, or omit --out")
         is_new = not locked.exists()
         opened = _open_locked(locked, name)
     except OSError as error:
@@ -81,14 +81,14 @@ def open_results(path: Path | None) -> Iterator[Results]:
 
 
 class LineFile:
-    """Results, one a line, in a file that is continued."""
+    """Results as lines, which are appended to a file."""
 
     def __init__(self, path: Path, file: FileIO, name: str) -> None:
         self.name = name
         self.results: set[Result] = set()
         self.is_written = False
         self._file = file
-        self._length = 0  # of the lines of the results, without an incomplete one at the end
+        self._length = 0  # of the whole lines, without one that a crash cut off
 
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -100,8 +100,8 @@ class LineFile:
                     key, finished = str(fields["key"]), str(fields["finished"])
                     result = Result(key, finished, fields["succeeded"])
                 except (ValueError, TypeError, KeyError) as error:
-                    where = f"{name}, line {number}"
-                    raise Misuse(f"{where}, is not a result; the file is unchanged") from error
+                    problem = f"line {number} of {name} is not a result; the file is unchanged"
+                    raise Misuse(problem) from error
                 if is_whole:
                     self.results.add(result)
                     self._length += len(line)
@@ -116,14 +116,14 @@ class LineFile:
 
             line = outcome.to_json().encode() + b"\n"
             try:
-                while line:  # less than all may be written, for example when the disk gets full
+                while line:  # a write can be partial, for example when the disk gets full
                     line = line[self._file.write(line) :]
             except OSError as error:
                 raise _cannot_write(self.name, error) from error
 
 
 def _is_cut_off(line: bytes) -> bool:
-    """Return True for the start of a result, the rest of which a crash kept from being written."""
+    """Return True for the start of a result whose rest was never written, because of a crash."""
     start = b'{"key": "'
     if line[: len(start)] != start[: len(line)]:
         return False
@@ -135,7 +135,7 @@ def _is_cut_off(line: bytes) -> bool:
 
 
 class TableFile:
-    """Results as a table in CSV, which is written as a whole and then put in place."""
+    """Results as a table in CSV, which is written as a whole and then moved into place."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
@@ -146,7 +146,7 @@ class TableFile:
         except FileNotFoundError:
             self.results = set()
         except (OSError, ValueError, KeyError, csv.Error) as error:
-            problem = f"{name} has no results that can be read: use another file"
+            problem = f"cannot read results from {name}: use another file"
             raise Misuse(problem) from error
 
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
@@ -211,7 +211,7 @@ def _open_locked(path: Path, name: str) -> FileIO:
 
 
 def _is_at(path: Path, file: FileIO) -> bool:
-    """Return False if a file was removed by its last owner between being opened and locked."""
+    """Return False if the file's last owner removed it before it was locked."""
     if sys.platform == "win32":  # pragma: no cover - it does not remove an open file
         return True
     try:
@@ -223,21 +223,21 @@ def _is_at(path: Path, file: FileIO) -> bool:
 def _lock(file: FileIO, name: str) -> None:
     try:
         if sys.platform == "win32":  # pragma: no cover
-            file.seek(2**62)  # a byte that nobody writes
+            file.seek(2**62)  # far beyond what anybody writes
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:  # the latter on Windows
-        problem = f"another process is writing to {name}: let it do so, and help it with"
-        raise Misuse(f"{problem} `batch work`, or use another --out") from error
+        problem = f"another process is writing to {name}: help it with `{PROGRAM} batch work`"
+        raise Misuse(f"{problem}, or use another --out") from error
     except OSError as error:
         raise Misuse(f"cannot lock {name}: {error.strerror or error}") from error
 
 
 def _remove(path: Path, file: FileIO) -> None:
     """Remove a locked file, and unlock it."""
-    # Windows does not remove an open file. Elsewhere, the lock must outlast the file's name, or the
-    # next owner would lose its file.
+    # Windows does not remove an open file. Elsewhere, remove it before the lock is released, or the
+    # next owner loses its file.
     if sys.platform == "win32":  # pragma: no cover
         file.close()
     with suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -38,26 +39,25 @@ from promptlayer_exec.cli._exit import (
     Subject,
     command,
     describe,
+    hint,
     run_command,
     suggest,
 )
-from promptlayer_exec.cli._printing import (
-    err,
-    failure_reason,
+from promptlayer_exec.cli._printing import err, out, quoted, shorten
+from promptlayer_exec.cli._sentences import (
     final_count,
-    out,
-    quoted,
     result_line,
-    shorten,
+    traceback_end,
+    whole_error,
 )
 from promptlayer_exec.cli._watch_display import Display, choose_display
 
-_MAY_HAVE_STARTED = "the run may have started; waiting for its id (interrupt again to stop waiting)"
-# Their own texts say whether a run was started.
+_MAY_HAVE_STARTED = "the run may have started; waiting for its id (Ctrl-C again stops waiting)"
+# The messages of these already include whether a run was started.
 _START_ERRORS = (RequestError, StartUnknown, ExecutionTimeout, KeyConflict)
 _UNKNOWN = (
-    "this --key starts nothing now: if PromptLayer has the run, follow it by its id with"
-    " `promptlayer-exec watch`, else use another --key"
+    "This --key starts nothing now. If PromptLayer shows the run, follow it by its id with"
+    " `promptlayer-exec watch ID`; if not, use another --key."
 )
 
 
@@ -68,13 +68,14 @@ def run(
     inputs: Annotated[
         list[str],
         typer.Option(
-            "--input", "-i", metavar="KEY=VALUE", help="Input, as described above; repeatable."
+            "--input", "-i", metavar="KEY=VALUE", help="Input of the workflow; repeatable."
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
     label: options.Label = None,
     version: options.Version = None,
     metadata: Annotated[
-        list[str], typer.Option(metavar="KEY=TEXT", help="Text to keep with the run; repeatable.")
+        list[str],
+        typer.Option(metavar="KEY=TEXT", help="Text to store with the run; repeatable."),
     ] = [],  # noqa: B006 - Typer's way to declare a list
     key: options.StartKey = None,
     database: options.Database = None,
@@ -82,54 +83,37 @@ def run(
         bool,
         typer.Option(
             "--watch/--no-watch",
-            help="Watch the run, or only print its id once it has started, with exit code 0.",
+            help="Watch the run, or print its id and exit.",
+            show_default="watch",
         ),
     ] = True,
     timeout: Annotated[
-        float, options.seconds("Maximum time to wait for the start, and then for the execution.")
+        float, options.seconds("How long to wait for the run to start, and then to finish.")
     ] = 3600,
     no_push: options.NoPush = False,
     as_json: options.JsonLines = False,
     base_url: options.BaseUrl = None,
     outage: options.Outage = None,
 ) -> None:
-    """Start a run of a workflow, and watch it until it is complete.
+    """Start a run of a workflow and watch it until it finishes.
 
-    WORKFLOW is the name or the id of a workflow; `workflow` shows what it needs. Its inputs are
-    given with -i in one of these forms, where FILE can be - for standard input:
+    Give each input as -i KEY=VALUE (JSON, or else text), -i KEY@FILE (the text of a file) or
+    -i @FILE (a JSON object of inputs); see `help inputs`. If a required input is missing, nothing
+    is started. `workflow` shows what a workflow needs.
 
-    \b
-      -i KEY=VALUE  JSON, or text if it is not valid JSON: -i n=3
-                    -i 'rows=[1, 2]' -i name=Maria. Write text that would be
-                    valid JSON as a JSON string: -i 'zip="12345"'
-      -i KEY@FILE   the text of FILE, never parsed as JSON, so that scripts can
-                    pass any text: -i letter@letter.txt
-      -i @FILE      a JSON object of inputs: -i @inputs.json
+    The execution id goes to standard error. The rest is as in `watch`.
 
-    A key ends at the first = or @. If a key is given more than once, the last one wins:
-    -i @defaults.json -i n=4 changes one input.
+    A start that may have reached PromptLayer is never repeated, because you would pay twice.
+    Ctrl-C stops the command, but not the run: PromptLayer cannot cancel one. While a run is
+    starting, the command first waits for its id.
 
-    Before the start, the inputs are compared with those that the version requires: if one is
-    missing, nothing is started. If the server does not say within 5 seconds what is required, the
-    run is started all the same.
-
-    Once the run has started, its execution id and the warnings of the server are written to
-    standard error, and the command continues like `watch`, also with --json. The error of a run
-    that did not start has an "execution_id" of null.
-
-    With --key, the run happens once: a command that is repeated with the same key, on any machine
-    with the same database (--db), starts nothing, and continues with the run that exists. If
-    another one is just starting it, the command waits for its id. A key stands for one workflow,
-    version, inputs and metadata; with others it is refused. Needs the extra `starts`.
-
-    A start is never repeated once it may have reached the server: if the answer is lost, the error
-    says that the run may have started. If the command is interrupted before the answer, it waits
-    for the answer to report the id; a second interrupt ends it at once. The run itself goes on: the
-    server cannot cancel it.
-    """  # noqa: D301 - \b is Typer's mark for preformatted text
+    With --key, you can repeat the command on any machine that uses the same database: the first
+    one starts a run, and the others watch it. A key belongs to one workflow, version, inputs and
+    metadata. This needs the extra `starts`.
+    """
     if context.args:
         given = quoted(context.args[0])
-        raise typer.BadParameter(f"{given} is not expected; inputs are given with -i: -i {given}")
+        raise typer.BadParameter(f"give inputs with -i: -i {given}")
 
     request = StartRequest(
         workflow,
@@ -140,12 +124,11 @@ def run(
         key=key,
     )
     display = choose_display(as_json=as_json)
-    subject = Subject(
-        base_url=base_url, resumable=True, note="this command started no run", as_json=as_json
-    )
+    note = "This command started no run."
+    subject = Subject(base_url=base_url, resumable=True, note=note, as_json=as_json)
 
     def observe(event: Event) -> None:
-        # Also when the command was interrupted meanwhile, and only the session reads the answer.
+        # The response may also come after Ctrl-C, when only the session still reads it.
         if isinstance(event, ExecutionStarted):
             subject.execution_id = event.execution_id
         elif isinstance(event, StartFailed) and isinstance(event.error, _START_ERRORS):
@@ -166,7 +149,7 @@ def run(
             subject.stopping = ""
             subject.execution_id = execution.id
 
-            _say_started(execution)
+            _report_start(execution)
             if not watched:
                 execution_id = str(execution.id)
                 if as_json:
@@ -174,23 +157,23 @@ def run(
                 out(execution_id)
                 return ExitCode.SUCCEEDED
 
-            snapshot = await _follow(execution, display)
+            snapshot = await _follow(execution, display, subject)
         if not snapshot.succeeded:
-            return ExitCode.FAILED
-        err(f"print its main output with:\n  {suggest(f'results {execution.id}', base_url)}")
+            return _failed(snapshot, subject)
+        err(hint("print its main output with:", suggest(f"results {execution.id}", base_url)))
         return ExitCode.SUCCEEDED
 
     raise typer.Exit(run_command(work(), subject))
 
 
 def _note(error: Exception) -> str:
-    """Return what is said in addition to the error of a start."""
+    """Return what to print after the error of a start."""
     if isinstance(error, StartUnknown) and error.key is not None:
         return _UNKNOWN
-    return describe(error)  # which has been said then
+    return describe(error)  # which needs no repetition
 
 
-def _say_started(execution: Execution) -> None:
+def _report_start(execution: Execution) -> None:
     if execution.warning:
         err(f"warning: {printable(execution.warning)}")
     if is_repeated(execution):
@@ -220,40 +203,37 @@ async def _start(
     except (ConfigurationError, KeyConflict):
         raise
     except ValueError as error:
-        raise Misuse(options.needs(error, request.workflow, base_url)) from error
+        shown = suggest(f"workflow {shlex.quote(str(request.workflow))}", base_url)
+        raise Misuse(str(error), hint=hint("see its inputs with:", shown)) from error
+
+
+def _failed(snapshot: Snapshot, subject: Subject) -> ExitCode:
+    """Print the last lines of the traceback, and how to read the rest; return the exit code."""
+    if not subject.as_json:
+        for node in snapshot.failed_nodes[:1]:
+            for line in traceback_end(node):
+                err(line)
+        shown = suggest(f"results {snapshot.execution_id}", subject.base_url)
+        err(hint("print the whole error with:", shown))
+    return ExitCode.FAILED
 
 
 @command
 async def watch(
     execution_id: options.ExecutionId,
-    timeout: Annotated[float, options.seconds("Maximum time to wait.")] = 3600,
+    timeout: Annotated[float, options.seconds("How long to wait for the run to finish.")] = 3600,
     as_json: options.JsonLines = False,
     base_url: options.BaseUrl = None,
     outage: options.Outage = None,
 ) -> ExitCode:
-    """Watch an execution until it is complete.
+    """Watch an execution until it finishes.
 
-    On a terminal, a table of its nodes is kept up to date. Otherwise each change of a node is
-    written at once as one line, and the end of the execution as another. Values are shortened;
-    `results` prints them in full.
+    On a terminal, you get a live table of its nodes. In a pipe, each change of a node is one line,
+    and the result is the last one. Values are shortened; `results` prints them in full.
 
-    With --json, each poll that saw a change is written as one line of ASCII JSON:
-
-    \b
-      {"execution_id": "787", "poll": 1, "elapsed": 0.012, "complete": false,
-       "succeeded": null, "progress": 0.0, "nodes": {"Node 1": {"name": "Node 1",
-       "status": "RUNNING", "value": null, "error_message": null,
-       "raw_error_message": null, "is_output_node": true, "running": 0.012,
-       "final": null}}}
-
-    Times are in seconds since the first poll; "running" and "final" are when the node was first
-    seen in that state. The last line has "complete": true, and "succeeded" is true or false. If the
-    watch itself ends early, the last line is {"error": {"type": ..., "message": ...,
-    "execution_id": "787"}}. NaN and Infinity in a value are written as Python's json module writes
-    them.
-
-    Warnings and errors are written to standard error.
-    """  # noqa: D301 - \b is Typer's mark for preformatted text
+    With --json, each change is a line of JSON, described in `help json`. Warnings and errors go to
+    standard error.
+    """
     subject = THIS_SUBJECT.get()
     subject.execution_id, subject.base_url, subject.resumable = execution_id, base_url, True
 
@@ -261,16 +241,17 @@ async def watch(
     async with options.open_session(
         base_url, outage, display.warn, wait_timeout=timeout
     ) as session:
-        snapshot = await _follow(session.execution(execution_id), display)
+        snapshot = await _follow(session.execution(execution_id), display, subject)
 
-    return ExitCode.SUCCEEDED if snapshot.succeeded else ExitCode.FAILED
+    return ExitCode.SUCCEEDED if snapshot.succeeded else _failed(snapshot, subject)
 
 
-async def _follow(execution: Execution, display: Display) -> Snapshot:
-    # Only the watch is displayed: closing the session can take longer.
-    with display.waiting(f"execution {execution.id}: waiting for the first answer"):
+async def _follow(execution: Execution, display: Display, subject: Subject) -> Snapshot:
+    # The display closes before the session, which can take longer.
+    with display.waiting(f"execution {execution.id}: waiting for the first response"):
         async with aclosing(execution.stream()) as snapshots:
             async for snapshot in snapshots:
+                subject.snapshot = snapshot
                 display.show(snapshot)
     return snapshot
 
@@ -280,19 +261,18 @@ async def results(
     execution_id: options.ExecutionId,
     all_nodes: Annotated[bool, typer.Option("--all", help="Print every node.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Write one line of JSON, even for a string.")
+        bool, typer.Option("--json", help="Print one line of JSON, even for a string.")
     ] = False,
     base_url: options.BaseUrl = None,
     outage: options.Outage = None,
 ) -> ExitCode:
-    """Print the results of an execution as they are now.
+    """Print the output of an execution, or its errors.
 
-    The main output is printed: a string as it is, and any other value as JSON. The nodes decide
-    whether the execution succeeded; if it did not, standard output stays empty, and standard error
-    says why. While the execution is not complete, the exit code is 3.
+    A string is printed as it is, any other output as JSON. If the execution failed, standard output
+    stays empty, and you get the whole error of each failed node on standard error. If it is still
+    running, the exit code is 3.
 
-    With --all, every node is printed: as a table on a terminal, otherwise as one line of JSON like
-    that of `watch --json`.
+    With --all, you get every node: a table on a terminal, else one line of JSON (`help json`).
     """
     subject = THIS_SUBJECT.get()
     subject.execution_id, subject.base_url = execution_id, base_url
@@ -309,15 +289,13 @@ async def results(
             Console().print(node_table(snapshot))
 
         if not snapshot.complete:
-            state = f"not complete yet, {final_count(snapshot)} nodes are final"
-            follow = suggest(f"watch {execution_id}", base_url)
-            err(f"execution {execution_id} is {state}; follow it with:\n  {follow}")
+            state = f"execution {execution_id} is still running, {final_count(snapshot)} nodes done"
+            err(hint(f"{state}; follow it with:", suggest(f"watch {execution_id}", base_url)))
             return ExitCode.TIMED_OUT
 
         if not snapshot.succeeded:
             for node in snapshot.failed_nodes:
-                reason = printable(failure_reason(node), keep="\n\t")
-                err(f"{printable(node.name)}: {reason}")
+                err(f"{printable(node.name)}: {whole_error(node)}\n")
             err(result_line(snapshot, timed=False))
             return ExitCode.FAILED
 
@@ -340,24 +318,24 @@ def _print_output(value: Any, *, as_json: bool = False) -> None:
 @command
 async def demo(
     as_json: Annotated[
-        bool, typer.Option("--json", help="Write only what `watch --json` would write.")
+        bool, typer.Option("--json", help="Print only what `watch --json` prints.")
     ] = False,
 ) -> None:
-    """Show a simulated execution.
+    """Watch a simulated run; it needs no key and no network.
 
-    It takes eight seconds, and needs no key and no network.
+    It takes eight seconds. Then you get the output, and a program that does the same.
     """
     display = choose_display(as_json=as_json)
     from promptlayer_exec.cli import _demo  # noqa: PLC0415 - slow to import
 
     if not as_json:
-        out("A support agent with ten nodes answers a letter, on a simulated PromptLayer.\n")
+        out("A support agent with ten nodes replies to a letter, on a simulated PromptLayer.\n")
     async with _demo.watched_agent(display.warn) as execution:
-        await _follow(execution, display)
+        await _follow(execution, display, THIS_SUBJECT.get())
         output = await execution.output()
 
     if not as_json:
         out("\nThe main output, from execution.output():\n")
         _print_output(output)
-        out("\nThis program does the same for an execution of yours, given its id:\n")
+        out("\nThis program does the same for one of your own executions:\n")
         out(_demo.program(execution.id))

@@ -1,4 +1,4 @@
-"""The commands that serve: `view` a page, `simulate` a PromptLayer, and `mcp` tools for agents."""
+"""The commands that serve: the page of `view`, `simulate`, and `mcp` for agents."""
 
 from __future__ import annotations
 
@@ -29,41 +29,45 @@ from promptlayer_exec.cli._printing import err, out, show_warnings
 
 TOKEN = "PROMPTLAYER_EXEC_VIEW_TOKEN"  # noqa: S105 - the name of a variable
 MCP_TOKEN = "PROMPTLAYER_EXEC_MCP_TOKEN"  # noqa: S105 - the name of a variable
+_HTTP = "With --http"
 
 
 @command
 async def view(
     execution_ids: Annotated[
         list[int] | None,
-        typer.Argument(metavar="ID", parser=options.parse_id, help="Ids of the executions."),
+        typer.Argument(metavar="ID", parser=options.parse_id, help="Ids of executions to show."),
     ] = None,
     *,
     host: options.Host = "127.0.0.1",
     port: options.Port = 0,
-    is_demo: Annotated[bool, typer.Option("--demo", help="Show simulated executions.")] = False,
+    is_demo: Annotated[
+        bool, typer.Option("--demo", help="Show simulated executions, without a key.")
+    ] = False,
     open_browser: Annotated[
-        bool, typer.Option("--open", help="Open the page in your browser, too.")
+        bool, typer.Option("--open", help="Open the page in your browser.")
     ] = False,
     has_history: Annotated[
         bool,
         typer.Option(
-            "--history/--no-history", help="Remember executions for later visits, on this machine."
+            "--history/--no-history",
+            help="Remember executions on this machine.",
+            show_default="history",
         ),
     ] = True,
     base_url: options.BaseUrl = None,
     outage: options.Outage = None,
 ) -> None:
-    """Show executions in the browser, as they run.
+    """Show executions in your browser while they run.
 
-    The command prints the URL of a page on this machine, and serves the page until Ctrl-C, with
-    exit code 0. The page follows the executions of ID, and others that are added to it by id or
-    started on it. With --demo, it shows simulated executions, and needs no key and no network.
+    The command prints the URL of a page on this machine, and serves it until you press Ctrl-C. The
+    page shows the executions of ID. You can add others by id, and start new ones.
 
-    The page can do what your key can do, so its URL contains a token, new at each start. For a page
-    that survives a restart, set PROMPTLAYER_EXEC_VIEW_TOKEN to a token of your own, and use --port.
+    Whoever has the URL can do what your API key can do: it contains a token, new each time. To keep
+    the URL, set PROMPTLAYER_EXEC_VIEW_TOKEN to your own token, and use --port.
 
-    The latest 2000 executions that were followed or started are remembered, with the inputs of
-    those started here, in a file that only you can read. --no-history neither reads nor writes it.
+    A file that only you can read stores the latest 2000 executions, with the inputs of those you
+    started on the page. With --no-history, the file is neither read nor written.
     """
     if is_demo and (execution_ids or base_url is not None):
         raise Misuse("--demo cannot be combined with ID or --base-url")
@@ -88,7 +92,7 @@ async def view(
             directory = Path(stack.enter_context(TemporaryDirectory()))
         else:
             directory = platformdirs.user_state_path("promptlayer-exec", appauthor=False)
-            # The page shows an error soon, and a person can try again.
+            # The page shows an error early, and a person can try again.
             session = options.open_session(
                 base_url,
                 outage,
@@ -114,7 +118,7 @@ async def view(
         url = f"{address.base_url}/#token={token}"
         _print_url(url, is_loopback=address.is_loopback)
 
-        # Ctrl-C is the usual end.
+        # People stop it with Ctrl-C.
         with suppress(asyncio.CancelledError):
             async with create_task_group() as tasks:
                 if open_browser:
@@ -125,7 +129,7 @@ async def view(
 
 
 def _token(variable: str) -> str | None:
-    """Return the token of the environment, which survives a restart."""
+    """Return the token from the environment, which survives a restart."""
     token = os.environ.get(variable)
     if not token:
         return None
@@ -138,9 +142,9 @@ def _print_url(url: str, *, is_loopback: bool) -> None:
     if not is_loopback:
         err(
             "warning: other machines can reach this page over plain http: anyone who reads the"
-            " traffic gets its token, and with it your key's executions"
+            " traffic gets its token, and with it access to your executions"
         )
-    err("Open this page, which is for you alone (Ctrl-C ends it):")
+    err("Open this page; keep its URL to yourself (Ctrl-C stops the server):")
     out(url)
 
 
@@ -150,14 +154,13 @@ async def simulate(
     port: options.Port = 8787,
     webhook_url: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Post a signed webhook there when a run is complete."),
+        typer.Option(metavar="URL", help="Where to post a signed webhook when a run finishes."),
     ] = None,
 ) -> None:
-    """Serve a simulated PromptLayer.
+    """Serve a simulated PromptLayer for trying things out.
 
-    Use it to try `run`, `watch`, `results`, your own code, and the examples of the README and the
-    tutorial. It prints the two variables to set, the ids of some executions and its workflows, and
-    then every request, until Ctrl-C, with exit code 0.
+    It prints the two variables to set, some executions, its workflows, and then every request,
+    until you press Ctrl-C. The workflows include those of the README and the tutorial.
     """
     from promptlayer_exec.cli._demo import serve  # noqa: PLC0415 - slow to import
 
@@ -168,15 +171,22 @@ def mcp(
     workflows: Annotated[
         list[str],
         typer.Option(
-            "--workflow", metavar="NAME", help="The only workflow that can be started; repeatable."
+            "--workflow",
+            metavar="NAME",
+            help="Workflow that agents may start; repeatable.",
+            show_default="all",
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
     *,
     is_http: Annotated[
-        bool, typer.Option("--http", help="Serve a team over HTTP, instead of one client.")
+        bool,
+        typer.Option(
+            "--http", help="Serve a team over HTTP, not one client.", rich_help_panel=_HTTP
+        ),
     ] = False,
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="With --http: address to listen on.")
+        str,
+        typer.Option(metavar="ADDRESS", help="Address to listen on.", rich_help_panel=_HTTP),
     ] = "127.0.0.1",
     port: Annotated[
         int,
@@ -184,7 +194,8 @@ def mcp(
             metavar="PORT",
             min=0,
             max=65535,
-            help="With --http: port to listen on; 0 takes a free port.",
+            help="Port to listen on; 0 picks a free one.",
+            rich_help_panel=_HTTP,
         ),
     ] = 8788,
     allowed_hosts: Annotated[
@@ -192,8 +203,8 @@ def mcp(
         typer.Option(
             "--allow-host",
             metavar="NAME",
-            help="With --http: a host by which clients reach the server, such as mcp.example.com;"
-            " repeatable.",
+            help="Host in the URL that clients use, such as mcp.example.com; repeatable.",
+            rich_help_panel=_HTTP,
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
     database: options.Database = None,
@@ -202,35 +213,27 @@ def mcp(
     outage: Annotated[
         float,
         options.seconds(
-            "Maximum time to keep retrying while the server is unreachable or failing; short,"
-            " because an MCP client waits only about a minute for an answer."
+            "How long to retry failing requests; MCP clients wait about a minute.",
+            heading=options.CONNECTION,
         ),
     ] = 10,
 ) -> None:
-    """Serve workflows to agents as tools of an MCP server.
+    """Serve workflows as tools for agents, over MCP.
 
-    MCP is the Model Context Protocol; the command needs the extra `mcp`. An MCP client starts it,
-    and speaks with it over standard input and output. The tools list, describe and start workflows,
-    wait for executions with progress, and read them.
+    MCP is the Model Context Protocol; this needs the extra `mcp`. An MCP client starts the command
+    and talks to it over standard input and output. The tools list, describe and start workflows,
+    and follow executions. With --workflow, agents can start only these, each by its own tool.
 
-    With --workflow, only the named workflows can be started, and each has a tool of its own with
-    its required inputs as arguments, which starts a run and waits for its output.
+    With the extra `starts`, an agent can pass an idempotency_key, so that a repeated call does not
+    start a second run. --db stores the keys.
 
-    With the extra `starts`, the tools that start a run take an idempotency_key: an agent that
-    repeats a call with the same key, because it timed out for example, gets the same run, and
-    nothing is paid twice. --db chooses where it is remembered which key has started which run. All
-    servers and programs with the same database share their keys.
+    The command exits when its standard input is closed. Runs continue on PromptLayer; their ids go
+    to standard error.
 
-    The command ends when standard input is closed. Executions that were running then go on; their
-    ids are written to standard error.
-
-    Use --http to let a team run a few workflows without giving everyone the API key. You then run
-    one server, and agents reach it by its URL. The key stays there; clients send a token of yours
-    instead, as `Authorization: Bearer ...`. --http needs this token in PROMPTLAYER_EXEC_MCP_TOKEN,
-    and --workflow. Ctrl-C ends the server, with exit code 0.
-
-    The server speaks plain HTTP, and listens on this machine only. For other machines, let a proxy
-    with TLS, such as Caddy or nginx, forward the requests, and name its host with --allow-host.
+    With --http and --workflow, a team shares one server by its URL, and nobody else needs the API
+    key. Clients send `Authorization: Bearer TOKEN` with the token in PROMPTLAYER_EXEC_MCP_TOKEN.
+    The server listens on this machine, without TLS: for other machines, put a proxy such as Caddy
+    in front, and give its host with --allow-host.
     """
 
     async def work() -> None:
@@ -249,7 +252,7 @@ def mcp(
             raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
 
         show_warnings(err)
-        # Clients often give up after 60 s; a start, or another single request, ends before that.
+        # Clients often give up after 60 s; a start and every single request give up earlier.
         session = options.open_session(
             base_url, outage, wait_timeout=45.0, no_push=no_push, starts=_start_store(database)
         )
@@ -258,34 +261,34 @@ def mcp(
             if token is None:
                 if sys.stdin.isatty():
                     err(
-                        "this is a server for MCP clients, which start it themselves;"
-                        " Ctrl-C ends it"
+                        "this server is for MCP clients, which start it themselves;"
+                        " press Ctrl-C to stop it"
                     )
                 await serve_stdio(session, workflows=workflows)
                 return
 
             listener, name = _listen_for_agents(host, port)
             names = [name, *allowed_hosts]
-            # The SDK warns of each call that the end of the server leaves without an answer.
+            # The SDK warns of each call that it can no longer respond to.
             logging.getLogger("mcp.shared").setLevel(logging.ERROR)
-            # Ctrl-C is the usual end.
+            # People stop it with Ctrl-C.
             with suppress(asyncio.CancelledError):
                 await serve_http(session, listener, token=token, workflows=workflows, hosts=names)
         finally:
-            # A client waits about two seconds for the process to end, and then kills it.
+            # A client waits about two seconds for the process to exit, and then kills it.
             with move_on_after(0.5):
                 await session.aclose()
 
     code = run_command(work(), Subject())
-    if code > 128:  # a signal ended it: a thread still waits for the next line of standard input
+    if code > 128:  # after a signal, a thread still waits for a line of standard input
         os._exit(code)
     raise typer.Exit(code)
 
 
 def _team_token(workflows: list[str]) -> str:
-    """Return the token for a server that others can use, and check that it limits what they can."""
+    """Return the token for a team's server, which must have a list of workflows."""
     if not workflows:
-        raise Misuse("--http needs --workflow: name each workflow that clients may start")
+        raise Misuse("--http needs --workflow: list each workflow that clients may start")
 
     token = _token(MCP_TOKEN)
     if token is None:
@@ -309,20 +312,20 @@ def _listen_for_agents(host: str, port: int) -> tuple[socket.socket, str]:
 
     if host.lower() not in ("127.0.0.1", "localhost", "::1"):
         err(
-            "warning: other machines can reach this server over plain http, and whoever reads the"
-            " traffic gets the token: let only a proxy with TLS reach it"
+            "warning: other machines can reach this server over plain http, and anyone who reads"
+            " the traffic gets the token: let only a proxy with TLS reach it"
         )
-    err("Agents reach this MCP server with the token at (Ctrl-C ends it):")
+    err("Agents reach this MCP server, with the token, at (Ctrl-C stops it):")
     out(f"http://{name}:{listener.getsockname()[1]}/mcp")
     return listener, name
 
 
 def _start_store(database: str | None) -> StartStore | None:
-    """Return the record of starts; None if its extra is missing and no database was named."""
+    """Return the store of starts; None if its extra is missing and no database was given."""
     try:
         return options.start_store(database, "--db")
     except Misuse:
-        # The environment variable alone may be meant for batches.
+        # A variable in the environment may be meant for batches.
         if database not in (None, os.environ.get("PROMPTLAYER_EXEC_DB")):
             raise
         return None
@@ -331,9 +334,9 @@ def _start_store(database: str | None) -> StartStore | None:
 async def open_in_browser(url: str, opened: asyncio.Event) -> None:
     """Open a URL with the user's browser.
 
-    A browser gets what it opens as an argument, which every user of the machine can read. So it
-    gets the name of a file that only this user can read, and that leads to the URL with its token;
-    the file is deleted once the page is `opened`.
+    Every user of the machine can read the arguments of a browser, and this URL contains a token.
+    So the browser gets the name of a file that redirects to the URL, and that only this user can
+    read. The file is deleted once the page is `opened`.
     """
     target = html.escape(url)
     page = (
@@ -347,6 +350,6 @@ async def open_in_browser(url: str, opened: asyncio.Event) -> None:
 
         is_open = await to_thread.run_sync(webbrowser.open, path.as_uri(), abandon_on_cancel=True)
         if not is_open:
-            err("there is no browser that could be opened here: open the page yourself")
+            err("could not open a browser: open the page yourself")
             return
         await opened.wait()

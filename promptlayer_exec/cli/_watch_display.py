@@ -11,7 +11,8 @@ import attrs
 
 from promptlayer_exec import Snapshot
 from promptlayer_exec._integration import printable
-from promptlayer_exec.cli._printing import err, node_detail, out, result_line
+from promptlayer_exec.cli._printing import err, out
+from promptlayer_exec.cli._sentences import node_detail, result_line
 
 if TYPE_CHECKING:
     from promptlayer_exec.cli._live import LiveDisplay
@@ -31,7 +32,7 @@ class LineDisplay:
         err(text)
 
     def show(self, snapshot: Snapshot) -> None:
-        """Write what changed since the last snapshot, and how the execution ended."""
+        """Write what changed since the last snapshot and, if it is the last one, the result."""
         is_first = self._previous is None
         changes = snapshot.diff(self._previous)
         self._previous = snapshot
@@ -41,7 +42,7 @@ class LineDisplay:
                 out(json.dumps(snapshot.to_dict()))
             return
 
-        # Names are aligned, but a very long one moves only its own line.
+        # Names are aligned; a very long one shifts only its own line.
         longest = max((len(printable(name)) for name in snapshot.nodes), default=0)
         width = min(longest, 24)
         for change in changes:
@@ -57,7 +58,7 @@ Display: TypeAlias = "LineDisplay | LiveDisplay"
 
 
 def choose_display(*, as_json: bool) -> Display:
-    """Return a live table on a terminal, otherwise lines."""
+    """Return a live table for a terminal, else lines."""
     if not as_json and sys.stdout.isatty():
         from rich.console import Console  # noqa: PLC0415 - slow to import
 

@@ -26,19 +26,20 @@ from promptlayer_exec.cli._printing import err, out, shorten
 @command
 async def workflows(
     sort_by: Annotated[
-        Literal["created_at", "updated_at", "name", "id"], typer.Option(help="Field to sort by.")
+        Literal["created_at", "updated_at", "name", "id"],
+        typer.Option(metavar="FIELD", help="Sort by name, id, created_at or updated_at."),
     ] = "name",
-    sort_order: Annotated[Literal["asc", "desc"], typer.Option(help="Order to sort in.")] = "asc",
+    sort_order: Annotated[
+        Literal["asc", "desc"], typer.Option(metavar="ORDER", help="Sort order, asc or desc.")
+    ] = "asc",
     as_json: options.JsonLines = False,
     base_url: options.BaseUrl = None,
     outage: options.Outage = None,
 ) -> None:
-    """List the workflows of the workspace.
+    """List the workflows of your workspace.
 
-    On a terminal, the list is a table. Otherwise each workflow is written as one line with its id,
-    its latest version, its name and its labels, separated by tabs.
-
-    With --json, each is written as one line of ASCII JSON:
+    On a terminal, you get a table; in a pipe, lines with the id, the latest version, the name and
+    the labels, separated by tabs. With --json, a line is:
 
     \b
       {"id": 3, "name": "support-agent", "labels": ["prod"], "latest_version": 7,
@@ -46,7 +47,9 @@ async def workflows(
     """  # noqa: D301 - \b is Typer's mark for preformatted text
     is_table = sys.stdout.isatty() and not as_json
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("Id", "Version", "Name", "Labels"):
+    for heading in ("Id", "Version"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("Name", "Labels"):
         table.add_column(heading, overflow="fold")
 
     async with (
@@ -81,17 +84,16 @@ async def workflow(
     *,
     label: options.Label = None,
     version: options.Version = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write one line of JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
     base_url: options.BaseUrl = None,
     outage: options.Outage = None,
 ) -> None:
-    """Show what a workflow requires, its labels and its graph.
+    """Show the required inputs of a workflow, its labels and its graph.
 
-    Without --label and --version, it is the latest version. In the graph, each node comes below
-    those that it depends on; an output node is marked with ◎.
+    In the graph, each node is below those that it depends on, and ◎ marks output nodes.
 
-    With --json, the workflow is written as one line of ASCII JSON with the keys "id", "name",
-    "version", "labels", "required_inputs", "nodes", "edges" and "layers".
+    With --json, you get one line of JSON with the keys "id", "name", "version", "labels",
+    "required_inputs", "nodes", "edges" and "layers".
     """
     async with options.open_session(base_url, outage, err) as session:
         try:
@@ -140,14 +142,14 @@ def _description(found: Workflow) -> Iterator[Text]:
     if found.nodes:
         yield from _graph(found)
     else:
-        yield Text("The server did not describe its nodes.")
+        yield Text("PromptLayer did not describe its nodes.")
 
 
 def _graph(found: Workflow) -> Iterator[Text]:
     lines = draw(found)
     width = max((len(line) for line, _ in lines), default=0)
 
-    # The other half of the terminal is for what a node is.
+    # The other half of the terminal is for the names and types.
     if width > shutil.get_terminal_size().columns / 2:
         yield from _list(found, [name for layer in found.layers() for name in layer])
         return
@@ -166,7 +168,7 @@ def _graph(found: Workflow) -> Iterator[Text]:
 
 
 def _list(found: Workflow, names: list[str]) -> Iterator[Text]:
-    """Yield a line for each node that cannot be drawn, or not on this terminal."""
+    """Yield a line for each node that cannot be drawn, or that this terminal has no room for."""
     for name in names:
         after = ", ".join(map(printable, found.nodes[name].dependencies))
         yield _details(found, name) + Text(f"  after {shorten(after, 60)}" if after else "")

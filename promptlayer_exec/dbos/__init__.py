@@ -1,4 +1,4 @@
-"""Durable batches (extra `dbos`): they survive crashes, and several machines can share one."""
+"""Durable batches (extra `dbos`), which survive crashes and can use several machines."""
 
 from promptlayer_exec._integration import install_hint
 

@@ -1,4 +1,4 @@
-"""How requests become items: encoded in threads, checked, and stored a few at a time."""
+"""How requests become items: they are encoded in threads, checked, and stored in portions."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ LONGEST_KEY = 1000
 
 @attrs.frozen
 class Portions:
-    """How much is done between two turns of the event loop.
+    """How much work is done between two turns of the event loop.
 
-    So many requests are encoded by one call of a thread: few, because each may have megabytes. And
-    so many rows, of so many bytes, are inserted by one transaction.
+    Attributes:
+        requests: one call of a thread encodes this many; few, because each may have megabytes.
+        rows: one transaction inserts at most this many, of at most `bytes`.
     """
 
     requests: int = 8
@@ -44,7 +45,7 @@ PORTIONS = Portions()
 
 @attrs.define(eq=False)
 class Sample:
-    """A request that stands for all of its workflow that have inputs of the same names and types.
+    """A request that represents all those with the same workflow, and the same inputs by type.
 
     Attributes:
         inputs: those of the request, in JSON form.
@@ -60,9 +61,9 @@ class Addition:
 
     Attributes:
         _open_session: opens the session with which inputs are checked.
-        _samples: what a workflow requires are names of inputs, so to check all requests, it is
-            enough to check one of each shape. These are by their shapes.
-        _sample_of: the sample of the same shape, by an item's key.
+        _samples: one request of each shape. Workflows require inputs by name, so checking these
+            checks all.
+        _sample_of: the sample with the shape of an item, by the item's key.
     """
 
     _store: Store
@@ -75,9 +76,9 @@ class Addition:
     async def add_all(
         self, requests: Iterable[StartRequest], *, before: Callable[[], Awaitable[None]]
     ) -> int:
-        """Add items, none before all are checked; return how many were new.
+        """Check all items, then add them; return how many were new.
 
-        `before` is called when all are encoded, and before anything is read or written.
+        It calls `before` after encoding all, and before it reads or writes anything.
         """
         rows: dict[str, Row] = {}
         async with aclosing(self._encode(requests)) as portions:
@@ -87,7 +88,7 @@ class Addition:
         return await self._add(rows)
 
     async def add_as_they_come(self, requests: AsyncIterable[StartRequest]) -> int:
-        """Check and add items a portion at a time; return how many were new."""
+        """Check and add items in portions; return how many were new."""
         new, size = 0, 0
         rows: dict[str, Row] = {}
         async with aclosing(self._encode(requests)) as portions:
@@ -129,7 +130,7 @@ class Addition:
         return row
 
     async def _add(self, rows: dict[str, Row]) -> int:
-        """Check rows, and store those that are new; return how many they were."""
+        """Check rows, and store the new ones; return how many were new."""
         if not rows:
             return 0
         known = await self._store.run_in_thread(self._store.check, self._batch, rows.values())
@@ -146,7 +147,7 @@ class Addition:
     async def _check_inputs(self, rows: list[Row]) -> None:
         """Raise `InvalidInputs` if a workflow requires inputs that are missing.
 
-        Items that are there already are not checked: their workflow may have changed since.
+        Known items are not checked: their workflow may have changed since.
         """
         settings = integration.settings(self._session)
         has_key = integration.server_of(self._session)[1] is not None
@@ -162,7 +163,7 @@ class Addition:
             of_definition.setdefault(sample, row.key)
 
         async with self._open_session() as session:
-            # All at once: if the server is away, each definition takes seconds.
+            # In parallel: if the server is down, each definition takes seconds.
             checks = [_check(session, samples) for samples in keys.values()]
             for error in await asyncio.gather(*checks):
                 if error is not None:
@@ -170,20 +171,20 @@ class Addition:
 
 
 async def _check(session: Session, samples: Mapping[Sample, str]) -> InvalidInputs | None:
-    """Check samples that need one definition, which is read once; return the first error."""
+    """Check samples that need the same definition; return the first error."""
     for sample, key in samples.items():
         try:
             await integration.check_inputs(session, sample.request, sample.inputs)
         except InvalidInputs as error:
-            text = f"item {key!r:.100}: {error}; it was not added"
+            text = f"item {key!r:.100}: {error}. Nothing was added"
             return InvalidInputs(text, missing=error.missing)
-        except (SessionClosed, ExecutionTimeout):  # they are checked when they are started
+        except (SessionClosed, ExecutionTimeout):  # the worker checks them before it starts them
             break
     return None
 
 
 def _portions(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Yield rows, as many at a time as one transaction inserts."""
+    """Yield rows in portions for one transaction each."""
     portion: list[Row] = []
     size = 0
     for row in rows:

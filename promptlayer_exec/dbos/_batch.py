@@ -1,4 +1,4 @@
-"""The public API of a batch: add items, work on them, read their outcomes."""
+"""The public API of a batch: add items, work on them, and read their outcomes."""
 
 from __future__ import annotations
 
@@ -32,39 +32,50 @@ T = TypeVar("T")
 
 logger = logging.getLogger("promptlayer_exec")
 
-# Seconds between two looks for new outcomes, and for settings that another worker has stored.
+# Seconds between two reads of new outcomes, and of settings that another worker may have stored.
 POLL_INTERVAL = 0.25
 SETTINGS_INTERVAL = 2.0
 
 
 class Batch:
-    """Executions that are each started once, even if the processes that start them die.
+    """Many executions, each started once, even if the processes that start them die.
 
-    Making a batch does no I/O. Any number of processes, on any machines that reach the database,
-    can use the same batch, which is found by its name, at the same time.
+    Creating a batch does no I/O. The name identifies it: any number of processes can use the same
+    batch at the same time, on every machine that can reach the database.
+
+    Example:
+        Run it again after a crash: it continues, and starts nothing twice::
+
+            batch = Batch("nightly", session=Session)
+            await batch.add(
+                StartRequest("grade", {"prompt": text}, key=name) for name, text in prompts.items()
+            )
+            await batch.work()
+            async for outcome in batch.outcomes():
+                print(outcome.key, outcome.output or outcome.error)
 
     Args:
-        name: the batch's name, 1 to 200 bytes.
-        database_url: `sqlite:///` and the path of a file, or `postgresql://user@host/database`.
-            None: that of the environment variable `PROMPTLAYER_EXEC_DB`, else a file of the user's
-            own in the platform's directory for the state of programs.
-        session: starts and follows the executions: a session that you open and close, or a
-            function that makes one, which the batch then opens and closes.
-        max_in_flight: how many items all workers together run at most. It is stored with the batch:
-            `work` changes it for all workers, also while they run. None: what is stored, else 100.
-        rate: how many HTTP attempts per second all workers together make at most; stored likewise.
-            None: what is stored, else no limit beside that of each session.
-        attempts: how many runs each item may have that complete without an output, each of them
-            billed. Before the next one there is a pause, of 5 seconds at first. An unknown start is
-            never repeated. It is stored likewise. None: what is stored, else 1.
-        same_server: whether a batch that was begun at another server, or with another API key, is
-            moved to those of `session`: for a server with a new address, or a key that was replaced
-            by one of the same workspace. A batch belongs to its server, and others are refused.
+        name: the name of the batch, 1 to 200 bytes.
+        database_url: `sqlite:///FILE` or `postgresql://user@host/database`. None: the environment
+            variable `PROMPTLAYER_EXEC_DB`, else one SQLite file per user.
+        session: starts and follows the executions: either a session that you open and close, or a
+            function that returns one, which the batch opens and closes.
+        max_in_flight: the maximum number of items in progress, for all workers together. The batch
+            stores it: `work` changes it for all workers, even while they run. None: the stored
+            number, or 100.
+        rate: the maximum number of HTTP attempts per second, for all workers together. The batch
+            stores it, as above. None: the stored rate, or only the limit of each session.
+        attempts: the maximum number of runs for an item, each of them billed: if one completes
+            without an output, another one starts after a pause, of 5 seconds at first. An unknown
+            start is never repeated. The batch stores it, as above. None: the stored number, or 1.
+        same_server: whether a batch may continue after its server's address or your API key
+            changed. Use it only if the workspace is the same: otherwise its ids are those of other
+            runs.
 
     Raises:
-        ConfigurationError: a setting is malformed. Each method raises it, too, if the database
-            cannot be used; and `add`, `work`, `outcomes`, `recheck`, `retry` and `check_server` if
-            the batch belongs to another server.
+        ConfigurationError: a setting is malformed. Each method also raises it if the database
+            cannot be used. `add`, `work`, `outcomes`, `recheck`, `retry` and `check_server` raise
+            it if the batch belongs to another server.
     """
 
     def __init__(
@@ -95,34 +106,34 @@ class Batch:
 
         self._store: Store | None = None
         self._is_prepared = False
-        # How many calls of `work` there are now, before whose end `outcomes` must not end.
+        # How many calls of `work` there are now; `outcomes` must not return before them.
         self._working = 0
 
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:
-        """Add items to the database; one whose key and request are already there is not new.
+        """Add items to the database; adding the same item twice adds it once.
 
-        Unless the session has `check_inputs=False`, the definitions of their workflows are read
-        once for each call, so add many items at a time.
+        Add many items at a time: each call requests the definitions of their workflows, unless the
+        session has `check_inputs=False`.
 
         Args:
-            requests: what to start, each with a unique `key`: a str of 1 to 1000 bytes. All of them
-                are checked before the first is added, unless they come from an async iterable:
-                these are checked and added at most a thousand, or some 2 MiB, at a time.
+            requests: what to start, each with a unique `key`, a str of 1 to 1000 bytes. All are
+                checked before the first is added. Those of an async iterable are checked and added
+                in portions of at most a thousand, or about 2 MiB.
 
         Returns:
-            How many items were new.
+            The number of new items.
 
         Raises:
-            TypeError: something in a request is of an unusable type.
-            ValueError: something in a request cannot be sent, or its key cannot be stored.
-            InvalidInputs: inputs that a workflow requires are missing.
-            KeyConflict: a key stands for another request: another workflow, or other inputs, label,
+            TypeError: a request contains a value of the wrong type.
+            ValueError: a request cannot be sent, or its key cannot be stored.
+            InvalidInputs: an input that a workflow requires is missing.
+            KeyConflict: a key belongs to another request, with another workflow, inputs, label,
                 version or metadata.
         """
         async with self._open() as store:
             adding = Addition(store, self._name, self._session, self._checking_session)
 
-            # Those that come later cannot be checked before the first is added.
+            # It is impossible to check the last one before adding the first.
             if isinstance(requests, AsyncIterable):
                 await self._claim(store)
                 return await adding.add_as_they_come(requests)
@@ -132,33 +143,33 @@ class Batch:
     async def work(self, *, until_done: bool = True) -> BatchStatus:
         """Start items, follow them, and store their outcomes, together with all other workers.
 
-        If cancelled, it waits for the starts that are being sent; the next worker continues with
-        all other items. No item fails because of an error that this raises: work again later.
+        If you cancel it, it waits for the starts that are being sent, and the next worker continues
+        with the other items. An error that it raises does not fail any item: call it again later.
 
         Args:
-            until_done: whether to return once every item has an outcome. Otherwise it waits for
-                more items until it is cancelled.
+            until_done: whether to return once every item has an outcome. If False, it waits for
+                more items until you cancel it.
 
         Returns:
             How many items are in which state.
 
         Raises:
-            Unauthorized: the server refused the key.
-            ConnectionFailed: the server could not be reached.
-            RequestTimeout: the server did not answer in time.
-            RateLimited: the server answered nothing but 429, and named no time to wait.
+            Unauthorized: PromptLayer refused the API key.
+            ConnectionFailed: PromptLayer could not be reached.
+            RequestTimeout: PromptLayer did not respond in time.
+            RateLimited: PromptLayer responded only with 429, and without a time to wait.
             SessionClosed: the session was closed.
             ConfigurationError: a setting is missing, or this process uses DBOS for something else.
             RuntimeError: this process already works on a batch.
         """
-        # Before the first await: `outcomes` must not end before items are put into the queue.
+        # Before the first await: `outcomes` must not return before items are queued.
         self._working += until_done
         try:
             async with self._open() as store:
                 await self._claim(store)
                 await self._requeue(store, Reason.CALLBACK, kinds=["unknown"])
 
-                # While a worker ends, a callback may make one more item unfinished.
+                # While a worker stops, a callback may make another item unfinished.
                 while not until_done or not await self._is_finished(store):
                     await self._work(store, until_done=until_done)
                 return await store.run_in_thread(store.status, self._name)
@@ -192,22 +203,22 @@ class Batch:
             await asyncio.wait([following])
 
     async def _follow_rate(self, store: Store, limiter: SharedRate) -> None:
-        """Let the limiter have the rate that another worker stores meanwhile."""
+        """Pass the limiter the rate that another worker stores meanwhile."""
         while True:
             await asyncio.sleep(SETTINGS_INTERVAL)
-            with suppress(ConfigurationError):  # the worker itself notices that, and says so
+            with suppress(ConfigurationError):  # the worker notices and reports it
                 settings = await store.run_in_thread(reports.settings, store, self._name)
                 limiter.rate = settings.rate
 
     async def outcomes(self, *, until_done: bool = True) -> AsyncGenerator[StoredOutcome, None]:
-        """Yield the outcome of each item: first those that are stored, then each new one.
+        """Yield the outcome of each item: first the stored ones, then each as soon as it finishes.
 
-        The iteration ends when every item has an outcome, and no `work` of this object is waiting
-        for that. An item that is run again is yielded again. To end the iteration early,
-        use `contextlib.aclosing`.
+        The iterator stops when every item has an outcome and no `work` of this object is still
+        running. An item that runs again is yielded again. To stop early, use
+        `contextlib.aclosing`.
 
         Args:
-            until_done: whether to wait for new outcomes, or to end with the last stored one.
+            until_done: whether to wait for new outcomes, or to stop after the last stored one.
         """
         last = 0
         async with self._open() as store:
@@ -215,7 +226,7 @@ class Batch:
 
             is_last = False
             while not is_last:
-                # Asked before the last look: what is stored in between is yielded.
+                # Checked before the last read, so that no outcome is missed in between.
                 is_last = not until_done or (not self._working and await self._is_finished(store))
                 while rows := await store.run_in_thread(store.outcomes, self._name, last):
                     for row in rows:
@@ -225,13 +236,13 @@ class Batch:
                     await asyncio.sleep(POLL_INTERVAL)
 
     async def recheck(self) -> int:
-        """Put every failed item with an execution id back into the queue, to be followed.
+        """Follow every failed item that has an execution id again; start nothing.
 
-        Nothing is started. The next `work`, or one that runs now, asks the server again how these
-        executions ended. An item whose execution failed fails again.
+        The items go back into the queue. The next `work`, or one that is running, asks PromptLayer
+        again how these executions finished. If an execution failed, its item fails again.
 
         Returns:
-            How many items there are.
+            The number of these items.
         """
         async with self._open() as store:
             await self._check_owner(store)
@@ -245,24 +256,24 @@ class Batch:
         keys: Iterable[str] | None = None,
         unknown_for: float = 0.0,
     ) -> int:
-        """Put items that ended back into the queue, to be started again and billed again.
+        """Start finished items again. PromptLayer bills the new runs.
 
-        An item whose run is not known to have failed is followed once more, and not started: the
-        server may have said 404 for a run that exists. To start such an item again, add it under
-        another key. A restarted item gets a new outcome in addition.
+        Only items whose run is known to have failed, and unknown ones, are started. Others are
+        followed once more, because PromptLayer may have responded 404 for a run that exists. To
+        start one of these again, add it under another key. A restarted item gets a second outcome.
 
         Args:
-            failed: whether to start the items again whose runs failed, or did not start.
-            unknown: whether to start the unknown items again, each of which may already run.
-            keys: only these items; None means all. Those that the batch does not have are ignored.
-            unknown_for: how many seconds ago an unknown item must have become unknown; give its
-                callback time to come.
+            failed: whether to start items whose run failed or did not start.
+            unknown: whether to start unknown items, whose runs may already exist.
+            keys: only these items; None means all. Keys that the batch does not have are ignored.
+            unknown_for: start an unknown item only if it has been unknown for this many seconds,
+                so that its callback has time to arrive.
 
         Returns:
-            How many items there are.
+            The number of these items.
 
         Raises:
-            TypeError: `keys` is a str or has anything but str.
+            TypeError: `keys` is a str, or contains something else than str.
             ValueError: `unknown_for` is negative.
         """
         integration.check_seconds("unknown_for", unknown_for)
@@ -281,9 +292,9 @@ class Batch:
         return await store.run_in_thread(act)
 
     async def check_server(self) -> None:
-        """Check that the batch, if it exists, belongs to the server and the key of the session.
+        """Check that the batch, if it exists, belongs to the session's server and API key.
 
-        The other methods that need them do so, too, before they change anything.
+        The other methods check it before they change anything.
 
         Raises:
             ConfigurationError: it does not.
@@ -303,14 +314,14 @@ class Batch:
         return await self._report(reports.settings)
 
     async def kinds(self, keys: Iterable[str]) -> dict[str, Kind | None]:
-        """Return how the items of these keys ended, None for one that has not.
+        """Return how the items of these keys finished, None for one that has not.
 
         Keys that the batch does not have are left out.
         """
         return await self._report(reports.kinds, keys)
 
     async def latest_kinds(self, count: int) -> list[tuple[int, Kind]]:
-        """Return how the last items ended, each with a growing number, the newest first."""
+        """Return how the latest items finished, each with a growing number, the newest first."""
         return await self._report(reports.latest_kinds, count)
 
     async def item(self, key: str) -> StoredItem | None:
@@ -318,21 +329,22 @@ class Batch:
         return await self._report(reports.item, key)
 
     async def failures(self) -> tuple[Failure, ...]:
-        """Return the types of errors that items ended with, the most frequent first."""
+        """Return the types of errors of failed items, the most frequent first."""
         return await self._report(reports.failures)
 
     async def durations(self) -> Durations | None:
-        """Return how long the runs took; None if none has ended."""
+        """Return how long the runs took; None if none has finished."""
         return await self._report(reports.durations)
 
     async def delete(self) -> int:
-        """Delete the batch with all its items and their outcomes, and return how many there were.
+        """Delete the batch with all its items and outcomes, and return how many items it had.
 
-        What was started runs on. If this is interrupted, some items may be left: call it again.
+        Executions continue on PromptLayer. If the call is interrupted, some items may remain: call
+        it again.
 
         Raises:
-            RuntimeError: a worker works on the batch; for 12 seconds, one on another machine may
-                only seem to.
+            RuntimeError: a worker works on the batch. One on another machine counts for 12 seconds
+                after it died.
         """
         async with self._open() as store:
             if await store.run_in_thread(count_workers, store, self._name):
@@ -346,18 +358,18 @@ class Batch:
             return await store.run_in_thread(report, store, self._name, *arguments)
 
     async def resolve(self, token: str, execution_id: int) -> bool:
-        """Let an unknown item be followed, because the callback of its start has come.
+        """Resolve an unknown item with the callback of its start; start nothing.
 
-        The workers need a session with `callbacks`, whose router gets this as `on_callback`. Any
-        process may receive a callback, of any start, at any time and several times: it is stored,
-        also before its item is unknown. The next worker follows the execution; nothing is started.
+        Give the workers a session with `callbacks`, and pass this method to its router as
+        `on_callback`. Any process may receive a callback, at any time and more than once: it is
+        stored, even before the item is unknown. The next worker then follows the execution.
 
         Args:
-            token: the token in the callback's URL; it must be genuine.
-            execution_id: the id in the callback.
+            token: the token from the callback's URL; it must be genuine.
+            execution_id: the id from the callback.
 
         Returns:
-            True if an unknown item is followed now.
+            True if this resolved an unknown item.
 
         Raises:
             TypeError: `token` is not a str, or `execution_id` not an int.
@@ -377,14 +389,14 @@ class Batch:
 
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[Store]:
-        """Yield the database, one for all that is done with the batch at the same time."""
+        """Yield the database, which all concurrent calls of this batch share."""
         if self._store is None or self._store.ended.is_set():
             self._store = Store(self._url)
 
         store = self._store
         store.users += 1
         try:
-            # Only once: `prepare` does not retry, and all else does.
+            # Only once: `prepare` does not retry, and everything else does.
             if not self._is_prepared:
                 prepare_default(self._url)
                 await store.run_in_thread(store.prepare)
@@ -428,7 +440,7 @@ class Batch:
 
 
 async def batch_names(database_url: str | None = None) -> list[str]:
-    """Return the names of all batches in a database; a SQLite file is not made for that.
+    """Return the names of all batches in a database, without creating a SQLite file.
 
     Args:
         database_url: as for `Batch`.
@@ -438,7 +450,7 @@ async def batch_names(database_url: str | None = None) -> list[str]:
     """
     url = locate(database_url)
     if url.get_backend_name() == "sqlite":
-        with suppress(OSError):  # opening the file says why
+        with suppress(OSError):  # opening the file reports it better
             if not await anyio.Path(str(url.database)).exists():
                 return []
 
@@ -451,5 +463,5 @@ async def batch_names(database_url: str | None = None) -> list[str]:
 def _check_keys(keys: Iterable[str]) -> list[str]:
     chosen = [keys] if isinstance(keys, str) else [*keys]
     if isinstance(keys, str) or not all(isinstance(key, str) for key in chosen):
-        raise TypeError(f"keys must be several str, got {keys!r:.100}")
+        raise TypeError(f"keys must be an iterable of str, got {keys!r:.100}")
     return chosen

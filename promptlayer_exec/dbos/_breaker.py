@@ -1,4 +1,4 @@
-"""When a worker may send a start: a few at a time, and one at a time while the server fails."""
+"""When a worker may send a start: a few in parallel, and one by one while the server fails."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import attrs
 class Caution:
     """How carefully a worker sends starts.
 
-    The window is how many starts may wait for their responses at the same time: what a killed
-    worker, or the first moment of an outage, can make unknown. It doubles with each good response.
-    After a few failures in a row, starts pause; the pauses double with each probe that fails.
+    The window is how many starts may wait for their responses at the same time: that many become
+    unknown if the worker is killed or an outage begins. It doubles with each good response. After a
+    few failures in a row, starts pause. The pauses double with each probe that fails.
 
-    A failure of a start that was sent long after the last pause is the first of a new row. Nobody
-    knows what the server was like in between.
+    If a start that fails was sent long after the last pause, its failure is the first of a new row.
     """
 
     first_window: int = 4
@@ -34,13 +33,13 @@ CAUTION = Caution()
 
 @attrs.define(eq=False, repr=False)
 class Breaker:
-    """Lets starts through in the order in which they come, in the event loop of the session.
+    """Lets starts through in the order in which they come, in the session's event loop.
 
-    It records each failure and each good response. Failures that say nothing about the single item
-    (5xx, a lost response, 403) make it pause, and then let a single start through as a probe.
+    It records each failure and each good response. After failures that are not the item's fault
+    (5xx, a lost response, 403) it pauses, and then lets a single start through as a probe.
     """
 
-    _patience: float  # seconds of failures after which `_give_up` is called
+    _patience: float  # seconds of failures before it calls `_give_up`
     _give_up: Callable[[Exception], None]
     _clock: Callable[[], float] = attrs.field(factory=lambda: asyncio.get_running_loop().time)
     _turn: asyncio.Lock = attrs.field(init=False, factory=asyncio.Lock)
@@ -52,7 +51,7 @@ class Breaker:
     _paused_until: float = attrs.field(init=False, default=0.0)
     _pause: float = attrs.field(init=False, default=0.0)
     _paused_at: float = attrs.field(init=False, default=0.0)
-    # When the last failure was recorded, or the pause after it ends.
+    # When the last failure was recorded, or when the pause after it is over.
     _failing_until: float = attrs.field(init=False, default=0.0)
 
     @asynccontextmanager
@@ -63,7 +62,7 @@ class Breaker:
                 self._is_freed.clear()
                 await self._is_freed.wait()
 
-            # In a pause, the window is 1: nothing else is being sent.
+            # During a pause, the window is 1, so nothing else is being sent.
             await asyncio.sleep(max(self._paused_until - self._clock(), 0.0))
             self._in_flight += 1
 
@@ -74,7 +73,7 @@ class Breaker:
             self._is_freed.set()
 
     def succeeded(self) -> None:
-        """Record that the server answered as it should, whatever that means for the item."""
+        """Record that the server responded as it should, whatever that means for the item."""
         self._forget_failures()
         self._window = min(2 * self._window, CAUTION.largest_window)
         self._is_freed.set()
@@ -84,7 +83,7 @@ class Breaker:
         self._pause = self._paused_until = 0.0
 
     def failed(self, error: Exception, *, since: float) -> None:
-        """Record a failure that other starts would meet, too; the request was sent at `since`."""
+        """Record a failure that other starts would also meet; the request was sent at `since`."""
         now = self._clock()
         if since - self._failing_until > CAUTION.same_outage_within:
             self._forget_failures()
@@ -97,7 +96,7 @@ class Breaker:
         if self._failures < CAUTION.failures:
             return
         if self._pause and since < self._paused_at:
-            return  # it was sent before the pause, so it says nothing new
+            return  # it was sent before the pause, so it is no news
 
         left = self._failing_since + self._patience - now
         if left <= 0.0:

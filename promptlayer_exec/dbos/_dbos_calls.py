@@ -1,7 +1,7 @@
-"""What batches rely on in DBOS beyond its reference, all by public names, and why.
+"""The public names of DBOS that batches use beyond its reference, and why.
 
-All else is in `dbos.__all__` and at https://docs.dbos.dev/python/reference. When DBOS removes or
-changes what is used here, `test_dbos_still_has` in tests/dbos/test_dbos.py fails.
+All others are in `dbos.__all__` and at https://docs.dbos.dev/python/reference. If DBOS removes or
+changes something that this module uses, `test_dbos_still_has` in tests/dbos/test_dbos.py fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def migrate(url: str) -> None:
     """Create or migrate DBOS's tables.
 
     The public `run_dbos_database_migrations` prints errors to standard output, and raises an
-    exception without the reason. Both make connections of their own, without `connect_args`.
+    exception without the reason. Both open their own connections, without `connect_args`.
     """
     thread = threading.get_ident()
 
@@ -33,8 +33,8 @@ def migrate(url: str) -> None:
             else:
                 options["options"] = given
 
-    # DBOS sets a time-out for a session, and so for the next client of a pooler, unless the URL
-    # already has one. A pooler would refuse that one, so it is not sent.
+    # Unless the URL has a timeout, DBOS sets one for the session, and a pooler passes that on to
+    # its next client. A pooler refuses the one in the URL, so `connect` removes it.
     parsed = sa.make_url(url)
     given = parsed.query.get("options")
     if parsed.get_backend_name() == "postgresql":
@@ -51,7 +51,7 @@ def migrate(url: str) -> None:
 def log_quietly() -> None:
     """Let DBOS log as other libraries do: to standard error only if the application wants that.
 
-    Relies on DBOS adding its console handler only to a logger without a handler. The documented
+    DBOS adds its console handler only to a logger without a handler. The documented
     `console_log_level` makes that handler quiet, but DBOS still turns off propagation to the root.
     """
     DBOS.logger.addHandler(_HANDLER)
@@ -59,8 +59,8 @@ def log_quietly() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Return False for the warning about each item that still runs when a worker ends.
+    """Return False for the warning about each item that still runs when a worker stops.
 
-    Nothing is wrong then: the next worker goes on with these items.
+    Nothing is wrong then: the next worker continues with these items.
     """
     return not record.getMessage().startswith("Asyncio task cancelled for workflow")

@@ -1,9 +1,10 @@
 """The intent to start an item, and the result of the start, both in the row of the item.
 
-The intent is recorded just before the request is sent, and taken back if it was not sent. An item
-with an intent and no result of its start may have been started: it is unknown. Recording an intent
-is also what lets only one worker send the request of an item, and only that worker can record the
-result. A worker that stood still while another one took over its items starts none of them.
+A worker records the intent just before it sends the request, and takes it back if the request was
+not sent. An item with an intent, but without the result of its start, may have been started: it is
+unknown. Because only one intent can be recorded, only one worker sends the request of an item, and
+only that worker can record the result. A worker that stood still while another one took over its
+items starts none of them.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ class StartResult(NamedTuple):
 
 
 class Item(NamedTuple):
-    """An attempt of an item that has no outcome yet, and what is recorded about its start.
+    """An attempt of an item without an outcome yet, and what is recorded about its start.
 
     Attributes:
-        request: what is to be started, as JSON.
+        request: what to start, as JSON.
         called_back: the execution id in the callback of the start with this intent.
     """
 
@@ -70,7 +71,7 @@ class Item(NamedTuple):
 
 @attrs.frozen
 class Intent:
-    """The intent of a worker to start one attempt of an item, or that it is taken back.
+    """The intent of a worker to start one attempt of an item, or its withdrawal.
 
     Attributes:
         token: distinguishes the intents of several workers; it is in the start's callback URL.
@@ -88,11 +89,11 @@ class IntentRefused(integration.StartTaken):
 
 @attrs.define(eq=False, repr=False)
 class PendingStart:
-    """A start that is to be sent, with the hooks around its sending.
+    """A start to be sent, with the hooks around its sending.
 
     Attributes:
-        task: waits for the answer.
-        may_be_sent: whether the request may be sent, so that its answer must be waited for.
+        task: waits for the response.
+        may_be_sent: whether the request may have been sent, so that its response matters.
         recording: records the id of the run, once it has started.
     """
 
@@ -118,9 +119,9 @@ class PendingStart:
             self.task.cancel()
 
     async def ended(self, outcome: integration.StartOutcome) -> None:
-        """Begin to record the id of a run; take the intent back if nothing was started."""
+        """Begin to record the id of a run, or take the intent back if nothing was started."""
         if isinstance(outcome, integration.StartResponse):
-            # Not awaited here: while the database is away, other starts go on.
+            # Not awaited here: while the database is away, other starts continue.
             self.recording = asyncio.create_task(self._record(outcome.execution_id))
         elif not isinstance(outcome, StartUnknown):
             with suppress(ConfigurationError):  # then the item is unknown
@@ -132,7 +133,7 @@ class PendingStart:
             self.may_be_sent = False
 
     def cancel(self) -> None:
-        """Cancel the start, unless its request may be sent."""
+        """Cancel the start, unless its request may have been sent."""
         self._is_cancelled = True
         if not self.may_be_sent:
             self.task.cancel()
@@ -141,7 +142,7 @@ class PendingStart:
 def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
     """Record intents, or take them back; return for each whether it is recorded now.
 
-    One is not recorded if the item has an outcome, another worker's intent, or a later attempt.
+    It is not if the item has an outcome, another worker's intent, or a later attempt.
     """
     given: list[dict[str, object]] = []
     taken_back: list[dict[str, object]] = []
@@ -166,7 +167,7 @@ def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
 def write_started(store: Store, batch: str, starts: Sequence[StartResult]) -> list[bool]:
     """Record the results of starts; return for each whether it is recorded now.
 
-    One is not recorded if the item has an outcome, another worker's intent, or a later attempt.
+    It is not if the item has an outcome, another worker's intent, or a later attempt.
     """
     rows = [
         {
@@ -199,7 +200,7 @@ def _recorded(
 
 
 def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[Item | None]:
-    """Return attempts of items, given as key and number; None where an attempt has ended."""
+    """Return attempts of items, given as key and number; None for one that has finished."""
     columns = (_item.key, _item.attempt, _item.request, _item.intent, _item.started)
     query = (
         sa.select(*columns, callbacks.c.execution_id)

@@ -1,18 +1,17 @@
 """The path of an item, from the queue to its outcome.
 
-DBOS stores that an item is to be run, and which worker runs it:
+DBOS stores which items to run, and which worker runs each:
 
 1. `Store.add` stores the item and enqueues its DBOS workflow, in one transaction.
 2. DBOS dequeues the workflow in a worker, which calls `Items.run`.
-3. `_send` waits for a slot. When the connection stands and nothing has been written to
-   it, the intent is recorded in the item's row (`PendingStart.before_send`), and then the request
-   is sent. The execution id is recorded there, too, whoever still waits for it
-   (`PendingStart.ended`). A request that provably started nothing is sent again, and its intent is
-   taken back while it waits.
+3. `_send` waits for a slot. When the connection is open, and before anything is written to it,
+   `PendingStart.before_send` records the intent in the item's row. Then the request is sent.
+   `PendingStart.ended` records the execution id in the same row, even if nobody waits for it any
+   more. A request that provably started nothing is sent again; until then its intent is taken back.
 4. `_follow` waits until the execution is complete, and `Store.finish` stores the outcome.
 
 If the worker dies, another one follows the execution whose id is recorded. If only an intent is
-recorded, the request may have been sent: the item is unknown. Rows are read and written for many
+recorded, the request may have been sent, so the item is unknown. Rows are read and written for many
 items at a time: a step of DBOS would take eight round trips for each.
 """
 
@@ -63,7 +62,7 @@ from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import workflow_id
 
 logger = logging.getLogger("promptlayer_exec")
-# Errors of a start or a poll that every other item would meet, too.
+# Errors of a start or a poll that every other item would also meet.
 _NOT_THE_ITEMS_FAULT = (
     *(Unauthorized, ConnectionFailed, RateLimited, RequestTimeout),
     *(SessionClosed, ConfigurationError),
@@ -74,12 +73,11 @@ _NOT_THE_ITEMS_FAULT = (
 class Patience:
     """How long a worker waits for the server and the database, in seconds.
 
-    The server may answer 404 for `not_found_grace` for an execution that was started. Between two
-    reads of an execution about which it says nothing, there are delays from `first_delay` to
-    `longest_delay`.
+    The server may respond 404 for `not_found_grace` to an execution that has started. If a read
+    fails, the worker reads again after `first_delay`, and later after up to `longest_delay`.
 
-    An id that is not recorded after `recorded_within` is logged, because the process may be killed.
-    If the database is known to be away, that happens after `look_after` already.
+    If an id is not recorded after `recorded_within`, the worker logs it, because the process may be
+    killed. If it already noticed that the database is away, it does so after `look_after`.
     """
 
     not_found_grace: float = 60.0
@@ -97,14 +95,14 @@ class Items:
     """Runs the items of one worker, in the event loop of the session.
 
     Attributes:
-        active: the DBOS workflows of the items that run, and the tasks that run them.
-        waiting: the errors of workflows whose end the server has not reported for too long.
+        active: the DBOS workflows of the running items, and the tasks that run them.
+        waiting: the errors of workflows for which the server has reported no end for too long.
     """
 
     _store: Store
     _batch: str
     _session: Session
-    _stop: Callable[[Exception], None]  # ends the work with an error
+    _stop: Callable[[Exception], None]  # stops the work with an error
     active: dict[str, asyncio.Task[Any]] = attrs.field(init=False, factory=dict)
     waiting: dict[str, Exception] = attrs.field(init=False, factory=dict)
     _pending: set[PendingStart] = attrs.field(init=False, factory=set)
@@ -114,7 +112,7 @@ class Items:
     _endings: Group[Ending, bool] = attrs.field(init=False)
     _starts: Breaker = attrs.field(init=False)
     _patience: float = attrs.field(init=False)
-    # When the server last said how an execution ended.
+    # When the server last reported how an execution finished.
     _answered_at: float = attrs.field(init=False, default=float("-inf"))
     _reported: set[int] = attrs.field(init=False, factory=set)
     _is_closing: bool = attrs.field(init=False, default=False)
@@ -132,9 +130,9 @@ class Items:
         self._endings = Group(finish, lambda ending: len(ending.outcome))
 
     async def run(self, key: str, attempt: int) -> bool:
-        """Run an attempt of an item; return False if it is to be run again by the next worker."""
+        """Run an attempt of an item; return False if the next worker must run it again."""
         workflow = workflow_id(self._batch, key, attempt)
-        # A worker that stood still may be given an item again that it still runs.
+        # A worker that stood still may get an item again that it is still running.
         while (earlier := self.active.get(workflow)) is not None:
             await asyncio.wait([earlier])
 
@@ -152,7 +150,7 @@ class Items:
             del self.active[workflow]
 
     async def close(self) -> None:
-        """Send no start any more; record the answers of those sent, and follow nothing."""
+        """Stop sending starts and following executions; record the responses to sent starts."""
         self._is_closing = True
         running = {*self.active.values()}
         sending = {start.task for start in self._pending}
@@ -167,7 +165,7 @@ class Items:
                 self._store.ended.set()
 
     def _end(self, error: Exception) -> None:
-        """End the work with an error, and send no start any more."""
+        """Stop the work with an error, and send no more starts."""
         self._is_closing = True
         self._stop(error)
 
@@ -191,13 +189,13 @@ class Items:
             raise _Closing
 
     async def _start(self, item: Item) -> StartRecord | None:
-        """Return the result of the start, a new one or an earlier one."""
+        """Return the result of the start, which may be an earlier one."""
         if item.started is not None:
             return cast("StartRecord", json.loads(item.started))
         if item.intent is not None:  # of a worker that may have sent the start
             if item.called_back is not None:  # it has
                 return await self._record(item, item.intent, item.called_back)
-            text = "the worker that sent the start stopped before it recorded the answer"
+            text = "the worker that sent the start stopped before it recorded the response"
             workflow = json.loads(item.request)["workflow"]
             return start_record(error=StartUnknown(text, workflow=workflow, reason=text))
 
@@ -212,7 +210,7 @@ class Items:
             self._pending.discard(pending)
 
     async def _record(self, item: Item, token: str, execution_id: int) -> StartRecord | None:
-        """Record the id of a run; return None if the item goes on with another one."""
+        """Record the id of a run; return None if the item continues with another one."""
         result = start_record(execution_id)
         row = StartResult(item.key, item.attempt, token, json.dumps(result))
         recording = asyncio.ensure_future(self._started.add(row))
@@ -225,14 +223,14 @@ class Items:
             if await recording:
                 return result
 
-            # Another worker has taken the item over. It may have called the start unknown.
+            # Another worker has taken over the item, and may have declared the start unknown.
             is_followed = await self._store.run_in_thread(
                 requeue.record_callback, self._store, self._batch, token, execution_id
             )
             if is_followed:
                 text = (
-                    "execution %d was started for item %.100r while another worker took the item"
-                    " over; it is followed"
+                    "execution %d was started for item %.100r while another worker took over the"
+                    " item, which now follows this execution"
                 )
                 logger.warning(text, execution_id, item.key)
                 return None
@@ -243,7 +241,7 @@ class Items:
         return None
 
     async def _send(self, item: Item, pending: PendingStart, token: str) -> StartRecord | None:
-        """Send a start, in a slot of its own each time, until it has a result."""
+        """Send a start, with a new slot each time, until it has a result."""
         request = self._to_send(item)
 
         while True:
@@ -255,7 +253,7 @@ class Items:
                 except IntentRefused:
                     raise
                 except Exception as error:  # noqa: BLE001 - some are the item's
-                    # If the session is closed, a start that was sent has an id all the same.
+                    # Even if the session was closed, a start that was sent may have an id.
                     if pending.recording is None:
                         result = self._judge(item, error, since)
                         if result is not None:
@@ -263,11 +261,11 @@ class Items:
 
             if pending.recording is not None:
                 return await pending.recording
-            # Others may have the slot meanwhile.
+            # Without the slot, so that others can use it.
             await asyncio.sleep(PATIENCE.first_delay)
 
     def _judge(self, item: Item, error: Exception, since: float) -> StartRecord | None:
-        """Return the result of a start that failed; None if it is to be tried again."""
+        """Return the result of a start that failed; None to try it again."""
         if isinstance(error, StartUnknown):
             cause = error.__cause__
             self._starts.failed(cause if isinstance(cause, RequestError) else error, since=since)
@@ -290,19 +288,19 @@ class Items:
         return start_record(error=error)
 
     def _note_late_start(self, item: Item, error: ExecutionTimeout, since: float) -> None:
-        """Handle that a start was not sent within the session's `wait_timeout`."""
+        """Handle a start that was not sent within the session's `wait_timeout`."""
         if not self._has_warned:  # all may have to wait for the rate
             self._has_warned = True
-            text = "item %.100r was not started in time, and is tried again, as later ones: %s"
+            text = "could not start item %.100r in time; trying again, as for later ones: %s"
             logger.warning(text, item.key, integration.log_text(error))
 
-        # Otherwise the rate is to blame, or the server said how long to wait.
+        # Otherwise the rate is to blame, or the server asked to wait.
         cause = error.__cause__
         if isinstance(cause, RequestError) and getattr(cause, "retry_after", None) is None:
             self._starts.failed(cause, since=since)
 
     def _to_send(self, item: Item) -> StartRequest:
-        """Return a stored request with metadata by which its run can be found in PromptLayer."""
+        """Return a stored request, with metadata to find its run in PromptLayer."""
         stored = StartRequest(**json.loads(item.request), key=item.key)
         ours = {"promptlayer_exec.batch": self._batch, "promptlayer_exec.key": item.key}
         return attrs.evolve(stored, metadata={**(stored.metadata or {}), **ours})
@@ -333,7 +331,7 @@ class Items:
         return outcome
 
     async def _output(self, item: Item, execution_id: int) -> Any:
-        """Return the output; raises only what the server said about how the execution ended."""
+        """Return the output; raise an error of the item only if the server reported one."""
         workflow = workflow_id(self._batch, item.key, item.attempt)
         name_or_id = json.loads(item.request)["workflow"]
         clock = asyncio.get_running_loop().time
@@ -358,15 +356,15 @@ class Items:
                     if clock() - unknown_since >= PATIENCE.not_found_grace:
                         raise
                 except (Unauthorized, SessionClosed):
-                    raise  # ends the work
+                    raise  # stops the work
                 except RequestError as error:
                     unknown_since = None
-                    # After several attempts, the session's own patience is used up.
+                    # After several attempts, the session has used up its patience.
                     spent = self._patience if error.attempts > 1 else 0.0
                     failing_since = failing_since or clock() - spent
                     if clock() - failing_since >= self._patience:
                         if self._answered_at < failing_since:
-                            raise  # it concerns all
+                            raise  # all items have this problem
                         self._wait_for(item.key, workflow, error)
 
                 await asyncio.sleep(delay)
@@ -376,10 +374,10 @@ class Items:
 
     def _wait_for(self, key: str, workflow: str, error: PromptLayerExecError) -> None:
         if workflow not in self.waiting:
-            text = "item %.100r has no outcome yet, and is still followed: %s"
+            text = "item %.100r has no outcome yet; still following it: %s"
             logger.warning(text, key, integration.log_text(error))
         self.waiting[workflow] = error
 
 
 class _Closing(Exception):
-    """The work ends, so an item is neither started nor followed."""
+    """The work is stopping, so this item is neither started nor followed."""

@@ -1,4 +1,4 @@
-"""Which workers are alive, and what happens to the items of those that are not."""
+"""Which workers are alive, and what happens to the items of dead ones."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Pulse:
     """How workers notice that another one is dead, in seconds.
 
     Each records a heartbeat every `interval`, and is dead after `dead_after` without one. That is
-    longer than a stalled machine or the restart of a database takes; with the time until another
-    worker looks, it is below the 30 s within which the items of a dead worker must move. A round
-    may be late by `slow`; the rest of a longer one does not count as silence.
+    longer than most stalls of a machine or restarts of a database, and short enough to move the
+    items of a dead worker within 30 s. A round may be late by `slow`; beyond that, the delay does
+    not count as silence of the others.
 
-    Every `look_every` rounds, a worker looks for items that it has taken and does not run.
+    Every `look_every` rounds, a worker looks for items that it has taken but does not run.
     """
 
     interval: float = 2.0
@@ -47,15 +47,15 @@ class Liveness:
 
     A worker is dead if its heartbeat has not changed for `dead_after` seconds on the clock of the
     worker that watches it; the clocks of two machines are never compared. Time in which the
-    watching worker itself stood still does not count, because the others may have stood still as
-    well. On the same machine, a worker is dead as soon as its process has ended.
+    watching worker itself stood still does not count, because the others may have done the same.
+    On the same machine, a worker is dead as soon as its process is gone.
     """
 
     _store: Store
     _batch: str
     _executor: str
     _active: Mapping[str, object]  # the DBOS workflows that this worker runs
-    # The last heartbeat of each other worker, and for how many seconds it has been the same.
+    # The last heartbeat of each other worker, and for how many seconds it has not changed.
     _seen: dict[str, tuple[Any, float]] = attrs.field(init=False, factory=dict)
     _seen_at: float = attrs.field(init=False, factory=time.monotonic)
     _rounds: int = attrs.field(init=False, default=0)
@@ -73,7 +73,7 @@ class Liveness:
                 await self._store.run_in_thread(self._look, {*self._active})
             except ConfigurationError as error:
                 logger.warning(
-                    "cannot see whether other workers are alive, trying again: %.300s", error
+                    "could not check whether other workers are alive; trying again: %.300s", error
                 )
             await asyncio.sleep(PULSE.interval)
             await self._store.run_in_thread(self.record_heartbeat)
@@ -94,27 +94,27 @@ class Liveness:
         passed = min(now - self._seen_at, PULSE.interval + PULSE.slow)
         self._seen_at = now
 
-        # All are looked at before any is released, which may take a while.
+        # Check all before releasing any, which may take a while.
         dead = [name for name in others if self._is_dead(name, heartbeats.get(name), passed)]
         for worker in dead:
             if self._store.claim_rescue(self._batch, worker, self._executor, PULSE.dead_after):
                 release(self._store, self._batch, worker)
 
     def _put_back_what_was_lost(self, idle: set[str]) -> None:
-        """Put items back into the queue that this worker has taken, and does not know of.
+        """Put items back into the queue that this worker has taken but does not run.
 
-        DBOS takes items in a transaction; if the connection breaks while that is committed, DBOS
-        never runs them.
+        DBOS takes items in a transaction; if the connection breaks during its commit, DBOS never
+        runs them.
         """
-        # One that has just been taken, or has just ended, is idle only once.
+        # One that was just taken, or has just finished, is idle only once.
         if lost := idle & self._idle:
-            text = "batch %r: %d items that were taken from the queue and not run are put back"
+            text = "batch %r: putting back %d items that left the queue but did not run"
             logger.warning(text, self._batch, len(lost))
             self._store.put_back(self._batch, lost)
         self._idle = idle - lost
 
     def _is_dead(self, worker: str, heartbeat: Any, passed: float) -> bool:
-        if heartbeat is None or _is_gone(heartbeat.process):  # it stopped properly, or was killed
+        if heartbeat is None or _is_gone(heartbeat.process):  # it stopped, or was killed
             return True
 
         before, silent = self._seen.get(worker, (None, 0.0))
@@ -127,7 +127,7 @@ class Liveness:
 
 
 def release(store: Store, batch: str, executor: str) -> None:
-    """Put what a worker that has ended has taken back into the queue, and forget the worker."""
+    """Put the items of a worker that is gone back into the queue, and forget the worker."""
     taken = store.taken(batch)
     store.put_back(batch, [workflow for workflow, by in taken.items() if by == executor])
     store.remove_worker(executor)
@@ -139,7 +139,7 @@ def count_workers(store: Store, batch: str) -> int:
 
 
 def _is_gone(process: str) -> bool:
-    """Return True if a process has certainly ended; False where that cannot be seen from here."""
+    """Return True if a process is certainly gone; False if this machine cannot tell."""
     boot, namespace, pid = json.loads(process)
     if boot is None or [boot, namespace] != _pid_scope():
         return False

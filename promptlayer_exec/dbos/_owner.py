@@ -1,4 +1,4 @@
-"""The server and the API key that a batch belongs to: its execution ids mean nothing elsewhere."""
+"""The server and the API key of a batch: elsewhere, its ids are those of other runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from promptlayer_exec.dbos._tables import batches, items, lock_batch, update_bat
 
 @attrs.frozen
 class Owner:
-    """A server's URL, and the key that a session uses there; None if it has none."""
+    """A server's URL, and the API key of a session; None if it has none."""
 
     base_url: str
     api_key: str | None = attrs.field(repr=False)
@@ -26,13 +26,13 @@ class Owner:
 def claim(
     store: Store, batch: str, owner: Owner, settings: Mapping[str, float], *, moves: bool
 ) -> None:
-    """Let a batch belong to `owner`; one that belongs to another moves only if that is meant.
+    """Let a batch belong to `owner`, away from another owner only with `moves`.
 
-    A new batch gets these settings. One of which nothing was started yet belongs to nobody: the
+    A new batch gets these settings. A batch without a started item belongs to nobody, because the
     first key may be mistyped.
 
     Raises:
-        ConfigurationError: the batch was begun at another server, or with another key.
+        ConfigurationError: the batch was started on another server, or with another key.
     """
     store.create(batch, settings)
 
@@ -68,15 +68,15 @@ def _begun(batch: str) -> sa.ColumnElement[bool]:
 def _check(batch: str, owner: Owner, server: str | None, key_digest: str | None) -> None:
     if server is not None and server != owner.base_url:
         raise ConfigurationError(
-            f"batch {batch!r} was begun at {server}, and this is {owner.base_url}, where its ids"
-            f" are those of other runs: go on at {server}, or choose another name for a new batch;"
-            " if the same server has a new address, pass same_server=True"
+            f"batch {batch!r} was started on {server}, not on {owner.base_url}, where its ids would"
+            f" be those of other runs. Continue on {server}, or choose another name for a new"
+            " batch. If this is the same server under a new address, pass same_server=True"
         )
     if key_digest is not None and owner.api_key and not _matches(owner.api_key, key_digest):
         raise ConfigurationError(
-            f"batch {batch!r} was begun with another API key at {server}, so its runs may be those"
-            " of another workspace: use that key, or choose another name for a new batch; if the"
-            " key was replaced by one of the same workspace, pass same_server=True"
+            f"batch {batch!r} was started on {server} with another API key, so its runs may belong"
+            " to another workspace. Use that key, or choose another name for a new batch. If both"
+            " keys belong to the same workspace, pass same_server=True"
         )
 
 

@@ -14,9 +14,9 @@ from promptlayer_exec.dbos._store import Store
 class Reservation:
     """How a worker takes its share of the rate, in seconds.
 
-    It reserves the slots of at most `reserved` seconds at once, and uses a slot at most `late`
-    seconds after its time. While it waits for one, it looks every `step` seconds whether the rate
-    was changed.
+    It reserves the slots of at most `reserved` seconds together, and uses a slot at most `late`
+    seconds after its time. While it waits for one, it checks every `step` seconds whether the rate
+    has changed.
     """
 
     reserved: float = 0.2
@@ -31,8 +31,8 @@ RESERVATION = Reservation()
 class SharedRate:
     """A limiter that admits HTTP attempts at a rate that all workers share through the database.
 
-    Each attempt takes one slot. A busy worker reserves several slots at once, to save round trips
-    to the database; one that missed a slot goes back to reserving one.
+    Each attempt takes one slot. A busy worker reserves several slots together, to save round trips
+    to the database. After missing a slot, it reserves single ones again.
     """
 
     _store: Store

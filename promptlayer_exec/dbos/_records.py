@@ -1,4 +1,4 @@
-"""How items started and ended, as it is stored in JSON, and counts of items."""
+"""How items started and finished, as stored in JSON, and counts of items."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class StoredError(NamedTuple):
 
 @attrs.frozen
 class StoredOutcome:
-    """How one item of a batch ended.
+    """How one item of a batch finished.
 
     Attributes:
         key: the item's key.
-        execution_id: the id of the execution; None if none is known to have been started.
+        execution_id: the id of the execution; None if none is known to have started.
         succeeded: whether there is an output.
         output: the main output; None if `succeeded` is false.
         error: what went wrong; None if `succeeded` is true.
-        started: when the execution was started (UTC); None if none is known to have been started.
+        started: when the execution started (UTC); None if none is known to have started.
         finished: when this outcome became known (UTC).
     """
 
@@ -44,7 +44,7 @@ class StoredOutcome:
 
     @property
     def kind(self) -> Kind:
-        """`succeeded`, `failed`, or `unknown` if the item may or may not have been started."""
+        """`succeeded`, `failed`, or `unknown` if the item may or may not have started."""
         if self.succeeded:
             return "succeeded"
         is_unknown = self.error is not None and self.error.type == "StartUnknown"
@@ -79,12 +79,12 @@ class BatchStatus:
 
     Attributes:
         waiting: in the queue.
-        running: taken by a worker; without any alive, the next `work` goes on with them.
-        succeeded: ended with an output.
-        failed: ended with an error.
-        unknown: ended without it being known whether they were started.
+        running: taken by a worker; if none is alive, the next `work` continues with them.
+        succeeded: finished with an output.
+        failed: finished with an error.
+        unknown: nobody can tell whether their runs started.
         total: all items.
-        workers: how many workers are alive; one that stopped answering counts for 12 seconds more.
+        workers: how many workers are alive; a silent one counts for 12 seconds.
     """
 
     waiting: int
@@ -103,13 +103,13 @@ class BatchStatus:
 
 @attrs.frozen
 class Ending:
-    """How an attempt of an item ended: its kind, and the outcome as JSON.
+    """How an attempt of an item finished: its kind, and the outcome as JSON.
 
     Attributes:
-        has_run: whether a run was followed to its end. If not, the start of another worker may be
-            recorded meanwhile, and the item goes on with its run.
-        may_restart: whether the batch's `attempts` count: the run completed without an output, and
-            was not just looked at once more.
+        has_run: whether a run was followed until it finished. If not, another worker may record its
+            start meanwhile, and the item continues with that run.
+        may_restart: whether the batch's `attempts` apply: the run completed without an output, and
+            this was not a recheck.
     """
 
     key: str
@@ -124,7 +124,7 @@ class Ending:
     def of(cls, attempt: int, outcome: StoredOutcome, *, is_recheck: bool = False) -> Ending:
         """Return the ending of an attempt with this outcome."""
         seconds = None
-        if outcome.started is not None:  # the clock may have been put back
+        if outcome.started is not None:  # somebody may have put back the clock
             seconds = max((outcome.finished - outcome.started).total_seconds(), 0.0)
 
         has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
@@ -140,12 +140,12 @@ class Ending:
 
 
 class StartRecord(TypedDict):
-    """The stored result of a start; one without an id has the type and the text of an error."""
+    """The stored result of a start: an id, or the type and the text of an error."""
 
     execution_id: int | None
     at: str
     error: list[str] | None
-    is_recheck: bool  # the run has been followed before, and must not lead to another one
+    is_recheck: bool  # the run was followed before, and must not lead to another one
 
 
 def start_record(
@@ -155,7 +155,7 @@ def start_record(
     *,
     is_recheck: bool = False,
 ) -> StartRecord:
-    """Return the result of a start that ended at `at`, or just now."""
+    """Return the result of a start that was decided at `at`, or just now."""
     return {
         "execution_id": execution_id,
         "at": (at or datetime.now(UTC)).isoformat(),

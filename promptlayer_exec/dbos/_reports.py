@@ -1,4 +1,4 @@
-"""What an operator asks about a batch: one item's history, how items failed, how long runs took."""
+"""Reports on a batch: an item's history, how items failed, and how long runs took."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class BatchSettings:
     """The settings that all workers of a batch share.
 
     Attributes:
-        max_in_flight: how many items they run at most; None if nobody has set it yet.
-        rate: how many HTTP attempts per second they make at most; None: no shared limit.
-        attempts: how many runs an item may have that complete without an output; None: one.
-        created: when the first item was added (UTC), or a deletion began that was interrupted; None
-            if there is no such batch.
+        max_in_flight: the maximum number of items in progress; None if nobody has set it yet.
+        rate: the maximum number of HTTP attempts per second; None: no shared limit.
+        attempts: the maximum number of runs for an item; None: one.
+        created: when the first item was added (UTC), or an interrupted deletion began; None if the
+            batch does not exist.
     """
 
     max_in_flight: int | None
@@ -42,11 +42,11 @@ class RunAttempt:
     Attributes:
         number: 1 for the first attempt.
         added: when it was put into the queue (UTC).
-        taken: when a worker took it last (UTC); None if none has.
-        worker: the worker that has it, or had it last: its host, and an id.
+        taken: when the last worker took it (UTC); None if none has.
+        worker: the worker that has it, or the last one that had it: its host, and an id.
         state: `waiting`, `running` or `ended`.
-        execution_id: its run; None if it has none that is known, or has not ended.
-        error: why it ended without an output; None if it has not.
+        execution_id: its run; None if it has no known run, or has not finished.
+        error: why it finished without an output; None if it did not.
         finished: when that became known (UTC).
     """
 
@@ -68,7 +68,7 @@ class StoredItem:
         key: its key.
         request: the JSON object of its request: workflow, inputs, label, version, metadata.
         attempts: its attempts, the first one first.
-        outcome: how it ended; None if it has not.
+        outcome: how it finished; None if it has not.
     """
 
     key: str
@@ -79,13 +79,13 @@ class StoredItem:
 
 @attrs.frozen
 class Failure:
-    """Items that ended with errors of one type.
+    """Items that finished with errors of one type.
 
     Attributes:
         type: the name of the error's type.
-        count: how many items there are.
+        count: the number of items.
         key: the key of one of them.
-        message: its error's message.
+        message: the message of its error.
     """
 
     type: str
@@ -104,12 +104,12 @@ class Durations:
 
 
 def kinds(store: Store, batch: str, keys: Iterable[str]) -> dict[str, Kind | None]:
-    """Return how each item ended, None for one that has not; other keys are left out."""
+    """Return how each item finished, None for one that has not; leave out unknown keys."""
     return {row.key: row.kind for row in store.rows_of(batch, [*keys], _item.kind)}
 
 
 def latest_kinds(store: Store, batch: str, count: int) -> list[tuple[int, Kind]]:
-    """Return the numbers and kinds of the outcomes that were stored last, the newest first."""
+    """Return the numbers and kinds of the latest outcomes, the newest first."""
     query = sa.select(_item.seq, _item.kind).where(_item.batch == batch, _item.seq.is_not(None))
     rows = store.rows(query.order_by(_item.seq.desc()).limit(count))
     return [(row.seq, row.kind) for row in rows]
@@ -127,7 +127,7 @@ def item(store: Store, batch: str, key: str) -> StoredItem | None:
     query = sa.select(_item.attempt, _item.outcome, _item.request, _item.history)
     query = query.where(_item.batch == batch, _item.key == key)
     for row in store.rows(query):
-        # How each attempt ended, by its number.
+        # How each attempt finished, by its number.
         ended = {attempt["attempt"]: attempt for attempt in json.loads(row.history or "[]")}
         outcome = None
         if row.outcome is not None:

@@ -1,4 +1,4 @@
-"""What a key stands for: the stored form of a request, its digest, and how two requests differ."""
+"""The request that a key belongs to: its stored form, its digest, and how two requests differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from promptlayer_exec import KeyConflict, StartRequest
 
-# Not `callback_url`: it is where to report, and not what to run.
+# Not `callback_url`: it tells PromptLayer where to report, not what to run.
 _IDENTITY = ("workflow", "inputs", "label", "version", "metadata")
 _MISSING = object()
 
@@ -37,9 +37,9 @@ def encode(request: StartRequest, inputs: dict[str, Any]) -> Row:
 
 
 def another_request(batch: str, row: Row, stored: str) -> KeyConflict:
-    """Return the error of a key that stands for another request; it shows what differs, no values.
+    """Return the error of a key that belongs to another request, given as JSON.
 
-    `stored` is the JSON of that request.
+    It names the fields that differ, without their values.
     """
     before, after = json.loads(stored), json.loads(row.request)
     names = [path for name in _IDENTITY for path in _paths(name, before[name], after[name])]
@@ -49,8 +49,8 @@ def another_request(batch: str, row: Row, stored: str) -> KeyConflict:
         what += f" and {len(names) - 5} more"
 
     return KeyConflict(
-        f"the key {row.key!r:.100} of batch {batch!r} stands for another request ({what} differs):"
-        " give this one another key, or add it to another batch; it was not added",
+        f"the key {row.key!r:.100} of batch {batch!r} belongs to another request, which differs in"
+        f" {what}. Nothing was added: use another key, or another batch",
         key=row.key,
     )
 

@@ -1,12 +1,12 @@
-"""Items that are run again: followed once more, or started once more.
+"""Items that run again, because they are followed or started once more.
 
-Each begins its next attempt, a DBOS workflow of its own. One that is only followed keeps the result
-of the earlier start in its row, so that it starts nothing.
+Each begins its next attempt, which is a new DBOS workflow. If it is only followed, its row keeps
+the result of the earlier start, so that it starts nothing.
 
-An unknown item is followed when the callback of its start has come. That may be before the item is
-unknown: the worker that sent the start has died, but nobody knows it yet. So each callback is
-stored, and both who stores one and who stores an unknown outcome look afterwards for items that
-have both. Whoever comes second finds them.
+An unknown item is followed once the callback of its start has arrived. That may be before the item
+is unknown: the worker that sent the start has died, but nobody has noticed yet. So each callback is
+stored. After storing a callback or an unknown outcome, a process looks for items that have both,
+and the second one finds them.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ _ROWS_AT_ONCE = 500
 
 
 class Reason(enum.Enum):
-    """Why items that ended are run again, which decides whether they may be started."""
+    """Why finished items run again, which decides whether they may be started."""
 
-    RECHECK = "the server may know by now how the run ended"
-    RETRY = "somebody wants them to be started again, and knows what that costs"
-    CALLBACK = "the callback of an unknown start has come"
+    RECHECK = "the server may report by now how the run finished"
+    RETRY = "the user wants to start them again, and pays for it"
+    CALLBACK = "the callback of an unknown start has arrived"
 
 
 @attrs.frozen
 class RestartPauses:
-    """Seconds before an item is started again whose run completed without an output.
+    """Seconds before an item starts again after a run without an output.
 
-    What made the run fail, such as a model that is overloaded, may need a while to pass. So each
-    pause is four times as long as the one before.
+    The cause, such as an overloaded model, may need a while to pass. So each pause is four times as
+    long as the one before.
     """
 
     first: float = 5.0
     longest: float = 300.0
 
     def after(self, runs: int) -> float:
-        """Return the pause after the last one of so many runs."""
+        """Return the pause after this many runs."""
         return float(min(self.first * 4 ** (runs - 1), self.longest))
 
 
@@ -64,10 +64,10 @@ class NextAttempt:
     """The next attempt of an item.
 
     Attributes:
-        kind: how the item had ended; None if it had not.
+        kind: how the item had finished; None if it had not.
         started: the start whose run is followed, as JSON; None if the item is to be started.
-        history: the attempts before it, as JSON.
-        pause: for how many seconds it waits in the queue.
+        history: the earlier attempts, as JSON.
+        pause: how many seconds it waits in the queue.
     """
 
     key: str
@@ -88,13 +88,13 @@ def requeue(
     token: str | None = None,
     unknown_for: float = 0.0,
 ) -> int:
-    """Put items that ended back into the queue; return how many.
+    """Put finished items back into the queue; return how many.
 
-    They ended as one of `kinds`; `keys` are the items, and `token` is that of their start, unless
-    they are None. Unknown ones must have been unknown for `unknown_for` seconds.
+    They finished as one of `kinds`. `keys` and `token`, the token of their start, narrow them down.
+    Unknown ones must have been unknown for `unknown_for` seconds.
 
-    Only `RETRY` starts items. One that has a run which is not known to have failed is followed
-    instead, because it may be paid for.
+    Only `RETRY` starts items. If an item has a run that is not known to have failed, it is followed
+    instead: you have paid for that run.
     """
     which = [_item.batch == batch, _item.kind.in_(kinds)]
     if reason is Reason.CALLBACK:
@@ -118,7 +118,7 @@ def requeue(
 def _pages(
     store: Store, which: list[sa.ColumnElement[bool]], keys: Iterable[str] | None
 ) -> Iterable[list[str]]:
-    """Yield the keys of items, a few hundred at a time; end early if cancelled."""
+    """Yield the keys of items, a few hundred at a time; stop early if cancelled."""
     if keys is not None:
         given = [*dict.fromkeys(keys)]
         for start in range(0, len(given), _ROWS_AT_ONCE):
@@ -153,13 +153,13 @@ def _requeue_page(
 
 
 def _next_attempt(reason: Reason, unknown_before: datetime | None, row: Any) -> NextAttempt | None:
-    """Return the next attempt of an item that ended; None if it is not to be run again."""
+    """Return the next attempt of a finished item; None if it must not run again."""
     outcome = StoredOutcome.from_json(row.outcome)
     is_unknown = row.kind == "unknown"
     if is_unknown and unknown_before is not None and outcome.finished > unknown_before:
         return None
 
-    # Its callback may have come while this waited for the lock.
+    # Its callback may have arrived while this waited for the lock.
     execution_id = outcome.execution_id or row.execution_id
     started = _start_to_follow(reason, outcome, execution_id)
     if started is None and reason is not Reason.RETRY:
@@ -172,7 +172,7 @@ def _next_attempt(reason: Reason, unknown_before: datetime | None, row: Any) -> 
 def _start_to_follow(
     reason: Reason, outcome: StoredOutcome, execution_id: int | None
 ) -> str | None:
-    """Return the start whose run is followed, as JSON; None if there is no run to follow."""
+    """Return the start whose run to follow, as JSON; None if there is no run to follow."""
     has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
     if execution_id is None or (reason is Reason.RETRY and has_failed):
         return None
@@ -182,17 +182,17 @@ def _start_to_follow(
 
 
 def record_callback(store: Store, batch: str, token: str, execution_id: int) -> bool:
-    """Store the callback of a start, the first one counts; return True if its item is followed."""
+    """Store the first callback of a start; return True if its item is followed now."""
     insert = store.insert(callbacks).values(batch=batch, token=token, execution_id=execution_id)
     store.execute(insert.on_conflict_do_nothing())
     return requeue(store, batch, Reason.CALLBACK, kinds=["unknown"], token=token) > 0
 
 
 def finish(store: Store, batch: str, endings: Sequence[Ending]) -> list[bool]:
-    """Store the outcomes of items, or begin another attempt of those that have one left.
+    """Store the outcomes of items, or begin another attempt of items that have one left.
 
-    Unknown ones whose callbacks are stored are followed. Returns for each whether it was stored, or
-    another attempt begun.
+    Unknown items whose callbacks are stored are followed. Returns for each item whether its outcome
+    was stored or another attempt has begun.
     """
     without_output = [ending for ending in endings if ending.may_restart]
     done = _restart(store, batch, without_output) if without_output else set()
@@ -243,7 +243,7 @@ def _restart(store: Store, batch: str, endings: Sequence[Ending]) -> set[tuple[s
 
 
 def _with_attempt(history: str | None, number: int, outcome: StoredOutcome) -> str:
-    """Return the history of an item, as JSON, with one more attempt that ended."""
+    """Return the history of an item, as JSON, with one more finished attempt."""
     ended = json.loads(outcome.to_json())
     del ended["key"], ended["succeeded"], ended["output"]
     return json.dumps([*json.loads(history or "[]"), {"attempt": number, **ended}])
@@ -252,7 +252,7 @@ def _with_attempt(history: str | None, number: int, outcome: StoredOutcome) -> s
 def _begin(
     store: Store, connection: sa.Connection, batch: str, attempts: Sequence[NextAttempt]
 ) -> None:
-    """Begin attempts of items; whoever calls this has locked the batch."""
+    """Begin attempts of items; the caller has locked the batch."""
     if not attempts:
         return
     nothing = dict.fromkeys(("kind", "seq", "outcome", "intent", "seconds"))

@@ -16,16 +16,16 @@ from promptlayer_exec.dbos._tables import tables as _tables
 
 T = TypeVar("T")
 
-# Connections of DBOS to PostgreSQL. A worker has one more, on which DBOS listens. They are not
-# ours, because while the database is away, the threads of DBOS wait in all of theirs.
+# Connections of DBOS to PostgreSQL. A worker has one more, on which DBOS listens. We do not share
+# them, because while the database is away, the threads of DBOS wait in all of them.
 _CONNECTIONS_OF_DBOS = 3
 
 
 class SharedDatabase(Database):
-    """A database for whose return the threads of DBOS wait, too.
+    """A database that DBOS also uses; while it is away, DBOS's threads wait for it.
 
     Attributes:
-        patience: for how many seconds they wait.
+        patience: how many seconds they wait.
         users: how many calls use it; the last one closes it.
     """
 
@@ -40,10 +40,10 @@ class SharedDatabase(Database):
             sa.event.listen(engine, "handle_error", self._translate)
 
     def prepare(self) -> None:
-        """Create the tables that are missing; does not wait for a database that is not there."""
+        """Create missing tables; do not wait for a database that is away."""
         try:
             if self.is_sqlite:
-                # DBOS would wait for a file that is locked or no file, and could not be ended.
+                # For a file that is locked or invalid, DBOS would wait, and could not be stopped.
                 with self.engine.begin() as connection:
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
             migrate(self.url)
@@ -68,25 +68,25 @@ class SharedDatabase(Database):
         return self.retry(transact)
 
     def execute(self, statement: sa.Executable) -> None:
-        """Execute a statement in a transaction of its own."""
+        """Execute a statement in a separate transaction."""
         self.transact(lambda connection: connection.execute(statement))
 
     def retry(self, work: Callable[[], T], *, once: bool = False) -> T:
-        """Call a function, again and again while the database cannot be used, unless `once`."""
+        """Call a function, and again while the database is away, unless `once`."""
         since = time.monotonic()
 
         def keep_trying() -> bool:
             is_late = time.monotonic() - since > self.patience
             if is_late and self.patience < self.limits.retry_for:
-                self.ended.set()  # at a worker's end: all give up now
+                self.ended.set()  # a worker is stopping: all give up now
             return not (is_late or once)
 
         return self.retry_while(keep_trying, work)
 
     def explain(self, error: Exception) -> Exception:
-        """Return an error as the caller should get it: no raw error of the database."""
+        """Return an error for the caller, instead of a raw error of the database."""
         if isinstance(error.__cause__, ConfigurationError):
-            return error.__cause__  # the shared rate's: a session calls it a defect of its limiter
+            return error.__cause__  # the session reports the shared rate's as a limiter's defect
         if isinstance(error, (exc.SQLAlchemyError, DatabaseLost)):
             unusable = self._unusable(error)
             unusable.__cause__ = error
@@ -94,7 +94,7 @@ class SharedDatabase(Database):
         return error
 
     def _wait_to_connect(self, dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
-        """Make a connection for DBOS, which would give up too soon: wait until one can be made."""
+        """Open a connection for DBOS; wait for the database, because DBOS gives up too early."""
         began = time.monotonic()
         while not self.ended.is_set():
             try:
@@ -104,9 +104,9 @@ class SharedDatabase(Database):
                 is_late = time.monotonic() - began > self.patience
                 if is_late or not self._pause():
                     raise DatabaseLost(reason_of(error)) from error
-        raise DatabaseLost("the work was ended")
+        raise DatabaseLost("the work was stopped")
 
     def _translate(self, context: sa.ExceptionContext) -> None:
-        if self.ended.is_set():  # DBOS would try again for ever
+        if self.ended.is_set():  # DBOS would try again forever
             error = context.original_exception
             raise DatabaseLost(reason_of(error)) from error

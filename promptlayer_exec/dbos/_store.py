@@ -1,4 +1,4 @@
-"""The database: DBOS's tables, and our own for batches, items, workers and callbacks.
+"""The database, with DBOS's tables and ours for batches, items, workers and callbacks.
 
 DBOS stores which items to run and the progress of each. Our tables store the outcomes in the order
 in which they were stored, what is needed to start each item once, the heartbeats of the workers,
@@ -48,11 +48,10 @@ VERSION = "4"
 
 @attrs.frozen
 class Sizes:
-    """How much is read or written at once.
+    """How much one statement reads or writes.
 
-    At most `keys` items are read or deleted by one statement. Outcomes are read until there are
-    `outcomes` of them, or one has brought their length to `outcome_length` characters: one may have
-    megabytes.
+    It reads or deletes at most `keys` items. It reads at most `outcomes` outcomes, and stops after
+    the one that brings their length to `outcome_length` characters, because one may have megabytes.
     """
 
     keys: int = 500
@@ -83,12 +82,12 @@ _FINISH = (
     .where(the_attempt, sa.or_(_item.started.is_(None), sa.bindparam("has_run")))
     .values({name: sa.bindparam(f"new_{name}") for name in ("kind", "outcome", "seconds", "seq")})
 )
-# The process of a worker about which nothing is known.
+# The process of an unknown worker.
 _NOWHERE = "[null, null, 0]"
 
 
 class Store(SharedDatabase):
-    """The database of batches; each method is a call that `Database` retries."""
+    """The database of batches; `Database` retries each method."""
 
     def __init__(self, url: sa.URL) -> None:
         super().__init__(url)
@@ -125,10 +124,10 @@ class Store(SharedDatabase):
         return str(self.rows(query)[0].channel_suffix)
 
     def check(self, batch: str, rows: Iterable[Row]) -> set[str]:
-        """Return the keys that are already there; one that stands for another request is an error.
+        """Return the keys that are already there.
 
         Raises:
-            KeyConflict: a key stands for another request.
+            KeyConflict: a key belongs to another request.
         """
         given = {row.key: row for row in rows}
         known = set()
@@ -142,7 +141,7 @@ class Store(SharedDatabase):
     def rows_of(
         self, batch: str, keys: Sequence[str], *columns: sa.ColumnElement[Any]
     ) -> Iterator[Any]:
-        """Yield the key and these columns of each item that is there; ends early if cancelled."""
+        """Yield the key and these columns of each existing item; stop early if cancelled."""
         query = sa.select(_item.key, *columns).where(_item.batch == batch)
         for start in range(0, len(keys), SIZES.keys):
             if self.is_cancelled():
@@ -151,7 +150,7 @@ class Store(SharedDatabase):
             yield from self.rows(query.where(_item.key.in_(page)))
 
     def add(self, batch: str, rows: Sequence[Row]) -> int:
-        """Add and enqueue the items that are new, and return how many were; checks the others."""
+        """Add and enqueue the new items, check the others, and return how many were new."""
         unique = by_key(batch, rows)
         insert = self.insert(_items).on_conflict_do_nothing().returning(_item.key)
         items = [
@@ -173,12 +172,13 @@ class Store(SharedDatabase):
         return added
 
     def finish(self, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
-        """Store the outcome of each item; return the keys and attempts of those that were stored.
+        """Store the outcomes of items; return the keys and attempts of those that were stored.
 
-        It is not if the item has one, a later attempt has begun, or another start goes on.
+        One is not stored if the item already has one, a later attempt has begun, or another start
+        was recorded.
         """
         count = len(endings)
-        # This locks the batch's row: nobody gets the next numbers before these are visible, so
+        # This locks the batch's row: nobody gets the next numbers before these are visible, so that
         # `outcomes` skips none.
         number = update_batch(batch).values(last_seq=_batches.c.last_seq + count)
         number = number.returning(_batches.c.last_seq)
@@ -208,7 +208,7 @@ class Store(SharedDatabase):
         return self.transact(finish)
 
     def count(self, connection: sa.Connection, batch: str, more: Mapping[str, int]) -> None:
-        """Add to the numbers of a batch's items; what is negative is taken off."""
+        """Add to the counts of a batch's items; numbers can be negative."""
         if more:
             values = {name: _batches.c[name] + number for name, number in more.items()}
             connection.execute(update_batch(batch).values(**values))
@@ -216,7 +216,7 @@ class Store(SharedDatabase):
     def outcomes(self, batch: str, after: int) -> Sequence[Any]:
         """Return the numbers and the JSON of the next outcomes, in the order they were stored.
 
-        There are no more of them than `SIZES` allows.
+        `SIZES` limits how many.
         """
         later = _item.batch == batch, _item.seq > after
         length = sa.func.length(_item.outcome).label("length")
@@ -236,8 +236,8 @@ class Store(SharedDatabase):
 
     def is_finished(self, batch: str) -> bool:
         query = sa.select(_item.key).where(_item.batch == batch, _item.kind.is_(None))
-        # Ordered for the sake of the index: where statistics are old, PostgreSQL takes most items
-        # for unfinished, and would read millions to find one.
+        # Ordered for the sake of the index: with old statistics, PostgreSQL assumes that most items
+        # are unfinished, and would read millions to find one.
         return not self.rows(query.order_by(_item.kind).limit(1))
 
     def status(self, batch: str) -> BatchStatus:
@@ -249,17 +249,17 @@ class Store(SharedDatabase):
 
         total, succeeded, failed, unknown = rows[0]
         pending = total - succeeded - failed - unknown
-        # DBOS may record the end of an item later than its outcome is stored.
+        # DBOS may record that an item has finished after we store its outcome.
         running = min(len(self.taken(batch)), pending)
         return BatchStatus(pending - running, running, succeeded, failed, unknown, total)
 
     def store_settings(self, batch: str, given: dict[str, float]) -> dict[str, float]:
-        """Store the settings that are given, and return those of `given` that replaced others."""
+        """Store the given settings; return the earlier values of those that changed."""
 
         def work(connection: sa.Connection) -> dict[str, float]:
             before = lock_batch(connection, batch)
             changes = {name: value for name, value in given.items() if before[name] != value}
-            if "rate" in changes:  # the slot after the last one of a slow rate is far away
+            if "rate" in changes:  # with a slow rate, the next slot may be far away
                 connection.execute(update_batch(batch).values(next_request=0.0))
             if changes:
                 connection.execute(update_batch(batch).values(**changes))
@@ -328,7 +328,7 @@ class Store(SharedDatabase):
         return sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()), sa.Double)
 
     def processes(self, batch: str, within: float) -> list[str]:
-        """Return the processes of the workers of a batch with a heartbeat in that many seconds."""
+        """Return the processes of a batch's workers with a heartbeat within that many seconds."""
         is_recent = _workers.c.seen_at > self._now - within
         query = sa.select(_workers.c.process).where(_workers.c.batch == batch, is_recent)
         return [row.process for row in self.rows(query)]
@@ -342,8 +342,8 @@ class Store(SharedDatabase):
     def claim_rescue(self, batch: str, dead: str, executor: str, within: float) -> bool:
         """Return True if this worker may put the items of a dead one back into the queue.
 
-        Only one may: DBOS would take an item from a live worker that has dequeued it meanwhile. A
-        claim expires after that many seconds, because its worker may die.
+        Only one worker may: a second one would take items from live workers that have dequeued
+        them meanwhile. A claim expires after `within` seconds, because its worker may die.
         """
         row = {"executor": dead, "beat": 0, "process": _NOWHERE, "batch": batch}
         insert = self.insert(_workers).values(row).on_conflict_do_nothing()
@@ -374,9 +374,9 @@ class Store(SharedDatabase):
         return bool(self._list_workflows(status="DELAYED", queue_name=queue_name(batch)))
 
     def put_back(self, batch: str, workflows: Collection[str]) -> None:
-        """Put attempts that a worker has taken back into their batch's queue, by their workflows.
+        """Put attempts, given by their workflows, back into their batch's queue.
 
-        Without retrying: if it was done although the connection broke, others have them now.
+        It does not retry: if this succeeded although the connection broke, others have them now.
         """
         resume = partial(self._client.resume_workflows, [*workflows], queue_name=queue_name(batch))
         if workflows:
@@ -389,9 +389,9 @@ class Store(SharedDatabase):
         """Reserve the next slots of a rate per second; return the seconds until the first one."""
         now = self._now
         latest: Any = sa.func.max if self.is_sqlite else sa.func.greatest
-        # The rate may have been replaced since it was read.
+        # Somebody may have replaced the rate since it was read.
         length = float(slots) / sa.func.coalesce(_batches.c.rate, rate)
-        # By how much the clock was put back since the last reservation: the next slot moves along.
+        # If the clock was put back since the last reservation, the next slot moves by as much.
         put_back = latest(sa.func.coalesce(_batches.c.reserved_at, now) - now, 0.0)
 
         update = (

@@ -1,4 +1,4 @@
-"""Our tables of batches, items, workers and callbacks; and the names that these have in DBOS."""
+"""Our tables of batches, items, workers and callbacks, and their names in DBOS."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ batches = sa.Table(
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("last_seq", sa.BigInteger, nullable=False),
     sa.Column("next_request", sa.Double, nullable=False),
-    # The clock when a slot was last reserved; it may have been put back since.
+    # The time when a slot was last reserved, to notice that the clock was put back.
     sa.Column("reserved_at", sa.Double),
     sa.Column("created", sa.Double, nullable=False),
-    # What the batch belongs to; see `_owner`.
+    # The server and the key that the batch belongs to; see `_owner`.
     sa.Column("server", sa.Text),
     sa.Column("key_digest", sa.Text),
-    # Of the push channel that all workers share, so that one that takes over is woken, too.
+    # For the push channel that all workers share, so that push also wakes one that takes over.
     sa.Column("channel_suffix", sa.Text, nullable=False),
-    # The settings that all workers share; without a rate, there is no limit beside each session's.
+    # The settings that all workers share; without a rate, only the limit of each session applies.
     sa.Column("max_in_flight", sa.Integer),
     sa.Column("rate", sa.Double),
-    # How many runs an item may have that complete without an output; None: one.
+    # The maximum number of runs for an item; None: one.
     sa.Column("attempts", sa.Integer),
-    # How many items there are, and how many of them ended how, so that `status` need not count.
+    # How many items there are of each kind, so that `status` need not count.
     *(sa.Column(name, sa.BigInteger, nullable=False) for name in COUNTS),
 )
 items = sa.Table(
@@ -40,20 +40,20 @@ items = sa.Table(
     sa.Column("batch", sa.Text, primary_key=True),
     sa.Column("key", sa.Text, primary_key=True),
     sa.Column("attempt", sa.Integer, nullable=False),
-    # What the key stands for, as JSON; see `_requests`.
+    # The request that the key belongs to, as JSON; see `_requests`.
     sa.Column("request", sa.Text, nullable=False),
     sa.Column("digest", sa.Text, nullable=False),
-    # How it ended, the number of its outcome, and the outcome as JSON.
+    # How it finished, the number of its outcome, and the outcome as JSON.
     sa.Column("kind", sa.Text),
     sa.Column("seq", sa.BigInteger),
     sa.Column("outcome", sa.Text),
-    # The token of the start whose request may have been sent.
+    # The token of a start that may have been sent.
     sa.Column("intent", sa.Text),
-    # The result of that start, or of one of an earlier attempt, as JSON: it is only followed.
+    # The result of that start, or of an earlier attempt's, whose run is only followed, as JSON.
     sa.Column("started", sa.Text),
     # How long its run took, in seconds.
     sa.Column("seconds", sa.Double),
-    # The earlier attempts and how they ended, as JSON.
+    # The earlier attempts and how they finished, as JSON.
     sa.Column("history", sa.Text),
     sa.Index("promptlayer_item_kind", "batch", "kind"),
     sa.Index("promptlayer_item_seq", "batch", "seq"),
@@ -66,7 +66,7 @@ workers = sa.Table(
     sa.Column("beat", sa.BigInteger, nullable=False),
     sa.Column("process", sa.Text, nullable=False),
     sa.Column("seen_at", sa.Double),
-    # Who puts the items of this worker back, if it is dead, and since when.
+    # If it is dead: the worker that puts its items back, and since when.
     sa.Column("rescuer", sa.Text),
     sa.Column("rescued_at", sa.Double),
 )
@@ -82,9 +82,8 @@ callbacks = sa.Table(
 # The callback of an item's start.
 called_back = sa.and_(callbacks.c.batch == items.c.batch, callbacks.c.token == items.c.intent)
 
-# One attempt of an item that has not ended, by the parameters that `attempt_of` returns. It is
-# found by its key: "kind IS NULL" would let PostgreSQL take the index of kinds, and read all of
-# them, where its statistics are old.
+# One unfinished attempt of an item, by the parameters that `attempt_of` returns. With old
+# statistics, PostgreSQL would answer "kind IS NULL" by reading the whole index of kinds.
 the_attempt = sa.and_(
     items.c.batch == sa.bindparam("the_batch"),
     items.c.key == sa.bindparam("the_key"),
@@ -103,7 +102,7 @@ def workflow_id(batch: str, key: str, attempt: int) -> str:
 
 
 def key_and_attempt(workflow_id: str) -> tuple[str, int]:
-    """Return the key and the attempt that are in the id of a workflow."""
+    """Return the key and the attempt from the id of a workflow."""
     _, _, attempt, key = workflow_id.split("/", 3)
     return key, int(attempt)
 
@@ -117,10 +116,11 @@ def update_batch(batch: str) -> sa.Update:
 
 
 def lock_batch(connection: sa.Connection, batch: str) -> Any:
-    """Lock the batch's row, as storing outcomes does, and return it: until the end, no item ends.
+    """Lock the batch's row, as storing outcomes does, and return it.
 
-    Others may wait for it with all connections of this process, so whoever has the lock must not
-    need another one. It writes, because a transaction of SQLite that has read may not write later.
+    No item can finish until the transaction is over. Others may wait for the lock with all
+    connections of this process, so the transaction must not need a second one. The lock writes,
+    because a transaction of SQLite that has only read may be refused a later write.
     """
     lock = update_batch(batch).values(name=batch).returning(batches)
     return connection.execute(lock).mappings().one()

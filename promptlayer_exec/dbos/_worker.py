@@ -1,6 +1,6 @@
-"""One worker: DBOS takes items from the queue, and the caller's session runs them.
+"""A worker of a batch: DBOS takes items from the queue, and the caller's session runs them.
 
-DBOS has threads and an event loop of its own. What happens to each item is in `_items`.
+DBOS has its own threads and event loop. `_items` describes the path of each item.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from promptlayer_exec.dbos._tables import APPLICATION, WORKFLOW, queue_name
 
 @attrs.frozen
 class WorkerTimes:
-    """How often a worker looks whether its work is done, and how it ends, in seconds.
+    """How often a worker checks whether its work is done, and how it stops, in seconds.
 
-    The work ends if for `idle` no item has come while all others wait for the server. At the end, a
-    database that is away may keep each call waiting for `patience_at_end`, and DBOS stops taking
-    items within `ending`, if there may be more of them.
+    The work stops if no item arrives for `idle` seconds while all others wait for the server. While
+    it stops, each call waits at most `patience_at_end` for a database that is away, and DBOS gets
+    `ending` to stop taking items, if there may be more of them.
     """
 
     check_interval: float = 0.25
@@ -65,7 +65,7 @@ class Worker:
         self._liveness = Liveness(store, batch, self._executor, self._items.active)
 
     async def run(self, *, until_done: bool) -> None:
-        """Work on the batch, and wait at the end for the starts that are being sent."""
+        """Work on the batch; before returning, wait for the starts that are being sent."""
         global _worker  # noqa: PLW0603 - DBOS is one per process, and so is its worker
         if _worker is not None:
             raise RuntimeError("this process already works on a batch; work on one batch at a time")
@@ -82,7 +82,7 @@ class Worker:
             watching = asyncio.create_task(self._liveness.run())
             await self._wait(watching, until_done=until_done)
         finally:
-            # A cancelled scope of anyio would cancel every await in here, too.
+            # A cancelled scope of anyio would also cancel every await in here.
             with anyio.CancelScope(shield=True):
                 try:
                     await self._shut_down(watching)
@@ -115,7 +115,7 @@ class Worker:
         )
         if DBOS.executor_id != self._executor:
             raise ConfigurationError(
-                "this process already uses DBOS; work on the batch in another process, for example"
+                "this process already uses DBOS: work on the batch in another process, for example"
                 " with `promptlayer-exec batch work`"
             )
 
@@ -128,7 +128,7 @@ class Worker:
 
     async def _wait(self, watching: asyncio.Task[None], *, until_done: bool) -> None:
         store = self._store
-        checks = 0  # counted, because time in which the database is away does not count
+        checks = 0  # not seconds, because time without the database does not count
         was_pausing = False
         while self._error is None:
             if watching.done():
@@ -141,7 +141,7 @@ class Worker:
             if not until_done or len(self._items.waiting) < max(len(self._items.active), 1):
                 checks = 0
             elif checks * TIMES.check_interval > TIMES.idle:
-                # Items that pause before their next attempt still come, a moment after their pause.
+                # Items that pause before their next attempt arrive a moment after their pause.
                 is_pausing = await store.run_in_thread(store.has_pausing, self._batch)
                 if not (is_pausing or was_pausing):
                     self._give_up(next(iter(self._items.waiting.values())))
@@ -149,7 +149,7 @@ class Worker:
             await asyncio.sleep(TIMES.check_interval)
 
     async def _wait_until_idle(self) -> None:
-        """Wait up to 2 s until DBOS has ended the last items; other workers would recover them."""
+        """Wait up to 2 s for DBOS to finish the last items; other workers would recover them."""
         give_up = time.monotonic() + 2.0
         while time.monotonic() < give_up:
             taken = await self._store.run_in_thread(self._store.taken, self._batch)
@@ -158,7 +158,7 @@ class Worker:
             await asyncio.sleep(0.02)
 
     async def run_item(self, key: str, attempt: int) -> bool:
-        """Return True if an item has ended; called in DBOS's event loop."""
+        """Run an item, in DBOS's event loop; return True if it has finished."""
         run = self._items.run(key, attempt)
         running = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run, self._loop))
         await asyncio.wait([running])
@@ -191,7 +191,7 @@ class Worker:
         if DBOS.executor_id == self._executor:  # it was launched
             DBOS.destroy(workflow_completion_timeout_sec=0 if is_finished else TIMES.ending)
 
-        with suppress(ConfigurationError):  # the other workers will miss its heartbeat
+        with suppress(ConfigurationError):  # the other workers notice its missing heartbeat
             release(self._store, self._batch, self._executor)
 
 
@@ -201,5 +201,5 @@ _worker: Worker | None = None
 @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
 async def _item(key: str, attempt: int) -> None:
     if _worker is None or not await _worker.run_item(key, attempt):
-        # Until DBOS ends: the item stays as it is stored, for the next worker.
+        # Wait until DBOS stops: the item stays as it is stored, for the next worker.
         await asyncio.Event().wait()

@@ -1,4 +1,4 @@
-"""Which executions of a list a client may read: by tickets, or by asking `authorize` for each."""
+"""Which executions of a list a client may read, as `authorize` decides for each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Refusal:
         """Return the data of the event `failure`."""
         return {
             "execution_id": str(execution_id),
-            # A type of its own: PromptLayer's 403, which concerns the key, is `Forbidden`.
+            # Not `Forbidden`, which is PromptLayer's 403 about the API key.
             "type": "Refused",
             "message": self.message,
             "status": self.status,
@@ -38,10 +38,10 @@ class Refusal:
 
 
 class RequestRefused(Exception):
-    """One of the answers concerns the whole request.
+    """One of the responses concerns the whole request.
 
     Attributes:
-        response: what to send.
+        response: the response to send.
     """
 
     def __init__(self, response: Response) -> None:
@@ -51,7 +51,7 @@ class RequestRefused(Exception):
 
 @attrs.define(eq=False)
 class Admission:
-    """Asks `authorize` about executions, one at a time, with all that it depends on.
+    """Asks `authorize` about executions one by one, with all its dependencies.
 
     FastAPI resolves dependencies once for each request, so each question is a request to a route
     that belongs to no app, with the path parameter `execution_id`.
@@ -68,7 +68,7 @@ class Admission:
         """Return the executions that the client may not read.
 
         Raises:
-            RequestRefused: an answer was an error that may pass, so that nothing is known.
+            RequestRefused: one of them failed temporarily, so nothing is decided.
         """
         slots = asyncio.Semaphore(_ASKED_AT_ONCE)
 
@@ -97,7 +97,7 @@ class Admission:
         scope = {
             **request.scope,
             "path_params": parameters,
-            # Questions that are asked at the same time must not see what others store there.
+            # Concurrent questions must not see what others store here.
             "state": dict(request.scope.get("state", {})),
         }
         messages: list[Message] = []
@@ -113,10 +113,10 @@ class Admission:
         return response
 
     def _route(self, app: Any, parameters: tuple[str, ...]) -> APIRoute:
-        """Return the route to ask, which takes longer to make than to ask."""
+        """Return the route to ask; creating it takes longer than asking."""
         route = self._routes.get((app, *parameters))
         if route is None:
-            # FastAPI takes what the path does not name for a query parameter.
+            # FastAPI treats any parameter that is not in the path as a query parameter.
             path = "".join(f"/{{{name}}}" for name in parameters)
             route = self._routes[(app, *parameters)] = self._route_class(
                 path,
@@ -129,7 +129,7 @@ class Admission:
 
 
 async def _admitted() -> None:
-    """Answer 204: all dependencies let the request through."""
+    """Respond 204: all dependencies let the request through."""
 
 
 def _refusal(response: Response) -> Refusal:
@@ -137,6 +137,6 @@ def _refusal(response: Response) -> Refusal:
     try:
         problem = json.loads(bytes(response.body))
         message = str(problem.get("detail") or problem.get("title") or message)
-    except (AttributeError, ValueError):  # an app can have an answer of its own
+    except (AttributeError, ValueError):  # the app may respond in its own format
         pass
     return Refusal(response.status_code, message)

@@ -1,4 +1,4 @@
-"""Responses to `GET /executions/{id}`: one request to PromptLayer for all callers of a moment."""
+"""Responses to `GET /executions/{id}`: concurrent callers share one request to PromptLayer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Body = tuple[bytes, str | None]  # JSON, and the tag that all complete ones hav
 
 @attrs.define(eq=False)
 class KeptResponses:
-    """Reads executions, and keeps the latest complete responses, which do not change."""
+    """Reads executions, and keeps the latest complete responses, which never change."""
 
     _hidden: Collection[str]
     _kept: dict[_Key, _Body] = attrs.field(init=False, factory=dict)  # the oldest first
@@ -37,7 +37,7 @@ class KeptResponses:
             reading = asyncio.create_task(self._read(key), name="promptlayer_exec.Response")
             self._readings[key] = reading
             reading.add_done_callback(lambda _: self._readings.pop(key))
-            # Not to be logged, even if all callers have left.
+            # Mark an error as seen, or asyncio logs it after all callers have left.
             reading.add_done_callback(lambda done: done.cancelled() or done.exception())
 
         await asyncio.wait([reading])  # unlike `await`, it does not pass on a cancellation
@@ -52,7 +52,7 @@ class KeptResponses:
             return body, None
 
         tagged = body, _tag(shown)
-        if len(body) <= 2**20:  # a larger one would take the place of many
+        if len(body) <= 2**20:  # a larger one would displace many
             self._keep(key, tagged)
         return tagged
 

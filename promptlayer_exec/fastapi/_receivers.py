@@ -33,9 +33,9 @@ _BODY_TIMEOUT = 30.0
 def create_webhook_router(session: Session | Callable[..., Any], *, secret: str) -> APIRouter:
     """Return the route `POST /webhook`, which wakes the execution that a webhook is about.
 
-    It answers 204 and only then polls, in this process and if somebody follows the execution here.
-    A webhook that is repeated, or is about something else than an execution, does no harm. Without
-    a valid signature, the answer is 401; for a body over 1 MiB, 413.
+    It responds 204, and then polls if somebody follows the execution in this process. Webhooks that
+    are repeated, or that are about something else, do no harm. The response is 401 without a valid
+    signature, and 413 for a body over 1 MiB.
 
     Args:
         session: the open `Session`, or a dependency that returns it.
@@ -79,19 +79,21 @@ def create_callback_router(
 ) -> APIRouter:
     """Return the route `POST /callbacks/{token}`, for the callbacks of `Session(callbacks=...)`.
 
-    A callback to a start whose answer was lost ends `Session.recover`. With `Session(starts=...)`,
-    the id is recorded before the answer, whichever process has sent the start; while the record is
-    away, the response is a 503, so that the callback comes again. Every callback wakes the
-    execution, as a webhook does; only the execution's id in it counts, whatever its output is. For
-    a token that was not made with the secret of `callbacks`, the answer is 404; for a body over the
-    session's `max_response_bytes`, 413; for one without an id, 422.
+    If the response to a start was lost, its callback lets `Session.recover` return. With
+    `Session(starts=...)`, the id is stored before the route responds, even if another process sent
+    the start. While the store is unavailable, the response is 503, so that PromptLayer repeats the
+    callback. Each callback also wakes the execution, as a webhook does. Only the execution id in it
+    counts, not the output.
+
+    The response is 404 if the token was not made with the secret of `callbacks`, 413 for a body
+    over the session's `max_response_bytes`, and 422 for one without an id.
 
     Args:
         session: the open `Session`, or a dependency that returns it.
         callbacks: those of the session.
-        on_callback: called with the token and the execution's id, for example to store them for
+        on_callback: called with the token and the execution id, for example to store them for
             other processes; may be async. It may be called several times for one callback. The
-            answer is sent when it has returned; if it raises, that is a 500.
+            route responds after it returns, or with 500 if it raises.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -137,7 +139,7 @@ def create_callback_router(
 def _accepted(
     session: Session, execution_id: int, source: Literal["webhook", "callback"]
 ) -> Response:
-    """Return a 204 after which the execution is polled."""
+    """Return a 204, and wake the execution after it is sent."""
 
     async def wake() -> None:
         with suppress(SessionClosed):  # then nobody follows it here

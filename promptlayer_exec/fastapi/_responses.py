@@ -1,4 +1,4 @@
-"""Responses of JSON, and errors as problem+json with a status and a text of our own.
+"""JSON responses, and errors as problem+json with our own status and text.
 
 https://www.rfc-editor.org/rfc/rfc9457
 """
@@ -49,14 +49,14 @@ from promptlayer_exec.webhooks import InvalidSignature
 logger = logging.getLogger("promptlayer_exec.fastapi")
 
 _JSON = "application/json"
-# Possessive, because otherwise a state is kept for each character of a text.
+# Possessive quantifiers: otherwise the engine stores a state for each character of a text.
 _STRING_OR_NOT_JSON = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|NaN|-?Infinity')
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _URN = "urn:promptlayer-exec:"
 _REFUSED = "PromptLayer refused this server's credentials."
 _INVALID = "PromptLayer refused the request as invalid."
 
-# An error's own str() is never sent: it may contain PromptLayer's text and address.
+# Clients never get an error's str(), which may contain PromptLayer's text and address.
 _STATUSES_AND_TITLES: Mapping[type[Exception], tuple[int, str]] = {
     BadRequest: (422, _INVALID),
     InvalidInputs: (422, "Inputs that the workflow requires are missing."),
@@ -70,16 +70,16 @@ _STATUSES_AND_TITLES: Mapping[type[Exception], tuple[int, str]] = {
     ServerError: (502, "PromptLayer failed. Try again later."),
     StatusError: (502, "PromptLayer refused the request."),
     ConnectionFailed: (502, "PromptLayer could not be reached. Try again later."),
-    RequestTimeout: (504, "PromptLayer did not answer in time. Try again later."),
-    InvalidResponse: (502, "PromptLayer's answer could not be read."),
-    ResponseTooLarge: (502, "PromptLayer's answer is larger than this server accepts."),
+    RequestTimeout: (504, "PromptLayer did not respond in time. Try again later."),
+    InvalidResponse: (502, "PromptLayer's response could not be read."),
+    ResponseTooLarge: (502, "PromptLayer's response is larger than this server accepts."),
     StartUnknown: (
         502,
         "The run may have started and be billed: look in PromptLayer before starting it again.",
     ),
     ExecutionTimeout: (
         504,
-        "The execution did not complete in time. It is still running: request it again to go on.",
+        "The execution did not complete in time. It is still running: request it again.",
     ),
     ExecutionFailed: (409, "The execution completed without an output."),
     InvalidOutput: (502, "The execution's output does not have the expected structure."),
@@ -93,7 +93,7 @@ def dump_json(value: Any) -> str:
     """Return a value as one line of JSON that conforms to RFC 8259 and can be encoded as UTF-8.
 
     `NaN` and the infinities become null, as in `JSON.stringify`. A lone surrogate becomes U+FFFD,
-    the replacement character. A value that is nested too deeply is a `RecursionError`.
+    the replacement character. A value that is nested too deeply raises `RecursionError`.
     """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     if "NaN" in text or "Infinity" in text:
@@ -114,7 +114,7 @@ def json_response(
 def tagged_response(
     body: bytes, tag: str | None, if_none_match: str, media_type: str = _JSON
 ) -> Response:
-    """Return a response that a browser may keep and must validate; without a tag, not keep."""
+    """Return a response that a browser may keep but must validate; without a tag, not keep."""
     if tag is None:
         return Response(body, headers={"Cache-Control": "no-store"}, media_type=media_type)
     headers = {"Cache-Control": "private, no-cache", "ETag": f"W/{tag}"}
@@ -138,23 +138,23 @@ def describe_and_log(error: Exception) -> tuple[int, str, str]:
     """Do what `describe` does, and log what the client may not see."""
     status, kind, title = describe(error)
     if kind == "InternalServerError":
-        logger.error("an error whose details were not sent to the client", exc_info=error)
+        logger.error("error in a route; the client got no details", exc_info=error)
     elif status >= 500:
         logger.warning("%s", log_text(error))
     return status, kind, title
 
 
 def store_is_away(error: ConfigurationError, advice: str) -> HTTPException:
-    """Return a 503 for a record of starts that cannot be used, and log why."""
+    """Return a 503 for a store of starts that is unavailable, and log why."""
     logger.warning("%s", log_text(error))
-    detail = f"The record of starts cannot be used. {advice}"
+    detail = f"The store of starts is unavailable. {advice}"
     return HTTPException(503, detail, {"Retry-After": "5"})
 
 
 def add_error_handlers(app: Starlette) -> None:
-    """Make an app answer this package's errors as problem+json.
+    """Make an app respond to this package's errors with problem+json.
 
-    The routes of `create_router` do so already; this is for routes of your own.
+    The routes of `create_router` already do so; this is for your own routes.
     """
     app.add_exception_handler(PromptLayerExecError, _handle)
 
@@ -192,9 +192,9 @@ def problem(
 
 
 class ProblemRoute(APIRoute):
-    """A route that answers errors of its dependencies and its own as problem+json."""
+    """A route that responds to its errors, and those of its dependencies, with problem+json."""
 
-    hidden: Collection[str] = ()  # the fields of a node that no problem has
+    hidden: Collection[str] = ()  # the fields of a node to leave out of problems
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()

@@ -72,8 +72,8 @@ _ExecutionIds = Annotated[
     Query(alias="id", description="Up to 100 ids; repeated ones count once."),
     AfterValidator(_distinct),
 ]
-_SAME = {"description": "The client has this complete answer, as its `If-None-Match` says"}
-_SEEN = {"description": "The client has the last event already, as its `Last-Event-ID` says"}
+_SAME = {"description": "The client already has this complete response (`If-None-Match`)"}
+_SEEN = {"description": "The client already has the last event (`Last-Event-ID`)"}
 _OUTPUT = described("The main output: any JSON", {})
 
 
@@ -81,15 +81,15 @@ _IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
-        description="A text of your own that identifies this start: 1 to 255 characters, bare or"
-        " in double quotes. Repeat the request with it as often as you like: only one run is"
-        " started. A server without a record of starts ignores it.",
+        description="Identifies this start: 1 to 255 characters, bare or in double quotes. However"
+        " often you repeat the request with it, only one run is started. A server without a store"
+        " of starts ignores it.",
     ),
 ]
 
 
 class _NewExecution(BaseModel):
-    """A run to be started."""
+    """A run to start."""
 
     model_config = ConfigDict(extra="forbid", title="Start")
 
@@ -119,33 +119,46 @@ def create_router(
     fields: Collection[str] = DEFAULT_FIELDS,
     max_streams: int | None = None,
 ) -> APIRouter:
-    """Return routes that read and follow executions, and start those of some workflows.
+    """Return routes with which clients read, follow and start executions.
 
-    The routes are `GET /executions/{execution_id}`, `.../events` and `.../output`,
-    `GET /executions/events?id=1&id=2`, which follows up to 100 executions over one connection,
-    `POST /executions` if there are `workflows`, and, for everybody, `GET /executions/client.js`: an
-    ES module for browsers. Errors are problem+json (RFC 9457).
+    The routes are:
 
-    With `Session(starts=...)`, `POST /executions` honours `Idempotency-Key`. The first request with
-    a key gets a 201, and each repetition a 200 with the same execution. A key that belongs to
-    another body is a 422; while the record of starts is away, the response is a 503.
+    - `GET /executions/{execution_id}`, `.../events` and `.../output`
+    - `GET /executions/events?id=1&id=2`, which follows up to 100 executions over one connection
+    - `POST /executions`, if there are `workflows`
+    - `GET /executions/client.js`, an ES module for browsers, which needs no authorization
+
+    Errors are problem+json (RFC 9457). With `Session(starts=...)`, `POST /executions` honours
+    `Idempotency-Key`: the first request with a key gets a 201, and each repetition a 200 with the
+    same execution. A key that belongs to another body gets a 422. While the store of starts is
+    unavailable, the response is 503.
+
+    Example:
+        Let logged-in users start and follow runs of one workflow::
+
+            def authorize(user: Annotated[User, Depends(current_user)]) -> str:
+                return user.id
+
+            router = create_router(get_session, authorize=authorize, workflows=["write-report"])
+            app.include_router(router)
 
     Args:
         session: the open `Session`, or a dependency that returns it.
         authorize: a dependency that raises an `HTTPException` or returns False to refuse a request.
             It may declare the request, and `execution_id: int | None = None`. The code after a
-            `yield` in it runs before an event is sent. Of a list of executions, it is asked about
-            each that no ticket covers. If it returns a str, such as the id of the user, that user
-            has idempotency keys of their own. Otherwise all clients share them, and whoever sends
-            another's key and body gets that run.
-        tickets: allow reading executions with a ticket, as `?ticket=` or as a bearer token, in
-            place of `authorize`; never starting one. The response to a start then has a ticket.
-        workflows: the names of the workflows that may be started.
-        fields: what clients see of a node, besides its name, status, times and `is_output_node`:
-            any of `value`, `error_message` and `raw_error_message` (tracebacks). Without `value`,
-            there is no `.../output`.
-        max_streams: how many connections may follow executions at once, in this process, one or
-            many each. The others are asked to reconnect after 10 to 20 s. None: no limit.
+            `yield` in it runs before any event is sent. For a list of executions, it runs once for
+            each that no ticket covers. If it returns a str, such as the id of the user, idempotency
+            keys of different users never meet. Otherwise all clients share their keys: whoever
+            sends the same key and body as another client gets that client's run.
+        tickets: lets clients read executions with a ticket, as `?ticket=` or as a bearer token,
+            instead of `authorize`. A ticket never allows a start. The response to a start then
+            contains a ticket.
+        workflows: the names of the workflows that clients may start.
+        fields: the fields of a node that clients see, besides its name, status, times and
+            `is_output_node`: any of `value`, `error_message` and `raw_error_message` (tracebacks).
+            Without `value`, there is no `.../output`.
+        max_streams: how many connections may follow executions at the same time in this process,
+            each one execution or many. Other clients reconnect after 10 to 20 s. None: no limit.
 
     Raises:
         ConfigurationError: `max_streams` is not an int of at least 1.
@@ -162,7 +175,7 @@ def create_router(
         check_count("max_streams", max_streams)
     hidden_names = hidden_fields(fields)
     opened = session_dependency(session)
-    # Dependencies that are not global cannot be named in annotations, which are strings here.
+    # Not in an annotation: these are strings here, and cannot name a local dependency.
     authorized = Depends(authorize, scope="function")
 
     async def admit(verdict: Any = authorized) -> Any:
@@ -180,7 +193,7 @@ def create_router(
     checked = [Depends(_refuse_id_in_query)]
     counted = _stream_counter(max_streams)
 
-    # Before the route of one execution, which would take "events" for an id.
+    # Before the route of one execution, for which "events" would be an id.
     of_lists = APIRouter(route_class=Route, dependencies=checked)
     admission = Admission(Route, [Depends(admit)])
     _add_run_lists(
@@ -217,8 +230,8 @@ def _ticket_route(route_class: type[APIRoute], tickets: Tickets) -> type[APIRout
 
 
 async def _refuse_id_in_query(request: Request) -> None:
-    # On routes without an id in the path, FastAPI would pass `authorize` the one in the query: a
-    # client that may see that execution could then start others.
+    # On routes without an id in the path, FastAPI would pass the one in the query to `authorize`: a
+    # client that may read that execution could then start others.
     if "execution_id" in request.query_params:
         raise HTTPException(400, "execution_id is not a query parameter.")
 
@@ -239,7 +252,7 @@ def _stream_counter(max_streams: int | None) -> Any:
     async def count() -> AsyncGenerator[bool, None]:
         nonlocal streams
         streams += 1
-        try:  # FastAPI goes on when the response has ended
+        try:  # FastAPI continues after this when the response is complete
             yield max_streams is None or streams <= max_streams
         finally:
             streams -= 1
@@ -286,7 +299,7 @@ def _reads(
 
         @router.get(
             "/executions/{execution_id}/events",
-            response_class=Response,  # which has no media type of its own
+            response_class=Response,  # without a media type
             responses={200: events, 204: _SEEN},
         )
         async def get_events(
@@ -325,7 +338,7 @@ def _add_run_lists(
 
     @router.get(
         "/executions/events",
-        response_class=Response,  # which has no media type of its own
+        response_class=Response,  # without a media type
         responses={200: events, 204: _SEEN},
     )
     async def get_list_events(
@@ -337,7 +350,7 @@ def _add_run_lists(
     ) -> Response:
         """Follow up to 100 executions over one connection.
 
-        The events are those of `/executions/{execution_id}/events`, told apart by `execution_id`.
+        The events are those of `/executions/{execution_id}/events`; each has an `execution_id`.
         """
         runs = RunList(ids, last_event_id)
         if not (remaining := runs.remaining()):
@@ -371,7 +384,7 @@ def _add_start(
 ) -> None:
     schema = started_schema(has_ticket=tickets is not None)
     started_run = described("The run has started", schema)
-    known_run = described("The run that the idempotency key has started already", schema)
+    known_run = described("The run that this idempotency key has already started", schema)
 
     @router.post("/executions", status_code=201, responses={200: known_run, 201: started_run})
     async def start_execution(
@@ -381,12 +394,12 @@ def _add_start(
         client: Any = admitted,
         session: Session = opened,
     ) -> Response:
-        """Start an execution of a workflow; `Location` is where to read it.
+        """Start an execution of a workflow; `Location` is the URL to read it.
 
-        The server's `warning`, such as of a missing input, is in the response if there is one.
+        If PromptLayer warns of something, such as a missing input, the response has a `warning`.
         """
         if body.workflow not in workflows:
-            raise HTTPException(403, "This workflow cannot be started here.")
+            raise HTTPException(403, "This server does not start this workflow.")
 
         key = None
         if idempotency_key is not None and settings(session).starts is not None:
@@ -398,7 +411,7 @@ def _add_start(
             content["ticket"] = tickets.issue(started)
         if started.warning is not None:
             content["warning"] = started.warning
-        # Relative, so that it is correct under any prefix that a proxy removes.
+        # Relative, so that it works behind a proxy that removes a prefix.
         location = f"executions/{started.id}"
         status = 200 if is_repeated(started) else 201
         return json_response(content, status, {"Location": location})
@@ -413,22 +426,22 @@ async def _started(
     except InvalidInputs as error:
         raise HTTPException(422, str(error)) from error
     except ConfigurationError as error:
-        # In an open session, only the record of starts can be unusable.
+        # In an open session, this can only come from the store of starts.
         if key is not None and is_open(session):
             raise store_is_away(error, "Nothing was started. Try again later.") from error
         raise
     except PromptLayerExecError:
         raise
-    except (TypeError, ValueError) as error:  # an input is no JSON, such as NaN
+    except (TypeError, ValueError) as error:  # an input is not JSON, such as NaN
         raise HTTPException(422, str(error)) from error
 
 
 def _stored_key(header: str, client: object) -> str:
-    """Return the key of a start for an `Idempotency-Key`, one that no key of code can equal.
+    """Return the key of a start for an `Idempotency-Key`; it differs from all keys in code.
 
     Args:
         header: the value of the header, bare or as a string of RFC 8941.
-        client: what `authorize` returned; the keys of different str never meet.
+        client: the value from `authorize`; the keys of different str never meet.
     """
     key = header.strip()
     if len(key) >= 2 and key[0] == key[-1] == '"':
@@ -446,7 +459,7 @@ def _stored_key(header: str, client: object) -> str:
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """Await `work`, and cancel it when the client disconnects: no server does that itself."""
+    """Await `work`, and cancel it when the client disconnects, which no server does by itself."""
 
     async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -469,7 +482,7 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
 
 
 def _end_unanswered(work: asyncio.Future[Any]) -> None:
-    """Report the run that was started for a client that has gone; an error concerns nobody."""
+    """Report a run that was started for a client that is gone; nobody needs its error."""
     if work.cancelled() or work.exception() is not None:
         return
     execution = work.result()

@@ -31,15 +31,15 @@ from promptlayer_exec.fastapi._visible_fields import shown_node, shown_snapshot
 
 
 class RunList:
-    """The executions of one stream, and which of them have ended.
+    """The executions of one stream, and which of them are over.
 
-    The `id:` of an event is a checksum of the list, and a bit for each execution that has ended. A
-    browser sends it when it reconnects, so no process needs to remember what it has seen.
+    The `id:` of an event is a checksum of the list, and a bit for each execution that is over. A
+    browser sends it when it reconnects, so no process needs to remember what the browser has seen.
     """
 
     def __init__(self, execution_ids: Sequence[int], last_event_id: str | None) -> None:
         self._positions = {execution_id: n for n, execution_id in enumerate(execution_ids)}
-        # The bits mean nothing for another list.
+        # For another list, the bits would mean other executions.
         self._checksum = f"{crc32(repr(list(self._positions)).encode()):08x}"
         self._ended = 0
 
@@ -53,7 +53,7 @@ class RunList:
         return f"{self._checksum}.{self._ended:x}"
 
     def remaining(self) -> list[int]:
-        """Return the executions whose last event the client does not have."""
+        """Return the executions whose last event the client has not seen."""
         return [one for one, position in self._positions.items() if not self._ended >> position & 1]
 
     def end(self, execution_id: int) -> None:
@@ -69,13 +69,13 @@ class RunListEvents:
     _runs: RunList
     _refused: Mapping[int, Refusal]
     _hidden: Collection[str]
-    # What was sent of each execution that has not ended, and why there is no snapshot yet.
+    # The last snapshot sent of each execution that is not over, and why there is none yet.
     _sent: dict[Execution, Snapshot | None] = attrs.field(init=False, factory=dict)
     _reasons: dict[Execution, dict[str, str]] = attrs.field(init=False, factory=dict)
 
     async def events(self) -> AsyncGenerator[ServerSentEvent, None]:
-        """Yield the events until every execution has ended, or the session is closed."""
-        # The first bytes make proxies and browsers open the stream.
+        """Yield the events until every execution is over, or the session is closed."""
+        # Proxies and browsers open the stream at its first bytes.
         yield ServerSentEvent(comment="", retry=retry_delay(), sep="\n")
         for execution_id, refusal in self._refused.items():
             self._runs.end(execution_id)
@@ -104,7 +104,7 @@ class RunListEvents:
 
     async def _follow(self, stream: CombinedStream) -> AsyncGenerator[ServerSentEvent, None]:
         clock = asyncio.get_running_loop().time
-        # Most first polls are answered before that.
+        # Most first polls are done before that.
         explain_at = clock() + 2.0
 
         while not stream.has_ended:
@@ -116,11 +116,11 @@ class RunListEvents:
                     yield new
 
             if self._reasons and clock() >= explain_at:
-                explain_at = clock() + 1.0  # then there may be other reasons
+                explain_at = clock() + 1.0  # by then, the reasons may have changed
                 for new in self._changed_reasons():
                     yield new
 
-            # Sending need not suspend: a hundred snapshots in one turn would hold up all others.
+            # Sending may not suspend, and a hundred snapshots in one turn would delay all others.
             await asyncio.sleep(0)
 
     def _events_of(
@@ -136,7 +136,7 @@ class RunListEvents:
         if sent is None and not result.complete:
             return [self._event("snapshot", shown_snapshot(result, self._hidden))]
 
-        # What a slow client missed is one diff.
+        # A slow client gets all that it missed as one diff.
         new = []
         if sent is not None:
             for change in result.diff(sent):

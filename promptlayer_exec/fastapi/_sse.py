@@ -40,21 +40,21 @@ async def execution_events(
 ) -> Response:
     """Return a response that sends an execution's progress as Server-Sent Events.
 
-    It awaits the first snapshot for up to 2 s, and raises an error that occurs until then; a later
-    error is a `failure` event. While the first poll is retried after that, `waiting` events say
-    why. If the session is closed, the stream ends without an event, so that the client reconnects,
-    to whichever process then serves it.
+    It waits up to 2 s for the first snapshot, and raises any error until then. A later error is a
+    `failure` event. If the first poll is still being retried, `waiting` events contain the reason.
+    If the session closes, the stream stops without an event, so that the client reconnects to
+    another process.
 
     Args:
         execution: the execution to follow; all responses for it share the session's one poller.
-        last_event_id: the request's `Last-Event-ID`. If it is that of the last event, the response
-            is a 204, which stops the client from reconnecting.
+        last_event_id: the request's `Last-Event-ID`. If the client already has the last event, the
+            response is 204, which stops it from reconnecting.
         heartbeat: seconds between the comments that keep an idle connection open; 0 sends none.
-        fields: what clients see of a node, besides its name, status, times and `is_output_node`:
-            any of `value`, `error_message` and `raw_error_message` (tracebacks).
+        fields: the fields of a node that clients see, besides its name, status, times and
+            `is_output_node`: any of `value`, `error_message` and `raw_error_message` (tracebacks).
 
     Raises:
-        PromptLayerExecError: there is no first snapshot.
+        PromptLayerExecError: the first poll failed.
         TypeError: `fields` is a single string.
         ValueError: `heartbeat` is negative, or a field is unknown.
     """
@@ -82,19 +82,19 @@ async def execution_events(
         if first.done():
             await snapshots.aclose()
         else:
-            first.cancel()  # it is what runs the generator, and closes it
+            first.cancel()  # it runs the generator, so this closes it
 
     return EventStream(_events(execution, first, snapshots, hidden), close, heartbeat)
 
 
 def reconnect_later() -> Response:
-    """Return a response after which an `EventSource` reconnects; at any other it would give up."""
+    """Return a response after which an `EventSource` reconnects; after others it gives up."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return Response(reconnect_event().encode(), headers=headers, media_type="text/event-stream")
 
 
 class EventStream(EventSourceResponse):
-    """Events for one client; `close` is called however the response ends."""
+    """Events for one client; it calls `close` when the response is over, for whatever reason."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class EventStream(EventSourceResponse):
             logger.info("a client did not read its events for %g s", _SEND_TIMEOUT)
         else:
             if unfinished:  # the server is shutting down, or the client has disconnected
-                # Servers log an error for every response that does not end.
+                # Servers log an error for every unfinished response.
                 with anyio.move_on_after(0.1), suppress(OSError):
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
@@ -146,14 +146,14 @@ async def _events(
             if (latest_reason := waiting_reason(execution)) != reason:
                 reason = latest_reason
                 yield event("waiting", None, reason, retry=True)
-            await asyncio.wait([first], timeout=1.0)  # then there may be another reason
+            await asyncio.wait([first], timeout=1.0)  # by then, the reason may have changed
 
         sent = first.result()
-        # The ids must be meaningful to any process, so they refer to no state of this one.
+        # Any process must understand the ids, so they refer to no state of this one.
         shown = shown_snapshot(sent, hidden)
         yield event("snapshot", f"{execution_id}:{sent.poll}", shown, retry=True)
 
-        # A slow client makes this wait at a `yield`; everything it missed is then one diff.
+        # A slow client makes this wait at a `yield`, and then gets all that it missed as one diff.
         async for latest in snapshots:
             for change in latest.diff(sent):
                 shown = shown_node(latest, change.node.name, hidden)
@@ -177,7 +177,7 @@ def failure_data(
     sent: Snapshot | None,
     hidden: Collection[str],
 ) -> dict[str, Any]:
-    """Return the data of the event `failure`, with the last of what was seen."""
+    """Return the data of the event `failure`, with the last known snapshot."""
     status, kind, message = description
     last = getattr(error, "last_snapshot", None) or sent
     return {
@@ -191,26 +191,26 @@ def failure_data(
 
 def waiting_reason(execution: Execution) -> dict[str, str]:
     """Return the data of the event `waiting`: why there is no snapshot yet."""
-    kind, message = "NoAnswer", "PromptLayer has not answered yet."
+    kind, message = "NoAnswer", "PromptLayer has not responded yet."
     if (failure := last_failure(execution)) is not None:
         _, kind, title = describe(failure)
         message = f"{title.partition('.')[0]}; trying again."
         if isinstance(failure, NotFound):
-            message = "PromptLayer does not know this new run yet; trying again."
+            message = "PromptLayer has no results of this new run yet; trying again."
     return {"execution_id": str(execution.id), "type": kind, "message": message}
 
 
 def event(kind: str, event_id: str | None, data: Any, *, retry: bool = False) -> ServerSentEvent:
-    """Return an event, which may say when to reconnect after an error."""
+    """Return an event; with `retry`, it sets the browser's pause before it reconnects."""
     delay = retry_delay() if retry else None
     return ServerSentEvent(dump_json(data), event=kind, id=event_id, retry=delay, sep="\n")
 
 
 def reconnect_event() -> ServerSentEvent:
-    """Return what asks a browser to come back later; it shows nothing."""
+    """Return an event that makes a browser reconnect later, and shows nothing."""
     return ServerSentEvent(retry=randint(10_000, 20_000), sep="\n")
 
 
 def retry_delay() -> int:
-    """Return milliseconds, at random, so that browsers do not return together."""
+    """Return random milliseconds, so that browsers do not all reconnect together."""
     return randint(1_000, 4_000)

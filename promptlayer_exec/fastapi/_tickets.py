@@ -14,14 +14,14 @@ from promptlayer_exec.webhooks import check_secret
 
 
 class Tickets:
-    """Issues signed tickets, each of which allows reading some executions until it expires.
+    """Issues signed tickets, with which clients read certain executions until the ticket expires.
 
-    All processes of an app need the same secret. A ticket contains the executions' ids and, of runs
-    that the session started, the workflows. Anyone who has the ticket can read them.
+    All processes of an app need the same secret. A ticket contains the ids of the executions, and
+    the workflows of runs that this session started. Anyone who has the ticket can read all of it.
 
     Args:
         secret: signs the tickets: a long random text.
-        lifetime: for how many seconds a ticket is valid; it should exceed any run's duration.
+        lifetime: how many seconds a ticket is valid; it should be longer than any run.
 
     Raises:
         ConfigurationError: `secret` is empty, or `lifetime` is not greater than 0.
@@ -39,8 +39,8 @@ class Tickets:
     def issue(self, *executions: Execution) -> str:
         """Return a new ticket for one execution, or for all executions that a page shows.
 
-        Issue the ticket of a new run when it has started: other processes then know that
-        PromptLayer may answer 404 for the run's first seconds.
+        Issue the ticket of a new run as soon as it has started: other processes then know that
+        PromptLayer may respond 404 to it for the first seconds.
         """
         workflows = {str(execution.id): execution.workflow for execution in executions}
         return str(self._serializer.dumps([workflows, round(time.time(), 3)]))
@@ -48,17 +48,17 @@ class Tickets:
     def read(
         self, request: HTTPConnection, execution_id: int | str
     ) -> tuple[str | int | None, float] | None:
-        """Return what a request's ticket says: the workflow, if known, and its age in seconds.
+        """Return the workflow, if known, and the age in seconds of a request's ticket.
 
-        The ticket is in the query, as `ticket`, or a bearer token. None means that the request has
-        no valid one for the execution. The routes of `create_router` call this themselves.
+        The ticket is `ticket` in the query, or a bearer token. None means that the request has no
+        valid ticket for the execution. The routes of `create_router` call this themselves.
         """
         return self.read_all(request).get(str(execution_id))
 
     def read_all(self, request: HTTPConnection) -> dict[str, tuple[str | int | None, float]]:
-        """Return what `read` returns, by the id of each execution that a valid ticket is for.
+        """Return what `read` returns, for each execution of all valid tickets, by its id.
 
-        The query may have several tickets.
+        The query may contain several tickets.
         """
         tickets = request.query_params.getlist("ticket")
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -71,7 +71,7 @@ class Tickets:
                 workflows, issued = self._serializer.loads(ticket)
             except BadData:
                 continue
-            # The clocks of an app's servers differ a little, so it may come from the future.
+            # The clocks of an app's servers differ a little, so it may be from the future.
             age = max(0.0, time.time() - issued)
             if age < self._lifetime:
                 found |= {one: (workflow, age) for one, workflow in workflows.items()}

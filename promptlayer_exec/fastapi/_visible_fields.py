@@ -1,4 +1,4 @@
-"""What clients are shown of an execution, and its schemas for OpenAPI."""
+"""The fields of an execution that clients see, and their schemas for OpenAPI."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from promptlayer_exec import Snapshot
 from promptlayer_exec._integration import node_dict
 
 DEFAULT_FIELDS = ("value", "error_message")
-# The fields of a node that go out only if an app names them, and their schemas.
+# The fields of a node that clients see only if the app lists them, and their schemas.
 _OPTIONAL = {"value": {}, "error_message": {"type": ["string", "null"]}, "raw_error_message": {}}
 
 
 def hidden_fields(fields: Collection[str]) -> frozenset[str]:
-    """Return the fields of a node that are not shown."""
+    """Return the fields of a node that clients must not see."""
     if isinstance(fields, str):
         raise TypeError(f"fields takes several names: write [{fields!r:.100}]")
     if unknown := [field for field in fields if field not in _OPTIONAL]:
@@ -45,7 +45,7 @@ def _object(title: str, /, *, optional: Collection[str] = (), **properties: Any)
 
 
 _TEXT, _NUMBER = {"type": "string"}, {"type": "number"}
-_TIME = {"type": ["number", "null"], "description": "Seconds from the first poll; first seen so."}
+_TIME = {"type": ["number", "null"], "description": "Seconds from the first poll."}
 _YES_NO_UNKNOWN = {"type": ["boolean", "null"]}
 _INTEGER = {"type": "integer"}
 

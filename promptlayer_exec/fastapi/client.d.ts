@@ -14,7 +14,7 @@
  * @property {number | null} running  seconds from the first poll to when it was first seen running
  * @property {number | null} final  the same, for its final status
  *
- * @typedef {object} View  what is known of an execution
+ * @typedef {object} View  the state of an execution, as far as it is known
  * @property {"connecting" | "waiting" | "running" | "complete" | "failed"} state  "failed": it
  *   could not be followed to its end; an execution with failed nodes is "complete", and has not
  *   succeeded
@@ -24,7 +24,7 @@
  * @property {ReadonlyMap<string, Node>} nodes
  *
  * @typedef {object} Options
- * @property {string | null} [ticket]  for reading the executions: one may be for many
+ * @property {string | null} [ticket]  for reading the executions; one ticket can cover many
  * @property {() => Promise<string>} [renew]  returns a new ticket; called when one is refused
  * @property {string} [base]  the URL of the route `executions`, if this module is served elsewhere
  */
@@ -70,7 +70,7 @@ export type View = {
 };
 export type Options = {
     /**
-     * for reading the executions: one may be for many
+     * for reading the executions; one ticket can cover many
      */
     ticket?: string | null;
     /**
@@ -83,14 +83,14 @@ export type Options = {
     base?: string;
 };
 /**
- * The view of an execution that nothing is known of yet.
+ * The view of an execution before its first event.
  *
  * @type {View}
  */
 export declare const UNSEEN: View;
 /**
- * Start a run. If this fails, the run may have started all the same: with a `key`, such as the id
- * of an order, you can call it again, and get the same run. The app's session needs `starts=`.
+ * Start a run. If this fails, the run may still have started. With a `key`, such as the id of an
+ * order, call it again to get the same run. The app's session needs `starts=`.
  *
  * @param {string} workflow
  * @param {Record<string, any>} [inputs]
@@ -116,7 +116,7 @@ export declare function start(workflow: string, inputs?: Record<string, any>, { 
  */
 export declare function follow(executionId: string, show: (view: View) => void, { ticket, renew, base }?: Options): () => void;
 /**
- * Follow many executions. The ticket may be for all of them.
+ * Follow many executions. One ticket can cover all of them.
  *
  * @param {Iterable<string>} executionIds
  * @param {(view: View, executionId: string) => void} show  called at each change of one

@@ -14,7 +14,7 @@
  * @property {number | null} running  seconds from the first poll to when it was first seen running
  * @property {number | null} final  the same, for its final status
  *
- * @typedef {object} View  what is known of an execution
+ * @typedef {object} View  the state of an execution, as far as it is known
  * @property {"connecting" | "waiting" | "running" | "complete" | "failed"} state  "failed": it
  *   could not be followed to its end; an execution with failed nodes is "complete", and has not
  *   succeeded
@@ -24,7 +24,7 @@
  * @property {ReadonlyMap<string, Node>} nodes
  *
  * @typedef {object} Options
- * @property {string | null} [ticket]  for reading the executions: one may be for many
+ * @property {string | null} [ticket]  for reading the executions; one ticket can cover many
  * @property {() => Promise<string>} [renew]  returns a new ticket; called when one is refused
  * @property {string} [base]  the URL of the route `executions`, if this module is served elsewhere
  */
@@ -41,7 +41,7 @@ const FULL_MESSAGE = "The server cannot take another connection now; trying agai
 const TEMPORARY = [408, 425, 429]; // besides each 5xx, which may be a proxy's
 
 /**
- * The view of an execution that nothing is known of yet.
+ * The view of an execution before its first event.
  *
  * @type {View}
  */
@@ -50,8 +50,8 @@ export const UNSEEN = Object.freeze({
 });
 
 /**
- * Start a run. If this fails, the run may have started all the same: with a `key`, such as the id
- * of an order, you can call it again, and get the same run. The app's session needs `starts=`.
+ * Start a run. If this fails, the run may still have started. With a `key`, such as the id of an
+ * order, call it again to get the same run. The app's session needs `starts=`.
  *
  * @param {string} workflow
  * @param {Record<string, any>} [inputs]
@@ -87,7 +87,7 @@ export function follow(executionId, show, { ticket = null, renew, base = BASE } 
 }
 
 /**
- * Follow many executions. The ticket may be for all of them.
+ * Follow many executions. One ticket can cover all of them.
  *
  * @param {Iterable<string>} executionIds
  * @param {(view: View, executionId: string) => void} show  called at each change of one
@@ -124,7 +124,7 @@ class Run {
     if (!this.shows.has(show)) return; // it was stopped
     try {
       show(this.view);
-    } catch (error) { // it must not end the stream, and the console shows it
+    } catch (error) { // it must not stop the stream, and the console shows it
       queueMicrotask(() => { throw error; });
     }
   }
@@ -303,7 +303,7 @@ class Group {
           this.receive(kind, data, stream);
         }
       }
-    } catch { // what ends a stream that was open needs no message
+    } catch { // an error of a stream that was open needs no message
       if (!status) message = await problem(null);
     }
     clearTimeout(slow);
@@ -415,10 +415,10 @@ function all(data) {
 }
 
 /**
- * Yield the events of a stream, and how long to wait after it.
+ * Yield the events of a stream, and how long to wait after each.
  *
  * @param {ReadableStream<Uint8Array>} body
- * @param {AbortController} controller  ends a stream that is silent for too long
+ * @param {AbortController} controller  closes a stream that is silent for too long
  * @returns {AsyncGenerator<{kind: string, data: any, delay: number}>}
  */
 async function* events(body, controller) {

@@ -30,7 +30,7 @@ _REFUSAL = {
     "id": None,
     "error": {
         "code": types.INVALID_REQUEST,
-        "message": "the bearer token is missing or wrong: ask whoever runs this server for it",
+        "message": "the bearer token is missing or wrong: ask the operator of this server for it",
     },
 }
 
@@ -45,29 +45,29 @@ async def serve_http(
 ) -> None:
     """Serve MCP clients over Streamable HTTP, at the path `/mcp`, until cancelled.
 
-    Every request needs the token as a bearer token. Whoever has it can start the named workflows,
-    and read every execution of the key's workspace. The key itself never leaves this process.
+    Every request needs the token as a bearer token. Anyone who has it can start the listed
+    workflows, and read every execution of the key's workspace. The key itself never leaves this
+    process.
 
-    When it is cancelled, calls get one second to finish. At the end, the logger `promptlayer_exec`
-    names the executions that were not complete when they were last seen.
+    When you cancel it, calls get one second to finish. Then it logs the executions that were still
+    running when they were last seen, to the logger `promptlayer_exec`.
 
     Args:
         session: as for `create_server`.
-        listener: a listening socket; it is closed at the end. It speaks plain HTTP: put a proxy
-            with TLS in front of it if other machines can reach it.
-        token: a secret that cannot be guessed.
+        listener: a listening socket, which is closed afterwards. The server uses plain HTTP: if
+            other machines can reach it, put a proxy with TLS in front.
+        token: a secret that nobody can guess.
         workflows: as for `create_server`, but at least one.
-        hosts: the names by which clients may reach the server, besides 127.0.0.1, localhost and
-            [::1]. A request with another `Host` is refused, and so is one with the `Origin` of
-            another site.
+        hosts: the names by which clients reach the server, besides 127.0.0.1, localhost and [::1].
+            Requests with another `Host`, or with the `Origin` of another site, are refused.
 
     Raises:
         TypeError: `workflows` is a single string.
-        ValueError: the token is empty, or no workflow is named.
+        ValueError: the token or `workflows` is empty.
     """
     calls = Calls(session, workflows)
     if not token or not calls.allowed:
-        raise ValueError("serve_http needs a token, and the name of at least one workflow")
+        raise ValueError("serve_http needs a token and at least one workflow")
 
     app = make_server(calls).streamable_http_app(transport_security=_security(hosts))
     connections: WeakSet[asyncio.Transport] = WeakSet()
@@ -81,7 +81,7 @@ async def serve_http(
         _TokenCheck(app, token),
         http=KnownConnection,
         ws="none",
-        lifespan="on",  # it ends the sessions of clients
+        lifespan="on",  # it closes the sessions of clients
         log_config=None,
         access_log=False,
         server_header=False,
@@ -105,7 +105,7 @@ async def _end(
     await asyncio.wait([serving], timeout=1)
 
     # A call waits up to a minute for its run, and some clients keep a stream open all the time.
-    # Both end with their connection.
+    # Both stop with their connection.
     for connection in connections:
         connection.abort()
     await serving
@@ -120,7 +120,7 @@ def _security(hosts: Iterable[str]) -> TransportSecuritySettings:
 
 
 class _SignalFreeServer(uvicorn.Server):
-    """Uvicorn without its signal handlers: the program has its own."""
+    """Uvicorn without its signal handlers, because the program has its own."""
 
     def capture_signals(self) -> Any:
         return nullcontext()

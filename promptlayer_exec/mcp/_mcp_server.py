@@ -1,4 +1,4 @@
-"""The server: it connects the protocol with the tools, and serves over stdio."""
+"""The server, which connects the protocol with the tools, and serves over stdio."""
 
 from __future__ import annotations
 
@@ -30,21 +30,20 @@ _Page = types.PaginatedRequestParams | None
 def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[Any]:
     """Return an MCP server whose tools run workflows and wait for them.
 
-    It speaks all revisions of the protocol that the SDK speaks, over any of its transports. It has
-    no authorization of its own: whoever can reach it can do what the session's key can do.
+    It supports all revisions of the protocol and all transports of the SDK. It has no
+    authorization: anyone who can reach it can do what the session's key can do.
 
     https://modelcontextprotocol.io
 
     Args:
-        session: it does the work; it stays yours to close. With `starts=`, the tools that start a
-            run take an optional `idempotency_key`: a call that is repeated with it gets the same
-            run.
-        workflows: the names or ids of the only workflows that can be started. Each gets a tool of
-            its own, `run_...`, which waits for the output. Without, all can be started.
+        session: starts and follows executions; you close it. With `starts=`, the tools that start
+            a run take an optional `idempotency_key`: a repeated call with it gets the same run.
+        workflows: the names or ids of the workflows that agents may start; empty means all. Each of
+            them gets its own tool, `run_...`, which waits for the output.
 
     Raises:
         TypeError: `workflows` is a single string.
-        ValueError: a name is no text, or empty.
+        ValueError: a name is not a str, or empty.
     """
     return make_server(Calls(session, workflows))
 
@@ -52,11 +51,11 @@ def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[
 async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> None:
     """Serve one MCP client over standard input and output, until it closes them.
 
-    Meanwhile, what anything else prints goes to standard error. At the end, the logger
-    `promptlayer_exec` names the executions that were not complete when they were last seen.
+    Meanwhile, everything else that prints goes to standard error. Then it logs the executions that
+    were still running when they were last seen, to the logger `promptlayer_exec`.
 
-    If it is cancelled, a thread still waits for the next line of standard input. It keeps the
-    process alive unless that ends with `os._exit`, as the command does.
+    After you cancel it, a thread still waits for the next line of standard input, and keeps the
+    process alive unless you call `os._exit`, as the command does.
 
     Args:
         session: as for `create_server`.
@@ -69,7 +68,7 @@ async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> Non
         async with stdio_server(cast("Any", _Lines())) as (given, sent):
             await server.run(given, sent, server.create_initialization_options())
     except* (BrokenPipeError, anyio.BrokenResourceError):
-        pass  # the client has gone
+        pass  # the client is gone
     finally:
         calls.close()
 
@@ -92,7 +91,7 @@ def make_server(calls: Calls) -> Server[Any]:
         on_list_resources=handlers.list_resources,
         on_list_resource_templates=handlers.list_templates,
         on_read_resource=handlers.read_resource,
-        # No argument is a header, too. Over HTTP, the SDK would list the tools at each call to see.
+        # No argument comes from a header. Over HTTP, the SDK would list the tools to find that out.
         get_tool_input_schema=lambda _name: None,
     )
 
@@ -145,7 +144,7 @@ class _Handlers:
             uri_template=f"{_SCHEME}{{id}}",
             name="execution",
             title="An execution",
-            description="An execution as it is now: its nodes, and its output if it is complete.",
+            description="An execution as it is now: its nodes and, if it is complete, its output.",
             mime_type=_JSON,
         )
         return types.ListResourceTemplatesResult(resource_templates=[template])
@@ -158,7 +157,7 @@ class _Handlers:
         if uri.startswith(_SCHEME):
             execution_id = parse_id(uri.removeprefix(_SCHEME))
         if execution_id is None:
-            what = f"there is no resource {shown(uri)}: an execution is {_SCHEME}{{id}}"
+            what = f"there is no resource {shown(uri)}: the URI of an execution is {_SCHEME}{{id}}"
             raise MCPError(types.INVALID_PARAMS, what)
 
         try:
@@ -172,7 +171,7 @@ class _Handlers:
 
 
 class _Lines:
-    """The lines of standard input; the SDK's own reader cannot be cancelled before the next one."""
+    """The lines of standard input; the SDK's reader can only be cancelled between lines."""
 
     async def __aiter__(self) -> AsyncIterator[str]:
         while line := await run_sync(sys.stdin.buffer.readline, abandon_on_cancel=True):

@@ -1,4 +1,4 @@
-"""The arguments of a tool call, checked, with errors that a model can act on."""
+"""The check of a tool call's arguments, with errors that a model can act on."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from promptlayer_exec.mcp._tool_values import clip
 
 
 class CallFailed(Exception):
-    """A call failed; the text tells the model why, and what to do."""
+    """A call failed; the message is for the model, with the reason and what to do."""
 
 
 def check(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that are not null; refuse what the schema of the tool does not allow."""
+    """Return the arguments that are not null, if the schema of the tool allows them."""
     given = {name: _usual(name, value) for name, value in arguments.items() if value is not None}
     error = best_match(Draft202012Validator(schema).iter_errors(given))
     if error is None:
@@ -32,7 +32,7 @@ def check(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, 
 
 
 def _usual(name: str, value: Any) -> Any:
-    """Return the usual form of what some models write: 787 for an id, and 1.0 for 1."""
+    """Return a value in its usual form: some models write 787 for an id, or 1.0 for 1."""
     if name in ("execution_id", "workflow") and type(value) is int:
         return str(value)
     if isinstance(value, float) and value.is_integer():
@@ -44,7 +44,7 @@ def start_request(
     workflow: str, *, idempotency_key: str | None = None, **options: Any
 ) -> StartRequest:
     if "label" in options and "version" in options:
-        raise CallFailed("label and version exclude each other: give one of them, or neither")
+        raise CallFailed("give either label or version, not both")
     return StartRequest(workflow, key=idempotency_key, **options)
 
 
@@ -60,7 +60,7 @@ def execution_id(arguments: Mapping[str, Any]) -> int:
 
 
 def parse_id(value: str) -> int | None:
-    """Return the id that a string stands for; None if it stands for none."""
+    """Return the id in a string; None if there is none."""
     try:
         return check_execution_id(value)
     except (TypeError, ValueError):
@@ -72,7 +72,7 @@ def shown(value: Any) -> str:
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence, with the names that were perhaps meant."""
+    """Return the rest of a sentence, with similar names."""
     likely = near_names(name, known, 3)
     if not likely:
         return "."

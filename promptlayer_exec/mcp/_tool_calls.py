@@ -1,4 +1,4 @@
-"""What the tools do."""
+"""The calls of the tools."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _MOST_WORKFLOWS = 100
 
 
 def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
-    """Return the names that were given, each once."""
+    """Return the given names, each once."""
     if isinstance(workflows, str):
         raise TypeError(f"workflows takes several names: write [{workflows!r:.100}]")
     names = tuple(dict.fromkeys(workflows))
@@ -58,14 +58,14 @@ def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
 
 
 def _names_of(summary: WorkflowSummary) -> tuple[str, ...]:
-    """Return what a workflow can be called by: nothing if it was deleted."""
+    """Return the names by which a workflow can be called; none if it was deleted."""
     if summary.is_deleted:
         return ()
     return summary.name, str(summary.id)
 
 
 def _absence(name: str, known: Iterable[str]) -> str:
-    """Say that there is no workflow of a name, or id, and which were perhaps meant."""
+    """Return a sentence that a workflow does not exist, with similar names."""
     which = "has the id" if name.isdecimal() else "is named"
     return f"no workflow {which} {read.shown(name)}{read.near(name, known)}"
 
@@ -85,16 +85,16 @@ class Calls:
         self.session = session
         self.allowed = _names(workflows)
         self.run_tools = run_tool_names(self.allowed)  # the workflow of each tool `run_...`
-        # The argument for the key of a start, by its name, if the session has a record of starts.
+        # The argument for the key of a start, by its name, if the session has a store of starts.
         self.keys: Mapping[str, Any] = {}
         if settings(session).starts is not None:
             self.keys = {"idempotency_key": IDEMPOTENCY_KEY}
-        # Executions that were not complete when last seen, the latest last, with what started them.
+        # Executions that were not complete when last seen, the latest last, with their workflows.
         self.running: ExpiringDict[int, str | None] = ExpiringDict(most=1_000)
         self._inputs: dict[str, Mapping[str, str]] = {}
 
     async def tools(self) -> list[Tool]:
-        """Return the tools, with the inputs of the named workflows as far as they are available."""
+        """Return the tools, with the inputs of the allowed workflows if they are available."""
         reads = (self._definition(StartRequest(name)) for name in self.allowed)
         found = await asyncio.gather(*reads)
 
@@ -108,16 +108,16 @@ class Calls:
         return [*common_tools(self.allowed, self.keys), *own]
 
     async def _definition(self, request: StartRequest, *, fresh: bool = False) -> Workflow | None:
-        """Return the definition of what is to run; None, and a warning, if it does not come."""
+        """Return the definition of what to run; None, after a warning, if it cannot be read."""
         name, label, version = request.workflow, request.label, request.version
         try:
             return await definition(self.session, name, label=label, version=version, fresh=fresh)
         except PromptLayerExecError as error:
-            _logger.warning("the inputs of workflow %r are not known: %s", name, error)
+            _logger.warning("could not read the inputs of workflow %r: %s", name, error)
             return None
 
     async def call(self, tool: str, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
-        """Call a tool; what is wrong with the call or with the server is a result, too."""
+        """Call a tool; errors of the call or of PromptLayer are results as well."""
         try:
             if tool in self.run_tools:
                 return await self._run(tool, arguments, report)
@@ -140,13 +140,13 @@ class Calls:
         return execution, self._seen(await execution.snapshot())
 
     def close(self) -> None:
-        """Log which runs go on, as nothing here can be called any more."""
+        """Log which runs continue, because nobody can ask this server any more."""
         for execution_id, workflow in self.running.items():
             which = ""
             if workflow is not None:
                 which = f" of workflow {workflow!r:.100}"
             _logger.warning(
-                "execution %d%s goes on at PromptLayer; follow it with: promptlayer-exec watch %d",
+                "execution %d%s continues on PromptLayer; follow it: promptlayer-exec watch %d",
                 execution_id,
                 which,
                 execution_id,
@@ -199,8 +199,8 @@ class Calls:
         name = clean(arguments["workflow"])
         message = f"Execution {execution.id} of workflow {name!r:.200} has started."
         if is_repeated(execution):
-            message = f"This idempotency_key has started execution {execution.id} of workflow"
-            message += f" {name!r:.200} before: this is the same run, and nothing new was started."
+            message = f"An earlier call with this idempotency_key started execution {execution.id}"
+            message += f" of workflow {name!r:.200}. This is the same run; nothing new was started."
         message += f" Call wait_execution with execution_id '{execution.id}' for its output."
         return results.tool_result(
             {"message": message, "execution_id": str(execution.id), **warning}
@@ -226,9 +226,9 @@ class Calls:
         return results.tool_result(results.node_fields(snapshot, found, start, length))
 
     def _run_request(self, tool: str, arguments: Mapping[str, Any]) -> tuple[StartRequest, float]:
-        """Return the start and the timeout that the arguments of a tool `run_...` ask for.
+        """Return the start and the timeout from the arguments of a tool `run_...`.
 
-        The inputs are arguments themselves. If they are in `inputs`, the others are those of
+        The inputs are separate arguments. A call may also pass them in `inputs`, as to
         `start_workflow`.
         """
         name = self.run_tools[tool]
@@ -272,15 +272,15 @@ class Calls:
             raise CallFailed(f"{error}. A new run needs a new idempotency_key.") from error
         except (TypeError, ValueError) as error:
             raise CallFailed(
-                f"{clip(str(error), 2_000)}. No run was started. describe_workflow shows which"
-                " inputs the workflow needs."
+                f"{clip(str(error), 2_000)}. No run was started. describe_workflow lists the"
+                " inputs of the workflow."
             ) from error
         except NotFound as error:
             raise CallFailed(await self._not_found(request)) from error
         except StartUnknown as error:
             advice = "Do not call this tool again for the same purpose: ask the user."
             if request.key is not None:
-                advice = "A call with the same idempotency_key starts nothing: ask the user."
+                advice = "Another call with this idempotency_key starts nothing: ask the user."
             raise CallFailed(f"{error} {advice}") from error
 
         self.running.add(execution.id, name)
@@ -289,14 +289,14 @@ class Calls:
         return execution, {"warning": clip(execution.warning, 1_000)}
 
     async def _refuse_numbers(self, request: StartRequest) -> None:
-        """Refuse numbers where the workflow requires strings, before a run is paid for."""
+        """Refuse numbers for inputs that must be strings, before you pay for a run."""
         numbers = {
             name: value for name, value in request.inputs.items() if type(value) in (int, float)
         }
         if not numbers:
             return
 
-        # One that is kept may have changed since, so nothing is refused before it is read again.
+        # The definition may have changed since, so read it again before refusing anything.
         wrong = _strings_among(numbers, await self._definition(request))
         if wrong:
             wrong = _strings_among(numbers, await self._definition(request, fresh=True))
@@ -307,7 +307,7 @@ class Calls:
             )
 
     async def _not_found(self, request: StartRequest) -> str:
-        """Return whether there is no such workflow, or no such version of it."""
+        """Return whether the workflow does not exist, or only its version."""
         name, known = str(request.workflow), list[str]()
         with suppress(PromptLayerExecError, TimeoutError):
             async with (
@@ -318,12 +318,12 @@ class Calls:
 
         if name in known:
             return (
-                f"workflow {read.shown(name)} has no such version or label (404 Not Found)."
+                f"workflow {read.shown(name)} does not have this version or label (404 Not Found)."
                 " describe_workflow shows the latest version."
             )
         absence = _absence(name, known)
         if name in self.allowed:
-            absence += " This server was started with that name: ask the user to correct it."
+            absence += " This server was started with this name: ask the user to correct it."
         elif not self.allowed:
             absence += " list_workflows shows all workflows."
         return absence
@@ -342,8 +342,8 @@ class Calls:
         except ExecutionTimeout as error:
             snapshot = error.last_snapshot or Snapshot(execution.id, False, {})
             message = f"Execution {execution.id} is not complete after {round(seconds, 2):g} s:"
-            message += f" {results.state_text(snapshot)}. It goes on. Call wait_execution with"
-            message += f" execution_id '{execution.id}' to go on waiting; do not start it again."
+            message += f" {results.state_text(snapshot)}. It continues. Call wait_execution with"
+            message += f" execution_id '{execution.id}' to wait longer; do not start it again."
             return results.execution_fields(snapshot, message, timed_out=True)
 
         return await self.fields(execution, snapshot)

@@ -1,4 +1,4 @@
-"""What the tools return: the state of an execution, in a bounded number of characters."""
+"""The results of the tools: the state of an execution, limited to a number of characters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from promptlayer_exec.mcp._tool_values import clean, clip, fitting, show
 
 
 def tool_result(fields: dict[str, Any]) -> CallToolResult:
-    """Return fields as structured content, and as JSON for clients that read text alone."""
+    """Return fields as structured content, and as JSON for clients that read only text."""
     text = json.dumps(fields, ensure_ascii=False)
     return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=fields)
 
@@ -25,10 +25,10 @@ def error_result(error: Exception) -> CallToolResult:
 
 
 def error_text(error: Exception) -> str:
-    """Return the text of an error; of an unknown id, without the options of a session."""
+    """Return the text of an error; for an unknown id, advice for a model."""
     if isinstance(error, NotFound) and error.execution_id is not None:
         return (
-            f"there is no execution {error.execution_id} (404 Not Found). Check the id, which"
+            f"there is no execution {error.execution_id} (404 Not Found). Use the id that"
             " start_workflow returned, or ask the user for it. Do not guess ids."
         )
     return str(error)
@@ -47,7 +47,7 @@ def final_count(snapshot: Snapshot) -> int:
 
 
 def state_text(snapshot: Snapshot) -> str:
-    """Say in a few words how far an execution is."""
+    """Return in a few words how far an execution is."""
     state = f"{final_count(snapshot)} of {len(snapshot.nodes)} nodes are final"
     running = [node for node in snapshot.nodes.values() if node.status == NodeStatus.RUNNING]
     if running and not snapshot.complete:
@@ -56,7 +56,7 @@ def state_text(snapshot: Snapshot) -> str:
 
 
 def failure_text(execution_id: int, error: ExecutionFailed) -> str:
-    """Say why an execution has no output, and how to read more."""
+    """Return why an execution has no output, and how to read more."""
     reason = clip(str(error.args[0]).removeprefix("failed: "), 1_500)
     text = f"Execution {execution_id} failed: {reason}."
     if error.failed:
@@ -98,7 +98,7 @@ def node_fields(snapshot: Snapshot, node: Node, start: int, length: int | None) 
 
 
 def rest_text(shown: dict[str, int] | None, execution_id: int, node: str | None = None) -> str:
-    """Say which characters of a text are shown if not all are, and how to get the next ones."""
+    """Return which characters of a text are shown, if not all, and how to get the next ones."""
     if shown is None or shown["end"] - shown["start"] == shown["size"]:
         return ""
     end, size = shown["end"], shown["size"]
@@ -124,7 +124,7 @@ def _entry(node: Node, length: int) -> dict[str, Any]:
 
 
 def _nodes(snapshot: Snapshot) -> dict[str, Any]:
-    """Return as many nodes as there is space for, but first those that failed."""
+    """Return as many nodes as there is space for; failed ones take precedence."""
     nodes = sorted(snapshot.nodes.values(), key=lambda node: node.status != NodeStatus.FAILED)
     entries = [(clean(node.name), _entry(node, 1_000)) for node in nodes]
     fits = dict(fitting(entries))
@@ -134,7 +134,7 @@ def _nodes(snapshot: Snapshot) -> dict[str, Any]:
 def workflow_fields(workflow: Workflow) -> dict[str, Any]:
     inputs = workflow.required_inputs
     if inputs is None:
-        needs = "The server does not say which inputs it needs."
+        needs = "PromptLayer does not list its inputs."
     elif inputs:
         needs = f"It needs the inputs {', '.join(map(repr, inputs)):.2000}."
     else:

@@ -30,7 +30,7 @@ class TaskParams(types.RequestParams):
 
 @attrs.define
 class Tasks:
-    """Serves the methods on tasks. Nothing is stored: every task is known by its id."""
+    """Serves the methods on tasks, without storing any: a task's id is enough."""
 
     _calls: Calls
 
@@ -44,7 +44,7 @@ class Tasks:
     def created(self, execution: Execution) -> dict[str, Any]:
         message = f"execution {execution.id} has started"
         if execution.warning:
-            message += f"; the server warns: {clip(execution.warning, 1_000)}"
+            message += f"; PromptLayer warns: {clip(execution.warning, 1_000)}"
         return _task(execution.id, "working", message, resultType="task")
 
     async def _get(self, ctx: ServerRequestContext[Any], params: TaskParams) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Tasks:
         _, snapshot = await self._read(ctx, params)
         if snapshot.complete:
             return {}
-        message = "PromptLayer cannot cancel a run: it goes on, and is paid for."
+        message = "PromptLayer cannot cancel a run: it continues, and you pay for it."
         return {"_meta": {"promptlayer-exec/message": message}}
 
     async def _read(
@@ -84,7 +84,7 @@ class Tasks:
 
 
 def _task(execution_id: int, status: str, message: str, **more: Any) -> dict[str, Any]:
-    """Return the state of a task; its times are now, because the server tells none."""
+    """Return the state of a task; its times are now, because PromptLayer sends none."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return {
         "resultType": "complete",
@@ -100,6 +100,6 @@ def _task(execution_id: int, status: str, message: str, **more: Any) -> dict[str
 
 
 def declares_tasks(ctx: ServerRequestContext[Any]) -> bool:
-    """Return whether a request allows that its answer is a task."""
+    """Return whether the client of a request accepts a task as its response."""
     is_modern = ctx.protocol_version in MODERN_PROTOCOL_VERSIONS
     return is_modern and ctx.session.check_client_capability(_CAPABILITIES)

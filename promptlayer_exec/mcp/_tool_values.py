@@ -1,4 +1,4 @@
-"""Values as a model can read them: bounded, and with nothing that a client cannot decode."""
+"""Values for models: limited in length, and without anything that a client cannot decode."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from pydantic_core import from_json
 
 T = TypeVar("T")
 
-# A result has its output twice, as data and as text; both together stay under 100,000 characters.
+# A result contains its output twice, as data and as text, in less than 100,000 characters.
 LONGEST = 20_000
 
 
 def show(name: str, value: Any, start: int = 0, length: int | None = None) -> dict[str, Any]:
-    """Return a field with a value as it is, or, with its range, a part of the value's text.
+    """Return a field with a value as it is, or with a part of the value's text and its range.
 
-    It is shown as it is if it is small, and every client can decode it. A string is its own text;
-    any other value is written as JSON. Fewer characters than `length` are shown where they would
-    take too much space.
+    A small value that every client can decode stays as it is. The text of a string is the string;
+    of any other value, its JSON. The part is shorter than `length` if it takes too much space.
     """
     text = clean(value) if isinstance(value, str) else encode(value)
     is_whole = start == 0 and (length is None or length >= len(text))
@@ -27,7 +26,7 @@ def show(name: str, value: Any, start: int = 0, length: int | None = None) -> di
         return {name: value}
 
     part = text[start:][: LONGEST if length is None else min(length, LONGEST)]
-    while (size := len(encode(part)) - 2) > LONGEST:  # escapes take space, too
+    while (size := len(encode(part)) - 2) > LONGEST:  # escapes also take space
         part = part[: len(part) * LONGEST // size]
 
     shown = {"start": start, "end": start + len(part), "size": len(text)}
@@ -55,7 +54,7 @@ def clean(text: str) -> str:
 
 
 def clip(text: str, length: int) -> str:
-    """Shorten a text, and say how long it is."""
+    """Return a text, or its start with the length of the whole."""
     text = clean(text)
     if len(text) <= length:
         return text

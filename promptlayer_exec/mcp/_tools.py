@@ -1,4 +1,4 @@
-"""The tools as clients see them: names, descriptions, schemas, annotations."""
+"""The tools as clients see them: names, descriptions, schemas and annotations."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ WAIT = 50.0  # seconds: clients often give up after 60
 INSTRUCTIONS = f"""\
 These tools run PromptLayer workflows. A run costs money, and cannot be cancelled.
 
-1. start_workflow returns an execution_id at once. Keep it: nothing else finds the run again.
+1. start_workflow immediately returns an execution_id. Keep it: nothing else finds the run again.
 2. wait_execution waits until the run is complete, for at most {WAIT:.0f} seconds. If it returns
-   timed_out: true, the run goes on: call wait_execution again with the same execution_id.
-3. A complete run with succeeded: false says in `nodes` which node failed, and why.
+   timed_out: true, the run continues: call wait_execution again with the same execution_id.
+3. If a complete run has succeeded: false, `nodes` shows which node failed, and why.
    get_execution with a node shows its whole value or error.
 
-Never start a run again because a wait timed out, or because the answer to a start was lost.
+Never start a run again because a wait timed out, or because the response to a start was lost.
 """
 KEY_INSTRUCTIONS = """
-Give each start an idempotency_key of its own. A call that is repeated with the same key, after a
-time-out for example, gets the same run, and costs nothing.
+Give each start a new idempotency_key. If you repeat a call with the same key, for example after a
+timeout, you get the same run, and it costs nothing.
 """
 
 _READS = ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=True)
-# No annotation says that a call costs money: the titles do, and clients ask before these.
+# There is no annotation for calls that cost money, so the titles contain it; clients ask first.
 _STARTS = ToolAnnotations(
     read_only_hint=False, destructive_hint=True, idempotent_hint=False, open_world_hint=True
 )
@@ -42,15 +42,15 @@ _TIMEOUT = {
     "type": "number",
     "minimum": 0,
     "maximum": 86_400,
-    "description": "Seconds to wait at most. Many clients give up after 60 seconds.",
+    "description": "Maximum seconds to wait. Many clients give up after 60 seconds.",
     "default": WAIT,
 }
 IDEMPOTENCY_KEY = {
     "type": "string",
     "minLength": 1,
     "maxLength": 255,
-    "description": "A text of your own, new for each run that is wanted, such as a UUID. Repeat the"
-    " call with the same text if it failed or timed out: you get the same run, and pay once.",
+    "description": "A new text for each run that you want, such as a UUID. If the call fails or"
+    " times out, repeat it with the same text: you get the same run, and pay once.",
 }
 _MESSAGE = {"type": "string", "description": "What happened, and what to do next."}
 
@@ -64,7 +64,7 @@ def _arguments(required: Iterable[str] = (), /, **properties: Any) -> dict[str, 
 
 
 def run_arguments(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of a tool `run_...` whose inputs are unknown, or are in an object."""
+    """Return the schema of a tool `run_...` whose inputs are unknown, or are an object."""
     return _arguments(inputs=_INPUTS, label=_LABEL, version=_VERSION, timeout=_TIMEOUT, **keys)
 
 
@@ -72,21 +72,21 @@ _EXECUTION = _schema(
     ("message", "execution_id", "complete", "succeeded", "progress", "timed_out", "nodes"),
     message=_MESSAGE,
     execution_id={"type": "string"},
-    complete={"type": "boolean", "description": "Whether the execution has ended."},
+    complete={"type": "boolean", "description": "Whether the execution has finished."},
     succeeded={"type": ["boolean", "null"], "description": "null until it is complete."},
     progress={"type": "number", "description": "Share of the nodes that are final."},
-    timed_out={"type": "boolean", "description": "Whether the wait ended first."},
-    nodes={"type": "object", "description": "Status and error of each node, by its name."},
-    nodes_left_out={"type": "integer", "description": "Nodes that there was no space for."},
+    timed_out={"type": "boolean", "description": "Whether the wait timed out first."},
+    nodes={"type": "object", "description": "Status and error of each node by name."},
+    nodes_left_out={"type": "integer", "description": "How many nodes had no space here."},
     output={"description": "The output; with output_range, characters of its text."},
     output_range={"type": "object", "description": "`start` and `end`, and `size` of the whole."},
-    warning={"type": "string", "description": "What the server noticed about the start."},
+    warning={"type": "string", "description": "PromptLayer's warning about the start."},
 )
 _STARTED = _schema(
     ("message", "execution_id"),
     message=_MESSAGE,
     execution_id={"type": "string"},
-    warning={"type": "string", "description": "What the server noticed about the start."},
+    warning={"type": "string", "description": "PromptLayer's warning about the start."},
 )
 
 
@@ -94,8 +94,8 @@ def common_tools(allowed: tuple[str, ...], keys: Mapping[str, Any]) -> list[Tool
     """Return the five tools.
 
     Args:
-        allowed: the names of the only workflows that they know, if there are any.
-        keys: the argument for the key of a start, by its name, if the server has them.
+        allowed: the workflows that they may use; empty means all.
+        keys: the argument for the key of a start, by its name, if the server has a store.
     """
     workflow: dict[str, Any] = {"type": "string", "description": "Name or id of the workflow."}
     if allowed:
@@ -124,9 +124,8 @@ def common_tools(allowed: tuple[str, ...], keys: Mapping[str, Any]) -> list[Tool
         Tool(
             name="start_workflow",
             title="Start a run of a workflow (paid)",
-            description="Start a run of a workflow, which costs money, and return its execution_id"
-            " at once. Then call wait_execution. Missing inputs are reported before anything is"
-            " started.",
+            description="Start a run of a workflow, which costs money, and immediately return its"
+            " execution_id. Then call wait_execution. If inputs are missing, nothing is started.",
             input_schema=_arguments(["workflow"], **version, inputs=_INPUTS, **keys),
             output_schema=_STARTED,
             annotations=_STARTS,
@@ -190,7 +189,7 @@ def _input(kind: str) -> dict[str, Any]:
 
 def run_tool_names(workflows: Iterable[str]) -> Mapping[str, str]:
     """Return the workflow of each tool `run_...`, by the name of the tool."""
-    longest = 64  # models and clients have limits of their own
+    longest = 64  # models and clients limit it
     names: dict[str, str] = {}
     for workflow in workflows:
         base = f"run_{re.sub(r'[^A-Za-z0-9_.-]', '_', workflow)}"[:longest]

@@ -37,7 +37,7 @@ class SimRun:
 
 @attrs.frozen
 class Backend:
-    """Workflows by name and id, executions by id, and the runs that were started."""
+    """Workflows by name and id, executions by id, and all runs."""
 
     _clock: Callable[[], float]
     _workflows: dict[str, SimulatedWorkflow] = attrs.field(factory=dict, init=False)
@@ -113,7 +113,7 @@ class Backend:
             return execution_id
 
     def results(self, execution_id: int) -> Results:
-        """Return the present state of an execution; raise `LookupError` if there is none."""
+        """Return the current state of an execution; raise `LookupError` if it does not exist."""
         with self._lock:
             results = self._find_execution(execution_id).results(self._clock())
             if results.complete:

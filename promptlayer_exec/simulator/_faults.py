@@ -17,7 +17,7 @@ from promptlayer_exec.simulator._wire import JSON_TYPE, error_response
 
 PostKind: TypeAlias = Literal["webhook", "callback"]
 Answer: TypeAlias = Callable[[], web.Response]
-# None means that the request is answered normally.
+# None means a normal response.
 Effect: TypeAlias = Callable[[web.BaseRequest, Answer], Awaitable[web.StreamResponse | None]]
 
 _HTML = b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"
@@ -32,10 +32,10 @@ def _check_times(_: Fault, __: attrs.Attribute[Any], times: int | None) -> None:
 class Fault:
     """A fault of the next requests; the static methods below create one.
 
-    All of them take `times`, the number of requests that it affects (None: every one until
+    All of them take `times`, the number of requests that it affects (None: all until
     `Simulator.clear_faults`), and `execution_id`, which limits it to requests for the results of
-    that execution; `Simulator.inject` can limit it to a path. `repeat_post` and `delay_post`
-    affect what the simulator itself posts, instead: webhooks or callbacks.
+    that execution. `Simulator.inject` can limit it to a path. `repeat_post` and `delay_post` affect
+    the webhooks and callbacks that the simulator posts.
     """
 
     effect: Effect
@@ -55,11 +55,11 @@ class Fault:
         headers: Mapping[str, str] | None = None,
         execution_id: int | None = None,
     ) -> Fault:
-        """Answer with a status from 200 to 599.
+        """Respond with a status from 200 to 599.
 
-        The body is `body`, or else the server's error object, and nothing below 400. `retry_after`
-        is in seconds, or the text of the header. The content type is JSON unless `headers` says
-        otherwise.
+        Without a `body`, it is the server's error object for 400 and above, else nothing.
+        `retry_after` is in seconds, or the text of the header. The content type is JSON unless it
+        is in `headers`.
 
         Raises:
             ValueError: `code` or `times` is out of range.
@@ -84,7 +84,7 @@ class Fault:
 
     @staticmethod
     def disconnect(times: int | None = 1, *, execution_id: int | None = None) -> Fault:
-        """Perform the operation, but close the connection before any byte of the answer."""
+        """Perform the operation, but close the connection before any byte of the response."""
 
         async def disconnect(request: web.BaseRequest, answer: Answer) -> web.StreamResponse:
             request.protocol.force_close()
@@ -94,7 +94,7 @@ class Fault:
 
     @staticmethod
     def truncate(times: int | None = 1, *, execution_id: int | None = None) -> Fault:
-        """Close the connection in the middle of the body of the normal answer."""
+        """Close the connection in the middle of the body of the normal response."""
 
         async def truncate(request: web.BaseRequest, answer: Answer) -> web.StreamResponse:
             whole = answer()
@@ -111,20 +111,20 @@ class Fault:
     def malformed(
         times: int | None = 1, *, body: bytes = _HTML, execution_id: int | None = None
     ) -> Fault:
-        """Answer 200 with a body that is not JSON: by default a proxy's HTML page."""
+        """Respond 200 with a body that is not JSON, by default a proxy's HTML page."""
         headers = {"Content-Type": "text/html"}
         return Fault.status(200, times=times, body=body, headers=headers, execution_id=execution_id)
 
     @staticmethod
     def stall(times: int | None = 1, *, execution_id: int | None = None) -> Fault:
-        """Accept the request and never answer; the client or the simulator must end it."""
+        """Accept the request and never respond; the client or the simulator must close it."""
         return Fault.delay(1e9, times, execution_id=execution_id)
 
     @staticmethod
     def trickle(
         interval: float, times: int | None = 1, *, execution_id: int | None = None
     ) -> Fault:
-        """Answer 200 with a body that is sent byte by byte, `interval` seconds apart, forever."""
+        """Respond 200 with a body that never stops: a byte every `interval` seconds."""
 
         async def trickle(request: web.BaseRequest, _answer: Answer) -> web.StreamResponse:
             chunks = chain([b'"'], repeat(b"a"))
@@ -134,7 +134,7 @@ class Fault:
 
     @staticmethod
     def delay(seconds: float, times: int | None = 1, *, execution_id: int | None = None) -> Fault:
-        """Answer normally, but only after `seconds`."""
+        """Respond normally, but only after `seconds`."""
 
         async def delay(_request: web.BaseRequest, _answer: Answer) -> None:
             await asyncio.sleep(seconds)
@@ -143,7 +143,7 @@ class Fault:
 
     @staticmethod
     def oversize(size: int, times: int | None = 1, *, execution_id: int | None = None) -> Fault:
-        """Answer 200 with a valid node map of `size` bytes and no Content-Length.
+        """Respond 200 with a valid node map of `size` bytes and no Content-Length.
 
         Raises:
             ValueError: `size` is too small for a node map, or `times` is out of range.
@@ -200,7 +200,7 @@ def _post_fault(
 
 @attrs.define
 class FaultQueue:
-    """Faults in the order of injection; each request or post takes the first that concerns it.
+    """Faults in the order of injection; each request or post takes the first that matches it.
 
     Any thread may add faults; the server's thread takes them.
     """

@@ -1,4 +1,4 @@
-"""Logs of what happened, and waiting for a number of entries."""
+"""Logs of requests and posts, and waiting for a number of entries."""
 
 from __future__ import annotations
 

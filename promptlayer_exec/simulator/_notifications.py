@@ -1,4 +1,4 @@
-"""What the server tells its users when a run is complete: by push, a webhook and a callback."""
+"""The messages that tell users of a complete run: push, a webhook and a callback."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class SimPost:
     Attributes:
         kind: `"webhook"` or `"callback"`.
         execution_id: the execution that is complete.
-        url: where it was posted to.
-        headers: the headers that it was posted with.
+        url: its URL.
+        headers: its headers.
         body: the body.
-        status: the status of the answer; None if there was none.
+        status: the status of the response; None if there was none.
     """
 
     kind: PostKind
@@ -82,7 +82,7 @@ class Notifications:
     async def _notify(
         self, execution_id: int, workflow: SimulatedWorkflow, body: Mapping[str, Any]
     ) -> None:
-        webhook_url = self.webhook_url  # of now: to set it concerns later runs
+        webhook_url = self.webhook_url  # the current one: setting it affects later runs
         try:
             results = await self._wait_until_complete(execution_id)
         except Exception:
@@ -146,7 +146,7 @@ class Notifications:
             "timestamp": datetime.now(UTC).isoformat(),
         }
 
-        # What is signed is not the text that is sent, but the payload in a form of its own.
+        # PromptLayer signs the payload in another form than the text that it sends.
         signed = json.dumps(payload, sort_keys=True).encode()
         signature = hmac.new(self._webhook_secret.encode(), signed, "sha256").hexdigest()
         return {**JSON_TYPE, "X-PromptLayer-Signature": signature}, encode(payload)

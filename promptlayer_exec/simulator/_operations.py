@@ -1,4 +1,4 @@
-"""The HTTP operations: authorization, rate limit, and the exact reply to each request."""
+"""The HTTP operations: authorization, rate limit, and the exact response to each request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from promptlayer_exec.simulator._push_server import PushServer
 
 @attrs.define
 class TokenBucket:
-    """Lets `rate` requests per second through, and up to `burst` at once; it starts full."""
+    """Lets `rate` requests per second through, and up to `burst` together; it starts full."""
 
     rate: float
     burst: float
@@ -42,7 +42,7 @@ class TokenBucket:
 
 @attrs.define(eq=False)
 class Operations:
-    """Answers every request that reaches the server.
+    """Responds to every request that reaches the server.
 
     The order is: log, faults, route, key, rate limit, operation.
     """

@@ -21,7 +21,7 @@ FINAL = FAILED | {SUCCESS, SKIPPED}
 class NodeState:
     """A node's status since the time `at`, and its value.
 
-    A running node that ends by itself does so at the time `ends`.
+    A running node that finishes by itself does so at the time `ends`.
     """
 
     node: SimNode
@@ -49,7 +49,7 @@ class Results:
 
     @property
     def seconds_to_change(self) -> float | None:
-        """How soon the next node ends by itself; None if none does."""
+        """Seconds until the next node finishes by itself; None if none does."""
         ends = [state.ends - self.at for state in self.states.values() if state.ends is not None]
         return min(ends, default=None)
 
@@ -120,14 +120,14 @@ class SimulatedRun:
         return Results({node.name: states[node.name] for node in self.scenario.nodes}, now)
 
     def finish(self, name: str, now: float, **ending: Any) -> None:
-        """End a held node at `now` or when it starts; `ending` replaces fields of its `SimNode`."""
+        """Finish a held node at `now` or when it starts; `ending` replaces fields of its node."""
         node = next((node for node in self.scenario.nodes if node.name == name), None)
         if node is None:
             names = ", ".join(repr(node.name) for node in self.scenario.nodes)
             raise LookupError(f"the execution has no node {name!r}; its nodes are: {names}")
         if node.duration is not None:
             raise ValueError(
-                f"node {name!r} ends by itself: only one with duration=None can be finished"
+                f"node {name!r} finishes by itself: only one with duration=None can be finished"
             )
 
         state = self.results(now).states[name]

@@ -1,4 +1,4 @@
-"""What an execution does: its nodes, how they depend on each other, and how they end."""
+"""What an execution does: its nodes, how they depend on each other, and how they finish."""
 
 from __future__ import annotations
 
@@ -31,22 +31,21 @@ def _check_duration(node: SimNode, _: attrs.Attribute[Any], value: float | None)
 class SimNode:
     """One node of a simulated execution.
 
-    `Values`, below, maps the names of all nodes that this one depends on, directly or indirectly,
-    to their values. The value of a node that did not succeed is None.
+    Below, `Values` maps the names of all nodes that this one depends on, directly or indirectly, to
+    their values. The value of a node that did not succeed is None.
 
     Args:
         name: its name, unique within the scenario.
         value: its output when it succeeds: any JSON value, or a function of `Values` that returns
             one.
-        duration: seconds from RUNNING to its end; None keeps it RUNNING until `Simulator.finish`.
+        duration: how many seconds it is RUNNING; None keeps it so until `Simulator.finish`.
         after: names of the nodes that must be final before it starts; until then it is QUEUED.
             It is SKIPPED if one of them failed or all of them were skipped.
-        status: the status it ends with. Any other than `SUCCESS`, `FAILED`, `FAILURE` and
-            `SKIPPED` is not final: the execution, and each node that depends on this one, stays
-            unfinished.
-        error_message: sent if it failed.
-        raw_error_message: sent if it failed; any JSON value.
-        is_output_node: whether it is marked as an output node; None is sent as null.
+        status: its last status. Any other than `SUCCESS`, `FAILED`, `FAILURE` and `SKIPPED` is not
+            final: the execution never finishes, nor does any node that depends on this one.
+        error_message: its error message if it fails.
+        raw_error_message: its raw error if it fails; any JSON value.
+        is_output_node: whether it is an output node; None becomes null.
         when: a predicate over `Values`, called once when the node could start; if it returns
             false, the node is skipped.
         node_type: its kind in the description of its workflow.

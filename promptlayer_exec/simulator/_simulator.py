@@ -1,4 +1,4 @@
-"""The simulator: what a test calls."""
+"""The simulator, as tests use it."""
 
 from __future__ import annotations
 
@@ -26,29 +26,37 @@ from promptlayer_exec.simulator._workflow_bodies import ScenarioSource
 class Simulator:
     """A PromptLayer server on a real socket.
 
-    `async with` serves in the running loop, `with` in a thread of its own. Every method may be
-    called from any thread, also before the simulator is entered. It may be entered again after it
-    was exited: it then still has its workflows and executions, and listens on a new port unless
-    `port` is given.
+    `async with` serves in the running loop, `with` in a separate thread. You can call every method
+    from any thread, even before you enter the simulator. After exiting, you can enter it again: its
+    workflows and executions are still there. Unless you give a `port`, it then has a new one.
 
-    The completion of a run is pushed, to the channel of its `channel_name_suffix` or else to that
-    of its id, and posted to its `callback_url`; with a `webhook_url`, that of every run is posted
-    there, signed. Executions of `add_execution` are not: they are like those that were started on
-    PromptLayer's dashboard. Nothing is posted after the simulator is exited. With a `clock` other
-    than the machine's, that happens once `state`, `finish` or a request for the results shows the
-    completion, or after as many seconds as remained by `clock`.
+    Example:
+        Test your code without PromptLayer::
+
+            async with Simulator() as simulator:
+                report = Scenario([SimNode("Report", "Otters are fine.", is_output_node=True)])
+                simulator.add_workflow("write-report", report)
+                async with Session(simulator.api_key, base_url=simulator.base_url) as session:
+                    assert await session.run("write-report") == "Otters are fine."
+
+    When a run completes, the simulator pushes a message to the channel of its
+    `channel_name_suffix`, or else of its id. It also posts to the run's `callback_url` and, signed,
+    to `webhook_url`, until you exit it. It does none of this for executions of `add_execution`,
+    which behave like those started on PromptLayer's dashboard. With another `clock` than the
+    machine's, it happens as soon as `state`, `finish` or a request for the results shows that the
+    run is complete, or after as many real seconds as were left by `clock`.
 
     Args:
         host: the address to listen on.
-        port: the port to listen on; 0 takes a free one.
+        port: the port to listen on; 0 picks a free one.
         api_key: the key that requests must have in `X-API-KEY`.
-        clock: returns the time in seconds, and never runs backwards; all node durations and the
-            rate limit follow it.
+        clock: returns the time in seconds, and never runs backwards; the durations of nodes and
+            the rate limit follow it.
         log_requests: whether `requests` keeps every request; `request_count` always counts.
-        on_request: called with each request before it is answered, in the thread that serves.
-        push_limit_bytes: the size in bytes of the longest completion message that is pushed with
-            its output; a longer one says `EXCEEDS_SIZE_LIMIT`. The limit of PromptLayer's own
-            server is unknown.
+        on_request: called with each request before the response, in the serving thread.
+        push_limit_bytes: the size in bytes up to which a pushed message contains the output; a
+            longer one contains `EXCEEDS_SIZE_LIMIT`. The limit of PromptLayer's own server is
+            unknown.
         webhook_url: where to post a webhook when a run is complete; None: nowhere.
         webhook_secret: signs the webhooks.
     """
@@ -100,7 +108,7 @@ class Simulator:
 
     @property
     def requests(self) -> list[SimRequest]:
-        """Every request so far, the oldest first; also those that a fault affected."""
+        """Every request so far, the oldest first, including those that a fault affected."""
         return list(self._log.entries)
 
     @property
@@ -110,7 +118,7 @@ class Simulator:
 
     @property
     def webhook_url(self) -> str | None:
-        """Where to post a webhook when a run is complete; setting it concerns later runs."""
+        """Where to post a webhook when a run is complete; setting it affects later runs."""
         return self._notifications.webhook_url
 
     @webhook_url.setter
@@ -119,7 +127,7 @@ class Simulator:
 
     @property
     def posts(self) -> list[SimPost]:
-        """The webhooks and callbacks that were posted and answered, or failed; oldest first."""
+        """The webhooks and callbacks that got a response, or failed; the oldest first."""
         return list(self._notifications.posts.entries)
 
     @property
@@ -160,17 +168,17 @@ class Simulator:
     ) -> int:
         """Add a workflow; each `POST /workflows/{name}/run` starts an execution of it.
 
-        It can be listed and described over HTTP, too: the nodes of its scenario are those of the
-        workflow, and `after` makes its edges. As long as it has one version and no labels, every
-        label and version selects that one.
+        Clients can also list and describe it: its nodes are those of the scenario, and `after`
+        makes its edges. As long as it has one version and no labels, every label and version
+        selects that version.
 
         Args:
             name: its name; any characters.
             scenario: what each execution does, or a function of the input variables that returns
                 it.
-            warning: the warning in the answer to each start; by default, it names the declared
+            warning: the warning in the response to each start; by default, it lists the declared
                 inputs that are missing.
-            inputs: the declared input variables: their types by name, such as
+            inputs: the types of the declared input variables by name, such as
                 `{"topic": "string"}`.
             labels: the release labels of its first version.
             definition: the scenario that describes the workflow; by default `scenario`, or no nodes
@@ -178,7 +186,7 @@ class Simulator:
             external_ids: ids in other systems by source, for filtering the list.
 
         Returns:
-            The id of the workflow, which can be used in place of its name.
+            The id of the workflow, which you can use instead of its name.
 
         Raises:
             ValueError: the name is taken.
@@ -204,7 +212,7 @@ class Simulator:
         labels: Iterable[str] = (),
         definition: Scenario | None = None,
     ) -> int:
-        """Add another version to a workflow; it is the latest from now on.
+        """Add another version to a workflow; it becomes the latest.
 
         Args:
             workflow: the workflow's name or id.
@@ -218,7 +226,7 @@ class Simulator:
             The number of the version; the first one is 1.
 
         Raises:
-            LookupError: there is no such workflow.
+            LookupError: the workflow does not exist.
             TypeError: `labels` is a string.
         """
         return self._backend.add_version(
@@ -235,21 +243,21 @@ class Simulator:
         error_message: str | None = None,
         raw_error_message: Any = None,
     ) -> None:
-        """End a node that is held RUNNING (`duration=None`); a QUEUED one ends when it starts.
+        """Finish a node that is held RUNNING (`duration=None`); a QUEUED one, when it starts.
 
-        After a status that is not final, the node has that status and can be finished again.
+        If `status` is not final, the node gets that status, and you can finish it again.
 
         Args:
             execution_id: the execution.
             node: the name of the node.
-            value: its value if it succeeded; by default the scenario's.
-            status: the status it ends with.
-            error_message: sent if it failed; by default the scenario's.
-            raw_error_message: sent if it failed, any JSON value; by default the scenario's.
+            value: its value if it succeeds; by default the scenario's.
+            status: its status.
+            error_message: its error message if it fails; by default the scenario's.
+            raw_error_message: its raw error if it fails, any JSON value; by default the scenario's.
 
         Raises:
-            LookupError: there is no such execution or node.
-            ValueError: the node is already final, or ends by itself.
+            LookupError: the execution or the node does not exist.
+            ValueError: the node is already final, or finishes by itself.
             TypeError: the value is not JSON.
         """
         ending: dict[str, Any] = {}
@@ -266,36 +274,37 @@ class Simulator:
         """Return the current status of every node by name.
 
         Raises:
-            LookupError: there is no such execution.
+            LookupError: the execution does not exist.
         """
         states = self._backend.results(execution_id).states
         return {name: state.status for name, state in states.items()}
 
     def inject(self, fault: Fault, *, path: str = "") -> None:
-        """Let a fault affect the next requests or posts that it concerns, after earlier faults.
+        """Inject a fault into the next requests or posts that match it, after earlier faults.
 
         Args:
             fault: what goes wrong.
-            path: what the path of a request must end in, such as `/run` for starts: a start may be
-                preceded by requests of its workflow's definition.
+            path: the end of the path of a matching request, such as `/run` for starts; a client may
+                request the definition of the workflow first.
         """
         self._faults.add(attrs.evolve(fault, path=path))
 
     def clear_faults(self) -> None:
-        """Remove the faults that have not affected a request or post yet."""
+        """Remove all faults that have not affected a request or post yet."""
         self._faults.clear()
 
     def rate_limit(
         self, requests: float | None, per: float = 1.0, burst: int | None = None
     ) -> None:
-        """Answer 429 to authenticated requests beyond a rate, by a token bucket that starts full.
+        """Respond 429 to authenticated requests beyond a rate, by a token bucket that starts full.
 
-        A 429 has a Retry-After, in seconds and fractions, for when the next request is allowed.
+        The `Retry-After` of a 429 is the time until the next allowed request, with fractions of
+        seconds.
 
         Args:
             requests: how many requests are allowed in `per` seconds; None removes the limit.
             per: seconds.
-            burst: how many are allowed at once; by default `requests`, at least 1.
+            burst: how many are allowed together; by default `requests`, at least 1.
 
         Raises:
             ValueError: a number is not positive, or `burst` is below 1.
@@ -314,7 +323,7 @@ class Simulator:
     async def wait_for_requests(self, count: int, timeout: float = 10.0) -> None:
         """Wait until there were `count` requests in total.
 
-        It works in any event loop; without one, `asyncio.run` does it.
+        It works in any event loop; without one, use `asyncio.run`.
 
         Args:
             count: the number of requests.
@@ -326,7 +335,7 @@ class Simulator:
         await self._log.wait(count, timeout)
 
     async def wait_for_posts(self, count: int, timeout: float = 10.0) -> None:
-        """Wait until `count` webhooks and callbacks in total were posted and answered, or failed.
+        """Wait until `count` webhooks and callbacks in total got a response, or failed.
 
         Args:
             count: the number of webhooks and callbacks, repeated ones included.
@@ -341,7 +350,7 @@ class Simulator:
         if self._running is not None:
             raise RuntimeError("the simulator is already running")
         loop = asyncio.get_running_loop()
-        # Cancelling the handler of a client that disconnects is what ends a stalled answer.
+        # A stalled response stops when its client disconnects, because that cancels its handler.
         server = web.Server(self._operations.handle, handler_cancellation=True, access_log=None)
         self._running = await loop.create_server(server, self._host, self._port), server
         return self

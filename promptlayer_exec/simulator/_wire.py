@@ -1,4 +1,4 @@
-"""The wire format: JSON as the server writes it, replies, and the parameters of requests."""
+"""The wire format: JSON as the server writes it, responses, and the parameters of requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aiohttp import web
 JSON_TYPE = {"Content-Type": "application/json"}
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
-# For each field of a run request, its name in errors and its exact types: True is an int, too.
+# For each field of a run request, its name in errors and its exact types; True is also an int.
 _RUN_FIELDS: dict[str, tuple[str, set[type]]] = {
     "input_variables": ("dictionary", {dict}),
     "metadata": ("dictionary", {dict, NoneType}),
@@ -101,7 +101,7 @@ def parse_run(body: bytes) -> dict[str, Any]:
 
 
 def required_values(query: Mapping[str, str], name: str) -> list[str]:
-    """Return all values of a parameter that there must be."""
+    """Return all values of a required parameter."""
     values = [value for key, value in query.items() if key == name]
     if not values:
         raise RequestValidationError("Field required", "missing", "query", name)

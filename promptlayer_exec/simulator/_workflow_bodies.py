@@ -18,7 +18,7 @@ ScenarioSource: TypeAlias = Scenario | Callable[[Mapping[str, Any]], Scenario]
 
 @attrs.frozen(kw_only=True)
 class SimulatedVersion:
-    """One version of a workflow: what it runs, and how it is described.
+    """One version of a workflow: its scenario and its description.
 
     Versions that were added later have higher ids.
     """
@@ -87,7 +87,7 @@ class SimulatedWorkflow:
             "edges": [
                 _describe_edge(before, node) for node in version.nodes for before in node.after
             ],
-            # The object of development servers, which production is said to send, too.
+            # The object of development servers; reportedly, production sends it as well.
             "workflow": {
                 "id": self.id,
                 "workspace_id": 1,

@@ -28,7 +28,7 @@ _NO_INDEX = "The handbook index is not available: HTTP 503 from vector-store"
 def support_agent(
     inputs: Mapping[str, Any] | None = None, *, reading: float | None = 0.4, failing: bool = False
 ) -> Scenario:
-    """Return an agent that answers a customer's letter with ten nodes in about seven seconds.
+    """Return an agent of ten nodes that replies to a customer's letter in about seven seconds.
 
     Its first node takes `reading` seconds; None holds it until `Simulator.finish`.
     """
@@ -112,7 +112,7 @@ OrderClosed: {problem}"""
 
 
 def _write_report(inputs: Mapping[str, Any]) -> Scenario:
-    """Return what the README and the tutorial run: its output is JSON in a text."""
+    """Return the workflow of the README and the tutorial, whose output is JSON in a string."""
     topic = inputs.get("topic", "otters")
     status = "FAILED" if topic == "unicorns" else "SUCCESS"
     report = {"title": f"{topic} are fine.".capitalize(), "score": 0.9}
@@ -130,7 +130,7 @@ def _grade(_: Mapping[str, Any]) -> Scenario:
 
 @attrs.frozen
 class ExampleWorkflow:
-    """What each run of a workflow does, and inputs of a run."""
+    """The scenario of a workflow's runs, and example inputs."""
 
     scenario: Callable[[Mapping[str, Any]], Scenario]
     inputs: Mapping[str, Any]
@@ -196,7 +196,7 @@ def past_run(number: int) -> ExampleRun:
 
 
 def node_times(scenario: Scenario, *, slowness: float) -> dict[str, tuple[float, float]]:
-    """Return when each node that can run starts and ends, in seconds."""
+    """Return when each node that can run starts and finishes, in seconds."""
     times: dict[str, tuple[float, float]] = {}
     failed = {node.name for node in scenario.nodes if node.status == "FAILED"}
 

@@ -722,7 +722,7 @@ async def test_the_demonstration_runs_and_stops_with_a_page_open(
         async with asyncio.timeout(5):
             _, errors = await process.communicate()
         assert process.returncode == 0
-        assert errors == b"Open this page, which is for you alone (Ctrl-C ends it):\n"
+        assert errors == b"Open this page; keep its URL to yourself (Ctrl-C stops the server):\n"
         await expect(page.locator("#connection")).to_contain_text("The viewer has stopped")
         await page.close()
     finally:

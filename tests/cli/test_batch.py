@@ -7,6 +7,7 @@ import logging
 import os
 import pty
 import re
+import shlex
 import signal
 import sys
 import time
@@ -87,20 +88,26 @@ def test_a_batch_is_run_and_its_results_are_written(
     sim.inject(on("GET", "/workflows/none", Fault.status(403)))
     code, out, err = run(*command)
     assert (code, out) == (1, "")
-    unchecked, first, second, third, *others, hint = err.splitlines()
-    assert unchecked.startswith("inputs are not checked: workflow 'none': the server returned 403")
+    unchecked, first, second, third, *others = err.splitlines()[:-4]
+    assert unchecked.startswith(
+        "could not check the inputs: workflow 'none': the server returned 403"
+    )
     sim.clear_faults()
     assert first == "batch night: 3 items"
     assert second.startswith("batch night: 3 items: 1 succeeded, 2 failed, 0 unknown, in ")
     assert re.fullmatch(
-        r"  a run took \S+ s \(median\); 95 % took at most \S+ s, the longest \S+ s", third
+        r"  a run took \S+ s \(median\), 95 % at most \S+ s, the longest \S+ s", third
     )
     assert sorted(line.split(",")[0] for line in others) == [
-        "  1 ExecutionFailed",
-        "  1 NotFound",
+        "1 ExecutionFailed",
+        "1 NotFound",
     ]
-    assert hint.startswith("failed: `batch retry --failed` starts those again whose run failed or")
-    assert "; `batch recheck` asks again how runs ended, and starts nothing" in hint
+    assert err.splitlines()[-4:] == [
+        "start failed items again with:",
+        "  promptlayer-exec batch retry --failed --name night",
+        "or check their runs again, for free, with:",
+        "  promptlayer-exec batch recheck --name night",
+    ]
     lines = {line["key"]: line for line in results(tmp_path / "out.jsonl")}
     assert [list(line) for line in lines.values()] == [FIELDS] * 3
     (digest,) = lines.keys() - {"b", "c"}
@@ -142,7 +149,7 @@ def test_a_killed_run_is_continued(sim: Simulator, start: Start, run: Run, tmp_p
     assert max(Counter(run.inputs["n"] for run in sim.runs).values()) == 1
     unknown = sum(not line["succeeded"] for line in results(out))
     assert f"{30 - unknown} succeeded, 0 failed, {unknown} unknown" in err
-    assert ("unknown: these runs may have started" in err) is (unknown > 0)
+    assert ("unknown items may have started" in err) is (unknown > 0)
 
 
 def test_an_interrupted_run_says_how_to_continue(
@@ -164,12 +171,12 @@ def test_an_interrupted_run_says_how_to_continue(
     code, _, err = command.end()
     assert code == 130
     assert err.endswith(
-        "interrupted; no item is lost: run the same command again to continue;"
-        " `batch status` shows how far it is\n"
+        "interrupted. No item is lost: run the same command again to continue.\n"
+        "see how far it is with:\n  promptlayer-exec batch status --name night\n"
     )
     assert run("status")[2] == (
-        "nobody works on the items that wait or are running: `batch work`, or the same `batch run`"
-        " again, goes on\n"
+        "1 item not finished, and nobody is working on them; continue with:\n"
+        "  promptlayer-exec batch work --name night\n"
     )
     sim.finish(sim.runs[0].execution_id, "Answer")
     code, out, _ = run(*arguments)
@@ -199,12 +206,12 @@ def test_an_interrupt_says_what_is_awaited(start: Start, gate: Any, tmp_path: Pa
         assert gate.reached.wait(TIMEOUT)
         command.process.send_signal(signal.SIGINT)
         assert command.error_line() == "batch night: 1 item\n"
-        said = "stopping: starts that were sent are still awaited (interrupt again to stop at once)"
-        assert command.error_line() == f"{said}\n"
+        said = "stopping; waiting for the ids of runs that may have started (Ctrl-C again stops"
+        assert command.error_line().startswith(said)
         gate.opened.set()
         code, _, err = command.end()
-        assert (code, err.count("\n")) == (130, 1)
-        assert err.startswith("interrupted; no item is lost")
+        assert (code, err.count("\n")) == (130, 3)
+        assert err.startswith("interrupted. No item is lost")
         assert run().end()[0] == 0
         assert len(sim.runs) == 1
 
@@ -224,7 +231,7 @@ def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path)
         '{"metadata": {"a": 1}}': '"metadata" must be an object of strings',
         '{"label": "a", "version": 1}': 'use "label" or "version", not both',
         '{"key": ""}': '"key" must not be empty',
-        '{"workflow": ""}': 'no workflow: give --workflow NAME, or a "workflow" in the line',
+        '{"workflow": ""}': 'no workflow: give --workflow NAME, or add a "workflow" to the line',
     }
     file = write(tmp_path / "bad.jsonl", *bad, '{"key": "x"}', '{"key": "x"}')
     code, out, err = run("run", file, "--workflow", "w")
@@ -243,7 +250,7 @@ def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path)
 def test_a_mistake_in_the_options_is_one_line(run: Run, tmp_path: Path) -> None:
     """Whether --workflow is missing, or names none that exists; no file for results is made."""
     file = write(tmp_path / "night.jsonl", *({"inputs": {"n": n}} for n in range(30)))
-    hint = 'give --workflow NAME, or a "workflow" in the line; nothing was added'
+    hint = 'give --workflow NAME, or add a "workflow" to the line; nothing was added'
     lines = "night.jsonl, lines 1, 2, 3 and 27 more: "
     command = ("run", "night.jsonl", "--out", "out.jsonl")
     assert run(*command) == (2, "", f"{lines}no workflow: {hint}\n")
@@ -274,8 +281,7 @@ def test_lines_that_cannot_run_are_reported_before_anything_is_added(
     assert (code, out) == (2, "")
     misspelt = (
         "workflow 'pair' is missing the input 'last' (string). It does not require"
-        " lats (did you mean 'last'?);"
-        " `promptlayer-exec workflow pair` shows what it needs"
+        " lats (did you mean 'last'?); see its inputs with `promptlayer-exec workflow pair`"
     )
     hint = "; `promptlayer-exec workflows` lists names and labels"
     assert err.splitlines() == [
@@ -289,7 +295,7 @@ def test_lines_that_cannot_run_are_reported_before_anything_is_added(
     assert (run("status")[1], sim.runs) == ("", [])
     write(file, {"key": "a", "inputs": {"first": "x", "last": "y", "more": "z"}})
     code, _, err = run("run", file, "--workflow", "pair", "--out", "out.jsonl")
-    note = "note: workflow 'pair' does not require 'more': sent all the same"
+    note = "note: workflow 'pair' does not require 'more'; sent anyway"
     assert (code, err.splitlines()[0]) == (0, note)
     sim.add_version("pair", scenario, inputs={"name": "string"})
     code, _, err = run("run", file, "--workflow", "pair", "--out", "out.jsonl")
@@ -306,8 +312,8 @@ def test_a_file_that_is_refused_leaves_the_results_alone(run: Run, tmp_path: Pat
     before = (tmp_path / "out.jsonl").read_bytes()
     other_server = ("--base-url", "http://127.0.0.1:9")
     for inputs, options, why in (
-        ({"n": 1}, other_server, "was begun at"),
-        ({"n": 2}, (), "stands for another request"),
+        ({"n": 1}, other_server, "was started on"),
+        ({"n": 2}, (), "belongs to another request"),
     ):
         write(file, item | {"inputs": inputs})
         for name in ("out.jsonl", "new.jsonl", "new.csv"):
@@ -326,17 +332,17 @@ def test_a_file_that_is_refused_leaves_the_results_alone(run: Run, tmp_path: Pat
         (("run", "good", "--out", "none/out"), "cannot write to none/out: No such file"),
         (
             ("run", "good", "--out", "other"),
-            "other, line 1, is not a result; the file is unchanged",
+            "line 1 of other is not a result; the file is unchanged",
         ),
         (
             ("run", "good", "--out", "note"),
-            "note, line 1, is not a result; the file is unchanged",
+            "line 1 of note is not a result; the file is unchanged",
         ),
         (
             ("run", "good", "--out", "good"),
-            "good, line 1, is not a result; the file is unchanged",
+            "line 1 of good is not a result; the file is unchanged",
         ),
-        (("run", "/dev/null"), "/dev/null is read twice: write the items to a regular file first"),
+        (("run", "/dev/null"), "/dev/null is not a regular file: save the items to one first"),
         (("run", "good", "--db", "nothing"), "database_url is not a URL"),
         (("run", "long"), "item key must be 1 to 1000 bytes of text"),
         (("run", "good", "--rate", "inf"), "rate must be a finite number greater than 0"),
@@ -368,7 +374,7 @@ def test_unknown_items_are_retried_on_request(sim: Simulator, run: Run, tmp_path
     sim.inject(on("POST", "/", Fault.disconnect()))
     code, _, err = run(*command)
     assert code == 1
-    assert "unknown: these runs may have started and be billed: look in PromptLayer" in err
+    assert "unknown items may have started and be billed: look for them in PromptLayer." in err
     sim.clear_faults()
     assert run("retry", "--unknown")[0] == 0
     assert run(*command)[0] == 0
@@ -383,15 +389,15 @@ def test_a_run_with_nothing_to_do_says_so(run: Run, tmp_path: Path) -> None:
     code, out, err = run("run", file)
     assert code == 0
     assert json.loads(out)["output"] == 1
-    ended = "all items of batch night have already ended, and none is started again:"
-    hint = f"{ended} for a new night, use `batch run` with another --name\n"
+    ended = "all items of batch night have already finished, so none is started again;"
+    hint = f"{ended} to run them as a new batch, give `batch run` another --name\n"
     assert hint in err
     assert run("work")[2].startswith(hint)
     write(tmp_path / "night", {"key": "1", "workflow": "echo", "inputs": {"n": 2}})
     code, out, err = run("run", file)
     assert (code, out) == (2, "")
-    what = "the key '1' of batch 'night' stands for another request (inputs.n differs): give this"
-    way = " one another key, or add it to another batch; it was not added (--name)"
+    what = "the key '1' of batch 'night' belongs to another request, which differs in inputs.n."
+    way = " Nothing was added: use another key, or another batch (--name)"
     assert what + way in err
 
 
@@ -401,8 +407,8 @@ def test_an_outage_is_reported_once(run: Run, tmp_path: Path) -> None:
     code, _, err = run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "2")
     assert code == 4
     assert err.count("trying again for up to 2 s") == 1
-    assert err.count("inputs are not checked: workflow 'echo': ") == 1
-    assert len(err.splitlines()) == 4
+    assert err.count("could not check the inputs: workflow 'echo': ") == 1
+    assert len(err.splitlines()) == 6
 
 
 def test_work_without_a_name_takes_the_only_batch(
@@ -415,7 +421,8 @@ def test_work_without_a_name_takes_the_only_batch(
     assert run("run", file, "--name", "two")[0] == 0
     assert (tmp_path / "other.sqlite").exists()
     code, _, err = run("work")
-    assert (code, err) == (2, "give --name; batches in the database: one, two\n")
+    problem = "there are several batches: choose one with --name"
+    assert (code, err) == (2, f"{problem}; batches in the database: one, two\n")
     assert run("work", "--name", "two")[0] == 0
     assert len(run("status")[1].splitlines()) == 2
 
@@ -431,8 +438,8 @@ def test_a_refused_key_is_exit_code_4(
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "wrong")
     code, _, err = run("run", file)
     assert code == 4
-    assert "Check PROMPTLAYER_API_KEY; no item is lost" in err
-    assert "; no item is lost: run the same command again to continue; `batch status` shows" in err
+    assert "Check PROMPTLAYER_API_KEY. No item is lost: run the same command again to" in err
+    assert err.endswith("see how far it is with:\n  promptlayer-exec batch status --name night\n")
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     assert run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "0.01")[0] == 4
     assert run("run", file)[0] == 0
@@ -452,7 +459,7 @@ def test_a_batch_of_another_server_is_refused(
         for asked in (running, ["work"], ["recheck"], ["retry", "--failed"], exporting):
             code, out, err = run(*asked)
             assert (code, out) == (2, "")
-            assert f"was begun at {sim.base_url}, and this is {other.base_url}" in err
+            assert f"was started on {sim.base_url}, not on {other.base_url}" in err
             assert "(--name, --same-server)" in err
         assert other.requests == []
     assert (tmp_path / "out.jsonl").read_bytes() == before
@@ -525,7 +532,7 @@ def test_results_that_the_database_does_not_know_are_not_run_again(
         code, _, err = run(*command, "--db", "sqlite:///other.sqlite")
         assert code == 2
         assert f"{name} has 2 results that batch 'night' in sqlite:///other.sqlite does not" in err
-        assert "that item would be run and paid for again. Use the database that" in err
+        assert "you would pay for that item again. Use the database that produced" in err
         assert (tmp_path / name).read_text() == before
     assert len(sim.runs) == 2
     write(tmp_path / "bad.jsonl", items[1])
@@ -560,7 +567,7 @@ def test_the_work_stops_after_failures_in_a_row(sim: Simulator, run: Run, tmp_pa
     command = ("run", file, "--stop-after-failures", 3)
     code, _, err = run(*command)
     assert code == 1
-    assert "stopped, because 3 items in a row did not succeed; no item is lost" in err
+    assert "stopped, because 3 items in a row did not succeed. No item is lost" in err
     assert "batch night: 4 items: " in err
     assert "3 ExecutionFailed" in err
     sim.finish(next(run.execution_id for run in sim.runs if "n" not in run.inputs), "Answer")
@@ -629,46 +636,55 @@ def test_failed_and_unknown_items_are_started_again_on_request(
     sim.clear_faults()
     assert run("retry") == (
         *(2, ""),
-        "give --failed, --unknown, or both, or the keys of items that failed\n",
+        "give --failed, --unknown, both, or the keys of failed items\n",
     )
-    assert "0 items will be started again\n" in run("retry", "--failed")[2]
+    assert run("retry", "--failed")[2] == "batch night: there is no item to start again\n"
     code, _, err = run("retry", "--unknown")
     assert code == 0
-    assert err.startswith("batch night: 1 item will be started again by a worker: `batch work`")
+    assert err == (
+        "batch night: a worker will start 1 item again; start one with:\n"
+        "  promptlayer-exec batch work --name night\n"
+    )
     assert run(*command)[0] == 0
     assert [line["succeeded"] for line in results(tmp_path / "out.jsonl")] == [False, True]
-    assert run("recheck")[2] == "batch night: 0 items will be followed again\n"
+    assert run("recheck")[2] == "batch night: there is no item to follow again\n"
     assert run("show", "a")[1].count(" added\n") == 2
 
 
 def test_what_did_not_succeed_has_a_command_that_goes_on(
     sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its options are those that were given, and --name where there are several batches."""
+    """It works as it is: it has the name of the batch, and the options that were given."""
     file = write(tmp_path / "my night", {"workflow": "echo", "inputs": {"n": "bad"}})
     hint = (
-        "failed: `batch retry --failed{0} starts those again whose run failed or did not start;"
-        " `batch recheck{0} asks again how runs ended, and starts nothing"
+        "start failed items again with:\n"
+        "  promptlayer-exec batch retry --failed --name 'my night'{0}\n"
+        "or check their runs again, for free, with:\n"
+        "  promptlayer-exec batch recheck --name 'my night'{0}\n"
     )
-    assert run("run", file)[2].splitlines()[-1] == hint.format("`")
+    assert run("run", file)[2].endswith(hint.format(""))
     _, out, err = run("status")
     assert out == "batch my night: 1 item: 0 succeeded, 1 failed, 0 unknown\n"
-    assert err == hint.format("`") + "\n"
+    assert err == hint.format("")
     assert run("status", "--json")[2] == ""
-    named = " --name 'my night'`"
-    assert run("work", "--name", "my night")[2].splitlines()[-1] == hint.format(named)
-    server = f" --base-url {sim.base_url}`"
+    assert run("work", "--name", "my night")[2].endswith(hint.format(""))
+    server = f" --base-url {sim.base_url}"
     assert hint.format(server) in run("run", file, "--base-url", sim.base_url)[2]
+
+    copied = [shlex.split(line) for line in err.splitlines() if line.startswith("  ")]
+    assert [run(*arguments[2:])[0] for arguments in copied] == [0, 0]
+    assert "  promptlayer-exec batch work --name 'my night'" in run("status")[2].splitlines()
+    assert run("work", "--name", "my night")[0] == 1
+
     sim.inject(on("POST", "/", Fault.disconnect()))
     err = run("run", file, "--name", "two")[2]
-    assert err.splitlines()[-1].endswith("with `batch retry --unknown --name two`, or leave them")
-    assert hint.format(named) in run("status")[2]
+    assert err.splitlines()[-1] == "  promptlayer-exec batch retry --unknown --name two"
+    assert hint.format("") in run("status")[2]
     sim.clear_faults()
     other = "sqlite:///other.sqlite"
-    given = f" --db {other}`"
-    assert run("run", file, "--db", other)[2].splitlines()[-1] == hint.format(given)
+    assert run("run", file, "--db", other)[2].endswith(hint.format(f" --db {other}"))
     monkeypatch.setenv("PROMPTLAYER_EXEC_DB", other)
-    assert run("run", file)[2].splitlines()[-1] == hint.format("`")
+    assert run("run", file)[2].endswith(hint.format(""))
 
 
 def test_a_batch_can_be_deleted(sim: Simulator, start: Start, run: Run, tmp_path: Path) -> None:
@@ -686,7 +702,7 @@ def test_a_batch_can_be_deleted(sim: Simulator, start: Start, run: Run, tmp_path
     code, _, err = run("delete")
     assert code == 2
     assert err.startswith("batch night: 1 item: ")
-    assert err.endswith("\nto delete this batch with all its results, give --yes\n")
+    assert err.endswith("\ndelete it with:\n  promptlayer-exec batch delete --yes --name night\n")
     assert run("delete", "--yes") == (0, "", "deleted batch night with 1 item\n")
     for command in ("status", "list"):
         code, out, err = run(command, "--json")
@@ -755,18 +771,18 @@ def test_only_the_items_with_these_keys_are_started_again(
 
     assert run("retry", "c") == (2, "", "batch 'night' has no item 'c'\n")
     reason = "its run may have started and be billed"
-    how = "`batch work`, or the same `batch run`"
     code, _, err = run("retry", "a", "lost")
     assert (code, err.splitlines()) == (
         0,
         [
-            f"item 'lost' is unknown, and stays so: {reason}; --unknown starts it again",
-            f"batch night: 1 item will be started again by a worker: {how}",
+            f"item 'lost' is unknown and stays so: {reason}. To start it again, give --unknown",
+            "batch night: a worker will start 1 item again; start one with:",
+            "  promptlayer-exec batch work --name night",
         ],
     )
-    assert "0 items will be started" in run("retry", "lost", "--unknown-for", 3600)[2]
-    assert "0 items will be started" in run("retry", "b", "--unknown")[2]
-    assert "1 item will be started" in run("retry", "lost", "--unknown-for", 0)[2]
+    assert "no item to start again" in run("retry", "lost", "--unknown-for", 3600)[2]
+    assert "no item to start again" in run("retry", "b", "--unknown")[2]
+    assert "will start 1 item again" in run("retry", "lost", "--unknown-for", 0)[2]
 
 
 def test_an_item_shows_its_attempts(sim: Simulator, run: Run, tmp_path: Path) -> None:
@@ -779,9 +795,8 @@ def test_an_item_shows_its_attempts(sim: Simulator, run: Run, tmp_path: Path) ->
     first, second = (run.execution_id for run in sim.runs if run.inputs["n"] == "bad")
 
     _, out, _ = run("show", "bad")
-    assert (
-        f"  attempt 1 ended, execution {first}: ExecutionFailed: execution {first} failed: " in out
-    )
+    ended = f"attempt 1 finished, execution {first}: ExecutionFailed: execution {first} failed: "
+    assert ended in out
     assert f"  execution {second} started" in out
     attempts = json.loads(run("show", "bad", "--json")[1])["attempts"]
     assert [attempt["execution_id"] for attempt in attempts] == [first, second]

@@ -85,7 +85,7 @@ def test_the_separator_is_not_one_in_a_name(tmp_path: Path, text: str) -> None:
     ("text", "message"),
     [
         ("key,n\na,1\na,2\n", "CSV, line 3: the key 'a' is already used in line 2; nothing"),
-        ("n\n1\n2\n1\n", "CSV, line 4: a key is missing: without"),
+        ("n\n1\n2\n1\n", "CSV, line 4: this line equals line 2: give it a"),
         ('n,m\n"1\n",2\n1\n', "CSV, line 4: must have as many cells as the"),
         ("version\nx\n", 'CSV, line 2: "version" must be a number'),
         ("n,n\n1,2\n", "has columns of the same name: n"),
@@ -113,13 +113,13 @@ def test_the_default_key_is_a_digest_of_the_line(tmp_path: Path) -> None:
     items = ItemFile(path, "grade")
     assert [item.key for item in items][1] == before.key
     path.write_text(line + line)
-    with pytest.raises(Misuse, match="line 2: a key is missing"):
+    with pytest.raises(Misuse, match="line 2: this line equals line 1: give it a key"):
         ItemFile(path, "grade")
 
 
 def test_a_device_is_no_file_for_results() -> None:
     """Some can be read without an end."""
-    device = pytest.raises(Misuse, match="/dev/full is a device: name a file, or omit --out")
+    device = pytest.raises(Misuse, match="/dev/full is a device: give a file, or omit --out")
     with device, open_results(Path("/dev/full")):
         pass
     long = pytest.raises(Misuse, match=r"cannot write to .*: File name too long")

@@ -14,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import attrs
 import pytest
 
 from promptlayer_exec import RetryPolicy
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli._exit import ExitCode
-from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator, examples
 
 Call: TypeAlias = Callable[..., tuple[int, str, str]]
 Start: TypeAlias = Callable[..., Any]
@@ -94,13 +95,43 @@ class TestWatch:
         assert command.end() == (0, "", "")
 
     def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, call: Call) -> None:
-        """A failed node has its whole message, escaped; what was over before has no time."""
+        """The last line is a sentence with node and reason; then comes how to read the rest."""
         execution_id = sim.add_execution(FAILED)
         code, out, err = call("watch", execution_id)
         assert code == 1
         assert r"think  FAILED   no idea\nat \x1b[31mall" in out
-        assert f"execution {execution_id} failed: " in out.splitlines()[-1]
-        assert err == ""
+        sentence = rf"execution {execution_id} failed in think: no idea at \x1b[31mall."
+        assert out.splitlines()[-1] == sentence
+        assert err == f"print the whole error with:\n  promptlayer-exec results {execution_id}\n"
+
+    def test_the_end_of_the_traceback_is_printed(self, sim: Simulator, call: Call) -> None:
+        """Its last three lines, escaped, and `results` prints all of it."""
+        details = "Calls:\n  one\n\n  two\n  three\x1b[31m\nWhy: no idea"
+        raw = {"raw": details}
+        nodes = [SimNode("a", status="FAILED", error_message="no idea", raw_error_message=raw)]
+        execution_id = sim.add_execution(
+            Scenario([*nodes, SimNode("b", status="FAILED"), SimNode("c", after=["a", "b"])])
+        )
+        code, out, err = call("watch", execution_id, "--base-url", sim.base_url)
+        assert code == 1
+        assert out.endswith(f"execution {execution_id} failed in a and 1 other node: no idea.\n")
+        assert err == (
+            "    two\n    three\\x1b[31m\n  Why: no idea\nprint the whole error with:\n"
+            f"  promptlayer-exec results {execution_id} --base-url {sim.base_url}\n"
+        )
+        whole = details.replace("\x1b", "\\x1b")
+        assert call("results", execution_id)[2].startswith(f"a: {whole}\n\nb: PromptLayer gave no")
+        assert call("watch", execution_id, "--json")[2] == ""
+
+    def test_the_failure_on_the_page_is_what_is_printed(self, sim: Simulator, call: Call) -> None:
+        """The page on the command line shows it, with the time that its nodes take."""
+        scenario = examples.WORKFLOWS["invoice-check"].scenario({})
+        nodes = [attrs.evolve(node, duration=0.0) for node in scenario.nodes]
+        execution_id = sim.add_execution(Scenario(nodes), execution_id=1002)
+        page = Path(__file__).parents[2] / "docs" / "reference" / "command-line.md"
+        (shown,) = re.findall(r"```console\n.*\n([^`]*)```", page.read_text(encoding="utf-8"))
+        _, out, err = call("watch", execution_id)
+        assert shown.replace(" after 4.3 s", "") == f"{out.splitlines()[-1]}\n{err}"
 
     def test_json_lines(self, sim: Simulator, start: Start) -> None:
         """With --json, each poll with a change is one object; the last one is complete."""
@@ -150,7 +181,8 @@ class TestWatch:
         code, out, err = start("watch", execution_id, "--json", "--timeout", "0.3").end()
         assert code == 3
         assert f"execution {execution_id}: still running after 0.3 s" in err
-        assert err.endswith(f"again with:\n  promptlayer-exec watch {execution_id}\n")
+        where = "last seen running in think (0 of 2 nodes done); follow it with"
+        assert err.endswith(f", {where}:\n  promptlayer-exec watch {execution_id}\n")
         error = json.loads(out.splitlines()[-1])["error"]
         assert (error["type"], error["execution_id"]) == ("ExecutionTimeout", str(execution_id))
         assert "still running after 0.3 s" in error["message"]
@@ -162,7 +194,7 @@ class TestWatch:
         code, out, err = wrong_key
         assert (code, out) == (4, "")
         assert "Invalid or missing API key" in err
-        assert "again with" not in err
+        assert "follow it with" not in err
         code, out, err = unknown_id
         assert (code, out) == (4, "")
         assert f"execution {2**63 - 1}: " in err
@@ -198,7 +230,8 @@ class TestWatch:
         code, _, err = commands[0].end()
         assert code == 130
         assert err == (
-            f"interrupted\nexecution {execution_id} is not affected; pick it up again with:\n"
+            f"interrupted\nexecution {execution_id} continues on PromptLayer, last seen running in"
+            " think (0 of 2 nodes done); follow it with:\n"
             f"  promptlayer-exec watch {execution_id}\n"
         )
         code, out, _ = commands[1].end()
@@ -240,7 +273,7 @@ class TestWatch:
         for (code, out, err), message in cases.items():
             assert (code, out) == (2, "")
             assert message in err
-            assert "again with" not in err
+            assert "follow it with" not in err
 
 
 class TestRun:
@@ -331,7 +364,7 @@ class TestRun:
         assert code == 4
         assert "may have started" in err
         assert "no run was started" not in err
-        assert "again with" not in err
+        assert "follow it with" not in err
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("StartUnknown", None)
         assert len(sim.runs) == before + 1
@@ -348,7 +381,7 @@ class TestRun:
         code, _, err = never.end()
         assert code == 3
         assert "could not send the start request within 0.5 s, so no run was started" in err
-        assert "again with" not in err
+        assert "follow it with" not in err
 
     def test_usage_errors_are_exit_code_2(self, sim: Simulator, call: Call) -> None:
         """Arguments that cannot be sent are reported, and nothing is sent."""
@@ -356,8 +389,8 @@ class TestRun:
         before = sim.request_count
         cases = {
             call("run"): "Missing argument",
-            call("run", ""): "workflow name must not be empty; no run was started",
-            call("run", "unused", "letter=x"): "inputs are given with -i: -i 'letter=x'",
+            call("run", ""): "workflow name must not be empty. No run was started.",
+            call("run", "unused", "letter=x"): "give inputs with -i: -i 'letter=x'",
             call("run", "unused", "-i", "letter"): "Invalid value for '--input'",
             call("run", "unused", "-i", "rows=[1, NaN]"): "rows[1]",
             call("run", "unused", "--metadata", "7"): "Invalid value for '--metadata'",
@@ -414,8 +447,8 @@ class TestRun:
             assert "with the key 'order-43'" in err
             assert "no run was started" not in err
             assert err.endswith(
-                "this --key starts nothing now: if PromptLayer has the run, follow it by its id"
-                " with `promptlayer-exec watch`, else use another --key\n"
+                "This --key starts nothing now. If PromptLayer shows the run, follow it by its id"
+                " with `promptlayer-exec watch ID`; if not, use another --key.\n"
             )
         assert len(sim.runs) == before + 1
 
@@ -437,7 +470,7 @@ class TestRun:
         assert call(*options, f"sqlite:///{tmp_path / 'others.sqlite'}")[0] == 0
         assert len(sim.runs) == before + 2
         code, _, err = call(*options, f"sqlite:///{tmp_path}")
-        assert (code, err.count("no run was started")) == (2, 1)
+        assert (code, err.count("No run was started.")) == (2, 1)
         assert call("run", "keyed", "--key", "x" * 501)[0] == 2
         assert call("run", "keyed", "--key", "")[0] == 2
         assert len(sim.runs) == before + 2
@@ -453,7 +486,10 @@ class TestRun:
         assert code == 130
         assert err.splitlines()[1:] == [
             "interrupted",
-            f"execution {execution_id} is not affected; pick it up again with:",
+            (
+                f"execution {execution_id} continues on PromptLayer, last seen running in think"
+                " (0 of 2 nodes done); follow it with:"
+            ),
             f"  promptlayer-exec watch {execution_id} --base-url {sim.base_url}",
         ]
 
@@ -464,11 +500,11 @@ class TestRun:
         command.process.send_signal(signal.SIGINT)
         code, out, err = command.end()
         assert code == 130
-        assert err.endswith("interrupted; no run was started\n")
+        assert err.endswith("interrupted. No run was started.\n")
         assert "waiting" not in err
         error = {
             "type": "Interrupted",
-            "message": "interrupted; no run was started",
+            "message": "interrupted. No run was started.",
             "execution_id": None,
         }
         assert json.loads(out) == {"error": error}
@@ -496,7 +532,7 @@ class TestRun:
             gate.opened.set()
             command.process.wait(TIMEOUT)
             execution_id = sim.runs[0].execution_id
-        pick_up = "is not affected; pick it up again with:\n  promptlayer-exec watch"
+        pick_up = "is not affected; follow it with:\n  promptlayer-exec watch"
         message = f"{word}\nexecution {execution_id} {pick_up} {execution_id}\n"
         assert command.end() == (code, "", message)
 
@@ -520,7 +556,7 @@ class TestRun:
             code, _, err = command.end()
             execution_id = sim.runs[0].execution_id
         assert code == 143
-        assert err.endswith(f"pick it up again with:\n  promptlayer-exec watch {execution_id}\n")
+        assert err.endswith(f"follow it with:\n  promptlayer-exec watch {execution_id}\n")
 
     @pytest.mark.parametrize(
         ("faults", "message"),
@@ -543,7 +579,7 @@ class TestRun:
             gate.opened.set()
             code, _, err = command.end()
         assert code == 130
-        assert err.startswith(f"interrupted; {message}")
+        assert err.startswith(f"interrupted. {message}")
         assert ("may have started" in err) is bool(faults)
 
     def test_a_second_interrupt_ends_a_start_at_once(self, start: Start, gate: Any) -> None:
@@ -552,7 +588,7 @@ class TestRun:
             command = start("run", "x", PROMPTLAYER_BASE_URL=sim.base_url)
             assert gate.reached.wait(TIMEOUT)
             command.process.send_signal(signal.SIGINT)
-            assert "interrupt again to stop waiting" in command.error_line()
+            assert "Ctrl-C again stops waiting" in command.error_line()
             command.process.send_signal(signal.SIGINT)
             assert command.end() == (130, "", "")
             gate.opened.set()
@@ -574,7 +610,7 @@ class TestTerminal:
         )
         screen = terminal("watch", execution_id)
         screen.read_until("RUNNING")
-        assert "0/3" in shown(screen.text)
+        assert "0 of 3" in shown(screen.text)
         sim.finish(execution_id, "[red]think")
         sim.finish(execution_id, "approve", status="ON_HOLD")
         screen.read_until("ON_HOLD")
@@ -585,12 +621,13 @@ class TestTerminal:
         assert "\x1b[?25l" in text
         assert "\x1b[?25h" in text
         last = shown(text[text.rindex("execution", 0, text.rindex("Status")) :])
-        assert "3/3" in last
+        assert "3 of 3" in last
         assert re.search(
             r"\n\[red\]think +SUCCESS +\d\.\d s +\"\[blue\]\\u001b\[2Jlong.*…\s*\n", last
         )
-        assert "\napprove: no\nway [bold]\\x9b\n" in last
         assert f"\nexecution {execution_id} failed after" in last
+        assert " s in approve: no way [bold]\\x9b.\n" in last
+        assert "\x1b[32m━" not in text  # green is for runs that succeeded
 
     def test_a_narrow_terminal(self, sim: Simulator, terminal: Callable[..., Any]) -> None:
         """At 40 columns, no line of the table is wrapped."""
@@ -610,17 +647,17 @@ class TestTerminal:
         execution_id = sim.add_execution(HELD)
         sim.inject(Fault.status(503, execution_id=execution_id))
         screen = terminal("watch", execution_id)
-        screen.read_until("waiting for the first answer")
+        screen.read_until("waiting for the first response")
         screen.read_until("the server returned 503")
         screen.read_until("RUNNING")
-        frame = screen.text[screen.text.rindex("0/2") :]
+        frame = screen.text[screen.text.rindex("0 of 2") :]
         assert "trying again" not in frame
         sim.inject(Fault.disconnect(execution_id=execution_id))
         screen.read_until("no usable response")
         os.kill(screen.process.pid, signal.SIGINT)
         code, text = screen.end()
         assert code == 130
-        end = shown(text[text.rindex("0/2") :])
+        end = shown(text[text.index("0 of 2", text.rindex("━")) :])
         assert "RUNNING" in end
         assert "trying again" not in end
         assert end.endswith(f"promptlayer-exec watch {execution_id}\n")
@@ -641,6 +678,7 @@ class TestTerminal:
         erase_line = "\x1b[2K"
         assert erase_line in text[text.rindex("starting") : text.index("warning")]
         assert f"warning: no letter\nexecution {execution_id} started\n" in shown(text)
+        assert "\x1b[32m━" in text  # the bar of a run that succeeded is green
         end = shown(text[text.rindex("Status") :])
         assert "trying again" not in end
         assert end.endswith(f"  promptlayer-exec results {execution_id}\n")
@@ -710,8 +748,8 @@ class TestResults:
         execution_id = sim.add_execution(FAILED)
         code, out, err = call("results", execution_id)
         assert (code, out) == (1, "")
-        assert "think: no idea\nat \\x1b[31mall\n" in err
-        assert f"execution {execution_id} failed: 1 FAILED, 1 SKIPPED" in err
+        sentence = rf"execution {execution_id} failed in think: no idea at \x1b[31mall."
+        assert err == f"think: no idea\nat \\x1b[31mall\n\n{sentence}\n"
 
     def test_a_running_execution_is_exit_code_3(self, sim: Simulator, start: Start) -> None:
         """Standard error says so, with the command to follow it."""
@@ -719,7 +757,7 @@ class TestResults:
         plain, nodes = start("results", execution_id), start("results", execution_id, "--all")
         code, out, err = plain.end()
         assert (code, out) == (3, "")
-        assert "not complete yet, 0/2 nodes are final" in err
+        assert "is still running, 0 of 2 nodes done; follow it with:" in err
         assert f"promptlayer-exec watch {execution_id}\n" in err
         code, out, err = nodes.end()
         assert code == 3
@@ -752,7 +790,7 @@ class TestSimulate:
         assert [server.line().split()[2] for _ in range(2)] == ["787", "788"]
         assert 'run support-agent -i letter="' in server.line_with("promptlayer-exec")
         assert server.line_with("webhook").endswith(
-            "goes to http://127.0.0.1:9/webhook, with the secret simulator-secret\n"
+            "webhooks to http://127.0.0.1:9/webhook, signed with the secret simulator-secret\n"
         )
         server.line_with("Requests:")
         nodes = nodes_of("787")
@@ -794,7 +832,7 @@ class TestProgram:
         for command in ("watch", "results"):
             code, _, err = call(command, "--", text)
             assert code == 2
-            assert "must be an execution id, a number such as the 787 that `run` prints" in err
+            assert "must be an execution id, a number such as 787, as `run` prints it" in err
 
     def test_proxies_of_the_environment(self, call: Call) -> None:
         """They are used, unless NO_PROXY names the server."""
@@ -844,18 +882,33 @@ class TestProgram:
         assert imported & heavy == set()
 
     def test_help_lists_the_exit_codes_and_the_defaults(self, call: Call) -> None:
-        """Every code has a line; how long to retry is the library's default."""
+        """Every code has a line in a topic; how long to retry is the library's default."""
         policy = RetryPolicy()
         default = f"{policy.outage:g} for a request, {policy.watch_outage:g} for a watch"
         for command in ("run", "watch", "results"):
             text = call(command, "--help")[1]
-            listed = re.findall(r"^    (\d+) +\S.*$", text, re.MULTILINE)
-            assert list(map(int, listed)) == list(ExitCode)
             assert default in " ".join(text.split())
+            assert "\n  Exit codes: `promptlayer-exec help exit-codes`\n" in text
+        listed = re.findall(r"^  (\d+) +\S.*$", call("help", "exit-codes").out, re.MULTILINE)
+        assert list(map(int, listed)) == list(ExitCode)
+
+    def test_help_of_a_command_and_of_a_topic(self, call: Call) -> None:
+        """`help` prints both, and an unknown word names the topics."""
+        assert call("help", "batch", "run").out == call("batch", "run", "--help").out
+        assert call("help").out == call("--help").out
+        topics = re.findall(r"^    ([a-z-]+) +\S", call("help", "--help").out, re.MULTILINE)
+        assert len(topics) == 5
+        for topic in topics:
+            code, out, _ = call("help", topic)
+            assert code == 0
+            assert max(map(len, out.splitlines())) <= 80
+        code, _, err = call("help", "batch", "ruin")
+        assert code == 2
+        assert f"no command or topic 'ruin'; the topics are {', '.join(topics)}" in err
 
     def test_help_shows_the_json_that_is_written(self, sim: Simulator, call: Call) -> None:
-        """The example in `watch --help` has the fields of a line of `watch --json`."""
-        text = call("watch", "--help")[1]
+        """The example in `help json` has the fields of a line of `watch --json`."""
+        text = call("help", "json")[1]
         (example,) = re.findall(r'^ +({"execution_id".*?}}})$', text, re.MULTILINE | re.DOTALL)
         shown = json.loads(example)
         execution_id = sim.add_execution(DONE)
@@ -877,7 +930,7 @@ class TestExit:
         assert re.match(r".*could not reach .* refused; trying again for up to 0.1 s\n", err)
         assert "Check the network and --base-url.\n" in err
         assert err.count("trying again") == 1
-        again = f"again with:\n  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n"
+        again = f"follow it with:\n  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n"
         assert err.endswith(again) is (command[0] == "watch")
 
     def test_a_full_disk_is_exit_code_74(self, sim: Simulator, start: Start) -> None:

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from promptlayer_exec.cli._options import read_inputs, read_metadata
-from promptlayer_exec.cli._printing import duration, preview
+from promptlayer_exec.cli._printing import duration, preview, wrapped
 
 
 class TestInputs:
@@ -122,6 +122,13 @@ class TestText:
         assert peak < 10**6
         assert [len(text) for text in previews] == [200, 200, 200]
         assert [text[:3] + text[-1] for text in previews] == ['"xx…', "[0,…", "[[[…"]
+
+    def test_lines_are_wrapped_between_words(self) -> None:
+        """An indented line and a command in backticks stay whole, so that they can be copied."""
+        command = "  promptlayer-exec watch 787 --base-url http://localhost:8787"
+        text = f"a first-rate reason; see `run it` or `run this`\n\n{command}"
+        lines = ["a first-rate", "reason; see", "`run it` or", "`run this`", "", command]
+        assert wrapped(text, 14).split("\n") == lines
 
     @pytest.mark.parametrize(
         ("seconds", "text"),

@@ -161,7 +161,7 @@ class TestWorkflow:
         body = {"success": True, "workflow": {"id": 3, "name": "analyze_1"}}
         sim.inject(Fault.status(200, body=json.dumps(body).encode()))
         assert call("workflow", "analyze_1").out == (
-            "analyze_1 (workflow 3)\n\nThe server did not describe its nodes.\n"
+            "analyze_1 (workflow 3)\n\nPromptLayer did not describe its nodes.\n"
         )
 
     def test_a_cycle_and_a_wide_graph_are_listed(self, sim: Simulator, call: Call) -> None:
@@ -208,9 +208,9 @@ class TestRun:
         assert (code, out) == (2, "")
         assert err == (
             "workflow 'support agent' is missing the inputs 'letter' (string), 'language' (string)."
-            " It does not require leter (did you mean 'letter'?);"
-            f" `promptlayer-exec workflow 'support agent' --base-url {sim.base_url}` shows what it"
-            " needs; no run was started\n"
+            " It does not require leter (did you mean 'letter'?). This command started no"
+            " run.\nsee its inputs with:\n"
+            f"  promptlayer-exec workflow 'support agent' --base-url {sim.base_url}\n"
         )
         assert len(sim.runs) == before
 
@@ -259,8 +259,10 @@ def test_help_texts_have_one_order_and_style(command: Any) -> None:
     for parameter in command.params:
         text = parameter.help
         assert re.fullmatch(r"[A-Z-].*\.", text), text
-    shown = command.get_help(typer.Context(command))
-    assert re.findall(r"--[\w-]+ <[^|>]*>", shown) == []  # each value has a name in capitals
+    shown = command.get_help(typer.Context(command, terminal_width=80))
+    assert re.findall(r"<\w|{[A-Z]|x>=|\(\$|True|None", shown) == []  # Python's, or Typer's
+    assert len(shown.splitlines()) <= 56
+    assert max(map(len, shown.splitlines())) <= 80
     summary = command.help.partition("\n\n")[0]
     assert re.fullmatch(r"[A-Z][^.]*\.", summary), summary
     assert len(summary) <= 66  # or the list of commands cuts it off

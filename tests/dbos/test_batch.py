@@ -340,7 +340,7 @@ async def test_a_start_that_is_not_sent_in_time_is_tried_again_after_a_pause(
         for _ in range(100):
             await asyncio.sleep(0)
         assert len(recorder.of(StartFailed)) == 1
-        assert "item 'a' was not started in time, and is tried again" in caplog.text
+        assert "could not start item 'a' in time; trying again" in caplog.text
         working.cancel()
         async with asyncio.timeout(10):
             await asyncio.wait([working])
@@ -543,7 +543,7 @@ async def test_a_process_that_uses_dbos_is_refused(batch: Batch, tmp_path: Path)
         }
     )
     try:
-        with pytest.raises(ConfigurationError, match=r"uses DBOS; .* batch work`"):
+        with pytest.raises(ConfigurationError, match=r"uses DBOS: .* batch work`"):
             await batch.work()
         DBOS.launch()
     finally:

@@ -38,12 +38,12 @@ async def test_a_key_stands_for_one_request(
     """Another request is refused with what differs, and nothing of the call is added."""
     assert await batch.add([REQUEST]) == 1
     items = [StartRequest("echo", key=f"{n}") for n in range(600)]
-    with pytest.raises(KeyConflict, match="was not added") as caught:
+    with pytest.raises(KeyConflict, match="Nothing was added") as caught:
         await batch.add([*items, request_])
     assert caught.value.key == "a"
     assert str(caught.value) == (
-        f"the key 'a' of batch 'nightly' stands for another request ({names} differs): give this"
-        " one another key, or add it to another batch; it was not added"
+        f"the key 'a' of batch 'nightly' belongs to another request, which differs in {names}."
+        " Nothing was added: use another key, or another batch"
     )
     assert (await batch.status()).total == 1
 
@@ -54,7 +54,7 @@ async def test_two_requests_of_one_call_with_one_key_are_refused(
 ) -> None:
     """Nothing of the call is added, also to a batch that is new."""
     others = [StartRequest("echo", key=f"{n}") for n in range(between)]
-    with pytest.raises(ValueError, match=r"another request \(label differs\)"):
+    with pytest.raises(ValueError, match=r"another request, which differs in label"):
         await batch.add([REQUEST, *others, attrs.evolve(REQUEST, label="prod")])
     assert (await batch.status()).total == 0
     assert await batch.add([REQUEST, *others, REQUEST]) == 1 + between
@@ -63,7 +63,7 @@ async def test_two_requests_of_one_call_with_one_key_are_refused(
 async def test_many_differences_are_counted(batch: Batch) -> None:
     """Five of them are named."""
     await batch.add([StartRequest("echo", {f"n{n}": 1 for n in range(9)}, key="a")])
-    with pytest.raises(ValueError, match=r"inputs\.n0, .*, inputs\.n4 and 4 more differs"):
+    with pytest.raises(ValueError, match=r"inputs\.n0, .*, inputs\.n4 and 4 more\."):
         await batch.add([StartRequest("echo", {f"n{n}": 2 for n in range(9)}, key="a")])
 
 
@@ -84,7 +84,7 @@ async def test_what_comes_asynchronously_is_added_as_it_comes(batch: Batch) -> N
             yield StartRequest("echo", {"n": n}, key=f"{n}")
         yield StartRequest("echo", {"n": 0}, key="0", label="prod")
 
-    with pytest.raises(ValueError, match="label differs"):
+    with pytest.raises(ValueError, match="differs in label"):
         await batch.add(requests())
     assert (await batch.status()).total == 1000
 

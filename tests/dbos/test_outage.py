@@ -181,7 +181,7 @@ async def test_an_execution_that_takes_too_long_is_not_given_up(
     await batch_of().add([StartRequest("held", {"n": "0"}, key="0")])
     with pytest.raises(ExecutionTimeout):
         await batch_of(wait_timeout=0.05).work()
-    assert "item '0' has no outcome yet, and is still followed: ExecutionTimeout" in caplog.text
+    assert "item '0' has no outcome yet; still following it: ExecutionTimeout" in caplog.text
     sim.finish(sim.runs[0].execution_id, "Answer")
     assert (await batch_of().work()).succeeded == 1
     assert len(sim.runs) == 1

@@ -1,4 +1,4 @@
-"""A batch belongs to the server and the API key that it was begun with."""
+"""A batch belongs to the server and the API key that it was started with."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ async def test_another_key_is_refused(sim: Simulator, batch_of: Callable[..., Ba
     """Its workspace may be another one; no key is in the error."""
     await begin(sim, batch_of())
     for call in CALLS:
-        with pytest.raises(ConfigurationError, match="begun with another API key") as caught:
+        with pytest.raises(ConfigurationError, match="with another API key") as caught:
             await call(batch_of(api_key="another-key"))
         assert "another-key" not in str(caught.value)
         assert sim.api_key not in str(caught.value)
@@ -102,7 +102,7 @@ async def test_a_server_with_a_new_address_is_gone_on_with(
     moved = batch_of(base_url=other.base_url, same_server=True)
     assert (await moved.work()).succeeded == len(ITEMS)
     assert await outcomes_of(batch_of(base_url=other.base_url)) == ["theirs"] * len(ITEMS)
-    with pytest.raises(ConfigurationError, match=f"was begun at {other.base_url}"):
+    with pytest.raises(ConfigurationError, match=f"was started on {other.base_url}"):
         await batch_of().work()
 
 

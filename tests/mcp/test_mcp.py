@@ -308,7 +308,7 @@ async def test_only_some_of_many_nodes_are_shown(sim: Simulator, connect: Connec
         ("start_workflow", {"workflow": "other", "topic": 1}, "('topic' was unexpected)"),
         ("start_workflow", {"workflow": "other", "inputs": "{}"}, "inputs: '{}' is not of type"),
         ("start_workflow", {"workflow": "other", "version": True}, "version: True is not of type"),
-        ("start_workflow", {"workflow": "other", "version": 1, "label": "a"}, "exclude each other"),
+        ("start_workflow", {"workflow": "other", "version": 1, "label": "a"}, "not both"),
         ("wait_execution", {"execution_id": "1e3"}, "got '1e3'. Do not guess ids"),
         ("wait_execution", {"execution_id": "787", "timeout": -1}, "-1 is less than the minimum"),
         ("wait_execution", {"execution_id": "787", "timeout": 10**400}, "is greater than the max"),
@@ -320,12 +320,12 @@ async def test_only_some_of_many_nodes_are_shown(sim: Simulator, connect: Connec
         (
             "wait_execution",
             {"execution_id": "787"},
-            "no execution 787 (404 Not Found). Check the id",
+            "no execution 787 (404 Not Found). Use the id",
         ),
         (
             "get_execution",
             {"execution_id": "787"},
-            "no execution 787 (404 Not Found). Check the id",
+            "no execution 787 (404 Not Found). Use the id",
         ),
     ],
 )
@@ -353,7 +353,7 @@ async def test_near_names_are_suggested(workspace: Simulator, connect: Connect) 
         assert "did you mean 'topic'?" in text
         assert "No run was started. describe_workflow" in text
         text = await refused(client, "start_workflow", workflow="write report", version=9)
-        assert text.startswith("workflow 'write report' has no such version or label (404")
+        assert text.startswith("workflow 'write report' does not have this version or label (404")
         assert "describe_workflow shows the latest version" in text
         assert workspace.runs == []
         workspace.inject(Fault.status(404))
@@ -457,7 +457,7 @@ async def test_another_call_under_a_key_starts_nothing(
         workspace.inject(Fault.disconnect(), path="/run")
         for _ in range(2):
             error = await refused(client, "start_workflow", **{**asked, "idempotency_key": "b"})
-            assert "A call with the same idempotency_key starts nothing: ask the user." in error
+            assert "Another call with this idempotency_key starts nothing: ask the user." in error
     assert len(workspace.runs) == 2
 
 
@@ -541,7 +541,7 @@ async def test_a_name_that_the_server_was_started_with_may_be_misspelt(
         ):
             text = await refused(client, tool, **arguments)
             assert text.startswith(problem)
-            assert text.endswith("started with that name: ask the user to correct it.")
+            assert text.endswith("started with this name: ask the user to correct it.")
     assert workspace.runs == []
 
 
@@ -553,7 +553,7 @@ async def test_a_server_that_does_not_answer_leaves_inputs_unknown(
     async with connect("write report") as client:
         tools = (await client.list_tools()).tools
     assert tools[-1].name == "run_write_report"
-    assert "the inputs of workflow 'write report' are not known: " in caplog.text
+    assert "could not read the inputs of workflow 'write report': " in caplog.text
 
 
 async def test_a_named_workflow_is_run_by_its_tool(workspace: Simulator, connect: Connect) -> None:
@@ -718,13 +718,13 @@ async def test_a_run_may_be_a_task(workspace: Simulator, connect: Connect) -> No
         task = await client.session.call_tool("run_slow", {}, allow_claimed=True)
         assert isinstance(task, TaskResult)
         assert (task.task_id, task.status, task.ttl_ms) == ("1001", "working", None)
-        assert task.status_message.endswith("has started; the server warns: old model")
+        assert task.status_message.endswith("has started; PromptLayer warns: old model")
         working = await request(client, "tasks/get", "1001")
         assert working["status"] == "working"
         assert working["statusMessage"] == "0 of 1 nodes are final, running: 'Answer'"
         assert working["ttlMs"] is None
         cancelled = await request(client, "tasks/cancel", "1001")
-        assert "it goes on, and is paid for" in str(cancelled["_meta"])
+        assert "it continues, and you pay for it" in str(cancelled["_meta"])
         assert (await request(client, "tasks/get", "1001"))["status"] == "working"
         assert (await request(client, "tasks/update", "1001"))["resultType"] == "complete"
         workspace.finish(1001, "Answer")
@@ -884,7 +884,7 @@ async def test_the_process_ends_with_its_client_or_by_a_signal(
         waiting.cancel()
         await asyncio.wait([waiting])
     assert state.read_text() == f"exit {0 if end is None else 128 + end}"
-    assert f"execution {held} goes on at PromptLayer; follow it with: promptlayer-exec watch" in (
+    assert f"execution {held} continues on PromptLayer; follow it: promptlayer-exec watch" in (
         log.read_text()
     )
 
@@ -902,7 +902,7 @@ async def test_standard_output_has_nothing_but_the_protocol(held: int, serve_mcp
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ([], "there is no API key: set the environment variable PROMPTLAYER_API_KEY"),
+        ([], "there is no API key: create one in PromptLayer"),
         (["--workflow", ""], "must not be empty"),
         (["--db", "mysql://x/y"], "(--db)"),
     ],

@@ -270,7 +270,7 @@ async def test_a_server_for_a_team_is_limited(session: Session, options: dict[st
     options = {"token": TOKEN, "workflows": ["a"], **options}
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
-        pytest.raises(ValueError, match="needs a token, and the name"),
+        pytest.raises(ValueError, match="needs a token and at least"),
     ):
         await serve_http(session, listener, **options)
 
@@ -318,8 +318,8 @@ async def test_a_signal_ends_the_command_while_a_call_waits(
 
     assert (process.returncode, out) == (0, b"")
     lines = errors.decode().splitlines()
-    assert lines[0] == "Agents reach this MCP server with the token at (Ctrl-C ends it):"
-    assert lines[1].startswith("execution 1001 of workflow 'slow' goes on at PromptLayer;")
+    assert lines[0] == "Agents reach this MCP server, with the token, at (Ctrl-C stops it):"
+    assert lines[1].startswith("execution 1001 of workflow 'slow' continues on PromptLayer;")
     assert lines[2:] == []
 
 
@@ -351,7 +351,7 @@ def test_the_command_prints_its_url(
 @pytest.mark.parametrize(
     ("arguments", "token", "problem"),
     [
-        (["--http"], TOKEN, "--http needs --workflow: name each workflow that clients may start"),
+        (["--http"], TOKEN, "--http needs --workflow: list each workflow that clients may start"),
         (
             ["--http", "--workflow", "a"],
             None,

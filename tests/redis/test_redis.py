@@ -40,7 +40,7 @@ NEVER = PollPolicy.fixed(3600.0)
 DONE = Scenario([SimNode("Answer", "done", is_output_node=True)])
 HELD = Scenario([SimNode("Answer", "42", None, is_output_node=True)])
 CALLBACKS = Callbacks("http://127.0.0.1:9/callbacks", secret="s3cret")
-AWAY = "Redis cannot be used"
+AWAY = "Redis unavailable"
 
 PROGRAM = """
 import asyncio, sys

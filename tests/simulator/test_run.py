@@ -92,7 +92,7 @@ def test_finish_with_a_failure_sets_its_messages() -> None:
     ("name", "error", "message"),
     [
         ("held", ValueError, "already final: SUCCESS"),
-        ("timed", ValueError, "ends by itself"),
+        ("timed", ValueError, "finishes by itself"),
         ("unknown", LookupError, "no node 'unknown'"),
     ],
 )

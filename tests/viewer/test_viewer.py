@@ -564,7 +564,7 @@ async def test_sigterm_stops_the_command_with_a_page_open(sim: Simulator, held: 
             await process.wait()
     assert rest.endswith(b"event: end\ndata: {}\n\n")
     assert process.returncode == 0
-    assert errors == b"Open this page, which is for you alone (Ctrl-C ends it):\n"
+    assert errors == b"Open this page; keep its URL to yourself (Ctrl-C stops the server):\n"
 
 
 async def test_a_start_that_is_answered_after_the_end_is_reported(
