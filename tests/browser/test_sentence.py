@@ -274,3 +274,30 @@ async def test_an_id_from_an_alert_has_no_empty_tracks(sim: Simulator, ui: Any) 
     await expect(ui.part("sentence")).to_have_text(f"Failed in b: {LIMIT}.")
     await expect(ui.row("a").locator(".track")).to_be_hidden()
     await expect(ui.row("a").locator('[data-part="preview"]')).to_be_visible()
+
+
+IN_FRAME = """(element, frame) => {
+    const box = element.getBoundingClientRect();
+    const { left, right, top, bottom } = element.closest(frame).getBoundingClientRect();
+    return box.left >= left && box.right <= right && box.top >= top && box.bottom <= bottom;
+}"""
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["running", "failed"])
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
+async def test_graph_and_list_open_at_the_action(
+    sim: Simulator, viewer: Any, ui: Any, page: Page, size: Any, failing: bool
+) -> None:
+    """Both show the node that runs, or that failed, until somebody scrolls the list."""
+    await page.set_viewport_size(size)
+    run = await start(sim, viewer, forty(failing=failing))
+    await expect(page.locator(f'.line[data-id="{run}"]')).to_contain_text("call the model")
+    await ui.open_run(run)
+    await expect(ui.drawn("call the model")).to_be_visible()
+    assert await ui.drawn("call the model").evaluate(IN_FRAME, ".graph")
+    row = ui.row("call the model")
+    await expect(row).to_be_visible()
+    is_in_list = f"(row) => ({IN_FRAME})(row, '.scroller')"  # once rows have their heights
+    await page.wait_for_function(is_in_list, arg=await row.element_handle())
+    assert await row.evaluate("(one) => one.closest('.scroller').scrollTop > 100")
+    assert await page.evaluate("scrollY") == 0

@@ -71,6 +71,7 @@ type Part =
   | "result"
   | "rich"
   | "row"
+  | "scroller"
   | "sentence"
   | "show-all"
   | "snippets"

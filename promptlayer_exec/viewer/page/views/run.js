@@ -105,6 +105,7 @@ class RunPage {
     this.rows = new Rows(shown, part(root, "nodes"), part(root, "axis"), {
       hrefOf: (node) => addressOf(["executions", id], { node }),
       onChoose: (name, isByKey) => this.choose(name, isByKey),
+      scroller: part(root, "scroller"),
     });
     this.graph = new GraphPanel(root, id, (name) => this.choose(name), () => this.onDrawn());
     this.inspector = new Inspector(root, shown, () => this.close());
@@ -170,6 +171,11 @@ class RunPage {
     this.graph.load(this.run);
   }
 
+  // The list shows what is selected, or else the node that people come for.
+  showAction() {
+    this.rows.follow(this.selected ?? this.run.action()?.name ?? null);
+  }
+
   // Takes what the address says.
   read(params) {
     this.params = params;
@@ -189,6 +195,7 @@ class RunPage {
     this.inspector.update();
     this.graph.update(this.run, names);
     this.showFailed();
+    this.showAction();
     this.showCritical();
   }
 
@@ -227,6 +234,7 @@ class RunPage {
     this.inspector.update();
     this.graph.load(run);
     this.showFailed();
+    this.showAction();
     this.showCritical();
   }
 
@@ -334,6 +342,7 @@ class RunPage {
   select(name) {
     this.selected = name;
     this.rows.select(name);
+    if (this.rows.rows.has(name)) this.rows.reveal(name);
     this.graph.select(name);
     this.inspector.select(name);
   }
