@@ -86,7 +86,12 @@ test("the critical path is what the execution waited for", () => {
   const nodes = new Map([node("quick", 0, 1), node("slow", 0, 3), node("end", 3, 4), node("unseen", null, null)]);
   assert.deepEqual(criticalPath(nodes, null, 4), ["slow", "end"]);
   const dependencies = new Map([["end", ["unseen"]], ["unseen", ["quick"]]]);
-  assert.deepEqual(criticalPath(nodes, dependencies, 4), ["quick", "end"]);
+  assert.deepEqual(criticalPath(nodes, dependencies, 4), ["quick", "unseen", "end"]);
+  const skipped = new Map(nodes).set("unseen", { name: "unseen", status: "SKIPPED", running: null, final: null });
+  assert.deepEqual(criticalPath(skipped, dependencies, 4), ["quick", "end"]);
+  const more = new Map([...nodes, node("last", null, 4), node("aside", null, 1)]);
+  const longer = new Map([...dependencies, ["last", ["end"]], ["aside", ["quick"]]]);
+  assert.deepEqual(criticalPath(more, longer, 4), ["quick", "unseen", "end", "last"]);
   assert.deepEqual(criticalPath(new Map(), null, 0), []);
 });
 

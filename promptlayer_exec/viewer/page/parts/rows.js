@@ -31,7 +31,7 @@ export class Rows {
   }
 
   listen() {
-    for (const kind of ["pointerdown", "wheel", "keydown"]) {
+    for (const kind of ["pointerdown", "wheel", "focusin"]) {
       this.scroller.addEventListener(kind, () => (this.isUsed = true), { passive: true });
     }
     // Rows have their true height only once they are drawn.
@@ -80,7 +80,7 @@ export class Rows {
     draw(row.icon, status);
     write(row.status, wordOf(node));
     row.output.hidden = !node.is_output_node;
-    write(row.preview, node.error_message ?? oneLine(node.value ?? ""));
+    write(row.preview, oneLine(node.error_message ?? node.value ?? ""));
     this.place(row, this.run.now());
     this.filterRow(row);
   }

@@ -293,11 +293,12 @@ class RunPage {
   }
 
   pathText() {
-    const spans = this.path.map((name) => this.rows.rows.get(name)?.span);
-    const sum = spans.reduce((total, span) => total + (span ? span.end - span.start : 0), 0);
+    const spans = new Map(this.path.map((name) => [name, this.rows.rows.get(name)?.span ?? null]));
+    const sum = [...spans.values()].reduce((total, span) => total + (span ? span.end - span.start : 0), 0);
     const guess = this.run.dependencies === null ? " (judged by the times alone)" : "";
     const { length } = this.path;
-    const names = length <= 5 ? this.path : [...this.path.slice(0, 2), "…", ...this.path.slice(-2)];
+    const all = this.path.map((name) => (spans.get(name)?.isTimed ? name : `${name} (too quick to be seen running)`));
+    const names = length <= 5 ? all : [...all.slice(0, 2), "…", ...all.slice(-2)];
     const count = length <= 5 ? "" : `${length} nodes: `;
     return `${count}${names.join(" → ")}, ${duration(sum)} of ${duration(this.run.now())}${guess}`;
   }
