@@ -8,16 +8,37 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import attrs
 
-from promptlayer_exec._integration import short_repr
+from promptlayer_exec import ExecutionFailed, StartUnknown
+from promptlayer_exec._integration import error_text, short_repr
 
 Kind = Literal["succeeded", "failed", "unknown"]
 
 
 class StoredError(NamedTuple):
-    """Why an item has no output: the name of the error's type, and its message."""
+    """Why an item has no output.
+
+    Attributes:
+        type: the name of the error's type, such as `ExecutionFailed`.
+        message: the text of the error.
+        node: the first node that failed; None if no node did.
+        reason: why that node failed, or what else went wrong, without ids that differ from item to
+            item; at most 1,000 characters.
+    """
 
     type: str
     message: str
+    node: str | None = None
+    reason: str = ""
+
+    @classmethod
+    def of(cls, error: Exception) -> StoredError:
+        """Return an error as it is stored."""
+        node, reason = None, str(error.args[0]) if error.args else ""
+        if isinstance(error, StartUnknown):
+            reason = error.reason
+        elif isinstance(error, ExecutionFailed) and error.failed:
+            node, reason = error.failed[0].name, error_text(error.failed[0]) or "no reason given"
+        return cls(type(error).__name__, str(error), node, reason[:1000])
 
 
 @attrs.frozen
@@ -140,11 +161,11 @@ class Ending:
 
 
 class StartRecord(TypedDict):
-    """The stored result of a start; one without an id has the type and the text of an error."""
+    """The stored result of a start; one without an id has a `StoredError`."""
 
     execution_id: int | None
     at: str
-    error: list[str] | None
+    error: list[str | None] | None
     is_recheck: bool  # the run has been followed before, and must not lead to another one
 
 
@@ -159,6 +180,6 @@ def start_record(
     return {
         "execution_id": execution_id,
         "at": (at or datetime.now(UTC)).isoformat(),
-        "error": None if error is None else [type(error).__name__, str(error)],
+        "error": None if error is None else [*StoredError.of(error)],
         "is_recheck": is_recheck,
     }

@@ -286,9 +286,10 @@ IN_FRAME = """(element, frame) => {
 @pytest.mark.parametrize("failing", [False, True], ids=["running", "failed"])
 @pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
 async def test_graph_and_list_open_at_the_action(
-    sim: Simulator, viewer: Any, ui: Any, page: Page, size: Any, failing: bool
+    sim: Simulator, viewer: Any, ui: Any, *, size: Any, failing: bool
 ) -> None:
     """Both show the node that runs, or that failed, until somebody scrolls the list."""
+    page = ui.page
     await page.set_viewport_size(size)
     run = await start(sim, viewer, forty(failing=failing))
     await expect(page.locator(f'.line[data-id="{run}"]')).to_contain_text("call the model")

@@ -88,3 +88,15 @@ export async function call(method, path, content, hint = "Is it still running?")
 export async function get(path) {
   return (await call("GET", path)).json();
 }
+
+export async function getText(path) {
+  return (await call("GET", path)).text();
+}
+
+export const getInputs = (id) => getText(`api/executions/${id}/inputs`);
+
+// The latest lines of the history, the newest first; none if there is no history.
+export async function getRemembered(filters = {}) {
+  const { entries } = await get(`api/history?${new URLSearchParams(filters)}`).catch(() => ({ entries: [] }));
+  return entries;
+}

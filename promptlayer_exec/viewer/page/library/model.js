@@ -2,6 +2,7 @@
 // What the page knows of each execution, whichever view shows it.
 
 import { STATUSES, UNKNOWN } from "../statuses.js"; // made by the server
+import { counted } from "./times.js";
 
 export const STATES = {
   waiting: ["Waiting for the first answer", "queued"],
@@ -114,7 +115,7 @@ export class Run {
     if (state === "running" && this.problem() !== null) return "Last seen running";
     const { failed } = this.counts();
     if (state !== "succeeded" || failed === 0) return STATES[state][0];
-    return `Succeeded, ${failed} node${failed === 1 ? "" : "s"} failed`;
+    return `Succeeded, ${counted(failed, "node")} failed`;
   }
 
   latest() {

@@ -2,7 +2,7 @@
 // What there is to say of a run in one sentence: its state, node, reason, moment, what is usual, and
 // what to do next. Every view shows this one.
 
-import { duration, ago } from "./times.js";
+import { ago, counted, duration } from "./times.js";
 
 const QUIET = 10; // seconds without a change from which they are told
 const SLOW = 3; // times the usual time, from which a run may be stuck
@@ -56,7 +56,7 @@ function runningSentence(run, usual) {
     return { pieces: [say(`${verb}: ${final} of ${count} nodes are done, none is running.${change}`)], isSlow: isLate };
   }
 
-  const others = nodes.length === 1 ? "" : ` and ${many(nodes.length - 1, "other node")}`;
+  const others = nodes.length === 1 ? "" : ` and ${counted(nodes.length - 1, "other node")}`;
   const length = time - node.running;
   const normal = usual.nodes[node.name] ?? null;
   let rest = node.running === null ? "" : ` for ${duration(length, true)}`;
@@ -71,7 +71,7 @@ function failedPieces(run) {
   const nodes = run.failed();
   const [node] = nodes;
   if (node === undefined) return [say(`Failed${when}: no output node succeeded.`)];
-  const others = nodes.length === 1 ? "" : ` and ${many(nodes.length - 1, "other node")}`;
+  const others = nodes.length === 1 ? "" : ` and ${counted(nodes.length - 1, "other node")}`;
   return [say(`Failed${when} in `), naming(node), say(`${others}: ${reasonOf(node)}`)];
 }
 
@@ -126,5 +126,3 @@ export function reasonOf(node) {
   if (text.length > REASON) return `${text.slice(0, REASON)}…`;
   return /[.!?…]$/.test(text) ? text : `${text}.`;
 }
-
-const many = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;

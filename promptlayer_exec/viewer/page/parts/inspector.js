@@ -1,7 +1,7 @@
 // @ts-check
 // What is selected on the page of an execution: a node, or else its inputs and its output.
 
-import { call } from "../library/api.js";
+import { getInputs } from "../library/api.js";
 import { Detail } from "./detail.js";
 import { copyWith, draw, make, part, write } from "../library/dom.js";
 import { readContainer } from "../library/json.js";
@@ -59,8 +59,7 @@ export class Inspector {
     if (this.inputs !== null) return;
     this.inputs = "";
     try {
-      const response = await call("GET", `api/executions/${this.run.id}/inputs`);
-      this.inputs = await response.text();
+      this.inputs = await getInputs(this.run.id);
     } catch {
       return;
     }

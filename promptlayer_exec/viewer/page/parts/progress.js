@@ -4,7 +4,7 @@
 import { runAgain } from "./again.js";
 import { draw, make, part, show, write } from "../library/dom.js";
 import { isServerWide, STATES } from "../library/model.js";
-import { addressOf } from "../library/router.js";
+import { addressOf, comparisonOf } from "../library/router.js";
 import { sentenceOf } from "../library/sentence.js";
 import { clock, duration, sinceText } from "../library/times.js";
 import { usualOf } from "../library/usual.js";
@@ -92,7 +92,5 @@ function elementOf({ kind }, run) {
 /** @type {(piece: import("../library/sentence.js").Piece, run: any) => string | null} */
 function addressFor({ kind, text, id }, run) {
   if (kind === "node") return addressOf(["executions", run.id], { node: text });
-  if (kind !== "compare") return null;
-  const pair = [run.id, id].sort((one, other) => (BigInt(one) < BigInt(other) ? -1 : 1));
-  return addressOf(["compare", ...pair]);
+  return kind === "compare" ? comparisonOf(run.id, id) : null;
 }

@@ -1,8 +1,8 @@
 // @ts-check
 // The view of two executions of one workflow side by side: `#/compare/787/788`.
 
-import { call, get } from "../library/api.js";
-import { byId, draw, findAll, make, makeSvg, show, write } from "../library/dom.js";
+import { call, get, getInputs, getText } from "../library/api.js";
+import { byId, findAll, iconOf, make, show, write } from "../library/dom.js";
 import { diffLines, diffWords } from "../library/diff.js";
 import { board, runs, spanOf, STATES, statusOf, wordOf } from "../library/model.js";
 import { addressOf, go, replace } from "../library/router.js";
@@ -178,8 +178,7 @@ function inputsRow(left, right) {
   const word = (run) => make("span", { class: "muted side" }, run.data.has_inputs ? "" : "Not known here");
   const name = make("span", { class: "name" }, "Inputs");
   const summary = make("summary", {}, name, word(left), word(right));
-  const textOf = async (run) =>
-    run.data.has_inputs ? (await call("GET", `api/executions/${run.id}/inputs`)).text() : "";
+  const textOf = async (run) => (run.data.has_inputs ? getInputs(run.id) : "");
   const fill = () => {
     const place = make("div", { class: "detail pair-values" });
     Promise.all([textOf(left), textOf(right)]).then(
@@ -201,12 +200,6 @@ function foldOf(name, summary, fill) {
   });
   details.open = opened.has(name);
   return details;
-}
-
-function iconOf(icon) {
-  const use = makeSvg("use");
-  draw(use, icon);
-  return makeSvg("svg", { class: "icon", "aria-hidden": "true" }, use);
 }
 
 function sideOf(node, run, marks) {
@@ -246,7 +239,7 @@ async function textOf(node, run) {
   if (node === undefined) return "";
   if (node.value === null) return node.raw_error_message ?? node.error_message ?? "";
   if (node.length <= node.value.length) return node.value;
-  return (await call("GET", `api/executions/${run.id}/nodes/${node.index}`)).text();
+  return getText(`api/executions/${run.id}/nodes/${node.index}`);
 }
 
 function linesOf(what, left, right) {

@@ -3,7 +3,7 @@
 
 import { call } from "../library/api.js";
 import { followAgain, remove } from "../parts/actions.js";
-import { byId, clone, findAll, make, notify, part, show, write } from "../library/dom.js";
+import { byId, clone, findAll, make, notify, part, show, timeOf, write } from "../library/dom.js";
 import { criticalPath } from "../library/critical.js";
 import { Inspector } from "../parts/inspector.js";
 import { board, runs } from "../library/model.js";
@@ -15,7 +15,7 @@ import { showSnippets } from "../parts/snippets.js";
 import { STATUSES, UNKNOWN } from "../statuses.js";
 import { runAgain } from "../parts/again.js";
 import { offerComparison } from "../parts/comparison.js";
-import { ago, clock, duration, fully, machine } from "../library/times.js";
+import { ago, clock, duration } from "../library/times.js";
 import { usualOf } from "../library/usual.js";
 
 const MARKS = {
@@ -270,15 +270,14 @@ class RunPage {
     const facts = [];
     const moment = started ?? since;
     if (moment !== null) {
-      const time = make("time", { datetime: machine(moment), title: fully(moment) }, clock(moment));
-      facts.push([started === null ? "Followed since" : "Started", [time, ` (${ago(moment)})`]]);
+      const words = [timeOf(moment, clock(moment)), ` (${ago(moment)})`];
+      facts.push([started === null ? "Followed since" : "Started", words]);
     }
     if (["succeeded", "failed"].includes(run.data.state)) {
       const { elapsed } = run.data;
       if (since !== null && elapsed !== null) {
         const end = since + elapsed;
-        const time = make("time", { datetime: machine(end), title: fully(end) }, clock(end));
-        facts.push(["Ended", [time]]);
+        facts.push(["Ended", [timeOf(end, clock(end))]]);
       }
       const least = started === null ? "at least " : "";
       const length = run.data.duration;
