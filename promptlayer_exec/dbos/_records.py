@@ -20,25 +20,15 @@ class StoredError(NamedTuple):
     Attributes:
         type: the name of the error's type, such as `ExecutionFailed`.
         message: the text of the error.
-        node: the first node that failed; None if no node did.
+        node: the first node that failed; empty if no node did.
         reason: why that node failed, or what else went wrong, without ids that differ from item to
             item; at most 1,000 characters.
     """
 
     type: str
     message: str
-    node: str | None = None
+    node: str = ""
     reason: str = ""
-
-    @classmethod
-    def of(cls, error: Exception) -> StoredError:
-        """Return an error as it is stored."""
-        node, reason = None, str(error.args[0]) if error.args else ""
-        if isinstance(error, StartUnknown):
-            reason = error.reason
-        elif isinstance(error, ExecutionFailed) and error.failed:
-            node, reason = error.failed[0].name, error_text(error.failed[0]) or "no reason given"
-        return cls(type(error).__name__, str(error), node, reason[:1000])
 
 
 @attrs.frozen
@@ -160,12 +150,22 @@ class Ending:
         )
 
 
+def stored_error(error: Exception) -> StoredError:
+    """Return an error as it is stored."""
+    node, reason = "", str(error.args[0]) if error.args else ""
+    if isinstance(error, StartUnknown):
+        reason = error.reason
+    elif isinstance(error, ExecutionFailed) and error.failed:
+        node, reason = error.failed[0].name, error_text(error.failed[0]) or "no reason given"
+    return StoredError(type(error).__name__, str(error), node, reason[:1000])
+
+
 class StartRecord(TypedDict):
     """The stored result of a start; one without an id has a `StoredError`."""
 
     execution_id: int | None
     at: str
-    error: list[str | None] | None
+    error: list[str] | None
     is_recheck: bool  # the run has been followed before, and must not lead to another one
 
 
@@ -180,6 +180,6 @@ def start_record(
     return {
         "execution_id": execution_id,
         "at": (at or datetime.now(UTC)).isoformat(),
-        "error": None if error is None else [*StoredError.of(error)],
+        "error": None if error is None else [*stored_error(error)],
         "is_recheck": is_recheck,
     }

@@ -124,7 +124,8 @@ def _item_view(outcome: StoredOutcome) -> dict[str, Any]:
         "finished": outcome.finished.timestamp(),
     }
     if outcome.error is not None:
-        kind, message, view["node"], reason = outcome.error
+        kind, message, node, reason = outcome.error
+        view["node"] = node or None
         view["error"] = f"{kind}: {message}"[:1000]
         view["reason"] = (reason or message or kind)[:300]
     return view

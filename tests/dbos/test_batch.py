@@ -637,7 +637,7 @@ def test_an_outcome_is_the_same_after_json() -> None:
         text = outcome.to_json()
         assert text.isascii()
         assert StoredOutcome.from_json(text) == outcome
-    error = {"type": "StartUnknown", "message": "x", "node": None, "reason": ""}
+    error = {"type": "StartUnknown", "message": "x", "node": "", "reason": ""}
     assert json.loads(text)["error"] == error
 
 
