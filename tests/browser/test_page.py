@@ -343,6 +343,30 @@ async def test_all_tabs_share_one_connection(
         await expect(tab.locator("#connection")).to_have_text("Connected")
 
 
+async def test_eight_tabs_without_locks_are_all_served(
+    sim: Simulator, viewer: Any, context: BrowserContext, browser_errors: Any
+) -> None:
+    """Over plain http from another machine there are no Web Locks; one tab serves the others."""
+    hide = "Object.defineProperty(Navigator.prototype, 'locks', { get: () => undefined });"
+    await context.add_init_script(hide)
+    held = sim.add_execution(HELD)
+    viewer.board.follow(held)
+    tabs = [await context.new_page() for _ in range(8)]
+    for tab in tabs:
+        browser_errors.listen_to(tab, viewer.origin)
+        await tab.goto(viewer.url)
+    for tab in tabs:
+        await expect(tab.locator("#connection")).to_have_text("Connected")
+        await expect(tab.locator(".line")).to_have_attribute("data-state", "running")
+    assert await tabs[-1].evaluate("fetch('favicon.svg').then((one) => one.status)") == 200
+    await tabs[0].close()
+    for name in HELD.nodes:
+        sim.finish(held, name.name)
+    for tab in tabs[1:]:
+        await expect(tab.locator(".line")).to_have_attribute("data-state", "succeeded")
+
+
+
 @pytest.mark.parametrize("fragment", ["", "#token=wrong"])
 async def test_a_page_without_its_token_says_where_to_find_it(
     context: BrowserContext, viewer: Any, browser_errors: Any, fragment: str

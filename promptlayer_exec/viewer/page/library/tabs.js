@@ -1,15 +1,15 @@
 // @ts-check
 // All tabs of a browser share one token and one connection: browsers open at most six to a server.
-// A tab leads as long as it holds the lock: it has the connection, and passes its events on.
+// One tab leads: it has the connection, and passes its events on.
 
 const ANSWER = 500; // milliseconds in which another tab gives the token
 const LOCK = "stream";
+const SILENCE = 3000; // milliseconds after which a tab without locks takes over
 
 const channel = new BroadcastChannel("viewer");
 const me = Math.random();
 const listeners = new Map(); // by kind of message
-// Without a lock, as over plain http from another machine, each tab has a connection of its own.
-let isLeading = navigator.locks === undefined;
+let isLeading = false;
 
 // Whether this tab acts for all of them.
 export const leads = () => isLeading;
@@ -47,10 +47,11 @@ export function askToken() {
 // The connection: `follow(on)` is called once this tab leads; until then, `on` gets what the leading
 // tab passes on. `replay()` returns all that a tab needs to know at first, as [kind, data].
 export async function shareStream(follow, on, replay) {
-  if (isLeading) return follow(on);
   listen("event", ([kind, data]) => !isLeading && on[kind]?.(data));
   listen("ask-events", (to) => {
-    if (isLeading) for (const event of replay()) send("event", event, to);
+    if (!isLeading) return;
+    send("lead");
+    for (const event of replay()) send("event", event, to);
   });
   send("ask-events", me);
   const relayed = Object.fromEntries(
@@ -62,8 +63,36 @@ export async function shareStream(follow, on, replay) {
       },
     ]),
   );
+  if (navigator.locks === undefined) return lead(follow, relayed);
   await navigator.locks.request(LOCK, () => {
     isLeading = true;
     return follow(relayed);
   });
+}
+
+// Over plain http from another machine there are no locks. Then a tab leads as long as it says so every
+// second; another one takes over once it is silent. Of two tabs that lead, both stop, and try again.
+function lead(follow, on) {
+  let heard = -SILENCE;
+  let connected = null;
+  let timer = 0;
+  listen("lead", () => {
+    heard = performance.now();
+    isLeading = false;
+    connected?.abort();
+    connected = null;
+  });
+  const turn = async () => {
+    timer = setTimeout(turn, 1000 + 500 * Math.random());
+    if (performance.now() - heard < SILENCE) return;
+    send("lead");
+    if (connected !== null) return;
+    const { signal } = (connected = new AbortController());
+    isLeading = true;
+    await follow(on, signal);
+    if (signal.aborted) return;
+    clearTimeout(timer); // the token was refused
+    isLeading = false;
+  };
+  timer = setTimeout(turn, ANSWER);
 }
