@@ -28,6 +28,7 @@ from promptlayer_exec.viewer._graphs import (
     WorkflowList,
     find_definition,
     graph_view,
+    suggest_workflow,
 )
 from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._live_stream import value_text
@@ -108,6 +109,7 @@ def add_workflow_routes(app: FastAPI, board: Board) -> None:
     """Add the routes that describe workflows, and record which one an execution is of."""
     listed = WorkflowList(board.session)
     _add_key_route(app, board)
+    _add_graph_routes(app, board, listed)
 
     @app.get("/api/workflows")
     async def get_workflows() -> Response:
@@ -131,12 +133,22 @@ def add_workflow_routes(app: FastAPI, board: Board) -> None:
         view = graph_view(found) | {"labels": labels, "latest_version": latest.version}
         return _json({"definition": view, "reason": None})
 
+
+def _add_graph_routes(app: FastAPI, board: Board, listed: WorkflowList) -> None:
     @app.get("/api/executions/{execution_id}/graph")
     async def get_graph(execution_id: int) -> Response:
         card = board.cards.get(execution_id)
         if card is None:
             return refuse("This execution is not followed.", 404)
         return await _find_graph(board.session, card)
+
+    @app.get("/api/executions/{execution_id}/suggestion")
+    async def get_suggestion(execution_id: int) -> Response:
+        card = board.cards.get(execution_id)
+        nodes = set[str]()
+        if card is not None and card.snapshot is not None:
+            nodes = set(card.snapshot.nodes)
+        return _json(await suggest_workflow(board.session, listed, board.history, nodes))
 
     @app.put("/api/executions/{execution_id}/workflow")
     async def set_workflow(execution_id: int, workflow: _Text) -> Response:

@@ -366,7 +366,6 @@ async def test_eight_tabs_without_locks_are_all_served(
         await expect(tab.locator(".line")).to_have_attribute("data-state", "succeeded")
 
 
-
 @pytest.mark.parametrize("fragment", ["", "#token=wrong"])
 async def test_a_page_without_its_token_says_where_to_find_it(
     context: BrowserContext, viewer: Any, browser_errors: Any, fragment: str

@@ -267,13 +267,27 @@ async def test_the_first_screen_leads_on(
     await in_sight(page.locator(".entry .name").first)
 
 
-async def test_an_id_from_an_alert_has_no_empty_tracks(sim: Simulator, ui: Any) -> None:
-    """Of a run that was over before, values stand where the times would be."""
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
+async def test_an_id_from_an_alert_has_no_empty_tracks(
+    sim: Simulator, ui: Any, page: Page, size: Any
+) -> None:
+    """Of a run that was over before, values stand where the times would be; one click names it."""
+    await page.set_viewport_size(size)
     failing = SimNode("b", status="FAILED", error_message=LIMIT)
+    sim.add_workflow("tickets", Scenario([SimNode("a"), SimNode("b"), SimNode("new")]))
     await ui.open_run(sim.add_execution(Scenario([SimNode("a", "a value"), failing])))
     await expect(ui.part("sentence")).to_have_text(f"Failed in b: {LIMIT}.")
     await expect(ui.row("a").locator(".track")).to_be_hidden()
-    await expect(ui.row("a").locator('[data-part="preview"]')).to_be_visible()
+    preview = ui.row("a").locator('[data-part="preview"]')
+    await expect(preview).to_be_visible()
+    name, status = (ui.row("a").locator(one) for one in (".name", ".status"))
+    boxes = [await one.bounding_box() for one in (name, status, preview)]
+    assert max(box["height"] for box in boxes if box is not None) < 30  # a line each
+    likely = "Probably tickets: 2 of the 2 nodes have the same names."
+    await expect(ui.part("suggestion")).to_contain_text(likely)
+    await page.get_by_role("button", name="Use tickets").click()
+    await expect(ui.part("title")).to_have_text("tickets")
+    await expect(ui.drawn("b")).to_have_attribute("data-status", "FAILED")
 
 
 IN_FRAME = """(element, frame) => {

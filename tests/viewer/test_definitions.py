@@ -50,6 +50,30 @@ async def test_the_workflow_of_an_id_is_asked_and_never_guessed(
         assert board.cards[execution_id].workflow == "report"
 
 
+async def test_the_workflow_with_the_same_nodes_is_suggested(sim: Simulator, viewer: Any) -> None:
+    """That of a run that the history has, or else one of the catalog; otherwise none."""
+    other = Scenario([SimNode("else", "x", is_output_node=True)])
+    for name, scenario in (("other", other), ("report", TWO)):
+        sim.add_workflow(name, scenario)
+    run, unlike = sim.add_execution(TWO), sim.add_execution(Scenario([SimNode("new", "x")]))
+    for execution_id in (run, unlike):
+        await _graph(viewer, execution_id)
+    path = f"executions/{run}/suggestion"
+    assert (await viewer.send("GET", path))[1] == {"workflow": "report", "shared": 2}
+    nothing = (await viewer.send("GET", f"executions/{unlike}/suggestion"))[1]
+    assert nothing == {"workflow": None, "shared": 0}
+    viewer.board.history.record(
+        execution_id=5,
+        workflow="nightly",
+        outcome="failed",
+        began=1.0,
+        times='{"plan": [0, 1], "answer": [1, null]}',
+    )
+    before = sim.request_count
+    assert (await viewer.send("GET", path))[1] == {"workflow": "nightly", "shared": 2}
+    assert sim.request_count == before
+
+
 async def test_without_a_definition_there_is_a_reason(sim: Simulator, viewer: Any) -> None:
     """That the server does not say, or describes no nodes."""
     execution_id = sim.add_execution(TWO)

@@ -1,6 +1,7 @@
 // The names in `data-part` of index.html; a unit test compares both.
 
 type Part =
+  | "accept"
   | "again"
   | "as-raw"
   | "axis"
@@ -46,6 +47,7 @@ type Part =
   | "later"
   | "latest"
   | "legend"
+  | "likely"
   | "menu"
   | "name"
   | "no-nodes"
@@ -80,6 +82,7 @@ type Part =
   | "status"
   | "stretch"
   | "subtitle"
+  | "suggestion"
   | "time"
   | "times"
   | "title"
