@@ -103,6 +103,8 @@ BATCH = {
     "unknown": 1,
     "total": 45,
     "workers": 0,
+    "created": 0.5,
+    "latest": 1.0,
 }
 
 
@@ -135,7 +137,7 @@ async def test_batches_say_what_is_wrong_and_what_goes_on(
     ]
     groups = [{"text": f"a: {WORD}", "count": 11}, {"text": "no answer", "count": 1}]
     one = BATCH | {"items": items, "is_whole": True, "problem": None, "groups": groups}
-    one |= {"matching": 3, "latest": 1.0, "rate": 0.5}
+    one |= {"matching": 3, "rate": 0.5}
     all_ = {"database": "sqlite:///batches.sqlite", "batches": [BATCH]}
     await page.route("**/api/batches", lambda route: route.fulfill(json=all_))
     await page.route("**/api/batch?*", lambda route: route.fulfill(json=one))

@@ -75,6 +75,7 @@ type Part =
   | "row"
   | "scroller"
   | "sentence"
+  | "short-inputs"
   | "show-all"
   | "snippets"
   | "sort"

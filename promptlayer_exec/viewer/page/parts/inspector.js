@@ -3,7 +3,7 @@
 
 import { getInputs } from "../library/api.js";
 import { Detail } from "./detail.js";
-import { copyWith, draw, make, part, write } from "../library/dom.js";
+import { copyWith, draw, make, oneLine, part, write } from "../library/dom.js";
 import { readContainer } from "../library/json.js";
 import { statusOf, wordOf } from "../library/model.js";
 import { Tree } from "./tree.js";
@@ -63,6 +63,7 @@ export class Inspector {
     } catch {
       return;
     }
+    this.at("short-inputs").replaceChildren(make("span", { class: "muted" }, "Inputs "), oneLine(this.inputs));
     const json = readContainer(this.inputs);
     const place = make("div", { class: "tree" });
     if (json === null) place.append(make("pre", {}, this.inputs));
