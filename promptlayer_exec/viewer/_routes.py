@@ -93,16 +93,13 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
 
     @app.get("/api/compare/{left}/{right}")
     async def compare(left: int, right: int) -> Response:
-        snapshots = [
-            card.snapshot
-            for card in (board.cards.get(left), board.cards.get(right))
-            if card is not None and card.snapshot is not None
-        ]
-        if len(snapshots) < 2:
+        one, other = board.cards.get(left), board.cards.get(right)
+        if one is None or one.snapshot is None or other is None or other.snapshot is None:
             return refuse("One of these executions is not followed.", 404)
 
-        before, after = snapshots
-        return _json({"changed": [change.node.name for change in after.diff(before)]})
+        changed = [change.node.name for change in other.snapshot.diff(one.snapshot)]
+        is_known = one.inputs is not None and other.inputs is not None
+        return _json({"changed": changed, "inputs_differ": is_known and one.inputs != other.inputs})
 
 
 def add_workflow_routes(app: FastAPI, board: Board) -> None:

@@ -150,7 +150,7 @@ async def test_a_failed_run_opens_at_its_cause(
     shown = ui.selected.get_by_text(LIMIT).filter(visible=True)
     await expect(shown).to_have_count(1)  # and once above, as the reason
     await ui.part("sentence").get_by_role("link", name="Compare").click()
-    await expect(page.locator("#compare-summary")).to_have_text("16 of 40 nodes differ.")
+    await expect(page.locator("#compare-summary")).to_have_text("The inputs and 16 of 40 nodes differ.")
     await expect(page.locator("#compare .pair").first).to_have_class(re.compile("differs|inputs"))
     await expect(page.locator('.pair[data-name="node 3"]')).to_be_hidden()
     await page.get_by_text("24 nodes are equal").click()
@@ -165,7 +165,10 @@ async def test_a_running_run_names_its_node_and_what_is_usual(
     remember(sim, viewer, "tickets", seconds=0.2)
     held = await start(sim, viewer, forty())
     sentence = page.locator(f'.line[data-id="{held}"] [data-part="sentence"]')
-    words = re.compile(r"^Running in call the model for [\d.]+ s; usually 0\.1 s\.$")
+    words = re.compile(
+        r"^Running in call the model for [\d.]+ s; usually 0\.1 s\."
+        r" The last success was 20 minutes ago: Compare\.$"
+    )
     await expect(sentence).to_have_text(words)
     await in_sight(sentence)
     await expect(page.locator(".line.slow")).to_have_count(1)

@@ -183,7 +183,7 @@ async def test_the_nodes_of_two_executions_are_compared(sim: Simulator, viewer: 
         while viewer.board.cards[execution_id].state != "succeeded":
             await viewer.board.changed.wait()
     answer = await viewer.send("GET", f"compare/{one}/{two}")
-    assert answer == (200, {"changed": [other]})
+    assert answer == (200, {"changed": [other], "inputs_differ": False})
     assert (await viewer.send("GET", f"compare/{one}/5"))[0] == 404
     assert (await viewer.send("GET", f"executions/{one}/inputs"))[0] == 404
     _, snapshot = await viewer.send("GET", f"executions/{one}/snapshot")

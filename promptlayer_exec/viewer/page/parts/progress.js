@@ -60,8 +60,8 @@ function problemText({ data }, { text, since, until }) {
 
 // Writes the sentence. Its links stay the same elements while only words change, and so keep the
 // focus.
-export function showSentence(root, run) {
-  const { pieces, isSlow } = sentenceOf(run, usualOf(run));
+export function showSentence(root, run, longest) {
+  const { pieces, isSlow } = sentenceOf(run, usualOf(run), longest);
   root.classList.toggle("slow", isSlow);
   writePieces(part(root, "sentence"), pieces, run);
 }

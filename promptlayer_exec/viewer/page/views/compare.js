@@ -16,6 +16,7 @@ let ids = [];
 let asked = "";
 let opened = new Set();
 let changed = new Set();
+let hasOtherInputs = false;
 let pending = null;
 let isUnfolded = false; // the nodes that are equal
 
@@ -68,7 +69,9 @@ function schedule() {
     const [left, right] = ids.map((id) => runs.get(id));
     if (!left?.nodes.size || !right?.nodes.size) return;
     try {
-      changed = new Set((await get(`api/compare/${ids[0]}/${ids[1]}`)).changed);
+      const found = await get(`api/compare/${ids[0]}/${ids[1]}`);
+      changed = new Set(found.changed);
+      hasOtherInputs = found.inputs_differ;
     } catch (error) {
       return show(byId("compare-problem"), error.message);
     }
@@ -98,8 +101,12 @@ function render(left, right) {
   }
   const isOther = left.data.workflow && right.data.workflow && left.data.workflow !== right.data.workflow;
   const other = isOther ? " These are runs of different workflows." : "";
-  const count = `${differing.length} of ${names.length} nodes differ.`;
-  write(byId("compare-summary"), (differing.length === 0 ? "No node differs." : count) + other);
+  write(byId("compare-summary"), summaryOf(differing.length, names.length) + other);
+}
+
+function summaryOf(differing, all) {
+  if (differing === 0) return hasOtherInputs ? "Only the inputs differ." : "No node differs.";
+  return `${hasOtherInputs ? "The inputs and " : ""}${differing} of ${all} nodes differ.`;
 }
 
 function headOf(left, right) {
@@ -161,7 +168,7 @@ function differInTime(one, other) {
 function rowOf({ name, one, other, marks }, left, right) {
   const item = make("li", { class: marks.length > 0 ? "node pair differs" : "node pair" });
   item.dataset.name = name;
-  const tags = marks.map((mark) => make("span", { class: "tag differs-tag" }, mark));
+  const tags = marks.map(tagOf);
   const summary = make(
     "summary",
     {},
@@ -173,10 +180,13 @@ function rowOf({ name, one, other, marks }, left, right) {
   return item;
 }
 
+const tagOf = (mark) => make("span", { class: "tag differs-tag" }, mark);
+
 // The inputs are compared like the value of a node; a node may have their name.
 function inputsRow(left, right) {
   const word = (run) => make("span", { class: "muted side" }, run.data.has_inputs ? "" : "Not known here");
-  const name = make("span", { class: "name" }, "Inputs");
+  const tags = hasOtherInputs ? [tagOf("value")] : [];
+  const name = make("span", { class: "name" }, "Inputs ", ...tags);
   const summary = make("summary", {}, name, word(left), word(right));
   const textOf = async (run) => (run.data.has_inputs ? getInputs(run.id) : "");
   const fill = () => {
@@ -187,7 +197,7 @@ function inputsRow(left, right) {
     );
     return place;
   };
-  return make("li", { class: "node pair inputs" }, foldOf("", summary, fill));
+  return make("li", { class: hasOtherInputs ? "node pair inputs differs" : "node pair inputs" }, foldOf("", summary, fill));
 }
 
 function foldOf(name, summary, fill) {

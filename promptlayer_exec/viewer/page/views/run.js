@@ -24,6 +24,8 @@ const MARKS = {
   lost: UNKNOWN.mark,
 };
 
+const BRIEF = 100; // characters of a reason in the headline: the detail of the node has all of it
+
 let page = null; // of the execution that is shown
 
 export const runView = {
@@ -245,7 +247,7 @@ class RunPage {
     root.classList.toggle("timeless", run.isEnded && !isTimed);
     const problem = showTime(root, run);
     show(part(root, "problem"), run.data.state === "lost" ? null : problem);
-    showSentence(root, run);
+    showSentence(root, run, BRIEF);
     const { duration: usual } = usualOf(run);
     write(part(root, "usual"), usual === null ? "" : `usually ${duration(usual)}`);
     this.rows.tick(this.run.now());
