@@ -36,7 +36,7 @@ LAYERS = [
     {"_execution", "_fanout", "_combined_stream"},
     {"_session"},
     {"_integration"},
-    {"_database"},  # needs an extra, so no other layer imports it
+    {"_database", "_uvicorn"},  # need an extra, so no other layer imports them
 ]
 APART = {"_engine": {"_http"}, "_http": {"_engine"}}
 
@@ -187,7 +187,7 @@ def private_uses(integration: str, source: str) -> set[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             for name in imported_names(node, package):
                 parts = name.split(".")
-                is_seam = parts[1:2] in (["_integration"], ["_database"])
+                is_seam = parts[1:2] in (["_integration"], ["_database"], ["_uvicorn"])
                 is_own = name.startswith(f"{own}.") or is_seam
                 if parts[0] == "promptlayer_exec" and not is_own and any(map(is_private, parts)):
                     found.add(name)

@@ -54,9 +54,13 @@ async def compare(sim: Simulator, viewer: Any, ui: Any) -> tuple[int, int]:
 async def test_differences_are_marked(sim: Simulator, viewer: Any, ui: Any, page: Page) -> None:
     """Statuses, durations and values; nodes that only one has; lines that differ."""
     await compare(sim, viewer, ui)
-    await expect(page.locator("#compare-summary")).to_have_text("The inputs and 3 of 5 nodes differ.")
+    await expect(page.locator("#compare-summary")).to_have_text(
+        "The inputs and 3 of 5 nodes differ."
+    )
     await page.get_by_label("Durations, too").check()
-    await expect(page.locator("#compare-summary")).to_have_text("The inputs and 4 of 5 nodes differ.")
+    await expect(page.locator("#compare-summary")).to_have_text(
+        "The inputs and 4 of 5 nodes differ."
+    )
     await expect(pair(page, "same").locator(".tag")).to_have_count(0)
     for name, tags in (
         ("essay", ["value"]),

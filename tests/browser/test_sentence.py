@@ -150,7 +150,9 @@ async def test_a_failed_run_opens_at_its_cause(
     shown = ui.selected.get_by_text(LIMIT).filter(visible=True)
     await expect(shown).to_have_count(1)  # and once above, as the reason
     await ui.part("sentence").get_by_role("link", name="Compare").click()
-    await expect(page.locator("#compare-summary")).to_have_text("The inputs and 16 of 40 nodes differ.")
+    await expect(page.locator("#compare-summary")).to_have_text(
+        "The inputs and 16 of 40 nodes differ."
+    )
     await expect(page.locator("#compare .pair").first).to_have_class(re.compile("differs|inputs"))
     await expect(page.locator('.pair[data-name="node 3"]')).to_be_hidden()
     await page.get_by_text("24 nodes are equal").click()

@@ -452,7 +452,8 @@ def test_usage_errors_of_the_command(
     assert error_of(host="192.0.2.1").startswith("cannot listen on 192.0.2.1, port 0: ")
     monkeypatch.setenv(TOKEN, "guess me")
     assert error_of().startswith(f"{TOKEN} is too weak")
-    modules = [name for name in sys.modules if name.startswith("promptlayer_exec.viewer")]
+    ours = ("promptlayer_exec.viewer", "promptlayer_exec._uvicorn")
+    modules = [name for name in sys.modules if name.startswith(ours)]
     for module in modules:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
