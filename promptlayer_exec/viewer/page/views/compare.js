@@ -10,6 +10,7 @@ import { clock, duration } from "../library/times.js";
 
 const LARGE = 1_000_000;
 const FEW = 8; // equal lines that are shown around differences
+const INPUTS = ""; // stands for the inputs among names of nodes
 const NOTABLE = 0.2; // share by which durations must differ to be marked, and at least 0.2 s
 
 let ids = [];
@@ -17,6 +18,7 @@ let asked = "";
 let opened = new Set();
 let changed = new Set();
 let hasOtherInputs = false;
+let isOpenedOnce = false; // inputs that differ are open at first
 let pending = null;
 let isUnfolded = false; // the nodes that are equal
 
@@ -24,7 +26,10 @@ export const compareView = {
   element: byId("view-compare"),
 
   show([, left = "", right = ""], params) {
-    if (ids[0] !== left || ids[1] !== right) opened = new Set(params.getAll("open"));
+    if (ids[0] !== left || ids[1] !== right) {
+      opened = new Set(params.getAll("open"));
+      isOpenedOnce = params.has("open");
+    }
     ids = [left, right];
     isUnfolded = params.get("equal") === "1";
     byId("durations").checked = params.get("durations") === "1";
@@ -93,6 +98,8 @@ function render(left, right) {
   if (equal.length > 0) list.append(foldOfEqual(equal, left, right));
   const focused = findAll(".pair").find((one) => one.contains(document.activeElement))?.dataset.name;
   const hasInputs = left.data.has_inputs || right.data.has_inputs;
+  if (hasOtherInputs && !isOpenedOnce) opened.add(INPUTS);
+  isOpenedOnce ||= hasOtherInputs;
   if (hasInputs) list.prepend(inputsRow(left, right));
   const card = make("div", { class: "pairs" }, headOf(left, right), list);
   byId("compare").replaceChildren(card);
@@ -185,7 +192,7 @@ const tagOf = (mark) => make("span", { class: "tag differs-tag" }, mark);
 // The inputs are compared like the value of a node; a node may have their name.
 function inputsRow(left, right) {
   const word = (run) => make("span", { class: "muted side" }, run.data.has_inputs ? "" : "Not known here");
-  const tags = hasOtherInputs ? [tagOf("value")] : [];
+  const tags = hasOtherInputs ? [tagOf("differ")] : [];
   const name = make("span", { class: "name" }, "Inputs ", ...tags);
   const summary = make("summary", {}, name, word(left), word(right));
   const textOf = async (run) => (run.data.has_inputs ? getInputs(run.id) : "");
@@ -197,7 +204,7 @@ function inputsRow(left, right) {
     );
     return place;
   };
-  return make("li", { class: hasOtherInputs ? "node pair inputs differs" : "node pair inputs" }, foldOf("", summary, fill));
+  return make("li", { class: hasOtherInputs ? "node pair inputs differs" : "node pair inputs" }, foldOf(INPUTS, summary, fill));
 }
 
 function foldOf(name, summary, fill) {
