@@ -92,6 +92,9 @@ async def test_every_view_fits_and_axe_finds_nothing(
     await ui.open("#/history")
     await expect(page.locator(".entry")).to_have_count(3)
     await check(page, "history")
+    await ui.open_run(sim.add_execution(essay({})))
+    await expect(ui.part("accept")).to_be_visible()
+    await check(page, "an id from elsewhere")
 
 
 BATCH = {
