@@ -289,7 +289,7 @@ class History:
     def _read_node_names(self) -> dict[str, set[str]]:
         rows = self._connect().execute(
             "SELECT workflow, times, MAX(began) FROM executions WHERE server = ?"
-            " AND workflow IS NOT NULL AND times IS NOT NULL GROUP BY workflow"
+            " AND workflow IS NOT NULL AND times IS NOT NULL AND times != '{}' GROUP BY workflow"
             " ORDER BY MAX(began) DESC",
             [self._server],
         )

@@ -57,7 +57,7 @@ async def test_differences_are_marked(sim: Simulator, viewer: Any, ui: Any, page
     await expect(page.locator("#compare-summary")).to_have_text(
         "The inputs and 3 of 5 nodes differ."
     )
-    await page.get_by_label("Durations, too").check()
+    await page.get_by_label("Compare durations").check()
     await expect(page.locator("#compare-summary")).to_have_text(
         "The inputs and 4 of 5 nodes differ."
     )

@@ -235,11 +235,14 @@ async def test_an_outage_is_one_banner(sim: Simulator, viewer: Any, ui: Any, pag
     banner = page.locator("#outage")
     await expect(banner).to_have_text(
         re.compile(
-            r"^PromptLayer answers 503 .* Since .*\. The next attempt is at \d.* wait\. Runs "
+            r"^PromptLayer responded with 503 .* Since .*\. The next attempt is at \d"
+            r".* wait\. Runs "
         )
     )
     await in_sight(banner)
-    await expect(page.get_by_text("PromptLayer answers 503").filter(visible=True)).to_have_count(1)
+    await expect(
+        page.get_by_text("PromptLayer responded with 503").filter(visible=True)
+    ).to_have_count(1)
     await expect(sentence).to_contain_text(["Last seen running in call the model"] * 3)
     await in_sight(sentence.first)
     await ui.open_run(held[0])
@@ -330,7 +333,7 @@ async def test_a_batch_says_why_items_failed_and_what_is_next(ui: Any, page: Pag
     await page.route("**/api/batch?*", lambda route: route.fulfill(json=one))
     await ui.open("#/batches")
     dates = page.locator(".dates")
-    await expect(dates).to_have_text("Began 2 hours ago, the latest item ended 3 minutes ago")
+    await expect(dates).to_have_text("Began 2 hours ago, the latest item finished 3 minutes ago")
     year = str(time.localtime().tm_year)
     for moment in await dates.locator("time").all():
         assert year in (await moment.get_attribute("title") or "")

@@ -69,6 +69,9 @@ async def test_the_workflow_with_the_same_nodes_is_suggested(sim: Simulator, vie
         began=1.0,
         times='{"plan": [0, 1], "answer": [1, null]}',
     )
+    viewer.board.history.record(  # nobody saw its nodes
+        execution_id=6, workflow="nightly", outcome="failed", began=2.0, times="{}"
+    )
     before = sim.request_count
     assert (await viewer.send("GET", path))[1] == {"workflow": "nightly", "shared": 2}
     assert sim.request_count == before
@@ -149,7 +152,7 @@ async def test_a_workflow_that_does_not_come_is_given_up(
     monkeypatch.setattr("promptlayer_exec.viewer._graphs._LIST_TIMEOUT", 0.05)
     sim.inject(Fault.stall(times=None))
     _, answer = await viewer.send("GET", "definition?workflow=report")
-    assert answer["reason"] == "PromptLayer did not answer in time."
+    assert answer["reason"] == "PromptLayer did not respond in time."
     _, answer = await viewer.send("GET", "workflows")
     assert "was not sent within" in answer["reason"]
 

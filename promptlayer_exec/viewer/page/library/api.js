@@ -75,13 +75,13 @@ export async function call(method, path, content, hint = "Is it still running?")
   try {
     response = await request(path, options);
   } catch {
-    throw new Refusal(`The viewer did not answer. ${hint}`);
+    throw new Refusal(`The viewer did not respond. ${hint}`);
   }
   if (response.ok) return response;
   const { message, field, is_unknown } = await response.json().catch(() => ({}));
   const { status } = response;
   if (status === 401) onRefused(message);
-  const text = message ?? `The viewer answered ${status}.`;
+  const text = message ?? `The viewer responded with ${status}.`;
   throw new Refusal(text, { field, status, isUnknown: is_unknown ?? false });
 }
 

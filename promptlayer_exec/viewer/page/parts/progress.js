@@ -50,7 +50,7 @@ export function showTime(root, run) {
 
 function problemText({ data }, { text, since, until }) {
   if (data.state === "lost") {
-    const ends = "The viewer has given up; the run itself goes on at PromptLayer.";
+    const ends = "The viewer has given up; the run itself continues on PromptLayer.";
     return `${text} ${ends} Noticed at ${clock(since)}.`;
   }
   const wait = until === null ? 0 : until - Date.now() / 1000;

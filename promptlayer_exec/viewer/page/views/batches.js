@@ -125,13 +125,13 @@ function headOf(batch, isLink) {
 // When it began, and when its latest item ended.
 function datesOf({ created, latest }) {
   const words = ["Began ", timeOf(created)];
-  if (latest !== null) words.push(", the latest item ended ", timeOf(latest));
+  if (latest !== null) words.push(", the latest item finished ", timeOf(latest));
   return make("p", { class: "muted dates" }, ...words);
 }
 
 function showOne(batch, isUnfolded) {
   write(byId("batches-empty"), "");
-  const items = make("ol", { class: "items", "aria-label": "Items that ended" });
+  const items = make("ol", { class: "items", "aria-label": "Finished items" });
   items.append(...batch.items.map(itemOf));
   const note = batch.is_whole || batch.problem !== null ? [] : [make("p", { class: "muted" }, PARTLY)];
   byId("batches").replaceChildren(
@@ -152,7 +152,7 @@ const PARTLY = "Not every item is shown: promptlayer-exec batch export writes th
 function paceOf({ waiting, running, workers, latest, rate }) {
   const open = waiting + running;
   if (latest === null) return [];
-  const words = ["The latest item ended ", timeOf(latest), "."];
+  const words = ["The latest item finished ", timeOf(latest), "."];
   if (open > 0 && workers > 0 && rate !== null) {
     words.push(` ${(60 * rate).toFixed(1)} items a minute: about ${duration(open / rate, true)} left.`);
   }
@@ -218,10 +218,10 @@ function moreOf({ matching, items }) {
 function commandsOf({ name, waiting, running, workers, failed, unknown }) {
   const quoted = /^[\w./:@%+=,-]+$/.test(name) ? name : `'${name.replaceAll("'", "'\\''")}'`;
   const all = [
-    [waiting + running > 0 && workers === 0, "work", "Nobody works on it now. This goes on:"],
-    [failed > 0, "retry --failed", "This starts the failed items again, which costs again:"],
-    [failed > 0, "recheck", "This follows runs again that have no output, and starts none:"],
-    [unknown > 0, "retry --unknown", "This starts the unknown items again, which may pay for them twice:"],
+    [waiting + running > 0 && workers === 0, "work", "Nobody works on it now. Continue it with:"],
+    [failed > 0, "retry --failed", "Start the failed items again, which costs again:"],
+    [failed > 0, "recheck", "Follow the runs without an output again, and start none:"],
+    [unknown > 0, "retry --unknown", "Start the unknown items again; you may pay for them twice:"],
   ];
   const wanted = all.filter(([isWanted]) => isWanted);
   return wanted.map(([, verb, what]) => ({ what, command: `promptlayer-exec batch ${verb} --name ${quoted}` }));

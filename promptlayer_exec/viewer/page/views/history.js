@@ -193,7 +193,7 @@ async function forget(entry, root) {
   picked.delete(entry.execution_id);
   entries = entries.filter((one) => one !== entry);
   (next ? part(next, "menu") : byId("history-title")).focus();
-  announce("Deleted from the history. The execution itself stays at PromptLayer.");
+  announce("Deleted from the history. The execution itself stays on PromptLayer.");
   const found = await get(`api/history?${filters()}`);
   matching = found.matching;
   showCounts(found.counts);
@@ -204,7 +204,7 @@ async function forget(entry, root) {
 byId("forget-all").addEventListener("click", async () => {
   const answer = await confirmIn({
     title: "Delete the whole history?",
-    text: "All executions, with their inputs, are deleted from this machine. At PromptLayer they stay.",
+    text: "All executions, with their inputs, are deleted from this machine. They stay on PromptLayer.",
     yes: "Delete all",
   });
   if (answer !== "yes") return;
