@@ -4,7 +4,6 @@
 
 const ANSWER = 500; // milliseconds in which another tab gives the token
 const LOCK = "stream";
-const SILENCE = 3000; // milliseconds after which a tab without locks takes over
 
 const channel = new BroadcastChannel("viewer");
 const me = Math.random();
@@ -49,9 +48,7 @@ export function askToken() {
 export async function shareStream(follow, on, replay) {
   listen("event", ([kind, data]) => !isLeading && on[kind]?.(data));
   listen("ask-events", (to) => {
-    if (!isLeading) return;
-    send("lead");
-    for (const event of replay()) send("event", event, to);
+    if (isLeading) for (const event of replay()) send("event", event, to);
   });
   send("ask-events", me);
   const relayed = Object.fromEntries(
@@ -70,29 +67,34 @@ export async function shareStream(follow, on, replay) {
   });
 }
 
-// Over plain http from another machine there are no locks. Then a tab leads as long as it says so every
-// second; another one takes over once it is silent. Of two tabs that lead, both stop, and try again.
+// Over plain http from another machine there are no locks. Then each tab asks every second which one
+// leads, and does so itself if none answers; of two that do, the one with the larger number stays.
+// Answers are not slowed down in hidden tabs, as timers are.
 function lead(follow, on) {
-  let heard = -SILENCE;
+  let isAnswered = false;
   let connected = null;
-  let timer = 0;
-  listen("lead", () => {
-    heard = performance.now();
+  listen("ask-lead", () => isLeading && send("lead", me));
+  listen("lead", (other) => {
+    isAnswered = true;
+    if (!isLeading) return;
+    if (other < me) return send("lead", me);
     isLeading = false;
-    connected?.abort();
+    connected.abort();
     connected = null;
   });
   const turn = async () => {
-    timer = setTimeout(turn, 1000 + 500 * Math.random());
-    if (performance.now() - heard < SILENCE) return;
-    send("lead");
+    setTimeout(turn, 1000);
     if (connected !== null) return;
+    if (isAnswered) {
+      isAnswered = false;
+      return send("ask-lead");
+    }
     const { signal } = (connected = new AbortController());
     isLeading = true;
+    send("lead", me);
     await follow(on, signal);
-    if (signal.aborted) return;
-    clearTimeout(timer); // the token was refused
-    isLeading = false;
+    if (!signal.aborted) isLeading = false; // the token was refused: this tab does not lead again
   };
-  timer = setTimeout(turn, ANSWER);
+  send("ask-lead");
+  setTimeout(turn, ANSWER);
 }
