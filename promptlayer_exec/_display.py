@@ -78,13 +78,9 @@ def _text(text: str, longest: int = 200) -> str:
 def snapshot_html(snapshot: Snapshot) -> str:
     """Return the state of an execution, and a table of its nodes."""
     nodes = list(snapshot.nodes.values())
-    final = sum(node.final for node in nodes)
-    state = "running"
-    if snapshot.complete:
-        state = "succeeded" if snapshot.succeeded else "failed"
-    head = f"Execution {snapshot.execution_id}</b> · {state} · {final} of {len(nodes)} nodes final"
+    head = _head(snapshot)
     if not nodes:
-        return f"<div><div><b>{head}</div></div>"
+        return f"<div><div>{head}</div></div>"
 
     # If there are too many nodes, show the failed and running ones first.
     ranked = sorted(range(len(nodes)), key=lambda index: status_entry(nodes[index].status).rank)
@@ -102,10 +98,20 @@ def snapshot_html(snapshot: Snapshot) -> str:
 
     titles = "".join(f'<th scope="col" style="{_LAYOUT.cell}">{column}</th>' for column in columns)
     return (
-        f"<div><div><b>{head}</div>"
+        f"<div><div>{head}</div>"
         '<table style="border-collapse:collapse;color:inherit">'
         f"<thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _head(snapshot: Snapshot) -> str:
+    """Return the state of an execution as one line."""
+    state = "running"
+    if snapshot.complete:
+        state = "succeeded" if snapshot.succeeded else "failed"
+    final = sum(node.final for node in snapshot.nodes.values())
+    count = f"{final} of {len(snapshot.nodes)} nodes final"
+    return f"<b>Execution {snapshot.execution_id}</b> · {state} · {count}"
 
 
 def _row(snapshot: Snapshot, node: Node, *, is_watched: bool) -> str:
@@ -135,7 +141,7 @@ def _row(snapshot: Snapshot, node: Node, *, is_watched: bool) -> str:
 
 
 def workflow_html(workflow: Workflow) -> str:
-    """Return the required inputs and the graph of a workflow."""
+    """Return the required inputs, the state of the run and the graph of a workflow."""
     name = _name(workflow.name)
     facts = [f"<b>{name}</b> · workflow {workflow.id}"]
     if workflow.version is not None:
@@ -149,6 +155,9 @@ def workflow_html(workflow: Workflow) -> str:
             for variable, kind in list(workflow.required_inputs.items())[:100]
         ]
         lines.append(f"Required inputs: {', '.join(inputs) or 'none'}")
+
+    if workflow.run is not None:
+        lines.append(_head(workflow.run))
 
     nodes = len(workflow.nodes)
     edges = sum(len(node.dependencies) for node in workflow.nodes.values())
@@ -240,16 +249,28 @@ def _box(workflow: Workflow, name: str, x: float, y: float) -> str:
         kind = f"{kind} · output".removeprefix(" · ")
         thickness = 2
 
+    # Of a run, the status takes the place of the type.
+    colour, title = "currentColor", _text(name)
+    found = None if workflow.run is None else workflow.run.nodes.get(name)
+    if found is not None:
+        entry = status_entry(found.status)
+        colour, kind = entry.colour, f"{entry.mark} {_label(found.status)}"
+        if (error := error_text(found)) is not None:
+            title += f": {_text(error)}"
+
     middle = x + _LAYOUT.width / 2
     if kind:
-        lines = _line(middle, y + 18, 13, _label(name), 1) + _line(middle, y + 33, 10, kind, 0.75)
+        below = _line(middle, y + 33, 10, kind, 0.75)
+        if found is not None:
+            below = f'<g fill="{colour}">{_line(middle, y + 33, 11, kind, 1)}</g>'
+        lines = _line(middle, y + 18, 13, _label(name), 1) + below
     else:
         lines = _line(middle, y + 24, 13, _label(name), 1)
 
     return (
-        f"<g><title>{_text(name)}</title>"
+        f"<g><title>{title}</title>"
         f'<rect x="{x:g}" y="{y:g}" width="{_LAYOUT.width}" height="{_LAYOUT.height}" rx="6"'
-        f' fill-opacity="0.06" stroke="currentColor" stroke-width="{thickness}"/>{lines}</g>'
+        f' fill-opacity="0.06" stroke="{colour}" stroke-width="{thickness}"/>{lines}</g>'
     )
 
 

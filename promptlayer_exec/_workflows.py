@@ -11,7 +11,7 @@ import attrs
 from promptlayer_exec import _structuring
 from promptlayer_exec._display import workflow_html
 from promptlayer_exec._errors import InvalidInputs
-from promptlayer_exec._models import FrozenMap, frozen_map
+from promptlayer_exec._models import FrozenMap, Snapshot, frozen_map
 from promptlayer_exec._text import printable
 
 
@@ -68,6 +68,7 @@ class Workflow:
         nodes: the nodes by name, in the server's order; read-only. Empty if the server sent none.
         edges: the connections, as the server sent them.
         raw: the decoded body, including all other fields. Do not change it.
+        run: the state of a run that a notebook draws into the graph; see `with_run`.
     """
 
     id: int
@@ -80,6 +81,21 @@ class Workflow:
     nodes: Mapping[str, WorkflowNode] = attrs.field(factory=FrozenMap, converter=frozen_map)
     edges: tuple[WorkflowEdge, ...] = ()
     raw: Any = None
+    run: Snapshot | None = None
+
+    def with_run(self, snapshot: Snapshot) -> Workflow:
+        """Return the workflow with the state of a run, which a notebook draws into the graph.
+
+        ```python
+        workflow = await session.workflow("research-report")
+        workflow.with_run(await execution.snapshot())
+        ```
+
+        Args:
+            snapshot: the state of a run of this workflow. A node that the run does not have is
+                drawn without a status.
+        """
+        return attrs.evolve(self, run=snapshot)
 
     def layers(self) -> tuple[tuple[str, ...], ...]:
         """Return the names of the nodes in layers: each node comes after its dependencies.

@@ -36,7 +36,7 @@ LAYERS = [
     {"_execution", "_fanout", "_combined_stream"},
     {"_session"},
     {"_integration"},
-    {"_database"},  # needs an extra, so only the next one imports it, and late
+    {"_database", "_uvicorn"},  # need an extra, so only the next one imports them, and late
     {"_doctor"},  # compares a server with what all of the above expect
 ]
 APART = {"_engine": {"_http"}, "_http": {"_engine"}}
@@ -188,7 +188,8 @@ def private_uses(integration: str, source: str) -> set[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             for name in imported_names(node, package):
                 parts = name.split(".")
-                is_seam = parts[1:2] in (["_integration"], ["_database"], ["_doctor"])
+                seams = (["_integration"], ["_database"], ["_doctor"], ["_uvicorn"])
+                is_seam = parts[1:2] in seams
                 is_own = name.startswith(f"{own}.") or is_seam
                 if parts[0] == "promptlayer_exec" and not is_own and any(map(is_private, parts)):
                     found.add(name)

@@ -137,7 +137,7 @@ def _item_lines(batch: str, item: StoredItem) -> list[str]:
         if outcome.error is None:
             lines.append(f"  output: {preview(outcome.output)}")
         else:
-            lines.append(f"  {outcome.error.type}: {describe_stored(*outcome.error)}")
+            lines.append(f"  {outcome.error.type}: {describe_stored(*outcome.error[:2])}")
     return lines
 
 
@@ -168,7 +168,7 @@ def _ending(attempt: RunAttempt) -> str:
     if attempt.execution_id is not None:
         text += f", execution {attempt.execution_id}"
     if attempt.error is not None:
-        text += f": {attempt.error.type}: {describe_stored(*attempt.error)}"
+        text += f": {attempt.error.type}: {describe_stored(*attempt.error[:2])}"
     return text
 
 

@@ -184,7 +184,7 @@ def _cells(outcome: StoredOutcome) -> tuple[object, ...]:
         outcome.execution_id,
         json.dumps(outcome.succeeded),
         output,
-        *(outcome.error or (None, None)),
+        *(outcome.error or (None, None))[:2],
         outcome.started and outcome.started.isoformat(),
         outcome.finished.isoformat(),
     )

@@ -324,6 +324,10 @@ class Batch:
         """Return how the latest items finished, each with a growing number, the newest first."""
         return await self._report(reports.latest_kinds, count)
 
+    async def latest_outcome(self) -> StoredOutcome | None:
+        """Return the outcome that was stored last; None if no item has ended."""
+        return await self._report(reports.latest_outcome)
+
     async def item(self, key: str) -> StoredItem | None:
         """Return what is stored about an item; None if the batch does not have it."""
         return await self._report(reports.item, key)

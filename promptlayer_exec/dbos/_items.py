@@ -57,6 +57,7 @@ from promptlayer_exec.dbos._records import (
     StoredError,
     StoredOutcome,
     start_record,
+    stored_error,
 )
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import workflow_id
@@ -325,7 +326,7 @@ class Items:
             outcome = StoredOutcome(key, execution_id, True, output, None, at, datetime.now(UTC))
             outcome.to_json()  # an output that cannot be stored is an error of the item
         except (ExecutionFailed, NotFound, RecursionError) as failure:
-            stored = StoredError(type(failure).__name__, str(failure))
+            stored = stored_error(failure)
             outcome = StoredOutcome(key, execution_id, False, None, stored, at, datetime.now(UTC))
         self._answered_at = asyncio.get_running_loop().time()
         return outcome

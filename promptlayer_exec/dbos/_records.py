@@ -8,16 +8,27 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import attrs
 
-from promptlayer_exec._integration import short_repr
+from promptlayer_exec import ExecutionFailed, StartUnknown
+from promptlayer_exec._integration import error_text, short_repr
 
 Kind = Literal["succeeded", "failed", "unknown"]
 
 
 class StoredError(NamedTuple):
-    """Why an item has no output: the name of the error's type, and its message."""
+    """Why an item has no output.
+
+    Attributes:
+        type: the name of the error's type, such as `ExecutionFailed`.
+        message: the text of the error.
+        node: the first node that failed; empty if no node did.
+        reason: why that node failed, or what else went wrong, without ids that differ from item to
+            item; at most 1,000 characters.
+    """
 
     type: str
     message: str
+    node: str = ""
+    reason: str = ""
 
 
 @attrs.frozen
@@ -139,8 +150,18 @@ class Ending:
         )
 
 
+def stored_error(error: Exception) -> StoredError:
+    """Return an error as it is stored."""
+    node, reason = "", str(error.args[0]) if error.args else ""
+    if isinstance(error, StartUnknown):
+        reason = error.reason
+    elif isinstance(error, ExecutionFailed) and error.failed:
+        node, reason = error.failed[0].name, error_text(error.failed[0]) or "no reason given"
+    return StoredError(type(error).__name__, str(error), node, reason[:1000])
+
+
 class StartRecord(TypedDict):
-    """The stored result of a start: an id, or the type and the text of an error."""
+    """The stored result of a start; one without an id has a `StoredError`."""
 
     execution_id: int | None
     at: str
@@ -159,6 +180,6 @@ def start_record(
     return {
         "execution_id": execution_id,
         "at": (at or datetime.now(UTC)).isoformat(),
-        "error": None if error is None else [type(error).__name__, str(error)],
+        "error": None if error is None else [*stored_error(error)],
         "is_recheck": is_recheck,
     }

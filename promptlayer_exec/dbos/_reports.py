@@ -115,6 +115,12 @@ def latest_kinds(store: Store, batch: str, count: int) -> list[tuple[int, Kind]]
     return [(row.seq, row.kind) for row in rows]
 
 
+def latest_outcome(store: Store, batch: str) -> StoredOutcome | None:
+    query = sa.select(_item.outcome).where(_item.batch == batch, _item.seq.is_not(None))
+    rows = store.rows(query.order_by(_item.seq.desc()).limit(1))
+    return StoredOutcome.from_json(rows[0].outcome) if rows else None
+
+
 def settings(store: Store, batch: str) -> BatchSettings:
     query = sa.select(batches).where(batches.c.name == batch)
     for row in store.rows(query):

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Iterable
-from contextlib import nullcontext
 from secrets import compare_digest
-from typing import Any
-from weakref import WeakSet
 
 import attrs
-import uvicorn
 from mcp import types
 from mcp.server.transport_security import TransportSecuritySettings
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from promptlayer_exec import Session
-from promptlayer_exec._integration import wait_even_if_cancelled
+from promptlayer_exec._uvicorn import serve_until_cancelled
 from promptlayer_exec.mcp._mcp_server import make_server
 from promptlayer_exec.mcp._tool_calls import Calls
 
@@ -70,45 +64,16 @@ async def serve_http(
         raise ValueError("serve_http needs a token and at least one workflow")
 
     app = make_server(calls).streamable_http_app(transport_security=_security(hosts))
-    connections: WeakSet[asyncio.Transport] = WeakSet()
-
-    class KnownConnection(H11Protocol):
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            connections.add(transport)
-            super().connection_made(transport)
-
-    config = uvicorn.Config(
+    # A call waits up to a minute for its run, and some clients keep a stream open all the time:
+    # both are cut off. The lifespan ends the sessions of clients.
+    await serve_until_cancelled(
         _TokenCheck(app, token),
-        http=KnownConnection,
-        ws="none",
-        lifespan="on",  # it closes the sessions of clients
-        log_config=None,
-        access_log=False,
-        server_header=False,
+        listener,
+        name="mcp",
+        patience=1.0,
+        lifespan="on",
+        on_end=calls.close,
     )
-    server = _SignalFreeServer(config)
-    serving = asyncio.create_task(server.serve([listener]), name="mcp")
-
-    try:
-        await asyncio.wait([serving])
-    finally:
-        calls.close()
-        ending = asyncio.create_task(_end(server, serving, connections))
-        await wait_even_if_cancelled(ending)
-        ending.result()
-
-
-async def _end(
-    server: uvicorn.Server, serving: asyncio.Task[None], connections: Iterable[asyncio.Transport]
-) -> None:
-    server.should_exit = True
-    await asyncio.wait([serving], timeout=1)
-
-    # A call waits up to a minute for its run, and some clients keep a stream open all the time.
-    # Both stop with their connection.
-    for connection in connections:
-        connection.abort()
-    await serving
 
 
 def _security(hosts: Iterable[str]) -> TransportSecuritySettings:
@@ -117,13 +82,6 @@ def _security(hosts: Iterable[str]) -> TransportSecuritySettings:
     allowed = [*names, *any_port]
     origins = [f"{scheme}://{host}" for scheme in ("http", "https") for host in allowed]
     return TransportSecuritySettings(allowed_hosts=allowed, allowed_origins=origins)
-
-
-class _SignalFreeServer(uvicorn.Server):
-    """Uvicorn without its signal handlers, because the program has its own."""
-
-    def capture_signals(self) -> Any:
-        return nullcontext()
 
 
 @attrs.frozen(eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import re
 import time
 from collections import Counter
 from contextlib import aclosing
@@ -30,14 +29,15 @@ def add_batch_routes(app: FastAPI, session: Session) -> None:
     async def get_batches() -> Response:
         dbos = await _import()
         names = await dbos.batch_names()
-        batches = [await _read_counts(dbos.Batch(name, session=session), name) for name in names]
+        batches = [await _read_summary(dbos.Batch(name, session=session), name) for name in names]
+        batches.sort(key=lambda batch: batch["latest"] or batch["created"], reverse=True)
         return JSONResponse({"database": dbos.shown_database_url(), "batches": batches})
 
     @app.get("/api/batch")
     async def get_batch(name: str, kind: str = "", reason: str = "", count: int = 200) -> Response:
         batch = (await _import()).Batch(name, session=session)
         items = await _read_items(batch, kind, reason, count)
-        return JSONResponse(await _read_counts(batch, name) | items)
+        return JSONResponse(await _read_summary(batch, name) | items)
 
     async def report(_: Request, error: Exception) -> Response:
         return JSONResponse({"message": str(error)}, 503)
@@ -49,8 +49,16 @@ async def _import() -> Any:
     return await asyncio.to_thread(importlib.import_module, "promptlayer_exec.dbos")
 
 
-async def _read_counts(batch: Batch, name: str) -> dict[str, Any]:
-    return {"name": name} | attrs.asdict(await batch.status())
+async def _read_summary(batch: Batch, name: str) -> dict[str, Any]:
+    """Return the counts of a batch, and when it was created and when its latest item ended."""
+    created = (await batch.settings()).created
+    latest = await batch.latest_outcome()
+    return {
+        "name": name,
+        "created": 0.0 if created is None else created.timestamp(),
+        "latest": None if latest is None else latest.finished.timestamp(),
+        **attrs.asdict(await batch.status()),
+    }
 
 
 async def _read_items(batch: Batch, kind: str, reason: str, count: int) -> dict[str, Any]:
@@ -88,16 +96,16 @@ async def _read_items(batch: Batch, kind: str, reason: str, count: int) -> dict[
     view["groups"] = [{"text": text, "count": number} for text, number in groups.most_common(20)]
     view["matching"] = len(matching)
     view["items"] = matching[:count]
-    return view | _pace([item["finished"] for item in ended.values()])
+    view["rate"] = _rate([item["finished"] for item in ended.values()])
+    return view
 
 
-def _pace(finished: list[float]) -> dict[str, Any]:
-    """Return when the latest item ended, and how many do so in a second, judged by the last 50."""
+def _rate(finished: list[float]) -> float | None:
+    """Return how many items end in a second, judged by the latest 50; None if that is not known."""
     latest = sorted(finished)[-50:]
-    rate = None
-    if len(latest) > 1 and latest[-1] > latest[0]:
-        rate = (len(latest) - 1) / (latest[-1] - latest[0])
-    return {"latest": latest[-1] if latest else None, "rate": rate}
+    if len(latest) < 2 or latest[-1] == latest[0]:
+        return None
+    return (len(latest) - 1) / (latest[-1] - latest[0])
 
 
 def _group(item: dict[str, Any]) -> str:
@@ -106,33 +114,18 @@ def _group(item: dict[str, Any]) -> str:
 
 
 def _item_view(outcome: StoredOutcome) -> dict[str, Any]:
-    node, reason = None, ""
-    if outcome.error is not None:
-        node, reason = _cause(outcome.error.message)
-        reason = reason or outcome.error.type
-    return {
+    view: dict[str, Any] = {
         "key": outcome.key,
         "kind": outcome.kind,
         "execution_id": None if outcome.execution_id is None else str(outcome.execution_id),
-        "error": None if outcome.error is None else ": ".join(outcome.error)[:1000],
-        "node": node,
-        "reason": reason[:300],
+        "error": None,
+        "node": None,
+        "reason": "",
         "finished": outcome.finished.timestamp(),
     }
-
-
-def _cause(message: str) -> tuple[str | None, str]:
-    """Return the node that an error's message blames, and why it failed; or only the message."""
-    named = re.search(r"'([^']+)' FAILED", message)
-    if named is None:
-        # Ids and keys differ from item to item, and would keep equal errors apart.
-        message = re.sub(r"^execution \d+:? ", "", message)
-        unknown = re.match(
-            r"a run of .*? may have started: (.*?)(?=\. Session|\. Look |$)", message
-        )
-        return None, message if unknown is None else unknown[1]
-    rest = message[named.end() :]
-    found = re.match(r" \((.*?)\)(?=;|\.|$)|: (.*?)(?=; node |\. See |$)", rest, re.DOTALL)
-    if found is None:
-        return named[1], "no reason given"
-    return named[1], found[1] or found[2]
+    if outcome.error is not None:
+        kind, message, node, reason = outcome.error
+        view["node"] = node or None
+        view["error"] = f"{kind}: {message}"[:1000]
+        view["reason"] = (reason or message or kind)[:300]
+    return view

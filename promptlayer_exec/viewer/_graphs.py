@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+from contextlib import suppress
 from typing import Any
 
 from promptlayer_exec import PromptLayerExecError, Session, Workflow, WorkflowSummary
 from promptlayer_exec._integration import ExpiringDict, definition
+from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._problems import explain
 
 _LIST_TIMEOUT = 20.0
@@ -60,6 +63,42 @@ class WorkflowList:
 
         self._kept.add(None, found)
         return found
+
+
+async def suggest_workflow(
+    session: Session, listed: WorkflowList, history: History | None, nodes: set[str]
+) -> dict[str, Any]:
+    """Return the workflow whose nodes have the most names in common with those of a run.
+
+    Runs that the history remembers come first. If none has the same names, the definitions of the
+    20 workflows that were changed last are read, as many as a session keeps.
+    """
+    known: dict[str, set[str]] = {}
+    if history is not None:
+        with suppress(sqlite3.Error, OSError):
+            known = await history.node_names()
+
+    if nodes not in known.values():
+        names = list[str]()
+        with suppress(NoDefinition):
+            names = [summary.name for summary in (await listed.get())[:20]]
+        found = await asyncio.gather(*(_node_names(session, name) for name in names))
+        known |= dict(zip(names, found, strict=True))
+
+    def likeness(workflow: str) -> float:
+        return len(nodes & known[workflow]) / len(nodes | known[workflow])
+
+    best = max(known, key=likeness, default=None) if nodes else None
+    if best is None or likeness(best) < 0.5:
+        return {"workflow": None, "shared": 0}
+    return {"workflow": best, "shared": len(nodes & known[best])}
+
+
+async def _node_names(session: Session, workflow: str) -> set[str]:
+    try:
+        return set((await find_definition(session, workflow)).nodes)
+    except NoDefinition:
+        return set()
 
 
 def graph_view(workflow: Workflow) -> dict[str, Any]:

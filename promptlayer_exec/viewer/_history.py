@@ -106,6 +106,10 @@ class History:
         """Return the durations of the latest runs of each workflow, the oldest run first."""
         return await self._call(self._read_trends)
 
+    async def node_names(self) -> dict[str, set[str]]:
+        """Return the names of the nodes of each workflow, as its latest run that was seen had."""
+        return await self._call(self._read_node_names)
+
     async def usual(self, workflow: str) -> dict[str, Any]:
         """Return how long a workflow and its nodes usually take, and its latest successes.
 
@@ -281,6 +285,15 @@ class History:
 
         newest = sorted(trends.values(), key=lambda trend: trend["latest"], reverse=True)
         return newest[:24]
+
+    def _read_node_names(self) -> dict[str, set[str]]:
+        rows = self._connect().execute(
+            "SELECT workflow, times, MAX(began) FROM executions WHERE server = ?"
+            " AND workflow IS NOT NULL AND times IS NOT NULL AND times != '{}' GROUP BY workflow"
+            " ORDER BY MAX(began) DESC",
+            [self._server],
+        )
+        return {row["workflow"]: set(json.loads(row["times"])) for row in rows}
 
     def _read_usual(self, workflow: str) -> dict[str, Any]:
         rows = self._connect().execute(

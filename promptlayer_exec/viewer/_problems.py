@@ -54,17 +54,17 @@ def explain(error: Exception) -> tuple[str, str]:
 
         case StatusError():
             kind = "failing" if error.status >= 500 else "other"
-            text = f"PromptLayer answers {answer}."
+            text = f"PromptLayer responded with {answer}."
 
         case ConnectionFailed():
             reason = str(error.reason or error.args[0]).rstrip(".")
             kind, text = "unreachable", f"PromptLayer cannot be reached: {reason}."
 
         case RequestTimeout():
-            kind, text = "slow", "PromptLayer did not answer in time."
+            kind, text = "slow", "PromptLayer did not respond in time."
 
         case InvalidResponse():
             reason = str(error.args[0]).rstrip(".")
-            kind, text = "unreadable", f"PromptLayer's answer cannot be read: {reason}."
+            kind, text = "unreadable", f"PromptLayer's response cannot be read: {reason}."
 
     return kind, text

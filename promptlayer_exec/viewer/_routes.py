@@ -28,6 +28,7 @@ from promptlayer_exec.viewer._graphs import (
     WorkflowList,
     find_definition,
     graph_view,
+    suggest_workflow,
 )
 from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._live_stream import value_text
@@ -92,22 +93,20 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
 
     @app.get("/api/compare/{left}/{right}")
     async def compare(left: int, right: int) -> Response:
-        snapshots = [
-            card.snapshot
-            for card in (board.cards.get(left), board.cards.get(right))
-            if card is not None and card.snapshot is not None
-        ]
-        if len(snapshots) < 2:
+        one, other = board.cards.get(left), board.cards.get(right)
+        if one is None or one.snapshot is None or other is None or other.snapshot is None:
             return refuse("One of these executions is not followed.", 404)
 
-        before, after = snapshots
-        return _json({"changed": [change.node.name for change in after.diff(before)]})
+        changed = [change.node.name for change in other.snapshot.diff(one.snapshot)]
+        is_known = one.inputs is not None and other.inputs is not None
+        return _json({"changed": changed, "inputs_differ": is_known and one.inputs != other.inputs})
 
 
 def add_workflow_routes(app: FastAPI, board: Board) -> None:
     """Add the routes that describe workflows, and record which one an execution is of."""
     listed = WorkflowList(board.session)
     _add_key_route(app, board)
+    _add_graph_routes(app, board, listed)
 
     @app.get("/api/workflows")
     async def get_workflows() -> Response:
@@ -131,12 +130,22 @@ def add_workflow_routes(app: FastAPI, board: Board) -> None:
         view = graph_view(found) | {"labels": labels, "latest_version": latest.version}
         return _json({"definition": view, "reason": None})
 
+
+def _add_graph_routes(app: FastAPI, board: Board, listed: WorkflowList) -> None:
     @app.get("/api/executions/{execution_id}/graph")
     async def get_graph(execution_id: int) -> Response:
         card = board.cards.get(execution_id)
         if card is None:
             return refuse("This execution is not followed.", 404)
         return await _find_graph(board.session, card)
+
+    @app.get("/api/executions/{execution_id}/suggestion")
+    async def get_suggestion(execution_id: int) -> Response:
+        card = board.cards.get(execution_id)
+        nodes = set[str]()
+        if card is not None and card.snapshot is not None:
+            nodes = set(card.snapshot.nodes)
+        return _json(await suggest_workflow(board.session, listed, board.history, nodes))
 
     @app.put("/api/executions/{execution_id}/workflow")
     async def set_workflow(execution_id: int, workflow: _Text) -> Response:

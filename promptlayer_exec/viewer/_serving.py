@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
-from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, cast
-from weakref import WeakSet
 
 import attrs
-import uvicorn
 from fastapi import FastAPI
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp
 
 from promptlayer_exec import NodeStatus
 from promptlayer_exec import _integration as integration
+from promptlayer_exec._uvicorn import serve_until_cancelled
 from promptlayer_exec.viewer import _routes as routes
 from promptlayer_exec.viewer._batch_pages import HAS_BATCHES, add_batch_routes
 from promptlayer_exec.viewer._board import Board
@@ -33,7 +28,7 @@ _TYPES = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
-_GRACE = 2  # seconds that open pages have to end
+_GRACE = 2.0  # seconds that open pages have to end
 
 
 def create_app(board: Board, address: Address, token: str) -> ASGIApp:
@@ -83,13 +78,6 @@ def _statuses_script() -> str:
     )
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn without its signal handlers: the program has its own."""
-
-    def capture_signals(self) -> Any:
-        return nullcontext()
-
-
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket.
 
@@ -114,45 +102,6 @@ async def serve(board: Board, listener: socket.socket, address: Address, token: 
         token: the token that the page sends.
     """
     app = create_app(board, address, token)
-    # uvicorn can end late requests, but not connections: a page that does not read would stay.
-    connections: WeakSet[asyncio.Transport] = WeakSet()
-    requests: WeakSet[asyncio.Task[Any]] = WeakSet()
-
-    class Protocol(H11Protocol):
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            connections.add(transport)
-            super().connection_made(transport)
-
-    async def run(scope: Scope, receive: Receive, send: Send) -> None:
-        requests.add(cast("asyncio.Task[Any]", asyncio.current_task()))
-        with suppress(asyncio.CancelledError):  # uvicorn would log its traceback
-            await app(scope, receive, send)
-
-    async def end() -> None:
-        await asyncio.wait([serving], timeout=_GRACE)
-        # Still open: pages that do not read, and requests that wait for PromptLayer.
-        for connection in connections:
-            connection.abort()
-        for request in requests:
-            request.cancel()
-        await serving
-
-    config = uvicorn.Config(
-        run,
-        http=Protocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
+    await serve_until_cancelled(
+        app, listener, name="viewer", patience=_GRACE, lifespan="off", on_end=board.close
     )
-    server = _Server(config)
-    serving = asyncio.create_task(server.serve([listener]), name="viewer")
-    try:
-        await asyncio.wait([serving])
-    finally:
-        board.close()
-        server.should_exit = True
-        ending = asyncio.ensure_future(end())
-        await integration.wait_even_if_cancelled(ending)
-        ending.result()

@@ -103,7 +103,7 @@ async def test_one_and_all_can_be_deleted(viewer: Any, ui: Any, page: Page) -> N
     await page.get_by_text("More", exact=True).click()
     await page.get_by_role("button", name="Delete all").click()
     dialog = page.get_by_role("dialog")
-    await expect(dialog).to_contain_text("At PromptLayer they stay")
+    await expect(dialog).to_contain_text("They stay on PromptLayer")
     await page.keyboard.press("Escape")
     await expect(page.locator(".entry")).to_have_count(4)
     await page.get_by_role("button", name="Delete all").click()

@@ -115,7 +115,7 @@ async def test_progress_appears_node_by_node(sim: Simulator, page: Page) -> None
 async def test_times_advance_between_polls_and_a_silent_server_is_shown(
     sim: Simulator, page: Page
 ) -> None:
-    """A message says that PromptLayer does not answer, as the page may be out of date."""
+    """A message says that PromptLayer does not respond, as the page may be out of date."""
     await page.clock.install()
     await page.reload()
     held = sim.add_execution(HELD)
@@ -129,9 +129,9 @@ async def test_times_advance_between_polls_and_a_silent_server_is_shown(
     problem = page.locator("#outage")
     await expect(problem).to_be_hidden()
     await page.clock.fast_forward(20_000)
-    await expect(problem).to_contain_text("PromptLayer has not answered. Since ")
+    await expect(problem).to_contain_text("PromptLayer has not responded. Since ")
     await expect(state(page, held)).to_have_text("Last seen running")
-    await expect(page.locator("#connection")).to_have_text("PromptLayer does not answer")
+    await expect(page.locator("#connection")).to_have_text("PromptLayer does not respond")
     await expect(running).to_have_text(re.compile(r"^2\d\.\d s$"))
 
 
@@ -145,12 +145,12 @@ async def test_what_is_wrong_at_promptlayer_is_said_where_the_run_is(
     sim.inject(Fault.status(503, retry_after=60.0))
     problem = page.locator("#outage")
     await expect(problem).to_have_text(
-        re.compile(r"PromptLayer answers 503 .* Since .*\. The next attempt is at \d+:")
+        re.compile(r"PromptLayer responded with 503 .* Since .*\. The next attempt is at \d+:")
     )
     await expect(state(page, held)).to_have_text("Last seen running")
     await expect(page.locator("#connection")).to_have_text("PromptLayer has errors")
     await ui.open_run(held)
-    await expect(problem).to_contain_text("PromptLayer answers 503")
+    await expect(problem).to_contain_text("PromptLayer responded with 503")
     await ui.open("#/")
     await line(page, held).get_by_role("button", name="Remove").click()
     await expect(page.locator("#connection")).to_have_text("Connected")
@@ -270,7 +270,7 @@ async def test_the_page_reconnects_to_a_restarted_viewer(
     await expect(status(page, second, "plan")).to_have_text("Running")
     await viewer.stop()
     await expect(page.locator("#connection")).to_contain_text("The viewer has stopped")
-    await expect(page.locator("#gone")).to_contain_text("The viewer has not answered since")
+    await expect(page.locator("#gone")).to_contain_text("The viewer has not responded since")
     time = time_of(page, second, "plan")
     frozen = await time.text_content()
     sim.finish(first, "plan")
@@ -341,6 +341,29 @@ async def test_all_tabs_share_one_connection(
     await third.goto(viewer.url)
     for tab in (other, third):
         await expect(tab.locator("#connection")).to_have_text("Connected")
+
+
+async def test_eight_tabs_without_locks_are_all_served(
+    sim: Simulator, viewer: Any, context: BrowserContext, browser_errors: Any
+) -> None:
+    """Over plain http from another machine there are no Web Locks; one tab serves the others."""
+    hide = "Object.defineProperty(Navigator.prototype, 'locks', { get: () => undefined });"
+    await context.add_init_script(hide)
+    held = sim.add_execution(HELD)
+    viewer.board.follow(held)
+    tabs = [await context.new_page() for _ in range(8)]
+    for tab in tabs:
+        browser_errors.listen_to(tab, viewer.origin)
+        await tab.goto(viewer.url)
+    for tab in tabs:
+        await expect(tab.locator("#connection")).to_have_text("Connected")
+        await expect(tab.locator(".line")).to_have_attribute("data-state", "running")
+    assert await tabs[-1].evaluate("fetch('favicon.svg').then((one) => one.status)") == 200
+    await tabs[0].close()
+    for name in HELD.nodes:
+        sim.finish(held, name.name)
+    for tab in tabs[1:]:
+        await expect(tab.locator(".line")).to_have_attribute("data-state", "succeeded")
 
 
 @pytest.mark.parametrize("fragment", ["", "#token=wrong"])

@@ -92,6 +92,9 @@ async def test_every_view_fits_and_axe_finds_nothing(
     await ui.open("#/history")
     await expect(page.locator(".entry")).to_have_count(3)
     await check(page, "history")
+    await ui.open_run(sim.add_execution(essay({})))
+    await expect(ui.part("accept")).to_be_visible()
+    await check(page, "an id from elsewhere")
 
 
 BATCH = {
@@ -103,6 +106,8 @@ BATCH = {
     "unknown": 1,
     "total": 45,
     "workers": 0,
+    "created": 0.5,
+    "latest": 1.0,
 }
 
 
@@ -135,7 +140,7 @@ async def test_batches_say_what_is_wrong_and_what_goes_on(
     ]
     groups = [{"text": f"a: {WORD}", "count": 11}, {"text": "no answer", "count": 1}]
     one = BATCH | {"items": items, "is_whole": True, "problem": None, "groups": groups}
-    one |= {"matching": 3, "latest": 1.0, "rate": 0.5}
+    one |= {"matching": 3, "rate": 0.5}
     all_ = {"database": "sqlite:///batches.sqlite", "batches": [BATCH]}
     await page.route("**/api/batches", lambda route: route.fulfill(json=all_))
     await page.route("**/api/batch?*", lambda route: route.fulfill(json=one))

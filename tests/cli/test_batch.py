@@ -801,7 +801,7 @@ def test_an_item_shows_its_attempts(sim: Simulator, run: Run, tmp_path: Path) ->
     attempts = json.loads(run("show", "bad", "--json")[1])["attempts"]
     assert [attempt["execution_id"] for attempt in attempts] == [first, second]
     for attempt in attempts:
-        assert attempt["error"].keys() == {"type", "message"}
+        assert attempt["error"].keys() == {"type", "message", "node", "reason"}
         assert attempt["error"]["type"] == "ExecutionFailed"
 
 

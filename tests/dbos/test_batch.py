@@ -639,7 +639,8 @@ def test_an_outcome_is_the_same_after_json() -> None:
         text = outcome.to_json()
         assert text.isascii()
         assert StoredOutcome.from_json(text) == outcome
-    assert json.loads(text)["error"] == {"type": "StartUnknown", "message": "x"}
+    error = {"type": "StartUnknown", "message": "x", "node": "", "reason": ""}
+    assert json.loads(text)["error"] == error
 
 
 async def test_a_shared_rate_limits_all_workers_together(batch: Batch, url: str) -> None:

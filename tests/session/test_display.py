@@ -268,6 +268,26 @@ def test_a_workflow_is_a_graph() -> None:
         assert 0 <= float(box.get("y", "")) <= height - 40
 
 
+def test_a_graph_shows_the_statuses_of_a_run() -> None:
+    """Each box has the colour, the mark and the status; a node that the run lacks has none."""
+    drawn = workflow(
+        WorkflowNode("plan"), WorkflowNode("write", "", True, ("plan",)), WorkflowNode("new")
+    )
+    run = snapshot(
+        Node("plan", "SUCCESS", "p"), Node("write", "FAILED", error_message=HOSTILE), complete=True
+    )
+    shown = drawn.with_run(run)
+    page = Page(shown)
+    assert "Execution 787 · failed · 2 of 2 nodes final" in page.text
+    assert all(f"{status_entry(it).mark} {it}" in page.text for it in ("SUCCESS", "FAILED"))
+    boxes = [box.get("stroke") for box in svg(shown).iter() if box.tag.endswith("rect")]
+    colours = [status_entry(it).colour for it in ("SUCCESS", "FAILED")]
+    assert boxes == [*colours, "currentColor"]
+    titles = [it.text for it in svg(shown).iter() if it.tag.endswith("title")]
+    assert titles[1] == f"write: {printable(HOSTILE)}"
+    assert "script" not in page.tags
+
+
 def test_a_cycle_and_unknown_dependencies_are_drawn() -> None:
     """A cycle is one layer; what is no node is left out."""
     graph = svg(

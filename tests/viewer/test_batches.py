@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ async def test_what_did_not_succeed_comes_first(
     await batch.add([StartRequest("echo", {"n": n}, key=f"item {n}") for n in (1, 2, 3)])
     (waiting,) = (await viewer.send("GET", "batches"))[1]["batches"]
     assert (waiting["name"], waiting["waiting"], waiting["workers"]) == ("night", 3, 0)
+    assert (waiting["latest"], time.time() - waiting["created"] < 60) == (None, True)
     sim.inject(Fault.disconnect(), path="/run")
     async with asyncio.timeout(30):
         await batch.work()
@@ -45,11 +47,15 @@ async def test_what_did_not_succeed_comes_first(
     assert counts == [1, 1, 1, 3]
     *wrong, fine = found["items"]
     assert {item["kind"] for item in wrong} == {"failed", "unknown"}
+    assert found["created"] < found["latest"] == max(item["finished"] for item in found["items"])
     (failed,) = (item for item in wrong if item["kind"] == "failed")
     assert (failed["key"], fine["kind"]) == ("item 2", "succeeded")
     assert failed["error"].startswith("ExecutionFailed: ")
     assert (failed["node"], failed["reason"]) == ("answer", "no text")
     assert {"text": "answer: no text", "count": 1} in found["groups"]
+    (unknown,) = (item for item in wrong if item["kind"] == "unknown")
+    assert (unknown["node"], "Server disconnected" in unknown["reason"]) == (None, True)
+    assert "it is not known" not in unknown["reason"]
     _, some = await viewer.send("GET", "batch?name=night&reason=answer:%20no%20text")
     assert ([item["key"] for item in some["items"]], some["matching"]) == (["item 2"], 1)
     _, some = await viewer.send("GET", "batch?name=night&kind=succeeded&count=0")

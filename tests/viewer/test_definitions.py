@@ -50,6 +50,33 @@ async def test_the_workflow_of_an_id_is_asked_and_never_guessed(
         assert board.cards[execution_id].workflow == "report"
 
 
+async def test_the_workflow_with_the_same_nodes_is_suggested(sim: Simulator, viewer: Any) -> None:
+    """That of a run that the history has, or else one of the catalog; otherwise none."""
+    other = Scenario([SimNode("else", "x", is_output_node=True)])
+    for name, scenario in (("other", other), ("report", TWO)):
+        sim.add_workflow(name, scenario)
+    run, unlike = sim.add_execution(TWO), sim.add_execution(Scenario([SimNode("new", "x")]))
+    for execution_id in (run, unlike):
+        await _graph(viewer, execution_id)
+    path = f"executions/{run}/suggestion"
+    assert (await viewer.send("GET", path))[1] == {"workflow": "report", "shared": 2}
+    nothing = (await viewer.send("GET", f"executions/{unlike}/suggestion"))[1]
+    assert nothing == {"workflow": None, "shared": 0}
+    viewer.board.history.record(
+        execution_id=5,
+        workflow="nightly",
+        outcome="failed",
+        began=1.0,
+        times='{"plan": [0, 1], "answer": [1, null]}',
+    )
+    viewer.board.history.record(  # nobody saw its nodes
+        execution_id=6, workflow="nightly", outcome="failed", began=2.0, times="{}"
+    )
+    before = sim.request_count
+    assert (await viewer.send("GET", path))[1] == {"workflow": "nightly", "shared": 2}
+    assert sim.request_count == before
+
+
 async def test_without_a_definition_there_is_a_reason(sim: Simulator, viewer: Any) -> None:
     """That the server does not say, or describes no nodes."""
     execution_id = sim.add_execution(TWO)
@@ -125,7 +152,7 @@ async def test_a_workflow_that_does_not_come_is_given_up(
     monkeypatch.setattr("promptlayer_exec.viewer._graphs._LIST_TIMEOUT", 0.05)
     sim.inject(Fault.stall(times=None))
     _, answer = await viewer.send("GET", "definition?workflow=report")
-    assert answer["reason"] == "PromptLayer did not answer in time."
+    assert answer["reason"] == "PromptLayer did not respond in time."
     _, answer = await viewer.send("GET", "workflows")
     assert "was not sent within" in answer["reason"]
 
@@ -159,7 +186,7 @@ async def test_the_nodes_of_two_executions_are_compared(sim: Simulator, viewer: 
         while viewer.board.cards[execution_id].state != "succeeded":
             await viewer.board.changed.wait()
     answer = await viewer.send("GET", f"compare/{one}/{two}")
-    assert answer == (200, {"changed": [other]})
+    assert answer == (200, {"changed": [other], "inputs_differ": False})
     assert (await viewer.send("GET", f"compare/{one}/5"))[0] == 404
     assert (await viewer.send("GET", f"executions/{one}/inputs"))[0] == 404
     _, snapshot = await viewer.send("GET", f"executions/{one}/snapshot")

@@ -367,9 +367,9 @@ async def test_a_watch_that_failed_keeps_its_last_snapshot(
     ("fault", "problem"),
     [
         (Fault.disconnect(), ("unreachable", "PromptLayer cannot be reached: ")),
-        (Fault.status(503), ("failing", "PromptLayer answers 503 Service Unavailable.")),
+        (Fault.status(503), ("failing", "PromptLayer responded with 503 Service Unavailable.")),
         (Fault.status(429, retry_after=0.2), ("waiting", "PromptLayer asks to wait (429 ")),
-        (Fault.truncate(), ("unreadable", "PromptLayer's answer cannot be read: ")),
+        (Fault.truncate(), ("unreadable", "PromptLayer's response cannot be read: ")),
     ],
 )
 async def test_a_poll_that_is_tried_again_says_why(
@@ -452,7 +452,8 @@ def test_usage_errors_of_the_command(
     assert error_of(host="192.0.2.1").startswith("cannot listen on 192.0.2.1, port 0: ")
     monkeypatch.setenv(TOKEN, "guess me")
     assert error_of().startswith(f"{TOKEN} is too weak")
-    modules = [name for name in sys.modules if name.startswith("promptlayer_exec.viewer")]
+    ours = ("promptlayer_exec.viewer", "promptlayer_exec._uvicorn")
+    modules = [name for name in sys.modules if name.startswith(ours)]
     for module in modules:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "uvicorn", None)

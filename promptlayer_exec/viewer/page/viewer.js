@@ -107,8 +107,8 @@ function showGone() {
   const isGone = lostAt > 0 && (state === "ended" || (state === "reconnecting" && silent > 2));
   if (isGone === !byId("gone").hidden) return;
   const since = clock(Date.now() / 1000 - silent);
-  const what = `The viewer has not answered since ${since}: this page shows what was known then.`;
-  const next = "Runs go on at PromptLayer. Start promptlayer-exec view again; the page then reconnects by itself.";
+  const what = `The viewer has not responded since ${since}: this page shows what was known then.`;
+  const next = "Runs continue on PromptLayer. Start promptlayer-exec view again: the page then reconnects by itself.";
   show(byId("gone"), isGone ? `${what} ${next}` : null);
 }
 

@@ -1,6 +1,7 @@
 // The names in `data-part` of index.html; a unit test compares both.
 
 type Part =
+  | "accept"
   | "again"
   | "as-raw"
   | "axis"
@@ -46,6 +47,7 @@ type Part =
   | "later"
   | "latest"
   | "legend"
+  | "likely"
   | "menu"
   | "name"
   | "no-nodes"
@@ -71,7 +73,9 @@ type Part =
   | "result"
   | "rich"
   | "row"
+  | "scroller"
   | "sentence"
+  | "short-inputs"
   | "show-all"
   | "snippets"
   | "sort"
@@ -79,6 +83,7 @@ type Part =
   | "status"
   | "stretch"
   | "subtitle"
+  | "suggestion"
   | "time"
   | "times"
   | "title"

@@ -86,7 +86,12 @@ test("the critical path is what the execution waited for", () => {
   const nodes = new Map([node("quick", 0, 1), node("slow", 0, 3), node("end", 3, 4), node("unseen", null, null)]);
   assert.deepEqual(criticalPath(nodes, null, 4), ["slow", "end"]);
   const dependencies = new Map([["end", ["unseen"]], ["unseen", ["quick"]]]);
-  assert.deepEqual(criticalPath(nodes, dependencies, 4), ["quick", "end"]);
+  assert.deepEqual(criticalPath(nodes, dependencies, 4), ["quick", "unseen", "end"]);
+  const skipped = new Map(nodes).set("unseen", { name: "unseen", status: "SKIPPED", running: null, final: null });
+  assert.deepEqual(criticalPath(skipped, dependencies, 4), ["quick", "end"]);
+  const more = new Map([...nodes, node("last", null, 4), node("aside", null, 1)]);
+  const longer = new Map([...dependencies, ["last", ["end"]], ["aside", ["quick"]]]);
+  assert.deepEqual(criticalPath(more, longer, 4), ["quick", "unseen", "end", "last"]);
   assert.deepEqual(criticalPath(new Map(), null, 0), []);
 });
 
@@ -112,6 +117,12 @@ test("the sentence of a running run says whether it is stuck", () => {
   const slow = sentenceOf(runOf({ state: "running", nodes, time: 26 }), usual);
   assert.equal(textOf(slow), "Running in rank for 26 s; usually 8.4 s. No change for 22 s.");
   assert.equal(slow.isSlow, true);
+  const known = { ...usual, successes: [{ execution_id: "7", ended: Date.now() / 1000 - 90 }] };
+  const next = textOf(sentenceOf(runOf({ state: "running", nodes, time: 26 }), known));
+  assert.match(next, / No change for 22 s\. The last success was 1 minute ago: Compare\.$/);
+  const long = { ...nodes[0], status: "FAILED", error_message: "x".repeat(300) };
+  const brief = sentenceOf(runOf({ state: "failed", nodes: [long], workflow: null }), NOTHING, 100);
+  assert.equal(textOf(brief), `Failed in plan: ${"x".repeat(100)}…`);
   const soon = sentenceOf(runOf({ state: "running", nodes, time: 9 }), usual);
   assert.deepEqual([textOf(soon), soon.isSlow], ["Running in rank for 9.0 s; usually 8.4 s.", false]);
   const whole = sentenceOf(runOf({ state: "running", nodes, time: 130 }), { ...usual, nodes: {} });

@@ -75,16 +75,28 @@ export async function call(method, path, content, hint = "Is it still running?")
   try {
     response = await request(path, options);
   } catch {
-    throw new Refusal(`The viewer did not answer. ${hint}`);
+    throw new Refusal(`The viewer did not respond. ${hint}`);
   }
   if (response.ok) return response;
   const { message, field, is_unknown } = await response.json().catch(() => ({}));
   const { status } = response;
   if (status === 401) onRefused(message);
-  const text = message ?? `The viewer answered ${status}.`;
+  const text = message ?? `The viewer responded with ${status}.`;
   throw new Refusal(text, { field, status, isUnknown: is_unknown ?? false });
 }
 
 export async function get(path) {
   return (await call("GET", path)).json();
+}
+
+export async function getText(path) {
+  return (await call("GET", path)).text();
+}
+
+export const getInputs = (id) => getText(`api/executions/${id}/inputs`);
+
+// The latest lines of the history, the newest first; none if there is no history.
+export async function getRemembered(filters = {}) {
+  const { entries } = await get(`api/history?${new URLSearchParams(filters)}`).catch(() => ({ entries: [] }));
+  return entries;
 }

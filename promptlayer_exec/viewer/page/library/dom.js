@@ -1,6 +1,8 @@
 // @ts-check
 // Writing to the document. Everything that is written is text, and is set as text.
 
+import { ago, fully, machine } from "./times.js";
+
 /** @type {(id: string) => any} - an element of any kind, as the page has it */
 export const byId = (id) => document.getElementById(id);
 
@@ -31,6 +33,12 @@ export function draw(use, icon) {
   if (use.getAttribute("href") !== href) use.setAttribute("href", href);
 }
 
+export function iconOf(icon) {
+  const use = makeSvg("use");
+  draw(use, icon);
+  return makeSvg("svg", { class: "icon", "aria-hidden": "true" }, use);
+}
+
 // An element with attributes and children; children that are strings become text.
 export function make(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
@@ -51,6 +59,19 @@ function fill(element, attributes, children) {
   return element;
 }
 
+// Writes a moment in words; the exact time is its title.
+export function writeTime(time, moment, words) {
+  write(time, words);
+  time.dateTime = machine(moment);
+  time.title = fully(moment);
+}
+
+export function timeOf(moment, words = ago(moment)) {
+  const time = make("time");
+  writeTime(time, moment, words);
+  return time;
+}
+
 export function announce(text) {
   byId("announcer").textContent = text;
 }
@@ -63,6 +84,9 @@ export function notify(text) {
 export function oneLine(text) {
   return text.slice(0, 300).replace(/\s+/g, " ");
 }
+
+// The place of the next result of a search, or of the one before; from the last it goes to the first.
+export const stepTo = (current, by, count) => (current + by + count) % count;
 
 // Puts an element at a position, and moves nothing that is already there.
 export function placeAt(list, index, element) {

@@ -2,9 +2,10 @@
 // What the page knows of each execution, whichever view shows it.
 
 import { STATUSES, UNKNOWN } from "../statuses.js"; // made by the server
+import { counted } from "./times.js";
 
 export const STATES = {
-  waiting: ["Waiting for the first answer", "queued"],
+  waiting: ["Waiting for the first response", "queued"],
   running: ["Running", "running"],
   succeeded: ["Succeeded", "success"],
   failed: ["Failed", "failed"],
@@ -114,7 +115,7 @@ export class Run {
     if (state === "running" && this.problem() !== null) return "Last seen running";
     const { failed } = this.counts();
     if (state !== "succeeded" || failed === 0) return STATES[state][0];
-    return `Succeeded, ${failed} node${failed === 1 ? "" : "s"} failed`;
+    return `Succeeded, ${counted(failed, "node")} failed`;
   }
 
   latest() {
@@ -137,7 +138,7 @@ export class Run {
     const isStale = connection.state === "live" && this.data.state === "running" && silent > STALE;
     if (!isStale) return null;
     const since = Date.now() / 1000 - silent;
-    return { kind: "stale", text: "PromptLayer has not answered.", since, until: null };
+    return { kind: "stale", text: "PromptLayer has not responded.", since, until: null };
   }
 
   // The failed nodes that a skipped one waited for, through others that were skipped.
@@ -175,8 +176,8 @@ const GOES_ON = "Runs continue on PromptLayer; the page shows what was last seen
 // By kind of problem: a few words, and what to do.
 const SERVER = {
   unreachable: ["PromptLayer cannot be reached", `Check the network of the machine that runs the viewer. ${GOES_ON}`],
-  slow: ["PromptLayer does not answer", GOES_ON],
-  stale: ["PromptLayer does not answer", GOES_ON],
+  slow: ["PromptLayer does not respond", GOES_ON],
+  stale: ["PromptLayer does not respond", GOES_ON],
   failing: ["PromptLayer has errors", `There is nothing to do but wait. ${GOES_ON}`],
   waiting: ["PromptLayer asks to wait", `Start fewer runs in parallel if this happens often. ${GOES_ON}`],
   refused: ["PromptLayer refuses the key", ""], // the text says what to do

@@ -2,23 +2,24 @@
 // What there is to say of a run in one sentence: its state, node, reason, moment, what is usual, and
 // what to do next. Every view shows this one.
 
-import { duration, ago } from "./times.js";
+import { ago, counted, duration } from "./times.js";
 
 const QUIET = 10; // seconds without a change from which they are told
 const SLOW = 3; // times the usual time, from which a run may be stuck
-const REASON = 220; // characters of a reason; the page of the run has the rest
+const REASON = 220; // characters of a reason, unless a view needs fewer
 
 /** @typedef {{ kind: "text" | "node" | "compare" | "again", text: string, id?: string }} Piece */
 
-// The pieces of the sentence: { pieces, isSlow }. `usual` is what `usualOf` returns.
+// The pieces of the sentence: { pieces, isSlow }. `usual` is what `usualOf` returns; `longest` is how
+// many characters of a reason are told.
 /** @returns {{ pieces: Piece[], isSlow: boolean }} */
-export function sentenceOf(run, usual) {
+export function sentenceOf(run, usual, longest = REASON) {
   const { state } = run.data;
   if (state === "waiting") return plain("Waiting for the first response from PromptLayer.");
   if (state === "running") return runningSentence(run, usual);
-  if (state === "failed") return plain(...failedPieces(run), ...nextOf(run, usual));
+  if (state === "failed") return plain(...failedPieces(run, longest), ...nextOf(run, usual));
   if (state === "lost") return plain(...lostPieces(run));
-  return succeededSentence(run, usual);
+  return succeededSentence(run, usual, longest);
 }
 
 export const textOf = ({ pieces }) => pieces.map((piece) => piece.text).join("");
@@ -56,38 +57,42 @@ function runningSentence(run, usual) {
     return { pieces: [say(`${verb}: ${final} of ${count} nodes are done, none is running.${change}`)], isSlow: isLate };
   }
 
-  const others = nodes.length === 1 ? "" : ` and ${many(nodes.length - 1, "other node")}`;
+  const others = nodes.length === 1 ? "" : ` and ${counted(nodes.length - 1, "other node")}`;
   const length = time - node.running;
   const normal = usual.nodes[node.name] ?? null;
   let rest = node.running === null ? "" : ` for ${duration(length, true)}`;
   if (normal !== null) rest += `; usually ${duration(normal, true)}`;
   else if (usual.duration !== null) rest += `; the whole run usually takes ${duration(usual.duration, true)}`;
   const isSlow = isLate || (normal !== null && length > SLOW * normal);
-  return { pieces: [say(`${verb} in `), naming(node), say(`${others}${rest}.${change}`)], isSlow };
+  const next = isSlow ? lastSuccess(run, usual) : [];
+  return { pieces: [say(`${verb} in `), naming(node), say(`${others}${rest}.${change}`), ...next], isSlow };
 }
 
-function failedPieces(run) {
+function failedPieces(run, longest = REASON) {
   const when = run.endedAt() === null ? "" : ` ${ago(run.endedAt())}`;
   const nodes = run.failed();
   const [node] = nodes;
   if (node === undefined) return [say(`Failed${when}: no output node succeeded.`)];
-  const others = nodes.length === 1 ? "" : ` and ${many(nodes.length - 1, "other node")}`;
-  return [say(`Failed${when} in `), naming(node), say(`${others}: ${reasonOf(node)}`)];
+  const others = nodes.length === 1 ? "" : ` and ${counted(nodes.length - 1, "other node")}`;
+  return [say(`Failed${when} in `), naming(node), say(`${others}: ${reasonOf(node, longest)}`)];
 }
 
 // What people do next: they compare it with the last success, and run it again.
 /** @returns {Piece[]} */
 function nextOf(run, usual) {
   if (run.data.workflow === null) return [];
+  const compare = lastSuccess(run, usual);
+  /** @type {Piece} */
+  const again = { kind: "again", text: "Run again" };
+  return compare.length === 0 ? [say(" "), again, say(".")] : [...compare.slice(0, -1), say(" · "), again, say(".")];
+}
+
+/** @returns {Piece[]} */
+function lastSuccess(run, usual) {
   const success = usual.successes.find(({ execution_id }) => execution_id !== run.id);
-  if (success === undefined) return [say(" "), { kind: "again", text: "Run again" }, say(".")];
-  return [
-    say(` The last success was ${ago(success.ended)}: `),
-    { kind: "compare", text: "Compare", id: success.execution_id },
-    say(" · "),
-    { kind: "again", text: "Run again" },
-    say("."),
-  ];
+  if (success === undefined) return [];
+  const { ended, execution_id: id } = success;
+  return [say(` The last success was ${ago(ended)}: `), { kind: "compare", text: "Compare", id }, say(".")];
 }
 
 /** @returns {(Piece | string)[]} */
@@ -98,7 +103,7 @@ function lostPieces(run) {
   return [`No longer followed: ${text}`, ...where, " The run itself continues on PromptLayer."];
 }
 
-function succeededSentence(run, usual) {
+function succeededSentence(run, usual, longest) {
   const when = run.endedAt() === null ? "" : ` ${ago(run.endedAt())}`;
   const length = run.length();
   let text = `Succeeded${when}`;
@@ -107,7 +112,7 @@ function succeededSentence(run, usual) {
   const isSlow = length !== null && usual.duration !== null && length > SLOW * usual.duration;
   const [node] = run.failed();
   if (node === undefined) return { pieces: [say(`${text}.`)], isSlow };
-  return { pieces: [say(`${text}, though `), naming(node), say(` failed: ${reasonOf(node)}`)], isSlow };
+  return { pieces: [say(`${text}, though `), naming(node), say(` failed: ${reasonOf(node, longest)}`)], isSlow };
 }
 
 // The sentence of an item of a batch, which is not followed: the viewer knows only how it ended.
@@ -121,10 +126,8 @@ export function itemSentenceOf({ kind, node, reason, finished, execution_id }) {
 }
 
 // A reason on one line, which ends like a sentence.
-export function reasonOf(node) {
+export function reasonOf(node, longest = REASON) {
   const text = (node.error_message ?? "").replace(/\s+/g, " ").trim();
-  if (text.length > REASON) return `${text.slice(0, REASON)}…`;
+  if (text.length > longest) return `${text.slice(0, longest)}…`;
   return /[.!?…]$/.test(text) ? text : `${text}.`;
 }
-
-const many = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;

@@ -6,15 +6,17 @@ import { request, shareToken } from "./api.js";
 const RETRY = 1000; // milliseconds until the next attempt to connect
 const SILENCE = 45_000; // milliseconds without data, not even heartbeats, until it reconnects
 
-// Calls `on.board`, `on.nodes`, `on.execution`, `on.connection` and `on.refused`.
-export async function follow(on) {
+// Calls `on.board`, `on.nodes`, `on.execution`, `on.connection` and `on.refused`, until `signal` is
+// aborted.
+export async function follow(on, signal = new AbortController().signal) {
   let state = "connecting";
   const change = (now) => {
     if (now !== state) on.connection(now);
     state = now;
   };
-  while (true) {
+  while (!signal.aborted) {
     const abort = new AbortController();
+    signal.addEventListener("abort", () => abort.abort(), { signal: abort.signal });
     try {
       const response = await request("api/events", { signal: abort.signal });
       if (response.status === 401) {
@@ -33,6 +35,7 @@ export async function follow(on) {
       if (!(error instanceof TypeError) && error.name !== "AbortError") console.warn(error);
     }
     abort.abort();
+    if (signal.aborted) return;
     if (state !== "ended") change("reconnecting");
     await new Promise((resolve) => setTimeout(resolve, RETRY));
   }

@@ -1,6 +1,6 @@
 // @ts-check
 // All tabs of a browser share one token and one connection: browsers open at most six to a server.
-// A tab leads as long as it holds the lock: it has the connection, and passes its events on.
+// One tab leads: it has the connection, and passes its events on.
 
 const ANSWER = 500; // milliseconds in which another tab gives the token
 const LOCK = "stream";
@@ -8,8 +8,7 @@ const LOCK = "stream";
 const channel = new BroadcastChannel("viewer");
 const me = Math.random();
 const listeners = new Map(); // by kind of message
-// Without a lock, as over plain http from another machine, each tab has a connection of its own.
-let isLeading = navigator.locks === undefined;
+let isLeading = false;
 
 // Whether this tab acts for all of them.
 export const leads = () => isLeading;
@@ -47,7 +46,6 @@ export function askToken() {
 // The connection: `follow(on)` is called once this tab leads; until then, `on` gets what the leading
 // tab passes on. `replay()` returns all that a tab needs to know at first, as [kind, data].
 export async function shareStream(follow, on, replay) {
-  if (isLeading) return follow(on);
   listen("event", ([kind, data]) => !isLeading && on[kind]?.(data));
   listen("ask-events", (to) => {
     if (isLeading) for (const event of replay()) send("event", event, to);
@@ -62,8 +60,41 @@ export async function shareStream(follow, on, replay) {
       },
     ]),
   );
+  if (navigator.locks === undefined) return lead(follow, relayed);
   await navigator.locks.request(LOCK, () => {
     isLeading = true;
     return follow(relayed);
   });
+}
+
+// Over plain http from another machine there are no locks. Then each tab asks every second which one
+// leads, and does so itself if none answers; of two that do, the one with the larger number stays.
+// Answers are not slowed down in hidden tabs, as timers are.
+function lead(follow, on) {
+  let isAnswered = false;
+  let connected = null;
+  listen("ask-lead", () => isLeading && send("lead", me));
+  listen("lead", (other) => {
+    isAnswered = true;
+    if (!isLeading) return;
+    if (other < me) return send("lead", me);
+    isLeading = false;
+    connected.abort();
+    connected = null;
+  });
+  const turn = async () => {
+    setTimeout(turn, 1000);
+    if (connected !== null) return;
+    if (isAnswered) {
+      isAnswered = false;
+      return send("ask-lead");
+    }
+    const { signal } = (connected = new AbortController());
+    isLeading = true;
+    send("lead", me);
+    await follow(on, signal);
+    if (!signal.aborted) isLeading = false; // the token was refused: this tab does not lead again
+  };
+  send("ask-lead");
+  setTimeout(turn, ANSWER);
 }

@@ -1,5 +1,8 @@
 // @ts-check
-// Durations and moments as text.
+// Durations, moments and counts as text.
+
+// "1 item", "2,000 items".
+export const counted = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 
 // In a sentence, tenths from ten seconds on are noise.
 export function duration(seconds, isRough = false) {

@@ -1,7 +1,7 @@
 // @ts-check
 // Running again, which costs again: behind a question.
 
-import { call } from "../library/api.js";
+import { call, getInputs } from "../library/api.js";
 import { announce, confirmIn, notify } from "../library/dom.js";
 import { addressOf, go } from "../library/router.js";
 
@@ -22,7 +22,7 @@ export async function runAgain(run) {
   if (!has_inputs) return go(form);
   let inputs;
   try {
-    inputs = await (await call("GET", `api/executions/${run.id}/inputs`)).text();
+    inputs = await getInputs(run.id);
   } catch (error) {
     return notify(error.message);
   }

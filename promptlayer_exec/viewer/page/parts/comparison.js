@@ -1,10 +1,10 @@
 // @ts-check
 // The form on an execution's page that chooses another one to compare it with.
 
-import { get } from "../library/api.js";
+import { getRemembered } from "../library/api.js";
 import { make, part, write } from "../library/dom.js";
 import { board, runs, STATES } from "../library/model.js";
-import { addressOf, go } from "../library/router.js";
+import { comparisonOf, go } from "../library/router.js";
 import { clock } from "../library/times.js";
 
 export function offerComparison(root, current) {
@@ -28,8 +28,7 @@ export function offerComparison(root, current) {
     const isId = /^[0-9]{1,19}$/.test(other) && other !== id;
     write(part(root, "compare-error"), isId ? "" : "Choose another execution, or enter its id.");
     if (!isId) return;
-    const pair = [id, other].sort((a, b) => (BigInt(a) < BigInt(b) ? -1 : 1));
-    go(addressOf(["compare", ...pair]));
+    go(comparisonOf(id, other));
   });
 }
 
@@ -43,9 +42,7 @@ async function othersOf(run) {
     }
   }
   if (board.hasHistory && workflow !== null) {
-    const query = new URLSearchParams({ workflow });
-    const { entries } = await get(`api/history?${query}`).catch(() => ({ entries: [] }));
-    for (const { execution_id, began, outcome } of entries) {
+    for (const { execution_id, began, outcome } of await getRemembered({ workflow })) {
       if (execution_id === null || execution_id === run.id) continue;
       found.set(execution_id, `${execution_id}, ${STATES[outcome][0].toLowerCase()}, ${clock(began)}`);
     }

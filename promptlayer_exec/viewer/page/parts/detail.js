@@ -1,7 +1,7 @@
 // @ts-check
 // What an opened node shows: its times, its errors, and its whole value.
 
-import { call } from "../library/api.js";
+import { getText } from "../library/api.js";
 import { clone, copyWith, make, part, show, write } from "../library/dom.js";
 import { readContainer } from "../library/json.js";
 import { isFinal } from "../library/model.js";
@@ -148,8 +148,7 @@ export class Detail {
 
   async whole() {
     if (this.text !== null) return this.text;
-    const response = await call("GET", `api/executions/${this.run.id}/nodes/${this.node.index}`);
-    return response.text();
+    return getText(`api/executions/${this.run.id}/nodes/${this.node.index}`);
   }
 
   async load(isAsked) {

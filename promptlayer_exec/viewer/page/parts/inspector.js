@@ -1,9 +1,9 @@
 // @ts-check
 // What is selected on the page of an execution: a node, or else its inputs and its output.
 
-import { call } from "../library/api.js";
+import { getInputs } from "../library/api.js";
 import { Detail } from "./detail.js";
-import { copyWith, draw, make, part, write } from "../library/dom.js";
+import { copyWith, draw, make, oneLine, part, write } from "../library/dom.js";
 import { readContainer } from "../library/json.js";
 import { statusOf, wordOf } from "../library/model.js";
 import { Tree } from "./tree.js";
@@ -59,11 +59,11 @@ export class Inspector {
     if (this.inputs !== null) return;
     this.inputs = "";
     try {
-      const response = await call("GET", `api/executions/${this.run.id}/inputs`);
-      this.inputs = await response.text();
+      this.inputs = await getInputs(this.run.id);
     } catch {
       return;
     }
+    this.at("short-inputs").replaceChildren(make("span", { class: "muted" }, "Inputs "), oneLine(this.inputs));
     const json = readContainer(this.inputs);
     const place = make("div", { class: "tree" });
     if (json === null) place.append(make("pre", {}, this.inputs));

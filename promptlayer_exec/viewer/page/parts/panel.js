@@ -3,6 +3,7 @@
 
 import { call, get } from "../library/api.js";
 import { part, write } from "../library/dom.js";
+import { counted } from "../library/times.js";
 import { handle, listWorkflows, showErrors } from "./forms.js";
 import { Graph } from "./graph.js";
 
@@ -22,6 +23,7 @@ export class GraphPanel {
     part(root, "zoom-fit").addEventListener("click", () => this.graph.fit());
     part(root, "of-workflow").addEventListener("focus", listWorkflows);
     handle(part(root, "workflow-form"), () => this.choose());
+    part(root, "accept").addEventListener("click", () => this.accept());
   }
 
   // Loads the definition, once there are nodes to draw in it.
@@ -41,7 +43,9 @@ export class GraphPanel {
   }
 
   take({ definition, reason }) {
-    part(this.root, "workflow-form").hidden = this.run.data.workflow !== null || definition !== null;
+    const isAsking = this.run.data.workflow === null && definition === null;
+    part(this.root, "workflow-form").hidden = !isAsking;
+    if (isAsking) this.suggest();
     if (definition === null) return this.say(reason ?? "");
     this.definition = definition;
     const dependencies = new Map();
@@ -62,6 +66,22 @@ export class GraphPanel {
     const missing = unknown.length > 0 ? `. Not in it: ${unknown.join(", ")}` : "";
     this.say(which + missing);
     this.onDrawn();
+  }
+
+  // Nodes that have the same names tell which workflow it is likely to be.
+  async suggest() {
+    const { workflow, shared } = await get(`api/executions/${this.id}/suggestion`).catch(() => ({ workflow: null }));
+    part(this.root, "suggestion").hidden = workflow === null;
+    if (workflow === null) return;
+    const count = counted(this.run.nodes.size, "node");
+    write(part(this.root, "likely"), `Probably ${workflow}: ${shared} of the ${count} have the same names.`);
+    write(part(this.root, "accept"), `Use ${workflow}`);
+    this.suggested = workflow;
+  }
+
+  accept() {
+    part(this.root, "of-workflow").value = this.suggested;
+    part(this.root, "workflow-form").requestSubmit();
   }
 
   async choose() {

@@ -4,7 +4,7 @@
 import { runAgain } from "./again.js";
 import { draw, make, part, show, write } from "../library/dom.js";
 import { isServerWide, STATES } from "../library/model.js";
-import { addressOf } from "../library/router.js";
+import { addressOf, comparisonOf } from "../library/router.js";
 import { sentenceOf } from "../library/sentence.js";
 import { clock, duration, sinceText } from "../library/times.js";
 import { usualOf } from "../library/usual.js";
@@ -50,7 +50,7 @@ export function showTime(root, run) {
 
 function problemText({ data }, { text, since, until }) {
   if (data.state === "lost") {
-    const ends = "The viewer has given up; the run itself goes on at PromptLayer.";
+    const ends = "The viewer has given up; the run itself continues on PromptLayer.";
     return `${text} ${ends} Noticed at ${clock(since)}.`;
   }
   const wait = until === null ? 0 : until - Date.now() / 1000;
@@ -60,8 +60,8 @@ function problemText({ data }, { text, since, until }) {
 
 // Writes the sentence. Its links stay the same elements while only words change, and so keep the
 // focus.
-export function showSentence(root, run) {
-  const { pieces, isSlow } = sentenceOf(run, usualOf(run));
+export function showSentence(root, run, longest) {
+  const { pieces, isSlow } = sentenceOf(run, usualOf(run), longest);
   root.classList.toggle("slow", isSlow);
   writePieces(part(root, "sentence"), pieces, run);
 }
@@ -92,7 +92,5 @@ function elementOf({ kind }, run) {
 /** @type {(piece: import("../library/sentence.js").Piece, run: any) => string | null} */
 function addressFor({ kind, text, id }, run) {
   if (kind === "node") return addressOf(["executions", run.id], { node: text });
-  if (kind !== "compare") return null;
-  const pair = [run.id, id].sort((one, other) => (BigInt(one) < BigInt(other) ? -1 : 1));
-  return addressOf(["compare", ...pair]);
+  return kind === "compare" ? comparisonOf(run.id, id) : null;
 }

@@ -12,8 +12,8 @@ const ORDERS = {
 
 export class Rows {
   // `hrefOf(name)` is the address of a node; `onChoose(name, isByKey)` is called in place of going
-  // there, if it is given.
-  constructor(run, list, axis, { hrefOf, onChoose = null }) {
+  // there, if it is given. `scroller` is what scrolls to a row, if that is not the page.
+  constructor(run, list, axis, { hrefOf, onChoose = null, scroller = null }) {
     this.run = run;
     this.list = list;
     this.axis = axis;
@@ -24,6 +24,36 @@ export class Rows {
     this.text = "";
     this.isWhole = true;
     this.scale = 0;
+    this.scroller = scroller;
+    this.followed = null; // the node that is kept in sight, until somebody uses the list
+    this.isUsed = false;
+    if (scroller !== null) this.listen();
+  }
+
+  listen() {
+    for (const kind of ["pointerdown", "wheel", "focusin"]) {
+      this.scroller.addEventListener(kind, () => (this.isUsed = true), { passive: true });
+    }
+    // Rows have their true height only once they are drawn.
+    new ResizeObserver(() => {
+      if (!this.isUsed && this.rows.has(this.followed)) this.reveal(this.followed);
+    }).observe(this.list);
+  }
+
+  // Keeps a node in sight: the one that runs, or that failed.
+  follow(name) {
+    if (name === this.followed || this.isUsed || !this.rows.has(name)) return;
+    this.followed = name;
+    this.reveal(name);
+  }
+
+  // Scrolls the list, and not the page, to a row that is not in sight; one row stays above it.
+  reveal(name) {
+    const frame = this.scroller.getBoundingClientRect();
+    const top = frame.top + this.axis.parentElement.offsetHeight; // below the heads of the columns
+    const row = this.rows.get(name).root.getBoundingClientRect();
+    const isSeen = row.top >= top && row.bottom <= Math.min(frame.bottom, innerHeight);
+    if (!isSeen) this.scroller.scrollTop += row.top - top - row.height;
   }
 
   // Shows the nodes of these names, or all of them.
@@ -50,7 +80,7 @@ export class Rows {
     draw(row.icon, status);
     write(row.status, wordOf(node));
     row.output.hidden = !node.is_output_node;
-    write(row.preview, node.error_message ?? oneLine(node.value ?? ""));
+    write(row.preview, oneLine(node.error_message ?? node.value ?? ""));
     this.place(row, this.run.now());
     this.filterRow(row);
   }

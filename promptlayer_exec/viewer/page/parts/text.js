@@ -1,7 +1,7 @@
 // @ts-check
 // A text of any length: a window of it is drawn at a time, and searches go through all of it.
 
-import { make, part, write } from "../library/dom.js";
+import { make, part, stepTo, write } from "../library/dom.js";
 import { linked } from "./links.js";
 
 const WINDOW = 100_000; // characters that are drawn at once
@@ -75,9 +75,8 @@ export class Text {
   }
 
   step(by) {
-    const count = this.results.length;
-    if (count === 0) return;
-    this.current = (this.current + by + count) % count;
+    if (this.results.length === 0) return;
+    this.current = stepTo(this.current, by, this.results.length);
     const found = this.results[this.current];
     const isDrawn = found >= this.at && found + this.length <= this.at + WINDOW;
     if (!isDrawn) this.at = Math.max(0, found - WINDOW / 2);

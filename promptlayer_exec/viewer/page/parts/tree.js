@@ -1,8 +1,9 @@
 // @ts-check
 // A JSON value as a tree that can be folded and searched. Branches are made when they are opened.
 
-import { make, write } from "../library/dom.js";
+import { make, stepTo, write } from "../library/dom.js";
 import { readContainer } from "../library/json.js";
+import { counted } from "../library/times.js";
 import { linked } from "./links.js";
 
 const CHUNK = 100; // children that are made at once
@@ -63,9 +64,8 @@ export class Tree {
 
   // Opens the branches of the next result, or the one before, and scrolls to it.
   step(by) {
-    const count = this.results.length;
-    if (count === 0) return;
-    this.current = (this.current + by + count) % count;
+    if (this.results.length === 0) return;
+    this.current = stepTo(this.current, by, this.results.length);
     const path = this.results[this.current];
     path.slice(0, -1).forEach((node, index) => this.branches.get(node).reveal(path[index + 1]));
     const last = path.at(-1);
@@ -146,11 +146,9 @@ function childrenOf(node) {
 function sizeOf(node) {
   const inner = innerOf(node);
   if (inner !== null) return `JSON in a string: ${sizeOf(inner)}`;
-  const [count, one, many, brackets] =
-    node.kind === "object"
-      ? [node.entries.length, "key", "keys", "{}"]
-      : [node.items.length, "item", "items", "[]"];
-  return count === 0 ? brackets : `${brackets} ${count.toLocaleString("en")} ${count === 1 ? one : many}`;
+  const isObject = node.kind === "object";
+  const [count, noun, brackets] = isObject ? [node.entries.length, "key", "{}"] : [node.items.length, "item", "[]"];
+  return count === 0 ? brackets : `${brackets} ${counted(count, noun)}`;
 }
 
 function leafOf(node) {

@@ -2,12 +2,12 @@
 // The view of the batches in the local database: `#/batches`, and one of them: `#/batches/night`.
 
 import { get } from "../library/api.js";
-import { byId, clone, copyWith, draw, find, findAll, make, makeSvg, part, show, write } from "../library/dom.js";
+import { byId, clone, copyWith, find, findAll, iconOf, make, part, show, timeOf, write } from "../library/dom.js";
 import { STATES } from "../library/model.js";
 import { writePieces } from "../parts/progress.js";
 import { addressOf, replace } from "../library/router.js";
 import { itemSentenceOf } from "../library/sentence.js";
-import { ago, duration, fully, machine } from "../library/times.js";
+import { counted, duration, fully } from "../library/times.js";
 
 const EVERY = 5000; // milliseconds
 const PAGE = 200;
@@ -110,21 +110,28 @@ function headOf(batch, isLink) {
   });
   const { workers, total } = batch;
   const isOpen = batch.waiting + batch.running > 0;
-  const who = workers === 0 && isOpen ? "nobody works on it" : `${workers} worker${workers === 1 ? "" : "s"}`;
-  const items = `${total.toLocaleString("en")} item${total === 1 ? "" : "s"}`;
+  const who = workers === 0 && isOpen ? "nobody works on it" : counted(workers, "worker");
   return make(
     "div",
     { class: "batch" },
     ...(isLink ? [make("p", { class: "batch-name" }, link)] : []),
     bar,
     make("p", { class: "counts" }, ...words),
-    make("p", { class: workers === 0 && isOpen ? "idle" : "muted" }, `${items}, ${who}`),
+    make("p", { class: workers === 0 && isOpen ? "idle" : "muted" }, `${counted(total, "item")}, ${who}`),
+    ...(isLink ? [datesOf(batch)] : []),
   );
+}
+
+// When it began, and when its latest item ended.
+function datesOf({ created, latest }) {
+  const words = ["Began ", timeOf(created)];
+  if (latest !== null) words.push(", the latest item finished ", timeOf(latest));
+  return make("p", { class: "muted dates" }, ...words);
 }
 
 function showOne(batch, isUnfolded) {
   write(byId("batches-empty"), "");
-  const items = make("ol", { class: "items", "aria-label": "Items that ended" });
+  const items = make("ol", { class: "items", "aria-label": "Finished items" });
   items.append(...batch.items.map(itemOf));
   const note = batch.is_whole || batch.problem !== null ? [] : [make("p", { class: "muted" }, PARTLY)];
   byId("batches").replaceChildren(
@@ -145,8 +152,7 @@ const PARTLY = "Not every item is shown: promptlayer-exec batch export writes th
 function paceOf({ waiting, running, workers, latest, rate }) {
   const open = waiting + running;
   if (latest === null) return [];
-  const time = make("time", { datetime: machine(latest), title: fully(latest) }, ago(latest));
-  const words = ["The latest item ended ", time, "."];
+  const words = ["The latest item finished ", timeOf(latest), "."];
   if (open > 0 && workers > 0 && rate !== null) {
     words.push(` ${(60 * rate).toFixed(1)} items a minute: about ${duration(open / rate, true)} left.`);
   }
@@ -212,10 +218,10 @@ function moreOf({ matching, items }) {
 function commandsOf({ name, waiting, running, workers, failed, unknown }) {
   const quoted = /^[\w./:@%+=,-]+$/.test(name) ? name : `'${name.replaceAll("'", "'\\''")}'`;
   const all = [
-    [waiting + running > 0 && workers === 0, "work", "Nobody works on it now. This goes on:"],
-    [failed > 0, "retry --failed", "This starts the failed items again, which costs again:"],
-    [failed > 0, "recheck", "This follows runs again that have no output, and starts none:"],
-    [unknown > 0, "retry --unknown", "This starts the unknown items again, which may pay for them twice:"],
+    [waiting + running > 0 && workers === 0, "work", "Nobody works on it now. Continue it with:"],
+    [failed > 0, "retry --failed", "Start the failed items again, which costs again:"],
+    [failed > 0, "recheck", "Follow the runs without an output again, and start none:"],
+    [unknown > 0, "retry --unknown", "Start the unknown items again; you may pay for them twice:"],
   ];
   const wanted = all.filter(([isWanted]) => isWanted);
   return wanted.map(([, verb, what]) => ({ what, command: `promptlayer-exec batch ${verb} --name ${quoted}` }));
@@ -224,16 +230,13 @@ function commandsOf({ name, waiting, running, workers, failed, unknown }) {
 function itemOf(entry) {
   const { key, kind, execution_id, error, finished } = entry;
   const [word, icon] = STATES[kind];
-  const use = makeSvg("use");
-  draw(use, icon);
-  const symbol = makeSvg("svg", { class: "icon", "aria-hidden": "true" }, use);
   const sentence = make("p", { class: "sentence", title: error ?? fully(finished) });
   writePieces(sentence, itemSentenceOf(entry).pieces, { id: execution_id });
   const link = { href: addressOf(["executions", execution_id ?? ""]), "data-focus": `item ${key}` };
   const item = make(
     "li",
     { class: "item" },
-    make("span", { class: "status" }, symbol, kind === "unknown" ? "Unknown" : word),
+    make("span", { class: "status" }, iconOf(icon), kind === "unknown" ? "Unknown" : word),
     make("span", { class: "name" }, key),
     sentence,
     make("span", {}, execution_id === null ? "" : make("a", link, `Execution ${execution_id}`)),

@@ -1,15 +1,15 @@
 // @ts-check
 // The view of all executions that are followed: a line each, the failed ones first.
 
-import { call, get } from "../library/api.js";
-import { announce, byId, clone, find, findAll, make, oneLine, part, placeAt, write } from "../library/dom.js";
+import { call, getRemembered } from "../library/api.js";
+import { announce, byId, clone, find, findAll, make, oneLine, part, placeAt, timeOf, write, writeTime } from "../library/dom.js";
 import { followAgain, remove } from "../parts/actions.js";
 import { handle, showErrors } from "../parts/forms.js";
 import { board, groupOf, runs, STATES } from "../library/model.js";
 import { showSegments, showSentence, showState, showTime } from "../parts/progress.js";
 import { addressOf, replace } from "../library/router.js";
 import { matches, Rows } from "../parts/rows.js";
-import { ago, fully, machine } from "../library/times.js";
+import { ago } from "../library/times.js";
 
 const FEW = 5; // succeeded runs that are shown before the others are asked for
 
@@ -146,10 +146,8 @@ function tick(line) {
 }
 
 function showWhen(time, moment) {
-  write(time, moment === null ? "" : ago(moment));
-  if (moment === null) return;
-  time.dateTime = machine(moment);
-  time.title = fully(moment);
+  if (moment === null) write(time, "");
+  else writeTime(time, moment, ago(moment));
 }
 
 // When the latest run of a group ended.
@@ -216,12 +214,11 @@ function arrange() {
 async function showRecent() {
   if (!board.hasHistory || isRecentKnown) return;
   isRecentKnown = true;
-  const { entries } = await get("api/history").catch(() => ({ entries: [] }));
-  const recent = entries.filter((entry) => entry.execution_id !== null).slice(0, 5);
+  const recent = (await getRemembered()).filter((entry) => entry.execution_id !== null).slice(0, 5);
   const items = recent.map(({ execution_id: id, workflow, outcome, began, problem }) => {
     const link = make("a", { href: addressOf(["executions", id]) }, workflow ?? `Execution ${id}`);
-    const time = make("time", { class: "muted", datetime: machine(began), title: fully(began) }, ago(began));
-    return make("li", {}, link, STATES[outcome][0], time, make("span", { class: "muted" }, oneLine(problem ?? "")));
+    const when = make("span", { class: "muted" }, timeOf(began));
+    return make("li", {}, link, STATES[outcome][0], when, make("span", { class: "muted" }, oneLine(problem ?? "")));
   });
   find(".recent").replaceChildren(...items);
   byId("recent").hidden = items.length === 0;

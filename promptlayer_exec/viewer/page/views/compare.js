@@ -1,8 +1,8 @@
 // @ts-check
 // The view of two executions of one workflow side by side: `#/compare/787/788`.
 
-import { call, get } from "../library/api.js";
-import { byId, draw, findAll, make, makeSvg, show, write } from "../library/dom.js";
+import { call, get, getInputs, getText } from "../library/api.js";
+import { byId, findAll, iconOf, make, show, write } from "../library/dom.js";
 import { diffLines, diffWords } from "../library/diff.js";
 import { board, runs, spanOf, STATES, statusOf, wordOf } from "../library/model.js";
 import { addressOf, go, replace } from "../library/router.js";
@@ -10,12 +10,15 @@ import { clock, duration } from "../library/times.js";
 
 const LARGE = 1_000_000;
 const FEW = 8; // equal lines that are shown around differences
+const INPUTS = ""; // stands for the inputs among names of nodes
 const NOTABLE = 0.2; // share by which durations must differ to be marked, and at least 0.2 s
 
 let ids = [];
 let asked = "";
 let opened = new Set();
 let changed = new Set();
+let hasOtherInputs = false;
+let isOpenedOnce = false; // inputs that differ are open at first
 let pending = null;
 let isUnfolded = false; // the nodes that are equal
 
@@ -23,7 +26,10 @@ export const compareView = {
   element: byId("view-compare"),
 
   show([, left = "", right = ""], params) {
-    if (ids[0] !== left || ids[1] !== right) opened = new Set(params.getAll("open"));
+    if (ids[0] !== left || ids[1] !== right) {
+      opened = new Set(params.getAll("open"));
+      isOpenedOnce = params.has("open");
+    }
     ids = [left, right];
     isUnfolded = params.get("equal") === "1";
     byId("durations").checked = params.get("durations") === "1";
@@ -68,7 +74,9 @@ function schedule() {
     const [left, right] = ids.map((id) => runs.get(id));
     if (!left?.nodes.size || !right?.nodes.size) return;
     try {
-      changed = new Set((await get(`api/compare/${ids[0]}/${ids[1]}`)).changed);
+      const found = await get(`api/compare/${ids[0]}/${ids[1]}`);
+      changed = new Set(found.changed);
+      hasOtherInputs = found.inputs_differ;
     } catch (error) {
       return show(byId("compare-problem"), error.message);
     }
@@ -90,6 +98,8 @@ function render(left, right) {
   if (equal.length > 0) list.append(foldOfEqual(equal, left, right));
   const focused = findAll(".pair").find((one) => one.contains(document.activeElement))?.dataset.name;
   const hasInputs = left.data.has_inputs || right.data.has_inputs;
+  if (hasOtherInputs && !isOpenedOnce) opened.add(INPUTS);
+  isOpenedOnce ||= hasOtherInputs;
   if (hasInputs) list.prepend(inputsRow(left, right));
   const card = make("div", { class: "pairs" }, headOf(left, right), list);
   byId("compare").replaceChildren(card);
@@ -98,8 +108,12 @@ function render(left, right) {
   }
   const isOther = left.data.workflow && right.data.workflow && left.data.workflow !== right.data.workflow;
   const other = isOther ? " These are runs of different workflows." : "";
-  const count = `${differing.length} of ${names.length} nodes differ.`;
-  write(byId("compare-summary"), (differing.length === 0 ? "No node differs." : count) + other);
+  write(byId("compare-summary"), summaryOf(differing.length, names.length) + other);
+}
+
+function summaryOf(differing, all) {
+  if (differing === 0) return hasOtherInputs ? "Only the inputs differ." : "No node differs.";
+  return `${hasOtherInputs ? "The inputs and " : ""}${differing} of ${all} nodes differ.`;
 }
 
 function headOf(left, right) {
@@ -161,7 +175,7 @@ function differInTime(one, other) {
 function rowOf({ name, one, other, marks }, left, right) {
   const item = make("li", { class: marks.length > 0 ? "node pair differs" : "node pair" });
   item.dataset.name = name;
-  const tags = marks.map((mark) => make("span", { class: "tag differs-tag" }, mark));
+  const tags = marks.map(tagOf);
   const summary = make(
     "summary",
     {},
@@ -173,13 +187,15 @@ function rowOf({ name, one, other, marks }, left, right) {
   return item;
 }
 
+const tagOf = (mark) => make("span", { class: "tag differs-tag" }, mark);
+
 // The inputs are compared like the value of a node; a node may have their name.
 function inputsRow(left, right) {
   const word = (run) => make("span", { class: "muted side" }, run.data.has_inputs ? "" : "Not known here");
-  const name = make("span", { class: "name" }, "Inputs");
+  const tags = hasOtherInputs ? [tagOf("differ")] : [];
+  const name = make("span", { class: "name" }, "Inputs ", ...tags);
   const summary = make("summary", {}, name, word(left), word(right));
-  const textOf = async (run) =>
-    run.data.has_inputs ? (await call("GET", `api/executions/${run.id}/inputs`)).text() : "";
+  const textOf = async (run) => (run.data.has_inputs ? getInputs(run.id) : "");
   const fill = () => {
     const place = make("div", { class: "detail pair-values" });
     Promise.all([textOf(left), textOf(right)]).then(
@@ -188,7 +204,7 @@ function inputsRow(left, right) {
     );
     return place;
   };
-  return make("li", { class: "node pair inputs" }, foldOf("", summary, fill));
+  return make("li", { class: hasOtherInputs ? "node pair inputs differs" : "node pair inputs" }, foldOf(INPUTS, summary, fill));
 }
 
 function foldOf(name, summary, fill) {
@@ -201,12 +217,6 @@ function foldOf(name, summary, fill) {
   });
   details.open = opened.has(name);
   return details;
-}
-
-function iconOf(icon) {
-  const use = makeSvg("use");
-  draw(use, icon);
-  return makeSvg("svg", { class: "icon", "aria-hidden": "true" }, use);
 }
 
 function sideOf(node, run, marks) {
@@ -246,7 +256,7 @@ async function textOf(node, run) {
   if (node === undefined) return "";
   if (node.value === null) return node.raw_error_message ?? node.error_message ?? "";
   if (node.length <= node.value.length) return node.value;
-  return (await call("GET", `api/executions/${run.id}/nodes/${node.index}`)).text();
+  return getText(`api/executions/${run.id}/nodes/${node.index}`);
 }
 
 function linesOf(what, left, right) {

@@ -2,11 +2,11 @@
 // The view of what is remembered: every execution that was seen or started here.
 
 import { call, get } from "../library/api.js";
-import { announce, byId, clone, confirmIn, draw, find, findAll, make, oneLine, part, show, write } from "../library/dom.js";
+import { announce, byId, clone, confirmIn, draw, find, findAll, make, oneLine, part, show, write, writeTime } from "../library/dom.js";
 import { groupOf, runs, STATES } from "../library/model.js";
 import { trendOf } from "../parts/plot.js";
 import { addressOf, go, replace } from "../library/router.js";
-import { ago, clock, duration, fully, machine } from "../library/times.js";
+import { ago, clock, duration } from "../library/times.js";
 
 const PAUSE = 150; // milliseconds without typing until it searches
 const FIRST_PAGE = 100;
@@ -46,7 +46,10 @@ export const historyView = {
   },
 
   refresh() {
-    for (const time of findAll("#entries time")) showMoment(time);
+    for (const entry of entries) {
+      const row = find(`.entry[data-key="${entry.key}"]`);
+      if (row !== null) showMoment(part(row, "began"), entry);
+    }
   },
 
   title: () => "History · Executions",
@@ -134,10 +137,7 @@ function rowOf(entry) {
   write(at("subtitle"), about.filter((one) => one !== null).join(" · "));
   write(at("preview"), oneLine(entry.problem ?? entry.inputs ?? ""));
   at("preview").classList.toggle("wrong", entry.problem !== null);
-  at("began").dateTime = machine(entry.began);
-  at("began").title = fully(entry.began);
-  at("began").dataset.verb = entry.is_started ? "" : "seen "; // others started it, before that
-  showMoment(at("began"));
+  showMoment(at("began"), entry);
   write(at("duration"), lengthOf(entry));
   showState(root, entry);
   const label = id === null ? `${name}, unknown start` : `${name}, execution ${id}`;
@@ -172,9 +172,9 @@ function showState(root, entry) {
   draw(part(root, "icon"), icon);
 }
 
-function showMoment(time) {
-  const moment = Date.parse(time.dateTime) / 1000;
-  write(time, `${time.dataset.verb}${clock(moment)} (${ago(moment)})`);
+function showMoment(time, { began, is_started }) {
+  const verb = is_started ? "" : "seen "; // others started it, before that
+  writeTime(time, began, `${verb}${clock(began)} (${ago(began)})`);
 }
 
 function lengthOf({ duration: seconds, is_started }) {
@@ -193,7 +193,7 @@ async function forget(entry, root) {
   picked.delete(entry.execution_id);
   entries = entries.filter((one) => one !== entry);
   (next ? part(next, "menu") : byId("history-title")).focus();
-  announce("Deleted from the history. The execution itself stays at PromptLayer.");
+  announce("Deleted from the history. The execution itself stays on PromptLayer.");
   const found = await get(`api/history?${filters()}`);
   matching = found.matching;
   showCounts(found.counts);
@@ -204,7 +204,7 @@ async function forget(entry, root) {
 byId("forget-all").addEventListener("click", async () => {
   const answer = await confirmIn({
     title: "Delete the whole history?",
-    text: "All executions, with their inputs, are deleted from this machine. At PromptLayer they stay.",
+    text: "All executions, with their inputs, are deleted from this machine. They stay on PromptLayer.",
     yes: "Delete all",
   });
   if (answer !== "yes") return;

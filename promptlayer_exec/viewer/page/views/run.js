@@ -3,7 +3,7 @@
 
 import { call } from "../library/api.js";
 import { followAgain, remove } from "../parts/actions.js";
-import { byId, clone, findAll, make, notify, part, show, write } from "../library/dom.js";
+import { byId, clone, findAll, make, notify, part, show, timeOf, write } from "../library/dom.js";
 import { criticalPath } from "../library/critical.js";
 import { Inspector } from "../parts/inspector.js";
 import { board, runs } from "../library/model.js";
@@ -15,7 +15,7 @@ import { showSnippets } from "../parts/snippets.js";
 import { STATUSES, UNKNOWN } from "../statuses.js";
 import { runAgain } from "../parts/again.js";
 import { offerComparison } from "../parts/comparison.js";
-import { ago, clock, duration, fully, machine } from "../library/times.js";
+import { ago, clock, duration } from "../library/times.js";
 import { usualOf } from "../library/usual.js";
 
 const MARKS = {
@@ -23,6 +23,8 @@ const MARKS = {
   failed: STATUSES.get("FAILED").mark,
   lost: UNKNOWN.mark,
 };
+
+const BRIEF = 100; // characters of a reason in the headline: the detail of the node has all of it
 
 let page = null; // of the execution that is shown
 
@@ -105,6 +107,7 @@ class RunPage {
     this.rows = new Rows(shown, part(root, "nodes"), part(root, "axis"), {
       hrefOf: (node) => addressOf(["executions", id], { node }),
       onChoose: (name, isByKey) => this.choose(name, isByKey),
+      scroller: part(root, "scroller"),
     });
     this.graph = new GraphPanel(root, id, (name) => this.choose(name), () => this.onDrawn());
     this.inspector = new Inspector(root, shown, () => this.close());
@@ -170,6 +173,11 @@ class RunPage {
     this.graph.load(this.run);
   }
 
+  // The list shows what is selected, or else the node that people come for.
+  showAction() {
+    this.rows.follow(this.selected ?? this.run.action()?.name ?? null);
+  }
+
   // Takes what the address says.
   read(params) {
     this.params = params;
@@ -189,6 +197,7 @@ class RunPage {
     this.inspector.update();
     this.graph.update(this.run, names);
     this.showFailed();
+    this.showAction();
     this.showCritical();
   }
 
@@ -227,6 +236,7 @@ class RunPage {
     this.inspector.update();
     this.graph.load(run);
     this.showFailed();
+    this.showAction();
     this.showCritical();
   }
 
@@ -237,7 +247,7 @@ class RunPage {
     root.classList.toggle("timeless", run.isEnded && !isTimed);
     const problem = showTime(root, run);
     show(part(root, "problem"), run.data.state === "lost" ? null : problem);
-    showSentence(root, run);
+    showSentence(root, run, BRIEF);
     const { duration: usual } = usualOf(run);
     write(part(root, "usual"), usual === null ? "" : `usually ${duration(usual)}`);
     this.rows.tick(this.run.now());
@@ -262,15 +272,14 @@ class RunPage {
     const facts = [];
     const moment = started ?? since;
     if (moment !== null) {
-      const time = make("time", { datetime: machine(moment), title: fully(moment) }, clock(moment));
-      facts.push([started === null ? "Followed since" : "Started", [time, ` (${ago(moment)})`]]);
+      const words = [timeOf(moment, clock(moment)), ` (${ago(moment)})`];
+      facts.push([started === null ? "Followed since" : "Started", words]);
     }
     if (["succeeded", "failed"].includes(run.data.state)) {
       const { elapsed } = run.data;
       if (since !== null && elapsed !== null) {
         const end = since + elapsed;
-        const time = make("time", { datetime: machine(end), title: fully(end) }, clock(end));
-        facts.push(["Ended", [time]]);
+        facts.push(["Ended", [timeOf(end, clock(end))]]);
       }
       const least = started === null ? "at least " : "";
       const length = run.data.duration;
@@ -285,11 +294,12 @@ class RunPage {
   }
 
   pathText() {
-    const spans = this.path.map((name) => this.rows.rows.get(name)?.span);
-    const sum = spans.reduce((total, span) => total + (span ? span.end - span.start : 0), 0);
+    const spans = new Map(this.path.map((name) => [name, this.rows.rows.get(name)?.span ?? null]));
+    const sum = [...spans.values()].reduce((total, span) => total + (span ? span.end - span.start : 0), 0);
     const guess = this.run.dependencies === null ? " (judged by the times alone)" : "";
     const { length } = this.path;
-    const names = length <= 5 ? this.path : [...this.path.slice(0, 2), "…", ...this.path.slice(-2)];
+    const all = this.path.map((name) => (spans.get(name)?.isTimed ? name : `${name} (too quick to be seen running)`));
+    const names = length <= 5 ? all : [...all.slice(0, 2), "…", ...all.slice(-2)];
     const count = length <= 5 ? "" : `${length} nodes: `;
     return `${count}${names.join(" → ")}, ${duration(sum)} of ${duration(this.run.now())}${guess}`;
   }
@@ -334,6 +344,7 @@ class RunPage {
   select(name) {
     this.selected = name;
     this.rows.select(name);
+    if (this.rows.rows.has(name)) this.rows.reveal(name);
     this.graph.select(name);
     this.inspector.select(name);
   }

@@ -1,7 +1,7 @@
 // @ts-check
 // The form that starts a run: a field for each required input, and the rest as JSON.
 
-import { call, get } from "../library/api.js";
+import { get, getInputs, getRemembered, getText } from "../library/api.js";
 import { confirmStart, startRun } from "../parts/again.js";
 import { byId, make, oneLine, show, write } from "../library/dom.js";
 import { handle, listWorkflows, showErrors } from "../parts/forms.js";
@@ -34,27 +34,20 @@ export const startView = {
 
 async function refill(id) {
   const run = runs.get(id);
-  const inputs = await textOf(`api/executions/${id}/inputs`);
+  const inputs = await getInputs(id).catch(() => null);
   const { workflow = "", label = null, version = null, metadata = null } = run?.data ?? {};
   byId("metadata").value = linesOf(metadata);
   await choose(workflow ?? "", releaseOf(label, version), inputs);
 }
 
 async function refillFrom(line, params) {
-  const inputs = await textOf(`api/history/${line}/inputs`);
+  const inputs = await rememberedInputs(line);
   byId("metadata").value = linesOf(JSON.parse(params.get("metadata") ?? "{}"));
   const release = releaseOf(params.get("label"), params.get("version"));
   await choose(params.get("workflow") ?? "", release, inputs);
 }
 
-async function textOf(path) {
-  try {
-    return await (await call("GET", path)).text();
-  } catch {
-    return null;
-  }
-}
-
+const rememberedInputs = (line) => getText(`api/history/${line}/inputs`).catch(() => null);
 const linesOf = (metadata) => Object.entries(metadata ?? {}).map((pair) => pair.join("=")).join("\n");
 
 function releaseOf(label, version) {
@@ -245,8 +238,7 @@ function metadata() {
 // The inputs of earlier runs of the workflow, as far as the history has them.
 async function offerEarlier(workflow) {
   const select = byId("earlier");
-  const query = new URLSearchParams({ workflow });
-  const { entries } = board.hasHistory ? await get(`api/history?${query}`).catch(() => ({ entries: [] })) : { entries: [] };
+  const entries = board.hasHistory ? await getRemembered({ workflow }) : [];
   if (workflow !== chosen) return;
   const seen = new Map();
   for (const entry of entries) if (entry.inputs !== null && !seen.has(entry.inputs)) seen.set(entry.inputs, entry);
@@ -260,7 +252,7 @@ async function offerEarlier(workflow) {
 
 byId("earlier").addEventListener("change", async () => {
   const key = byId("earlier").value;
-  const inputs = key === "" ? null : await textOf(`api/history/${key}/inputs`);
+  const inputs = key === "" ? null : await rememberedInputs(key);
   if (inputs === null) return;
   for (const index of required().keys()) fieldAt(index).value = "";
   spread(inputs, required());
