@@ -240,10 +240,11 @@ class _StartsTable:
             if row is not None and row.execution_id not in (None, execution_id):
                 logger.warning(
                     "execution %d was also started for the key %.100r, which belongs to execution"
-                    " %d; follow it by its id",
+                    " %d; session.execution(%d) picks it up",
                     execution_id,
                     row.key,
                     row.execution_id,
+                    execution_id,
                 )
         return [
             token in found and found[token].execution_id == execution_id

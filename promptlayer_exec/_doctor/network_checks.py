@@ -147,7 +147,7 @@ async def check_tls(examination: Examination) -> Finding:
 
 
 def _refused_tls(reason: str) -> Finding:
-    found = re.split(r"[;:] (?:if|check) ", reason)[0]
+    found = re.split(r" \(for a|[;:] (?:if|check) ", reason)[0]
     advice = (
         "If a private authority issued the certificate, set SSL_CERT_FILE to that authority's"
         " certificate."

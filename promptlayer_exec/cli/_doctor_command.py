@@ -36,9 +36,6 @@ def doctor(
     is_confirmed: Annotated[
         bool, typer.Option("--yes", help="Skip the confirmation prompt before that run.")
     ] = False,
-    timeout: Annotated[
-        float, options.seconds("Maximum time to wait for that run to complete.")
-    ] = 600,
     callback_url: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Let PromptLayer post that run's callback to this URL."),
@@ -64,12 +61,15 @@ def doctor(
     redis: Annotated[
         str | None, typer.Option(metavar="URL", help="Also check this Redis server.")
     ] = None,
+    timeout: Annotated[
+        float, options.seconds("Maximum time to wait for that run to complete.")
+    ] = 600,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a report to paste into an issue.")
     ] = False,
     base_url: options.BaseUrl = None,
 ) -> None:
-    """Check your setup, and whether the server does what this package expects.
+    """Check your setup, and that the server works as expected.
 
     doctor reads only, and costs nothing: what is installed, the connection to the server, the API
     key, the workflows, push, and the databases that you name.

@@ -127,11 +127,12 @@ class TestWatch:
         """The page on the command line shows it, with the time that its nodes take."""
         scenario = examples.WORKFLOWS["invoice-check"].scenario({})
         nodes = [attrs.evolve(node, duration=0.0) for node in scenario.nodes]
-        execution_id = sim.add_execution(Scenario(nodes), execution_id=1002)
+        execution_id = sim.add_execution(Scenario(nodes))
         page = Path(__file__).parents[2] / "docs" / "reference" / "command-line.md"
         (shown,) = re.findall(r"```console\n.*\n([^`]*)```", page.read_text(encoding="utf-8"))
         _, out, err = call("watch", execution_id)
-        assert shown.replace(" after 4.3 s", "") == f"{out.splitlines()[-1]}\n{err}"
+        printed = f"{out.splitlines()[-1]}\n{err}".replace(str(execution_id), "1002")
+        assert shown.replace(" after 4.3 s", "") == printed
 
     def test_json_lines(self, sim: Simulator, start: Start) -> None:
         """With --json, each poll with a change is one object; the last one is complete."""
@@ -389,7 +390,7 @@ class TestRun:
         before = sim.request_count
         cases = {
             call("run"): "Missing argument",
-            call("run", ""): "workflow name must not be empty. No run was started.",
+            call("run", ""): "workflow name must not be empty. This command started no run.",
             call("run", "unused", "letter=x"): "give inputs with -i: -i 'letter=x'",
             call("run", "unused", "-i", "letter"): "Invalid value for '--input'",
             call("run", "unused", "-i", "rows=[1, NaN]"): "rows[1]",
@@ -470,7 +471,7 @@ class TestRun:
         assert call(*options, f"sqlite:///{tmp_path / 'others.sqlite'}")[0] == 0
         assert len(sim.runs) == before + 2
         code, _, err = call(*options, f"sqlite:///{tmp_path}")
-        assert (code, err.count("No run was started.")) == (2, 1)
+        assert (code, err.count("This command started no run.")) == (2, 1)
         assert call("run", "keyed", "--key", "x" * 501)[0] == 2
         assert call("run", "keyed", "--key", "")[0] == 2
         assert len(sim.runs) == before + 2
@@ -500,11 +501,11 @@ class TestRun:
         command.process.send_signal(signal.SIGINT)
         code, out, err = command.end()
         assert code == 130
-        assert err.endswith("interrupted. No run was started.\n")
+        assert err.endswith("interrupted. This command started no run.\n")
         assert "waiting" not in err
         error = {
             "type": "Interrupted",
-            "message": "interrupted. No run was started.",
+            "message": "interrupted. This command started no run.",
             "execution_id": None,
         }
         assert json.loads(out) == {"error": error}
