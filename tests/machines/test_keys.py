@@ -127,7 +127,9 @@ class Process:
         if what == "claim" and result is None:
             key = argument.key
             claimed = (self.number, key, self.records.forgotten[key])
-            self.records.claims.setdefault(argument.token, claimed)
+            # A start that was refused claims again, and its key may have been forgotten meanwhile.
+            self.records.claims.pop(argument.token, None)
+            self.records.claims[argument.token] = claimed
         await asyncio.sleep(0)
         return result
 
