@@ -268,7 +268,7 @@ def test_the_page_on_the_sdk_names_the_version_that_it_is_checked_with() -> None
     page = " ".join((ROOT / "docs" / "from-the-sdk.md").read_text(encoding="utf-8").split())
     noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
     (version,) = re.findall(r'^SDK = "promptlayer==([\d.]+)"$', noxfile, re.MULTILINE)
-    assert f"version {version} of the SDK:" in page
+    assert f"version {version} of the SDK." in page
 
 
 def test_each_recipe_for_a_framework_names_its_version_and_has_a_test() -> None:

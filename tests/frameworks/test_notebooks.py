@@ -22,7 +22,8 @@ def test_the_table_changes_in_place(server: Simulator, recipe: Callable[..., lis
     cells = [nbformat.v4.new_code_cell(block.rstrip()) for block in blocks]
     notebook = nbformat.v4.new_notebook(cells=cells)
     ExecutePreprocessor(timeout=60, kernel_name="python3").preprocess(notebook)
-    workflow, started, followed, output, closed = (cell.outputs for cell in notebook.cells)
+    outputs = (cell.outputs for cell in notebook.cells)
+    workflow, started, followed, output, graph, closed = outputs
     assert "<svg" in workflow[0].data["text/html"]
     (run,) = server.runs
     assert started[0].data["text/plain"] == str(run.execution_id)
@@ -32,6 +33,7 @@ def test_the_table_changes_in_place(server: Simulator, recipe: Callable[..., lis
     assert "SUCCESS" in shown
     assert "RUNNING" not in shown
     assert output[0].data["text/plain"] == "'Otters are fine.'"
+    assert "SUCCESS" in graph[0].data["text/html"]
     assert closed == []
     html, _ = HTMLExporter().from_notebook_node(notebook)
     assert f"<b>Execution {run.execution_id}</b> · succeeded" in html

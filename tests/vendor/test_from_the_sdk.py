@@ -102,6 +102,24 @@ def new_starts(sim: Simulator, before: int) -> list[dict[str, Any]]:
     ]
 
 
+async def test_the_loop_pays_for_each_topic_once(
+    sim: Simulator,
+    load: Callable[..., ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """However often it is run; a failure is printed, and ends nothing."""
+    monkeypatch.chdir(tmp_path)
+    write_reports = load("Migrate a loop", "loop").write_reports
+    for _ in range(2):
+        topics = ["otters", "unicorns", "newts"]
+        expected = {"otters": "About otters.", "newts": "About newts."}
+        assert await write_reports(topics) == expected
+        assert capsys.readouterr().out.startswith("unicorns: execution ")
+    assert len(sim.runs) == 3
+
+
 @pytest.mark.parametrize("row", range(len(rows("Every argument"))))
 def test_both_clients_ask_for_the_same_and_return_the_same(
     sim: Simulator, load: Callable[..., ModuleType], row: int
