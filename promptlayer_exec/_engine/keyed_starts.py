@@ -167,7 +167,7 @@ class KeyedStarts:
             self._looking_up[request.key] = looking_up
             looking_up.add_done_callback(partial(self._looked_up, request.key))
 
-        silent = "the store of starts did not respond"
+        silent = f"the store of starts did not respond for key {short_repr(request.key)}"
         await self._wait(deadline, asyncio.wait([looking_up]), silent)
         try:
             return looking_up.result()
