@@ -39,6 +39,7 @@ from promptlayer_exec.fastapi._kept_responses import KeptResponses
 from promptlayer_exec.fastapi._responses import (
     ProblemRoute,
     json_response,
+    logger,
     store_is_away,
     tagged_response,
 )
@@ -402,8 +403,11 @@ def _add_start(
             raise HTTPException(403, "This server does not start this workflow.")
 
         key = None
-        if idempotency_key is not None and settings(session).starts is not None:
-            key = _stored_key(idempotency_key, client)
+        if idempotency_key is not None:
+            if settings(session).starts is None:
+                logger.warning("ignored an Idempotency-Key: pass starts= to Session to honour it")
+            else:
+                key = _stored_key(idempotency_key, client)
 
         started = await _started(request, body, session, key)
         content = {"execution_id": str(started.id)}

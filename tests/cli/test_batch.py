@@ -175,7 +175,8 @@ def test_an_interrupted_run_says_how_to_continue(
         "see how far it is with:\n  promptlayer-exec batch status --name night\n"
     )
     assert run("status")[2] == (
-        "1 item not finished, and nobody is working on them; continue with:\n"
+        "1 item not finished, and nobody is working on them; repeat its `batch run`,"
+        " or continue without a results file with:\n"
         "  promptlayer-exec batch work --name night\n"
     )
     sim.finish(sim.runs[0].execution_id, "Answer")

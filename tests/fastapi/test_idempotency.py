@@ -147,13 +147,14 @@ async def test_the_longest_key_is_accepted(sim: Simulator, connect: Connect) -> 
 
 
 async def test_without_a_record_of_starts_the_header_is_ignored(
-    sim: Simulator, connect: Connect
+    sim: Simulator, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every request starts a run, as without the header."""
+    """Every request starts a run, as without the header; the log says so."""
     client = connect(starts=None)
     for _ in range(2):
         assert (await post(client, "order-42")).status_code == 201
     assert len(sim.runs) == 2
+    assert "ignored an Idempotency-Key: pass starts=" in caplog.text
 
 
 async def test_a_record_that_is_away_starts_nothing(

@@ -575,6 +575,27 @@ async def test_recover_waits_on_the_row(
     assert "order" in repr(run.__reduce__())  # for the log
 
 
+async def test_recover_finds_the_run_of_an_earlier_attempt(
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    url: str,
+) -> None:
+    """Its callback still counts after another session has sent the start again."""
+    store = store_of(restart_unknown_after=20.0)
+    first = open_session(starts=store, callbacks=CALLBACKS)
+    error = await lose(first, sim, flow)
+    age(url, 21.0)
+    second = open_session(starts=store_of(restart_unknown_after=20.0), callbacks=CALLBACKS)
+    await lose(second, sim, flow)
+    token = token_of(sim, 0)
+    assert token == error.callback_token
+    assert await store_of().resolve(token, sim.runs[0].execution_id)
+    async with asyncio.timeout(LONG):
+        assert (await first.recover(error)).id == sim.runs[0].execution_id
+
+
 async def test_recover_survives_a_store_that_is_away(
     session: Session, store: Watched, sim: Simulator, flow: str
 ) -> None:
@@ -865,6 +886,23 @@ async def test_a_database_that_is_away_after_the_start(
 
 
 @pytest.mark.usefixtures("quick")
+async def test_a_deadline_holds_although_the_key_cannot_be_released(
+    session: Session, store: Watched, sim: Simulator, flow: str
+) -> None:
+    """The release continues without the caller."""
+    claiming, releasing = Gate(), Gate()
+    store.before["claim"] = claiming.wait
+    store.before["release"] = releasing.wait
+    running = asyncio.create_task(session.run(flow, INPUTS, key="order", timeout=0.1))
+    await claiming.arrive()
+    with pytest.raises(ExecutionTimeout):
+        async with asyncio.timeout(3.0):
+            await running
+    claiming.opened.set()
+    releasing.opened.set()
+    assert posts(sim) == 0
+
+
 async def test_closing_tries_to_record_once_more(
     session: Session, store: Watched, sim: Simulator, flow: str, url: str
 ) -> None:

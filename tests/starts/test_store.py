@@ -456,3 +456,16 @@ async def test_a_key_that_no_database_stores_is_refused(store: SQLStartStore) ->
     with pytest.raises(TypeError, match="key must be a str, got 7"):
         await store.forget(7)  # type: ignore[arg-type]
     assert await store.find("x" * 500) is None
+
+
+async def test_the_callback_of_another_attempt_is_logged(
+    store_of: Callable[..., SQLStartStore], url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both attempts ran, and the key belongs to one of them: the other id must not get lost."""
+    store = store_of(restart_unknown_after=20.0)
+    await lose(store)
+    age(url, 21.0)
+    assert await store.claim(AGAIN) is None
+    assert await store.record("order", "second", 8)
+    assert not await store.resolve("first", 7)
+    assert "execution 7 was also started for the key 'order'" in caplog.text
