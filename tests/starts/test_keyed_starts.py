@@ -887,9 +887,11 @@ async def test_a_database_that_is_away_after_the_start(
 
 @pytest.mark.usefixtures("quick")
 async def test_a_deadline_holds_although_the_key_cannot_be_released(
-    session: Session, store: Watched, sim: Simulator, flow: str
+    session: Session, store: Watched, sim: Simulator, flow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The release continues without the caller."""
+    policy = attrs.evolve(keyed_starts._RECORD, until_delivered=LONG)
+    monkeypatch.setattr(keyed_starts, "_RECORD", policy)
     claiming, releasing = Gate(), Gate()
     store.before["claim"] = claiming.wait
     store.before["release"] = releasing.wait
