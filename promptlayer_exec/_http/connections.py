@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import select
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -103,23 +102,22 @@ class Slots:
         self._queues = Queues()
         self._waiting = 0
 
-    @asynccontextmanager
-    async def use(self, priority: Priority) -> AsyncGenerator[None]:
-        """Wait for a connection, and use it."""
+    async def acquire(self, priority: Priority) -> None:
+        """Wait for a connection; the caller must then `release` it."""
         if not self._waiting and self._free.value:
             self._free.acquire_nowait()
-        else:
-            self._waiting += 1
-            try:
-                async with self._queues.line(priority):
-                    await self._free.acquire()
-            finally:
-                self._waiting -= 1
+            return
 
+        self._waiting += 1
         try:
-            yield
+            async with self._queues.line(priority):
+                await self._free.acquire()
         finally:
-            self._free.release()
+            self._waiting -= 1
+
+    def release(self) -> None:
+        """Let the next request have the connection."""
+        self._free.release()
 
 
 @attrs.frozen(eq=False)

@@ -100,12 +100,15 @@ class Transport:
             on_sending(False)
 
         priority = Priority.URGENT if attempt.is_control else attempt.priority
-        async with pool.slots.use(priority):
+        await pool.slots.acquire(priority)
+        try:
             sent_at = await self._throttle.acquire(priority)
             if on_sending is not None:
                 on_sending(True)
             until = sent_at + self._settings.request_timeout
             received = await self._exchange(pool, request, attempt.start, until)
+        finally:
+            pool.slots.release()
         duration = self._clock() - sent_at
         lateness = max(sent_at - attempt.due, 0.0)
 
