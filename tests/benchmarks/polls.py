@@ -157,13 +157,13 @@ def count_instructions(contender: Contender, body: Body) -> Measured:
         "--cache-sim=no",
         "--cachegrind-out-file=/dev/null",
     )
+    # A watch does not end after so many polls: more of them, because the last ones are cancelled.
+    least = 5 * body.polls if contender.program == "watched" else body.polls
     # If this package was just installed, Python compiles it, which the shorter run must not do.
-    with running(contender, body, "--polls", "1") as process:
+    with running(contender, body, "--polls", str(least)) as process:
         finish(process)
 
     executed, counted = [], []
-    # A watch does not end after so many polls: more of them, because the last ones are cancelled.
-    least = 5 * body.polls if contender.program == "watched" else body.polls
     for polls in (least, 2 * least):
         with running(contender, body, "--polls", str(polls), wrapper=valgrind) as process:
             output, errors = finish(process)
