@@ -212,7 +212,7 @@ def test_links_to_files_lead_somewhere(page: str) -> None:
 
 def test_the_links_of_the_readme_are_absolute_on_a_package_index() -> None:
     """There are no files beside the description of the installed package."""
-    description = str(metadata("promptlayer-exec").get_payload())
+    description = metadata("promptlayer-exec")["Description"]
     assert not re.search(r"\]\((?!https:)", description)
     repository = r"\]\(https://github\.com/[^/]+/promptlayer-exec/(?:blob|raw)/main/([^)]+)"
     files = re.findall(repository, description)
