@@ -120,7 +120,7 @@ export function itemSentenceOf({ kind, node, reason, finished, execution_id }) {
   const when = ago(finished);
   if (kind === "succeeded") return plain(`Succeeded ${when}.`);
   const why = reasonOf({ error_message: reason });
-  if (kind === "unknown") return plain(`It is not known whether it started (${when}): ${why}`);
+  if (kind === "unknown") return plain(`It may have started (${when}): ${why}`);
   if (node === null || execution_id === null) return plain(`Failed ${when}: ${why}`);
   return plain(`Failed ${when} in `, naming({ name: node }), `: ${why}`);
 }

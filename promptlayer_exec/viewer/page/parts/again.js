@@ -40,7 +40,7 @@ export async function runAgain(run) {
   try {
     go(addressOf(["executions", await startRun(content)]));
   } catch (error) {
-    notify(error.isUnknown ? `It is not known whether the run started. ${error.message}` : error.message);
+    notify(error.isUnknown ? `The run may have started. ${error.message}` : error.message);
   }
 }
 
