@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -249,6 +250,7 @@ async def serve_by_vite(project: Path, app: str) -> tuple[Any, str]:
         cwd=project,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
     )
     found = await until(process, r"(http://127\.0\.0\.1:\d+)/")
     return process, found[1]
@@ -307,7 +309,8 @@ async def test_lists_in_react_have_one_connection_each(
     finally:
         await context.close()
         if vite is not None:
-            vite.terminate()
+            # The wheel with Node.js starts it in a process of its own.
+            os.killpg(vite.pid, signal.SIGTERM)
             await vite.communicate()
 
 
