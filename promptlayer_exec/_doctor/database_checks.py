@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.network_checks import brief
-from promptlayer_exec._doctor.report import Finding, differs, failed, ok, skipped
+from promptlayer_exec._doctor.report import Finding, broken_rule, differs, failed, ok, skipped
 from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._install import install_hint
 
@@ -37,7 +37,7 @@ async def check_database(examination: Examination) -> Finding:
     try:
         url = check_url(given)
     except ConfigurationError as error:
-        return failed(re.split(";|, got", str(error))[0], "Correct --db or PROMPTLAYER_EXEC_DB.")
+        return failed(broken_rule(error), "Correct --db or PROMPTLAYER_EXEC_DB.")
 
     place = shown(url)
     if (finding := _judge_new_file(url, place)) is not None:

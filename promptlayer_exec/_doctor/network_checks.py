@@ -15,7 +15,7 @@ from yarl import URL
 
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.exchanges import Exchange, NoResponse, Wire
-from promptlayer_exec._doctor.report import Finding, differs, failed, ok, skipped
+from promptlayer_exec._doctor.report import Finding, broken_rule, differs, failed, ok, skipped
 from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._settings import (
     DEFAULT_BASE_URL,
@@ -33,9 +33,7 @@ async def check_base_url(examination: Examination) -> Finding:
     try:
         base_url = find_base_url(examination.scope.base_url)
     except ConfigurationError as error:
-        # Its text may quote the URL.
-        rule = re.split(r", got |: ", str(error))[0].rstrip(".")
-        return failed(rule, "Correct --base-url or PROMPTLAYER_BASE_URL.")
+        return failed(broken_rule(error), "Correct --base-url or PROMPTLAYER_BASE_URL.")
     examination.base_url = base_url
 
     if base_url == DEFAULT_BASE_URL:
@@ -56,7 +54,7 @@ async def check_proxy(examination: Examination) -> Finding:
     try:
         proxy = find_proxy(examination.settings, examination.base_url)
     except ConfigurationError as error:
-        return failed(str(error).partition(";")[0], "Correct the variable, or set NO_PROXY=*.")
+        return failed(broken_rule(error), "Correct the variable, or set NO_PROXY=*.")
     if proxy is None:
         return ok("none, the connection is direct")
 
@@ -147,7 +145,8 @@ async def check_tls(examination: Examination) -> Finding:
 
 
 def _refused_tls(reason: str) -> Finding:
-    found = re.split(r" \(for a|[;:] (?:if|check) ", reason)[0]
+    # The rest of the text is advice for programs.
+    found = re.split(r" \(for a |: check ", reason)[0]
     advice = (
         "If a private authority issued the certificate, set SSL_CERT_FILE to that authority's"
         " certificate."
@@ -183,9 +182,8 @@ async def check_response(examination: Examination) -> Finding:
     if isinstance(first, NoResponse):
         if first.is_tls:
             return skipped("the check 'TLS' did not pass")
-        found = re.split(r"[;:] (?:if|check) ", str(first))[0]
         return failed(
-            f"could not reach the server: {found}", _advice(found), place=examination.base_url
+            f"could not reach the server: {first}", _advice(str(first)), place=examination.base_url
         )
 
     if first.status == 407:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import attrs
 
+from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._text import printable
 from promptlayer_exec._version import __version__
 
@@ -92,6 +93,11 @@ class Secrets:
             for host in self.hosts:
                 text = re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w-])", "HOST", text)
         return printable(text)
+
+
+def broken_rule(error: ConfigurationError) -> str:
+    """Return which rule a setting breaks, without its value and without advice for programs."""
+    return re.split(r", got |: |\. ", str(error))[0].rstrip(".")
 
 
 def counted(count: int, noun: str) -> str:

@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 
 from promptlayer_exec._doctor.examination import Examination
-from promptlayer_exec._doctor.report import Finding, failed, ok
+from promptlayer_exec._doctor.report import Finding, broken_rule, failed, ok
 from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._integration import settings
 from promptlayer_exec._session import Session
@@ -73,7 +73,7 @@ async def check_environment(examination: Examination) -> Finding:
         # Key and base URL have their own checks.
         examination.settings = settings(Session("unused", base_url=DEFAULT_BASE_URL))
     except ConfigurationError as error:
-        return failed(str(error).partition(", got")[0], "Correct the variable.")
+        return failed(broken_rule(error), "Correct the variable.")
 
     names = [name for name in _VARIABLES if os.environ.get(name) or os.environ.get(name.lower())]
     return ok(f"set: {', '.join(names)}" if names else "no variable of this package is set")

@@ -14,7 +14,15 @@ from promptlayer_exec._api.catalog import (
 from promptlayer_exec._api.messages import decode
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.exchanges import Exchange
-from promptlayer_exec._doctor.report import Finding, counted, differs, failed, ok, skipped
+from promptlayer_exec._doctor.report import (
+    Finding,
+    broken_rule,
+    counted,
+    differs,
+    failed,
+    ok,
+    skipped,
+)
 from promptlayer_exec._errors import ConfigurationError, InvalidResponse
 from promptlayer_exec._settings import find_api_key
 from promptlayer_exec._workflows import Workflow
@@ -29,7 +37,7 @@ async def check_key(examination: Examination) -> Finding:  # noqa: PLR0911 - a t
     try:
         api_key = find_api_key(None)
     except ConfigurationError as error:
-        return failed(str(error).partition(":")[0], "Copy the key again.")
+        return failed(broken_rule(error), "Copy the key again.")
     if api_key is None:
         return failed(
             "there is no API key", "Set PROMPTLAYER_API_KEY to one from PromptLayer's settings."

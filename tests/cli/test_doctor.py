@@ -865,6 +865,16 @@ class TestDatabases:
             "Redis": "failed: the URL cannot be used",
         }
 
+    def test_a_broken_rule_is_one_sentence(self, examine: Examine) -> None:
+        """The advice beside it is doctor's own; the error's is for programs."""
+        proxied = {"HTTPS_PROXY": "socks5://h:1", "NO_PROXY": ""}
+        report = examine("--base-url", "https://promptlayer.test", "--db", "nonsense", **proxied)
+        proxy = "HTTPS_PROXY must be a URL like http://user:password@host:port"
+        assert report.deviations["proxy"] == f"failed: {proxy}"
+        assert report.deviations["database"] == "failed: database_url is not a URL"
+        report = examine(PROMPTLAYER_API_KEY="two words")
+        assert report.deviations["API key"].endswith("string of visible ASCII characters")
+
     def test_redis(self, examine: Examine) -> None:
         """A running server is named with its version; a wrong password is told apart."""
         binary = shutil.which("redis-server")
