@@ -139,7 +139,7 @@ class _StartsTable:
                 _row.server == new.server,
                 _row.request == new.request,
             ),
-        )
+        ).execution_options(preserve_rowcount=True)
 
         unsettled = sa.update(_starts).where(_row.state != "started")
         started = unsettled.where(_has_token).values(
@@ -187,8 +187,7 @@ class _StartsTable:
         ]
         # In the same order in all processes, or else two transactions could deadlock.
         parameters.sort(key=lambda row: str(row["the_key"]))
-        counted = self._claim.execution_options(preserve_rowcount=True)
-        written = connection.execute(counted, parameters)
+        written = connection.execute(self._claim, parameters)
         if written.rowcount == len(claims):  # the usual case: each is a new row
             return [None] * len(claims)
 

@@ -58,6 +58,8 @@ class _RecordPolicy:
 
 
 _RECORD = _RecordPolicy()
+_OTHER_CALL = "another call is starting the run for key {key}, and got no response"
+_SILENT_STORE = "the store of starts did not respond for key {key}"
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -152,13 +154,13 @@ class KeyedStarts:
             self._check(stored, claim)
             if stored.state != "sending":
                 return stored
-            await self._wait(deadline, asyncio.sleep(pause), self._other_call(request))
+            await self._wait(request, deadline, asyncio.sleep(pause), _OTHER_CALL)
             pause = min(2 * pause, 0.5)
 
     async def _find(self, request: StartRequest, deadline: Deadline) -> StoredStart | None:
         """Return the record of a key, once no call of this session is sending its start."""
         while (sending := self._sending.get(request.key)) is not None:
-            await self._wait(deadline, sending.wait(), self._other_call(request))
+            await self._wait(request, deadline, sending.wait(), _OTHER_CALL)
 
         looking_up = self._looking_up.get(request.key)
         if looking_up is None:
@@ -167,8 +169,7 @@ class KeyedStarts:
             self._looking_up[request.key] = looking_up
             looking_up.add_done_callback(partial(self._looked_up, request.key))
 
-        silent = f"the store of starts did not respond for key {short_repr(request.key)}"
-        await self._wait(deadline, asyncio.wait([looking_up]), silent)
+        await self._wait(request, deadline, asyncio.wait([looking_up]), _SILENT_STORE)
         try:
             return looking_up.result()
         except ConfigurationError as error:
@@ -179,12 +180,12 @@ class KeyedStarts:
         if not looking_up.cancelled():
             looking_up.exception()  # marks it as retrieved, because all callers may be gone
 
-    def _other_call(self, request: StartRequest) -> str:
-        key = short_repr(request.key)
-        return f"another call is starting the run for key {key}, and got no response"
-
     async def _wait(
-        self, deadline: Deadline, what: Coroutine[Any, Any, object], reason_if_late: str
+        self,
+        request: StartRequest,
+        deadline: Deadline,
+        what: Coroutine[Any, Any, object],
+        reason_if_late: str,
     ) -> None:
         """Wait for something until the deadline; the reason then becomes the error's text."""
         try:
@@ -192,8 +193,9 @@ class KeyedStarts:
                 await what
         except DeadlinePassed:
             timeout = deadline.timeout or 0.0
+            reason = reason_if_late.format(key=short_repr(request.key))
             raise ExecutionTimeout(
-                f"{reason_if_late} within {timeout:g} s, so this call sent nothing",
+                f"{reason} within {timeout:g} s, so this call sent nothing",
                 timeout=timeout,
             ) from None
         finally:
