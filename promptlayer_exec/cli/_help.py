@@ -70,7 +70,8 @@ Results, one line for each finished item, in the order in which they finish:
    "error": null, "started": "2026-05-01T20:00:00+00:00",
    "finished": "2026-05-01T20:00:07+00:00"}
 
-An error is {"type": ..., "message": ...}. Times are UTC.
+An error is {"type": ..., "message": ..., "node": ..., "reason": ...}, with
+the failed node, if any. Times are UTC.
 """,
     "json": """\
 Output of `watch --json` and `run --json`: one line of ASCII JSON for each poll
