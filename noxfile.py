@@ -47,6 +47,7 @@ nox.options.sessions = [
     *OLDEST_AND_NEWEST,
     "coverage",
     "docs",
+    "examples",
     "kill_small",
     "vendor",
     "browser",
@@ -235,6 +236,16 @@ def docs(session: nox.Session) -> None:
         images = [path.parent / it for it in re.findall(r"!\[.*?\]\((?!http)(.*?)\)", text)]
         if "]()" in text or not all(it.exists() for it in images):
             session.error(f"{path} has a link or an image that leads nowhere")
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Run the programs and commands that the README and the pages show, with the built wheel."""
+    _install(session, "test", EVERYTHING)
+    _install_redis(session)
+    environment = {"PYTHONSAFEPATH": "1"}
+    pytest = ("pytest", "-n", "6", "--dist=worksteal", "tests/examples")
+    session.run(*pytest, *session.posargs, env=environment)
 
 
 SDK = "promptlayer==1.5.16"
