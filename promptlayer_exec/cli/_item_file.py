@@ -256,7 +256,9 @@ def _checked(fields: dict[str, Any]) -> StartRequest:
 def _parse(text: bytes) -> dict[str, Any]:
     """Return the fields of a line; null means a missing field, except for the inputs."""
     try:
-        fields = json.loads(text.decode(), parse_constant=_refuse_constant)
+        # With the line's end, what ends too early would be invalid in column 1 of the next.
+        line = text.decode().rstrip("\r\n")
+        fields = json.loads(line, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise Misuse(f"not UTF-8 text: byte {error.start + 1} is invalid") from error
     except json.JSONDecodeError as error:

@@ -222,6 +222,7 @@ def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path)
     bad = {
         '{"key": 1}': '"key" must be a string',
         "not": "not valid JSON: Expecting value, column 1",
+        '{"inputs": {}': "not valid JSON: Expecting ',' delimiter, column 14",
         "[]": 'not a JSON object like {"key": "a", "inputs": {}}',
         '{"inputs": []}': '"inputs" must be an object',
         '{"inputs": {"a": NaN}}': "NaN is not a JSON number",
@@ -238,9 +239,9 @@ def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path)
     code, out, err = run("run", file, "--workflow", "w")
     assert (code, out) == (2, "")
     lines = err.splitlines()
-    assert lines[:13] == [f"line {number}: {why}" for number, why in enumerate(bad.values(), 1)]
-    assert lines[13] == "line 15: the key 'x' is already used in line 14"
-    assert lines[14].endswith("bad.jsonl has 14 invalid lines; nothing was added")
+    assert lines[:14] == [f"line {number}: {why}" for number, why in enumerate(bad.values(), 1)]
+    assert lines[14] == "line 16: the key 'x' is already used in line 15"
+    assert lines[15].endswith("bad.jsonl has 15 invalid lines; nothing was added")
     assert not list(tmp_path.rglob("*.sqlite"))
     (tmp_path / "latin").write_bytes(b"".join(b" " * n + b"\xff\n" for n in range(30)))
     _, _, err = run("run", "latin", "--workflow", "w")
