@@ -116,29 +116,63 @@ def program(text: str, *arguments: object) -> Iterator[list[str]]:
         process.communicate("")
 
 
+class Postgres:
+    """A PostgreSQL server with a database `batches`, which listens on a socket only.
+
+    Args:
+        directory: of its socket and its files; `stop` leaves them.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.url = f"postgresql://tester@/batches?host={directory}"
+        (*_, initdb) = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+        self._programs = initdb.parent
+        # PostgreSQL refuses to run as root.
+        self._user = "postgres" if os.geteuid() == 0 else None
+        if self._user is not None:
+            shutil.chown(directory, self._user)
+
+    def create(self) -> None:
+        """Create the server's files, start it, and create the database."""
+        self._run("initdb", "-A", "trust", "-U", "tester", "--no-sync")
+        self.start()
+        url = self.url.replace("postgresql:", "postgresql+psycopg:").replace(
+            "/batches", "/postgres"
+        )
+        admin = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:
+            connection.execute(sa.text("create database batches"))
+        admin.dispose()
+
+    def start(self) -> None:
+        """Start the server, and wait until it accepts connections."""
+        options = (
+            f"-c listen_addresses='' -c unix_socket_directories='{self.directory}'"
+            " -c max_connections=200 -c shared_preload_libraries=pg_stat_statements"
+            " -c pg_stat_statements.max=1000"
+        )
+        self._run("pg_ctl", "-w", "-l", self.directory / "log", "-o", options, "start")
+
+    def stop(self) -> None:
+        """End all connections, and stop the server."""
+        self._run("pg_ctl", "-w", "-m", "fast", "stop")
+
+    def _run(self, name: str, *arguments: object) -> None:
+        command = [self._programs / name, "-D", self.directory / "data", *map(str, arguments)]
+        subprocess.run(command, user=self._user, cwd="/", check=True, stdout=subprocess.DEVNULL)
+
+
 @contextmanager
-def postgres() -> Iterator[Path]:
-    """Run a PostgreSQL server, and yield the directory of its socket."""
-    (*_, initdb) = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+def postgres() -> Iterator[Postgres]:
+    """Run a PostgreSQL server until the context ends."""
     directory = Path(tempfile.mkdtemp(prefix="pg"))
-    user = "postgres" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
-    if user is not None:
-        shutil.chown(directory, user)
-
-    def run(name: str, *arguments: object) -> None:
-        command = [str(initdb.parent / name), "-D", str(directory / "data"), *map(str, arguments)]
-        subprocess.run(command, user=user, cwd="/", check=True, stdout=subprocess.DEVNULL)
-
-    run("initdb", "-A", "trust", "-U", "tester", "--no-sync")
-    options = (
-        f"-c listen_addresses='' -c unix_socket_directories='{directory}' -c max_connections=200"
-        " -c shared_preload_libraries=pg_stat_statements -c pg_stat_statements.max=1000"
-    )
-    run("pg_ctl", "-w", "-l", directory / "log", "-o", options, "start")
+    server = Postgres(directory)
+    server.create()
     try:
-        yield directory
+        yield server
     finally:
-        run("pg_ctl", "-w", "-m", "immediate", "stop")
+        server.stop()
         shutil.rmtree(directory)
 
 
@@ -318,24 +352,18 @@ def main() -> int:
     parser.add_argument("--no-kill", action="store_true", help="do not kill a worker")
     options = parser.parse_args()
     with (
-        postgres() as directory,
-        program(PROXY, directory / f".s.PGSQL.{PORT}", options.delay / 1000) as (port,),
+        postgres() as server,
+        program(PROXY, server.directory / f".s.PGSQL.{PORT}", options.delay / 1000) as (port,),
         program(SIMULATOR) as (base_url, key),
     ):
         url = f"postgresql://tester@127.0.0.1:{port}/batches?connect_timeout=5"
-        direct = f"postgresql://tester@/batches?host={directory}"
-        admin = sa.create_engine(
-            f"postgresql+psycopg://tester@/postgres?host={directory}", isolation_level="AUTOCOMMIT"
-        )
-        with admin.connect() as connection:
-            connection.execute(sa.text("create database batches"))
-        admin.dispose()
+        direct = server.url
         bench = Bench(direct.replace("postgresql:", "postgresql+psycopg:"), url, base_url, key)
         bench.query("create extension pg_stat_statements")
         print("| | measured | target |\n|---|---|---|")  # noqa: T201
         if options.run:
             count = options.run
-            sqlite = f"sqlite:///{directory}/batches.sqlite"
+            sqlite = f"sqlite:///{server.directory}/batches.sqlite"
             away = f"PostgreSQL {options.delay:g} ms away"
             measure_work(bench, "SQLite, 1 worker", sqlite, 1, count=count, target=80.0)
             measure_work(bench, "PostgreSQL, 2 workers", direct, 2, count=count, target=80.0)

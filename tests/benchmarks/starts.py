@@ -151,13 +151,12 @@ def report(starts: int, on: Callable[[str, str], Measured]) -> int:
     """Measure on each database; return 1 if a target is missed."""
     with tempfile.TemporaryDirectory() as directory:
         sqlite = on("SQLite", f"sqlite:///{directory}/starts.sqlite")
-    with postgres() as directory_of_socket:
-        url = f"postgresql://tester@/postgres?host={directory_of_socket}"
-        floor = commits(url, starts)
-        direct = on("PostgreSQL", url)
-        with behind_a_proxy(f"{directory_of_socket}/.s.PGSQL.{PORT}") as port:
+    with postgres() as server:
+        floor = commits(server.url, starts)
+        direct = on("PostgreSQL", server.url)
+        with behind_a_proxy(f"{server.directory}/.s.PGSQL.{PORT}") as port:
             far = on(
-                f"PostgreSQL, {DELAY:g} ms away", f"postgresql://tester@127.0.0.1:{port}/postgres"
+                f"PostgreSQL, {DELAY:g} ms away", f"postgresql://tester@127.0.0.1:{port}/batches"
             )
 
     most = floor + MOST_BEYOND_COMMITS
