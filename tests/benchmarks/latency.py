@@ -60,11 +60,11 @@ class Load(NamedTuple):
 def loads(rounds: int) -> tuple[Load, ...]:
     """Return the loads, the first of them the one of the chart."""
     return (
-        Load("60 runs of 1 to 5 s, 20 at once", 60, 20, 1.0, 5.0, rounds=rounds),
-        Load("60 runs of 1 to 5 s, 20 at once, cold", 60, 20, 1.0, 5.0, cold=True),
-        Load("800 runs of 6 to 8 s, 400 at once", 800, 400, 6.0, 8.0),
+        Load("60 runs of 1 to 5 s, 20 in parallel", 60, 20, 1.0, 5.0, rounds=rounds),
+        Load("60 runs of 1 to 5 s, 20 in parallel, cold", 60, 20, 1.0, 5.0, cold=True),
+        Load("800 runs of 6 to 8 s, 400 in parallel", 800, 400, 6.0, 8.0),
         Load(
-            "800 runs of 6 to 8 s, 400 at once, 429 beyond 100 requests/s",
+            "800 runs of 6 to 8 s, 400 in parallel, 429 beyond 100 requests/s",
             800,
             400,
             6.0,
@@ -164,7 +164,7 @@ def table(load: Load, results: Mapping[str, Measured]) -> list[str]:
     return lines
 
 
-COLUMNS = ("result after the end, p50", "p95", "requests per run", "CPU per run", "in all")
+COLUMNS = ("delay of the result, p50", "p95", "requests per run", "CPU per run", "in all")
 NAMES = {
     "vendor": "PromptLayer's SDK",
     "polling": "ours, `push=False`",
