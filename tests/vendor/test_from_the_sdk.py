@@ -189,9 +189,9 @@ SITUATIONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = 
     "no output node succeeded": (("write-report", {"topic": "unicorns"}), {}, {}),
     "the timeout passes": (("held",), {"timeout": 0.3}, {"timeout": 0.3}),
     "the key is wrong": (ORDINARY, {"key": "wrong"}, {"key": "wrong"}),
-    "there is no such workflow": (("unknown",), {}, {}),
-    "a start is refused with 429": (ORDINARY, {}, {}),
-    "the response to a start is lost": (ORDINARY, {}, {}),
+    "the workflow does not exist": (("unknown",), {}, {}),
+    "PromptLayer refuses a start request with 429": (ORDINARY, {}, {}),
+    "the response to your start request gets lost": (ORDINARY, {}, {}),
     "a required input is missing": (("typed", {"topik": "otters"}), {}, {}),
     "JSON cannot carry an input": (
         ("write-report", {"topic": "otters", "when": datetime.date(2026, 1, 1)}),
@@ -206,8 +206,8 @@ def test_what_happens_with_both_clients(sim: Simulator, row: list[str]) -> None:
     """The errors of a row are those that the clients raise."""
     situation, theirs, ours = row
     args, sdk_options, options = SITUATIONS[situation]
-    faults = {"a start is refused with 429": Fault.status(429)}
-    faults["the response to a start is lost"] = Fault.disconnect()
+    faults = {"PromptLayer refuses a start request with 429": Fault.status(429)}
+    faults["the response to your start request gets lost"] = Fault.disconnect()
     results = {}
     for client in (PromptLayer, AsyncPromptLayer):
         FAULTS[:] = [faults[situation]] if situation in faults else []
