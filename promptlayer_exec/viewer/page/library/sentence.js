@@ -58,6 +58,9 @@ function runningSentence(run, usual) {
   }
 
   const others = nodes.length === 1 ? "" : ` and ${counted(nodes.length - 1, "other node")}`;
+  // For how long, nobody has seen.
+  if (isOld) return { pieces: [say(`${verb} in `), naming(node), say(`${others}.`)], isSlow: false };
+
   const length = time - node.running;
   const normal = usual.nodes[node.name] ?? null;
   let rest = node.running === null ? "" : ` for ${duration(length, true)}`;
