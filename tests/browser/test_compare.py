@@ -42,7 +42,8 @@ async def compare(sim: Simulator, viewer: Any, ui: Any) -> tuple[int, int]:
     """Start two runs, and go to their comparison."""
     sim.add_workflow("essay", essay)
     ids = [
-        (await viewer.board.start("essay", {"topic": topic})).id for topic in ("otters", HOSTILE)
+        (await viewer.board.start("essay", {"topic": topic}, metadata={"release": release})).id
+        for topic, release in (("otters", "41"), (HOSTILE, "42"))
     ]
     for execution_id in ids:
         while viewer.board.cards[execution_id].state not in ("succeeded", "failed"):
@@ -57,6 +58,8 @@ async def test_differences_are_marked(sim: Simulator, viewer: Any, ui: Any, page
     await expect(page.locator("#compare-summary")).to_have_text(
         "The inputs and 3 of 5 nodes differ."
     )
+    await expect(page.locator(".pair-head .side")).to_contain_text(["release: 41", "release: 42"])
+    await expect(pair(page, "review").locator("details")).to_have_attribute("open", "")
     await page.get_by_label("Compare durations").check()
     await expect(page.locator("#compare-summary")).to_have_text(
         "The inputs and 4 of 5 nodes differ."
@@ -82,7 +85,7 @@ async def test_differences_are_marked(sim: Simulator, viewer: Any, ui: Any, page
     await expect(page.locator(".pair.inputs .tag")).to_have_text("differ")
     await expect(page.locator(".pair.inputs .diff.changed mark").first).to_have_text("otters")
     assert await page.locator("img").count() == 0
-    assert re.search(r"open=&open=essay&open=same&equal=1&durations=1$", page.url)
+    assert re.search(r"open=&open=review&open=essay&open=same&equal=1&durations=1$", page.url)
     await page.reload()
     await expect(changed).to_have_text(["otters", HOSTILE])
     await expect(pair(page, "same")).to_be_visible()
@@ -99,6 +102,7 @@ async def test_the_other_one_is_chosen_on_a_page(
     await expect(button).to_have_attribute("aria-expanded", "true")
     choice = page.get_by_label("Compare with")
     await expect(choice.locator("option")).to_have_count(2)
+    await expect(choice).to_have_value(str(left))  # the last success
     await page.keyboard.press("Tab")
     await page.keyboard.type("nonsense")
     await page.keyboard.press("Enter")

@@ -41,7 +41,7 @@ def entry(page: Page, execution_id: int) -> Locator:
 
 def count(page: Page, outcome: str) -> Locator:
     """Return how many executions have an outcome."""
-    return page.locator(f'[data-outcome="{outcome}"]').locator("visible=true").first
+    return page.locator(f'#outcomes [data-outcome="{outcome}"]')
 
 
 async def test_five_hundred_executions_are_searched_and_filtered(
@@ -76,7 +76,14 @@ async def test_each_workflow_has_its_durations_as_a_plot(viewer: Any, ui: Any, p
     remember(viewer, 60)
     await ui.open("#/history")
     trend = page.locator(".trend").filter(has_text="report")
-    await expect(trend).to_contain_text("20 runs, 2 of 20 not successful")
+    await expect(trend).to_be_visible()
+    await page.reload()
+    await expect(trend).to_be_visible()
+    await page.get_by_label("Search", exact=True).fill("otters")
+    await expect(count(page, "all")).to_have_text("30")
+    await page.get_by_label("Search", exact=True).fill("")
+    await expect(count(page, "all")).to_have_text("60")
+    await expect(trend).to_contain_text("20 runs, 2 did not succeed")
     await expect(trend).to_contain_text("median 5.0 s, 2.0 s to 8.0 s")
     await expect(trend.locator(".point")).to_have_count(20)
     await expect(trend.locator(".point.minimum")).to_have_count(10)
@@ -100,12 +107,22 @@ async def test_one_and_all_can_be_deleted(viewer: Any, ui: Any, page: Page) -> N
     await expect(page.locator(".entry")).to_have_count(4)
     await expect(page.get_by_label("More: report, execution 5003")).to_be_focused()
     await expect(count(page, "all")).to_have_text("4")
+    menu = page.get_by_label("More: report, execution 5003")
+    delete = page.get_by_role("button", name="Delete: report, execution 5003")
+    for close in (page.keyboard.press("Escape"), page.locator("#history-title").click()):
+        await menu.click()
+        await expect(delete).to_be_visible()
+        await close
+        await expect(delete).to_be_hidden()
+    await menu.click()
+    await delete.click()
+    await expect(count(page, "all")).to_have_text("3")
     await page.get_by_text("More", exact=True).click()
     await page.get_by_role("button", name="Delete all").click()
     dialog = page.get_by_role("dialog")
     await expect(dialog).to_contain_text("They stay on PromptLayer")
     await page.keyboard.press("Escape")
-    await expect(page.locator(".entry")).to_have_count(4)
+    await expect(page.locator(".entry")).to_have_count(3)
     await page.get_by_role("button", name="Delete all").click()
     await dialog.get_by_role("button", name="Delete all").click()
     await expect(page.locator("#history-empty")).to_contain_text("Nothing is remembered yet.")

@@ -86,6 +86,14 @@ async def add_open(page: Page, execution_id: int) -> None:
         await button.click()
 
 
+async def test_the_whole_line_leads_to_the_run(sim: Simulator, page: Page) -> None:
+    """What is no button, too; the keyboard has the name, which is a link."""
+    held = sim.add_execution(HELD)
+    await add(page, held)
+    await line(page, held).locator('[data-part="count"]').click()
+    await expect(page).to_have_url(re.compile(rf"#/executions/{held}$"))
+
+
 async def test_progress_appears_node_by_node(sim: Simulator, page: Page) -> None:
     """Nodes are updated as they end, with the count of final nodes, and then the execution."""
     held = sim.add_execution(HELD)

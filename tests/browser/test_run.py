@@ -488,7 +488,7 @@ async def test_the_end_of_a_run_is_notified_if_allowed(
         ends.append(held)
     shown = await page.evaluate("window.shown.map(([title, options]) => [title, options.body])")
     assert [title for title, _ in shown] == [f"Execution {ends[1]}: failed"]
-    assert shown[0][1].startswith("Failed just now in plan: ")
+    assert shown[0][1].startswith("Failed in plan: ")
     await page.evaluate("window.shown[0][2].dispatchEvent(new Event('click'))")
     await expect(ui.part("crumb")).to_have_text(f"Execution {ends[1]}")
 

@@ -222,7 +222,7 @@ async def test_a_notification_has_the_sentence(
     await page.wait_for_function("() => window.told.length > 0")
     await page.wait_for_function("() => window.told.length > 0")
     assert await page.evaluate("window.told") == [
-        f"tickets: failed | Failed just now in call the model: {LIMIT}."
+        f"tickets {execution.id}: failed | Failed in call the model: {LIMIT}."
     ]
 
 

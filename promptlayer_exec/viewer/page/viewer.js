@@ -241,6 +241,18 @@ setInterval(() => {
 }, TICK);
 setInterval(() => view?.refresh?.(), 15_000);
 
+// Menus close as they do elsewhere.
+function closeMenus(isMeant) {
+  for (const menu of findAll(".menu[open]")) if (isMeant(menu)) menu.open = false;
+}
+addEventListener("click", ({ target }) => closeMenus((menu) => !menu.contains(target)));
+addEventListener("keydown", ({ key }) => {
+  if (key !== "Escape" || find("dialog[open]") !== null) return;
+  const focused = find(".menu[open]:focus-within > summary");
+  closeMenus(() => true);
+  focused?.focus();
+});
+
 // What is sticky stays below the bar, however high that is.
 const bar = find(".bar");
 new ResizeObserver(() => {

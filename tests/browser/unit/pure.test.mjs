@@ -128,6 +128,11 @@ test("the sentence of a running run says whether it is stuck", () => {
   const whole = sentenceOf(runOf({ state: "running", nodes, time: 130 }), { ...usual, nodes: {} });
   assert.match(textOf(whole), /^Running in rank for 2 min 10 s; the whole run usually takes 40 s\./);
   assert.equal(whole.isSlow, true);
+  // As long as the node usually takes, and since the node began, no change says nothing.
+  const usually = { ...usual, nodes: { rank: 60 } };
+  assert.equal(textOf(sentenceOf(runOf({ state: "running", nodes, time: 26 }), usually)), "Running in rank for 26 s; usually 1 min 00 s.");
+  const alone = [{ name: "rank", status: "RUNNING", running: 0, final: null }];
+  assert.equal(textOf(sentenceOf(runOf({ state: "running", nodes: alone, time: 26 }), NOTHING)), "Running in rank for 26 s.");
   const two = [...nodes, { name: "grade", status: "RUNNING", running: 1, final: null }];
   assert.equal(textOf(sentenceOf(runOf({ state: "running", nodes: two, time: 5 }), NOTHING)), "Running in rank and 1 other node for 5.0 s.");
 });
@@ -141,6 +146,8 @@ test("the sentence of a run that ended says why, and what is next", () => {
   const { pieces } = sentenceOf(failed, { ...NOTHING, successes });
   assert.match(textOf({ pieces }), / The last success was 2 hours ago: Compare · Run again\.$/);
   assert.equal(pieces.find((piece) => piece.kind === "compare").id, "786");
+  const later = textOf(sentenceOf(failed, { ...NOTHING, successes: [{ execution_id: "788", ended: now - 70 }] }));
+  assert.match(later, / A later run succeeded 1 minute ago: Compare · Run again\.$/);
   const unknown = runOf({ state: "failed", nodes: [], workflow: null });
   assert.equal(textOf(sentenceOf(unknown, NOTHING)), "Failed: no output node succeeded.");
   const fine = runOf({ state: "succeeded", nodes: [], time: 30, ended: now - 5 });

@@ -172,6 +172,15 @@ export class Run {
   }
 }
 
+// With what a run was started, beside its inputs: version, label, metadata.
+export function settingsOf({ data: { version, label, metadata } }) {
+  const words = [];
+  if (version !== null) words.push(`version ${version}`);
+  if (label !== null) words.push(`label ${label}`);
+  for (const [name, value] of Object.entries(metadata ?? {})) words.push(`${name}: ${value}`);
+  return words;
+}
+
 const GOES_ON = "Runs continue on PromptLayer; the page shows what was last seen.";
 // By kind of problem: a few words, and what to do.
 const SERVER = {

@@ -24,9 +24,9 @@ export function sentenceOf(run, usual, longest = REASON) {
 
 export const textOf = ({ pieces }) => pieces.map((piece) => piece.text).join("");
 
-// Without what needs a click, for a notification.
+// For a notification: without what needs a click, and without a moment, because it may be read later.
 export function tellingOf(run) {
-  if (run.data.state === "failed") return textOf(plain(...failedPieces(run)));
+  if (run.data.state === "failed") return textOf(plain(...failedPieces(run, REASON, false)));
   return textOf(sentenceOf(run, { duration: null, nodes: {}, successes: [] }));
 }
 
@@ -49,12 +49,13 @@ function runningSentence(run, usual) {
   const quiet = time - run.latest();
   const total = run.length();
   const isLate = total !== null && usual.duration !== null && total > SLOW * usual.duration;
-  const change = quiet >= QUIET && !isOld ? ` No change for ${duration(quiet, true)}.` : "";
+  const change = ` No change for ${duration(quiet, true)}.`;
 
   const [node] = nodes;
   if (node === undefined) {
     const { final, total: count } = run.data;
-    return { pieces: [say(`${verb}: ${final} of ${count} nodes are done, none is running.${change}`)], isSlow: isLate };
+    const words = `${verb}: ${final} of ${count} nodes are done, none is running.`;
+    return { pieces: [say(quiet >= QUIET && !isOld ? words + change : words)], isSlow: isLate };
   }
 
   const others = nodes.length === 1 ? "" : ` and ${counted(nodes.length - 1, "other node")}`;
@@ -67,12 +68,14 @@ function runningSentence(run, usual) {
   if (normal !== null) rest += `; usually ${duration(normal, true)}`;
   else if (usual.duration !== null) rest += `; the whole run usually takes ${duration(usual.duration, true)}`;
   const isSlow = isLate || (normal !== null && length > SLOW * normal);
+  // The latest change may be that the node began, and the node may usually take that long.
+  const isQuiet = quiet >= Math.max(QUIET, normal ?? 0) && (node.running === null || quiet < length - 1);
   const next = isSlow ? lastSuccess(run, usual) : [];
-  return { pieces: [say(`${verb} in `), naming(node), say(`${others}${rest}.${change}`), ...next], isSlow };
+  return { pieces: [say(`${verb} in `), naming(node), say(`${others}${rest}.${isQuiet ? change : ""}`), ...next], isSlow };
 }
 
-function failedPieces(run, longest = REASON) {
-  const when = run.endedAt() === null ? "" : ` ${ago(run.endedAt())}`;
+function failedPieces(run, longest = REASON, isDated = true) {
+  const when = run.endedAt() === null || !isDated ? "" : ` ${ago(run.endedAt())}`;
   const nodes = run.failed();
   const [node] = nodes;
   if (node === undefined) return [say(`Failed${when}: no output node succeeded.`)];
@@ -95,7 +98,9 @@ function lastSuccess(run, usual) {
   const success = usual.successes.find(({ execution_id }) => execution_id !== run.id);
   if (success === undefined) return [];
   const { ended, execution_id: id } = success;
-  return [say(` The last success was ${ago(ended)}: `), { kind: "compare", text: "Compare", id }, say(".")];
+  const isLater = run.endedAt() !== null && ended > run.endedAt();
+  const words = isLater ? "A later run succeeded" : "The last success was";
+  return [say(` ${words} ${ago(ended)}: `), { kind: "compare", text: "Compare", id }, say(".")];
 }
 
 /** @returns {(Piece | string)[]} */

@@ -27,13 +27,15 @@ export function notifyOfEnd(run) {
     tag: `execution-${run.id}`,
     icon: run.data.state === "lost" ? "favicon.svg" : `favicon-${run.data.state}.svg`,
   };
-  const shown = new Notification(`${run.name}: ${state.toLowerCase()}`, options);
+  const shown = new Notification(`${titleOf(run)}: ${state.toLowerCase()}`, options);
   shown.addEventListener("click", () => {
     window.focus();
     go(addressOf(["executions", run.id]));
     shown.close();
   });
 }
+
+const titleOf = (run) => (run.data.workflow === null ? run.name : `${run.name} ${run.id}`);
 
 function showBell() {
   const bell = byId("bell");

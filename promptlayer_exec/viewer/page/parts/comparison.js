@@ -19,6 +19,7 @@ export function offerComparison(root, current) {
       make("option", { value: "" }, others.length > 0 ? "Choose one" : "No other run is known here"),
       ...others.map(({ id, text }) => make("option", { value: id }, text)),
     );
+    part(root, "others").value = others.find((one) => one.hasSucceeded)?.id ?? "";
     part(root, "others").focus();
   });
   form.addEventListener("submit", (event) => {
@@ -32,20 +33,22 @@ export function offerComparison(root, current) {
   });
 }
 
-// Other runs of the same workflow, live or remembered.
+// Other runs of the same workflow, live or remembered; the latest of the remembered ones first.
 async function othersOf(run) {
   const found = new Map();
   const { workflow } = run.data;
   for (const one of runs.values()) {
     if (one.id !== run.id && one.data.workflow === workflow) {
-      found.set(one.id, `${one.id}, ${STATES[one.data.state][0].toLowerCase()}`);
+      found.set(one.id, { state: one.data.state, when: "" });
     }
   }
   if (board.hasHistory && workflow !== null) {
     for (const { execution_id, began, outcome } of await getRemembered({ workflow })) {
       if (execution_id === null || execution_id === run.id) continue;
-      found.set(execution_id, `${execution_id}, ${STATES[outcome][0].toLowerCase()}, ${clock(began)}`);
+      found.set(execution_id, { state: outcome, when: `, ${clock(began)}` });
     }
   }
-  return [...found].map(([id, text]) => ({ id, text }));
+  return [...found].map(([id, { state, when }]) => {
+    return { id, text: `${id}, ${STATES[state][0].toLowerCase()}${when}`, hasSucceeded: state === "succeeded" };
+  });
 }

@@ -11,7 +11,8 @@ const WIDTH = 176;
 const HEIGHT = 54;
 const MARGIN = 14;
 const NARROW = 640;
-const READABLE = 0.75; // the smallest scale that is chosen at first
+const READABLE = 0.75; // the scale that is chosen at first for what does not fit
+const SMALL = 0.62; // the smallest one at which all of it is shown at first
 const LEAST = 0.1;
 const NAME_WIDTH = WIDTH - 44;
 
@@ -357,7 +358,8 @@ export class Graph {
 
   // As large as fits, but readable: what does not fit is scrolled to.
   readable() {
-    return Math.max(READABLE, Math.min(1, this.container.clientWidth / this.size[0]));
+    const fitting = Math.min(1, this.container.clientWidth / this.size[0]);
+    return fitting >= SMALL ? fitting : READABLE;
   }
 
   resize(scale) {

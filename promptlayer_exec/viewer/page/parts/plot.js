@@ -15,7 +15,7 @@ export function trendOf({ workflow, runs, total }) {
   const typical = median(lengths);
   const range = `median ${duration(typical)}, ${duration(least)} to ${duration(most)}`;
   const text = runs.length === 1 ? duration(typical) : range;
-  const about = failed > 0 ? `, ${failed} of ${runs.length} not successful` : "";
+  const about = failed > 0 ? `, ${failed} did not succeed` : "";
   const button = make("button", { type: "button", class: "trend" });
   button.dataset.workflow = workflow;
   button.append(

@@ -110,14 +110,14 @@ function headOf(batch, isLink) {
   });
   const { workers, total } = batch;
   const isOpen = batch.waiting + batch.running > 0;
-  const who = workers === 0 && isOpen ? "nobody works on it" : counted(workers, "worker");
+  const who = workers === 0 ? "nobody works on it" : counted(workers, "worker");
   return make(
     "div",
     { class: "batch" },
     ...(isLink ? [make("p", { class: "batch-name" }, link)] : []),
     bar,
     make("p", { class: "counts" }, ...words),
-    make("p", { class: workers === 0 && isOpen ? "idle" : "muted" }, `${counted(total, "item")}, ${who}`),
+    make("p", { class: workers === 0 && isOpen ? "idle" : "muted" }, isOpen ? `${counted(total, "item")}, ${who}` : counted(total, "item")),
     ...(isLink ? [datesOf(batch)] : []),
   );
 }

@@ -9,7 +9,7 @@ import { board, groupOf, runs, STATES } from "../library/model.js";
 import { showSegments, showSentence, showState, showTime } from "../parts/progress.js";
 import { addressOf, replace } from "../library/router.js";
 import { matches, Rows } from "../parts/rows.js";
-import { ago } from "../library/times.js";
+import { ago, counted } from "../library/times.js";
 
 const FEW = 5; // succeeded runs that are shown before the others are asked for
 
@@ -97,6 +97,10 @@ function lineOf(run) {
   const title = part(root, "title");
   title.id = `title-${id}`;
   title.href = addressOf(["executions", id]);
+  // The whole line leads to the run, but one can select its text.
+  find(".line-head", root).addEventListener("click", ({ target }) => {
+    if (target.closest("a, button") === null && getSelection().isCollapsed) title.click();
+  });
   part(root, "progress").setAttribute("aria-label", `Final nodes of execution ${id}`);
   part(root, "remove").setAttribute("aria-label", `Remove execution ${id} from this page`);
   part(root, "fold").setAttribute("aria-label", `Nodes of execution ${id}`);
@@ -131,7 +135,11 @@ function showLine(line) {
   const { root, run } = line;
   showState(root, run);
   showSegments(root, run);
-  write(part(root, "count"), run.data.total === 0 ? "" : `${run.data.final}/${run.data.total}`);
+  const { state, final, total } = run.data;
+  // All nodes of a failed run are final, which is not what people ask of it.
+  const count = state === "failed" ? run.counts().success : final;
+  write(part(root, "count"), total === 0 ? "" : `${count}/${total}`);
+  part(root, "count").title = `${count} of ${counted(total, "node")} ${state === "failed" ? "succeeded" : "final"}`;
   write(part(root, "subtitle"), run.data.workflow === null ? "" : run.id);
   tick(line);
 }

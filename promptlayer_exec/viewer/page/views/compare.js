@@ -4,7 +4,7 @@
 import { call, get, getInputs, getText } from "../library/api.js";
 import { byId, findAll, iconOf, make, show, write } from "../library/dom.js";
 import { diffLines, diffWords } from "../library/diff.js";
-import { board, runs, spanOf, STATES, statusOf, wordOf } from "../library/model.js";
+import { board, runs, settingsOf, spanOf, STATES, statusOf, wordOf } from "../library/model.js";
 import { addressOf, go, replace } from "../library/router.js";
 import { clock, duration } from "../library/times.js";
 
@@ -18,7 +18,7 @@ let asked = "";
 let opened = new Set();
 let changed = new Set();
 let hasOtherInputs = false;
-let isOpenedOnce = false; // inputs that differ are open at first
+let isOpenedOnce = false; // inputs that differ, and what failed on one side, are open at first
 let pending = null;
 let isUnfolded = false; // the nodes that are equal
 
@@ -93,13 +93,15 @@ function render(left, right) {
   const rows = names.map((name) => compareNodes(name, left, right));
   const differing = rows.filter((row) => row.marks.length > 0);
   const equal = rows.filter((row) => row.marks.length === 0);
+  const broken = differing.find(({ marks }) => marks.includes("error"));
+  if (!isOpenedOnce && hasOtherInputs) opened.add(INPUTS);
+  if (!isOpenedOnce && broken !== undefined) opened.add(broken.name);
+  isOpenedOnce ||= hasOtherInputs || broken !== undefined;
   const list = make("ol", { class: "nodes", "aria-label": "Nodes of both executions" });
   list.append(...differing.map((row) => rowOf(row, left, right)));
   if (equal.length > 0) list.append(foldOfEqual(equal, left, right));
   const focused = findAll(".pair").find((one) => one.contains(document.activeElement))?.dataset.name;
   const hasInputs = left.data.has_inputs || right.data.has_inputs;
-  if (hasOtherInputs && !isOpenedOnce) opened.add(INPUTS);
-  isOpenedOnce ||= hasOtherInputs;
   if (hasInputs) list.prepend(inputsRow(left, right));
   const card = make("div", { class: "pairs" }, headOf(left, right), list);
   byId("compare").replaceChildren(card);
@@ -124,6 +126,7 @@ function headOf(left, right) {
     const length = run.length();
     const about = [`Execution ${run.id}`, moment === null ? "" : clock(moment)];
     if (length !== null) about.push(duration(length));
+    about.push(...settingsOf(run));
     const state = make("p", { class: "status" }, iconOf(icon), word);
     const text = about.filter((one) => one !== "").join(" · ");
     const head = make("div", { class: "side" }, make("h3", {}, link), state, make("p", { class: "muted" }, text));

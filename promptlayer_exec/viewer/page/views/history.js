@@ -108,7 +108,7 @@ async function load(isMore = false) {
 function showCounts(counts) {
   const all = Object.values(counts).reduce((sum, one) => sum + one, 0);
   for (const [name, count] of Object.entries({ all, ...counts })) {
-    write(find(`[data-outcome=${name}]`), count.toLocaleString("en"));
+    write(find(`#outcomes [data-outcome=${name}]`), count.toLocaleString("en"));
   }
   const isFiltered = filters().size > 0;
   const nothing = isFiltered
@@ -135,8 +135,9 @@ function rowOf(entry) {
   if (entry.version !== null) about.push(`version ${entry.version}`);
   if (entry.label !== null) about.push(entry.label);
   write(at("subtitle"), about.filter((one) => one !== null).join(" · "));
-  write(at("preview"), oneLine(entry.problem ?? entry.inputs ?? ""));
-  at("preview").classList.toggle("wrong", entry.problem !== null);
+  const problem = runs.get(id)?.data.state === "running" ? null : entry.problem; // which is over
+  write(at("preview"), oneLine(problem ?? entry.inputs ?? ""));
+  at("preview").classList.toggle("wrong", problem !== null);
   showMoment(at("began"), entry);
   write(at("duration"), lengthOf(entry));
   showState(root, entry);
