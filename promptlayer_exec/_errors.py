@@ -18,9 +18,9 @@ class PromptLayerExecError(Exception):
     """The base class of this library's errors.
 
     Attributes:
-        execution_id: the id of the execution; None if it has not started. Save it: it is the only
-            way back to the run.
-        last_snapshot: the last snapshot of the execution; None if there is none.
+        execution_id: the id of the execution, or None if it has not started. Save it: it is the
+            only way back to the run.
+        last_snapshot: the last snapshot of the execution, or None if there is none.
     """
 
     advice: ClassVar[str] = ""  # what to do next; `{id}` stands for the execution's id
@@ -175,8 +175,8 @@ class InvalidResponse(RequestError):
     Attributes:
         status: the HTTP status of the response.
         excerpt: the first 200 bytes of the body.
-        path: the place of the mistake in the body, such as `$["Node 1"].status`; None if the body
-            is cut short or not JSON.
+        path: the place of the mistake in the body, such as `$["Node 1"].status`, or None if the
+            body is cut short or not JSON.
     """
 
     advice = "Check that base_url points to the PromptLayer API; if it does, report this message."

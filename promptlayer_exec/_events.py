@@ -86,7 +86,7 @@ class WatchEnded(Event):
         polls: the number of polls that succeeded.
         elapsed: seconds since the first poll.
         error: the error that stopped the poller, if a poll failed.
-        succeeded: whether the execution succeeded; None if no poll found it complete.
+        succeeded: whether the execution succeeded, or None if no poll found it complete.
         workflow: as for `WatchStarted`.
     """
 
@@ -138,7 +138,8 @@ class StartFailed(Event):
         request: the run that was to start.
         error: the error; a `CancelledError` if the caller was cancelled and no run was started.
         duration: seconds from the call to the error.
-        base_url: the server's URL; empty if the session could not prepare the request or open.
+        base_url: the server's URL, or an empty string if the session could not prepare the request
+            or open.
     """
 
     request: StartRequest

@@ -45,8 +45,8 @@ class Outcome(Generic[ItemT, OutputT]):
         item: the item itself.
         execution: the handle of its execution, if it has one.
         snapshot: the last snapshot of the execution, if there was one.
-        output: its main output; None if there is an error.
-        error: the error; None if the item succeeded.
+        output: its main output, or None if there is an error.
+        error: the error, or None if the item succeeded.
     """
 
     index: int
@@ -146,7 +146,7 @@ class _FanOut(Generic[ItemT]):
     _tasks: set[asyncio.Task[Any]] = attrs.field(init=False, factory=set)
 
     async def outcomes(self) -> AsyncGenerator[Outcome[ItemT, Any], None]:
-        """Yield each outcome as soon as it arrives; raise the errors of `as_completed`."""
+        """Yield each outcome as soon as it arrives, or raise the errors of `as_completed`."""
         lifetime = self._session._open().lifetime
         taking = lifetime.spawn(self._take(), name="promptlayer_exec.items")
         self._tasks.add(taking)

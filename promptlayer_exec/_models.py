@@ -92,7 +92,7 @@ class Node:
 class NodeTimes:
     """When a watch first saw a node running, and when it first saw it final.
 
-    Both are seconds since the first poll of the watch; None if it never saw that.
+    Both are seconds since the first poll of the watch, or None if it never saw that.
     """
 
     running: float | None = None
@@ -128,11 +128,11 @@ class Snapshot:
         execution_id: the id of the execution.
         complete: whether the server reports the execution as complete (HTTP 200). A complete
             execution may have failed.
-        nodes: the nodes by name, in the server's order; read-only.
+        nodes: the nodes by name, in the server's order. Read-only.
         raw: the decoded body, including unknown fields. Do not change it: snapshots share it.
         poll: the number of this poll, from 1; a single request is poll 1.
         elapsed: seconds since the watch began; for a single request, how long it took.
-        times: when each node was first seen running and first seen final; read-only.
+        times: when each node was first seen running and first seen final. Read-only.
     """
 
     execution_id: int

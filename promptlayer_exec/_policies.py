@@ -40,7 +40,7 @@ class PollPolicy:
     that grows slowly with the time since the last change.
 
     Args:
-        floor: the shortest delay in seconds; greater than 0.
+        floor: the shortest delay in seconds, greater than 0.
         ceiling: the longest delay in seconds, before the jitter.
         jitter: a random extra for each delay: at most this fraction of the delay, and at most this
             number of seconds. It keeps executions that started together from polling together.
@@ -66,7 +66,7 @@ class PollPolicy:
         """Return a policy that polls at a fixed interval, without jitter.
 
         Args:
-            seconds: the interval; greater than 0.
+            seconds: the interval, greater than 0.
 
         Raises:
             ConfigurationError: the interval is out of range.
@@ -184,10 +184,10 @@ class RetryPolicy:
         """Return the seconds to wait because the server asked for a pause.
 
         Args:
-            retry_after: the seconds that it asked for; None if it did not ask.
+            retry_after: the seconds that it asked for, or None if it did not ask.
 
         Returns:
-            At most `retry_after_ceiling`; 0 if the server did not ask.
+            At most `retry_after_ceiling`, or 0 if the server did not ask.
         """
         return min(retry_after or 0.0, self.retry_after_ceiling)
 
@@ -208,7 +208,7 @@ class Deadline:
 
     @classmethod
     def after(cls, timeout: float | None, *, now: float) -> Self:
-        """Return the deadline `timeout` seconds after `now`; None for no limit."""
+        """Return the deadline `timeout` seconds after `now`, or None for no limit."""
         return cls(timeout, now + or_infinity(timeout))
 
 

@@ -93,13 +93,13 @@ class Session:
             `$PROMPTLAYER_BASE_URL`, or else https://api.promptlayer.com.
         poll: when to poll an execution again.
         retry: which failures to retry, and for how long.
-        wait_timeout: the default timeout of every wait, in seconds; None for no limit.
+        wait_timeout: the default timeout of every wait, in seconds, or None for no limit.
         request_timeout: seconds for one HTTP attempt, from connecting to the last byte. Waiting for
             the rate or for a connection does not count.
         max_connections: the most requests in flight. A quarter of them, at least one, is reserved
             for starts; an eighth, from one to four, for push and definitions.
         max_response_bytes: the largest response body, in bytes after decompression.
-        rate: HTTP attempts per second, for the whole session; None for no limit.
+        rate: HTTP attempts per second, for the whole session, or None for no limit.
         limiter: an additional limit, acquired once per HTTP attempt.
         http: an `aiohttp.ClientSession` to borrow, with its proxy, TLS and headers. You close it.
         converter: the cattrs converter for inputs and outputs, instead of a strict one from
@@ -429,8 +429,8 @@ class Session:
         Args:
             workflow: its name or id.
             inputs: its input variables, as a mapping or an attrs, dataclass or pydantic instance.
-            label: the label of the version to run; not allowed with `version`.
-            version: the number of the version to run; not allowed with `label`.
+            label: the label of the version to run, not allowed with `version`.
+            version: the number of the version to run, not allowed with `label`.
             metadata: strings to store with the run.
             callback_url: the URL to which the server posts the final output.
             key: a key that starts one run only: if any process has already used it, you get the
@@ -552,8 +552,8 @@ class Session:
 
         Args:
             workflow: its name or id.
-            label: the label of the version; not allowed with `version`.
-            version: the number of the version; not allowed with `label`. Without either, you get
+            label: the label of the version, not allowed with `version`.
+            version: the number of the version, not allowed with `label`. Without either, you get
                 the latest version.
 
         Raises:
@@ -578,8 +578,8 @@ class Session:
         https://docs.promptlayer.com/reference/list-workflows
 
         Args:
-            sort_by: the field to sort by; None for the server's default.
-            sort_order: the direction; None for `desc`.
+            sort_by: the field to sort by, or None for the server's default.
+            sort_order: the direction, or None for `desc`.
             external_source: only workflows with an id from this source; needs `external_id`.
             external_id: only workflows with this id in `external_source`.
 

@@ -86,5 +86,5 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def shown_key(key: Any) -> str:
-    """Return the key of a start for a log line, in brackets; empty without one."""
+    """Return the key of a start for a log line, in brackets, or an empty string without one."""
     return "" if key is None else f" (key {short_repr(key)})"

@@ -61,11 +61,11 @@ class Workflow:
     Attributes:
         id: the workflow's id.
         name: the workflow's name.
-        version: the number of this version; None if the server sent none.
+        version: the number of this version, or None if the server sent none.
         labels: the release labels of this version.
-        required_inputs: the type of each required input variable by its name, such as
-            `{"topic": "string"}`; None if the server sent none. Types are open strings.
-        nodes: the nodes by name, in the server's order; read-only. Empty if the server sent none.
+        required_inputs: the type of each required input variable by its name, such as `{"topic":
+            "string"}`, or None if the server sent none. Types are open strings.
+        nodes: the nodes by name, in the server's order. Read-only. Empty if the server sent none.
         edges: the connections, as the server sent them.
         raw: the decoded body, including all other fields. Do not change it.
         run: the state of a run that a notebook draws into the graph; see `with_run`.

@@ -78,8 +78,8 @@ class OpenTelemetryObserver:
     https://github.com/open-telemetry/semantic-conventions-genai
 
     Args:
-        tracer_provider: receives the spans; None for the global one, which may be set later.
-        meter_provider: receives the metrics; None for the global one, which may be set later.
+        tracer_provider: receives the spans, or None for the global one, which may be set later.
+        meter_provider: receives the metrics, or None for the global one, which may be set later.
         record_values: whether to record inputs, outputs, and the whole text of errors, which may
             quote them or the body of a malformed response.
     """

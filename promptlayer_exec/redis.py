@@ -218,7 +218,7 @@ class SharedWatch:
         self.is_sent = is_sent
 
     async def _wait_for_turn(self, streams: Callable[[], bool]) -> Response | None:
-        """Wait for a response of another session; None if it is this session's turn to poll."""
+        """Wait for a response of another session, or None if it is this session's turn to poll."""
         while True:
             self.news.clear()  # first, so that no hint is lost in between
             turn = await self._connection.run(self._ask_turn, streams())
@@ -437,7 +437,7 @@ class RedisConnection:
     async def run(
         self, command: Callable[..., Awaitable[Any]], *arguments: Any, **options: Any
     ) -> Any:
-        """Return the result of a command; raise `RedisUnavailable` if it fails or is late.
+        """Return the result of a command, or raise `RedisUnavailable` if it fails or is late.
 
         It runs in a separate task: on Python 3.11, redis-py may swallow a cancellation.
         """

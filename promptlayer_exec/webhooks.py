@@ -43,7 +43,7 @@ class Webhook:
         execution_id: the id of the execution, for `agent_run_finished`; else None.
         workflow: the name of its workflow, if the webhook has it.
         workflow_id: the id of its workflow, if the webhook has it.
-        timestamp: when it happened (UTC); None if the webhook has no readable time.
+        timestamp: when it happened (UTC), or None if the webhook has no readable time.
         payload: the decoded body, with all fields.
     """
 
@@ -60,7 +60,7 @@ def read_webhook(body: bytes, signature: str | None, secret: str) -> Webhook:
 
     Args:
         body: the raw body of the request, at most 1 MiB.
-        signature: the request's header `X-PromptLayer-Signature`; None if there is none.
+        signature: the request's header `X-PromptLayer-Signature`, or None if there is none.
         secret: the webhook's secret, from PromptLayer's settings.
 
     Raises:

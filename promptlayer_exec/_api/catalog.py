@@ -26,7 +26,7 @@ from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, Wo
 
 
 def workflow_request(workflow: Any, label: Any, version: Any) -> Request:
-    """Return the request for one version of a workflow; raises `TypeError` or `ValueError`."""
+    """Return the request for one version of a workflow. Raises `TypeError` or `ValueError`."""
     label, version = version_selection(label, version)
     query = _query(label=label, version=version)
     return Request("GET", f"/workflows/{path_segment(workflow)}{query}")

@@ -111,7 +111,7 @@ def excerpt(body: bytes) -> str:
 
 
 def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
-    """Return the seconds that a server asks to wait; None without a valid header.
+    """Return the seconds that a server asks to wait, or None without a valid header.
 
     `headers` is case-insensitive, and `now` is in seconds since the epoch.
 

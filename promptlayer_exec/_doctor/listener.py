@@ -90,7 +90,7 @@ class Listener:
         self._news.set()
 
     def announcement(self, execution_id: int) -> Message | None:
-        """Return the message that announces the completion of a run; None if none did so far."""
+        """Return the message that announces the completion of a run, or None if none did so far."""
         return next((it for it in self.messages if it.execution_id == execution_id), None)
 
     async def wait_for(self, execution_id: int) -> None:

@@ -86,7 +86,7 @@ class ObservedRun:
 
     @property
     def completed_at(self) -> float | None:
-        """When a poll had found the run complete; None if none has."""
+        """When a poll had found the run complete, or None if none has."""
         if not self.polls or self.polls[-1].status != 200:
             return None
         return self.polls[-1].sent_at + self.polls[-1].duration
@@ -169,7 +169,7 @@ class CallbackReceiver:
         self._stop: Callable[[], Awaitable[None]] | None = None
 
     async def listen(self, port: int) -> None:
-        """Begin to accept requests from this machine; raises `OSError`."""
+        """Begin to accept requests from this machine. Raises `OSError`."""
         server = web.Server(self._handle, access_log=None)
         runner = web.ServerRunner(server)
         await runner.setup()
@@ -183,7 +183,7 @@ class CallbackReceiver:
         return web.Response(status=204)
 
     async def posted(self, patience: float) -> Posted | None:
-        """Return what was posted first; None if nothing comes in time."""
+        """Return what was posted first, or None if nothing comes in time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 return await asyncio.shield(self._posted)
@@ -196,7 +196,7 @@ class CallbackReceiver:
 
 
 def node_map(body: bytes) -> dict[str, Any] | None:
-    """Return the nodes in a body, decoded; None if it is not a map of nodes."""
+    """Return the nodes in a body, decoded, or None if it is not a map of nodes."""
     try:
         value = loads(body)
     except (ValueError, RecursionError):

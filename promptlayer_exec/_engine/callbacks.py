@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def with_callback_url(
     request: StartRequest, callbacks: Callbacks | None, token: str | None = None
 ) -> tuple[StartRequest, str | None]:
-    """Return a start with a callback URL, and its token; None if the caller chose the URL."""
+    """Return a start with a callback URL, and its token, or None if the caller chose the URL."""
     if callbacks is None or request.callback_url is not None:
         return request, None
     token = token or callbacks.new_token()

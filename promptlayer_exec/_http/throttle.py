@@ -157,7 +157,7 @@ class Throttle:
 
         Args:
             sent_at: when the session sent that request, on the event loop's clock.
-            announced: the seconds that the server asked to wait; 0 if it did not ask.
+            announced: the seconds that the server asked to wait, or 0 if it did not ask.
         """
         now = self._clock()
         rate = self.rate.refused(sent_at, now)

@@ -192,7 +192,7 @@ class Transport:
         return received
 
     async def open_websocket(self, path: str) -> aiohttp.ClientWebSocketResponse:
-        """Open a WebSocket without the key, ahead of ordinary requests; raise as `send` does."""
+        """Open a WebSocket without the key, ahead of ordinary requests, or raise as `send` does."""
         pool = self.pools.reads
         pool.check_open()
         sent_at = await self._throttle.acquire(Priority.URGENT)

@@ -88,7 +88,7 @@ def read_token(response: Response) -> str:
 
 
 def read_completion(data: Any) -> int | None:
-    """Return the execution id in a published message; None if it announces no completion."""
+    """Return the execution id in a published message, or None if it announces no completion."""
     if not isinstance(data, dict) or data.get("message_name") != "SET_WORKFLOW_COMPLETE":
         return None
     try:

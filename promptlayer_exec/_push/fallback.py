@@ -47,7 +47,7 @@ class FallbackPolicy:
             scheduled: when to poll it without push.
             floor: the shortest delay of the session's poll policy.
             known_at: when the last request that showed it running was sent.
-            subscribed_at: when the subscription became active; None if it is not.
+            subscribed_at: when the subscription became active, or None if it is not.
             is_subscribing: whether the first subscription is about to become active.
             polls: how many polls in a row, under this subscription, found the run incomplete.
             waited: how long the last request waited for a connection or the rate.

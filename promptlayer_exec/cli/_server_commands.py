@@ -321,7 +321,7 @@ def _listen_for_agents(host: str, port: int) -> tuple[socket.socket, str]:
 
 
 def _start_store(database: str | None) -> StartStore | None:
-    """Return the store of starts; None if its extra is missing and no database was given."""
+    """Return the store of starts, or None if its extra is missing and no database was given."""
     try:
         return options.start_store(database, "--db")
     except Misuse:

@@ -76,7 +76,7 @@ class Addition:
     async def add_all(
         self, requests: Iterable[StartRequest], *, before: Callable[[], Awaitable[None]]
     ) -> int:
-        """Check all items, then add them; return how many were new.
+        """Check all items, then add them, and return how many were new.
 
         It calls `before` after encoding all, and before it reads or writes anything.
         """
@@ -88,7 +88,7 @@ class Addition:
         return await self._add(rows)
 
     async def add_as_they_come(self, requests: AsyncIterable[StartRequest]) -> int:
-        """Check and add items in portions; return how many were new."""
+        """Check and add items in portions, and return how many were new."""
         new, size = 0, 0
         rows: dict[str, Row] = {}
         async with aclosing(self._encode(requests)) as portions:
@@ -130,7 +130,7 @@ class Addition:
         return row
 
     async def _add(self, rows: dict[str, Row]) -> int:
-        """Check rows, and store the new ones; return how many were new."""
+        """Check rows, and store the new ones, and return how many were new."""
         if not rows:
             return 0
         known = await self._store.run_in_thread(self._store.check, self._batch, rows.values())
@@ -171,7 +171,7 @@ class Addition:
 
 
 async def _check(session: Session, samples: Mapping[Sample, str]) -> InvalidInputs | None:
-    """Check samples that need the same definition; return the first error."""
+    """Check samples that need the same definition, and return the first error."""
     for sample, key in samples.items():
         try:
             await integration.check_inputs(session, sample.request, sample.inputs)

@@ -325,11 +325,11 @@ class Batch:
         return await self._report(reports.latest_kinds, count)
 
     async def latest_outcome(self) -> StoredOutcome | None:
-        """Return the outcome that was stored last; None if no item has ended."""
+        """Return the outcome that was stored last, or None if no item has ended."""
         return await self._report(reports.latest_outcome)
 
     async def item(self, key: str) -> StoredItem | None:
-        """Return what is stored about an item; None if the batch does not have it."""
+        """Return what is stored about an item, or None if the batch does not have it."""
         return await self._report(reports.item, key)
 
     async def failures(self) -> tuple[Failure, ...]:
@@ -337,7 +337,7 @@ class Batch:
         return await self._report(reports.failures)
 
     async def durations(self) -> Durations | None:
-        """Return how long the runs took; None if none has finished."""
+        """Return how long the runs took, or None if none has finished."""
         return await self._report(reports.durations)
 
     async def delete(self) -> int:

@@ -140,7 +140,7 @@ class PendingStart:
 
 
 def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
-    """Record intents, or take them back; return for each whether it is recorded now.
+    """Record intents, or take them back, and return for each whether it is recorded now.
 
     It is not if the item has an outcome, another worker's intent, or a later attempt.
     """
@@ -165,7 +165,7 @@ def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
 
 
 def write_started(store: Store, batch: str, starts: Sequence[StartResult]) -> list[bool]:
-    """Record the results of starts; return for each whether it is recorded now.
+    """Record the results of starts, and return for each whether it is recorded now.
 
     It is not if the item has an outcome, another worker's intent, or a later attempt.
     """
@@ -200,7 +200,7 @@ def _recorded(
 
 
 def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[Item | None]:
-    """Return attempts of items, given as key and number; None for one that has finished."""
+    """Return attempts of items, given as key and number, or None for one that has finished."""
     columns = (_item.key, _item.attempt, _item.request, _item.intent, _item.started)
     query = (
         sa.select(*columns, callbacks.c.execution_id)

@@ -17,7 +17,7 @@ from promptlayer_exec.dbos._tables import batches, items, lock_batch, update_bat
 
 @attrs.frozen
 class Owner:
-    """A server's URL, and the API key of a session; None if it has none."""
+    """A server's URL, and the API key of a session, or None if it has none."""
 
     base_url: str
     api_key: str | None = attrs.field(repr=False)

@@ -20,7 +20,7 @@ class StoredError(NamedTuple):
     Attributes:
         type: the name of the error's type, such as `ExecutionFailed`.
         message: the text of the error.
-        node: the first node that failed; empty if no node did.
+        node: the first node that failed, or an empty string if no node did.
         reason: why that node failed, or what else went wrong, without ids that differ from item to
             item; at most 1,000 characters.
     """
@@ -37,11 +37,11 @@ class StoredOutcome:
 
     Attributes:
         key: the item's key.
-        execution_id: the id of the execution; None if none is known to have started.
+        execution_id: the id of the execution, or None if none is known to have started.
         succeeded: whether there is an output.
-        output: the main output; None if `succeeded` is false.
-        error: what went wrong; None if `succeeded` is true.
-        started: when the execution started (UTC); None if none is known to have started.
+        output: the main output, or None if `succeeded` is false.
+        error: what went wrong, or None if `succeeded` is true.
+        started: when the execution started (UTC), or None if none is known to have started.
         finished: when this outcome became known (UTC).
     """
 

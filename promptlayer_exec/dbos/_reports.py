@@ -22,11 +22,11 @@ class BatchSettings:
     """The settings that all workers of a batch share.
 
     Attributes:
-        max_in_flight: the maximum number of items in progress; None if nobody has set it yet.
+        max_in_flight: the maximum number of items in progress, or None if nobody has set it yet.
         rate: the maximum number of HTTP attempts per second; None: no shared limit.
         attempts: the maximum number of runs for an item; None: one.
-        created: when the first item was added (UTC), or an interrupted deletion began; None if the
-            batch does not exist.
+        created: when the first item was added (UTC), or an interrupted deletion began, or None if
+            the batch does not exist.
     """
 
     max_in_flight: int | None
@@ -42,11 +42,11 @@ class RunAttempt:
     Attributes:
         number: 1 for the first attempt.
         added: when it was put into the queue (UTC).
-        taken: when the last worker took it (UTC); None if none has.
+        taken: when the last worker took it (UTC), or None if none has.
         worker: the worker that has it, or the last one that had it: its host, and an id.
         state: `waiting`, `running` or `ended`.
-        execution_id: its run; None if it has no known run, or has not finished.
-        error: why it finished without an output; None if it did not.
+        execution_id: its run, or None if it has no known run, or has not finished.
+        error: why it finished without an output, or None if it did not.
         finished: when that became known (UTC).
     """
 
@@ -68,7 +68,7 @@ class StoredItem:
         key: its key.
         request: the JSON object of its request: workflow, inputs, label, version, metadata.
         attempts: its attempts, the first one first.
-        outcome: how it finished; None if it has not.
+        outcome: how it finished, or None if it has not.
     """
 
     key: str

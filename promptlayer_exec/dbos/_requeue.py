@@ -64,8 +64,8 @@ class NextAttempt:
     """The next attempt of an item.
 
     Attributes:
-        kind: how the item had finished; None if it had not.
-        started: the start whose run is followed, as JSON; None if the item is to be started.
+        kind: how the item had finished, or None if it had not.
+        started: the start whose run is followed, as JSON, or None if the item is to be started.
         history: the earlier attempts, as JSON.
         pause: how many seconds it waits in the queue.
     """
@@ -88,7 +88,7 @@ def requeue(
     token: str | None = None,
     unknown_for: float = 0.0,
 ) -> int:
-    """Put finished items back into the queue; return how many.
+    """Put finished items back into the queue, and return how many.
 
     They finished as one of `kinds`. `keys` and `token`, the token of their start, narrow them down.
     Unknown ones must have been unknown for `unknown_for` seconds.
@@ -153,7 +153,7 @@ def _requeue_page(
 
 
 def _next_attempt(reason: Reason, unknown_before: datetime | None, row: Any) -> NextAttempt | None:
-    """Return the next attempt of a finished item; None if it must not run again."""
+    """Return the next attempt of a finished item, or None if it must not run again."""
     outcome = StoredOutcome.from_json(row.outcome)
     is_unknown = row.kind == "unknown"
     if is_unknown and unknown_before is not None and outcome.finished > unknown_before:
@@ -172,7 +172,7 @@ def _next_attempt(reason: Reason, unknown_before: datetime | None, row: Any) -> 
 def _start_to_follow(
     reason: Reason, outcome: StoredOutcome, execution_id: int | None
 ) -> str | None:
-    """Return the start whose run to follow, as JSON; None if there is no run to follow."""
+    """Return the start whose run to follow, as JSON, or None if there is no run to follow."""
     has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
     if execution_id is None or (reason is Reason.RETRY and has_failed):
         return None

@@ -172,7 +172,7 @@ class Store(SharedDatabase):
         return added
 
     def finish(self, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
-        """Store the outcomes of items; return the keys and attempts of those that were stored.
+        """Store the outcomes of items, and return the keys and attempts of those that were stored.
 
         One is not stored if the item already has one, a later attempt has begun, or another start
         was recorded.
@@ -254,7 +254,7 @@ class Store(SharedDatabase):
         return BatchStatus(pending - running, running, succeeded, failed, unknown, total)
 
     def store_settings(self, batch: str, given: dict[str, float]) -> dict[str, float]:
-        """Store the given settings; return the earlier values of those that changed."""
+        """Store the given settings, and return the earlier values of those that changed."""
 
         def work(connection: sa.Connection) -> dict[str, float]:
             before = lock_batch(connection, batch)

@@ -38,7 +38,7 @@ def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[
     Args:
         session: starts and follows executions; you close it. With `starts=`, the tools that start
             a run take an optional `idempotency_key`: a repeated call with it gets the same run.
-        workflows: the names or ids of the workflows that agents may start; empty means all. Each of
+        workflows: the names or ids of the workflows that agents may start. Empty means all. Each of
             them gets its own tool, `run_...`, which waits for the output.
 
     Raises:

@@ -60,7 +60,7 @@ def execution_id(arguments: Mapping[str, Any]) -> int:
 
 
 def parse_id(value: str) -> int | None:
-    """Return the id in a string; None if there is none."""
+    """Return the id in a string, or None if there is none."""
     try:
         return check_execution_id(value)
     except (TypeError, ValueError):

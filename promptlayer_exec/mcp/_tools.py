@@ -94,7 +94,7 @@ def common_tools(allowed: tuple[str, ...], keys: Mapping[str, Any]) -> list[Tool
     """Return the five tools.
 
     Args:
-        allowed: the workflows that they may use; empty means all.
+        allowed: the workflows that they may use. Empty means all.
         keys: the argument for the key of a start, by its name, if the server has a store.
     """
     workflow: dict[str, Any] = {"type": "string", "description": "Name or id of the workflow."}

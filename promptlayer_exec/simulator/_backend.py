@@ -113,7 +113,7 @@ class Backend:
             return execution_id
 
     def results(self, execution_id: int) -> Results:
-        """Return the current state of an execution; raise `LookupError` if it does not exist."""
+        """Return the current state of an execution, or raise `LookupError` if it does not exist."""
         with self._lock:
             results = self._find_execution(execution_id).results(self._clock())
             if results.complete:

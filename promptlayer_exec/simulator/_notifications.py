@@ -37,7 +37,7 @@ class SimPost:
         url: its URL.
         headers: its headers.
         body: the body.
-        status: the status of the response; None if there was none.
+        status: the status of the response, or None if there was none.
     """
 
     kind: PostKind

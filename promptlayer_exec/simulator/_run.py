@@ -49,7 +49,7 @@ class Results:
 
     @property
     def seconds_to_change(self) -> float | None:
-        """Seconds until the next node finishes by itself; None if none does."""
+        """Seconds until the next node finishes by itself, or None if none does."""
         ends = [state.ends - self.at for state in self.states.values() if state.ends is not None]
         return min(ends, default=None)
 

@@ -145,7 +145,7 @@ class Simulator:
 
         Args:
             scenario: what the execution does.
-            execution_id: its id; by default the next free one from 1001 on.
+            execution_id: its id, by default the next free one from 1001 on.
 
         Returns:
             The execution's id.
@@ -176,12 +176,12 @@ class Simulator:
             name: its name; any characters.
             scenario: what each execution does, or a function of the input variables that returns
                 it.
-            warning: the warning in the response to each start; by default, it lists the declared
+            warning: the warning in the response to each start, by default, it lists the declared
                 inputs that are missing.
             inputs: the types of the declared input variables by name, such as
                 `{"topic": "string"}`.
             labels: the release labels of its first version.
-            definition: the scenario that describes the workflow; by default `scenario`, or no nodes
+            definition: the scenario that describes the workflow, by default `scenario`, or no nodes
                 if that is a function.
             external_ids: ids in other systems by source, for filtering the list.
 
@@ -250,10 +250,10 @@ class Simulator:
         Args:
             execution_id: the execution.
             node: the name of the node.
-            value: its value if it succeeds; by default the scenario's.
+            value: its value if it succeeds, by default the scenario's.
             status: its status.
-            error_message: its error message if it fails; by default the scenario's.
-            raw_error_message: its raw error if it fails, any JSON value; by default the scenario's.
+            error_message: its error message if it fails, by default the scenario's.
+            raw_error_message: its raw error if it fails, any JSON value, by default the scenario's.
 
         Raises:
             LookupError: the execution or the node does not exist.
@@ -304,7 +304,7 @@ class Simulator:
         Args:
             requests: how many requests are allowed in `per` seconds; None removes the limit.
             per: seconds.
-            burst: how many are allowed together; by default `requests`, at least 1.
+            burst: how many are allowed together, by default `requests`, at least 1.
 
         Raises:
             ValueError: a number is not positive, or `burst` is below 1.

@@ -31,7 +31,7 @@ class NoDefinition(Exception):
 async def find_definition(
     session: Session, workflow: str, label: str | None = None, version: int | None = None
 ) -> Workflow:
-    """Return a definition, that of a label or version or the latest; raises `NoDefinition`."""
+    """Return a definition, that of a label or version or the latest. Raises `NoDefinition`."""
     try:
         return await definition(session, workflow, label=label, version=version)
     except (PromptLayerExecError, ValueError) as error:
@@ -46,7 +46,7 @@ class WorkflowList:
         self._kept: ExpiringDict[None, list[WorkflowSummary]] = ExpiringDict(60.0)
 
     async def get(self) -> list[WorkflowSummary]:
-        """Return them; raises `NoDefinition`."""
+        """Return them. Raises `NoDefinition`."""
         kept = self._kept.get(None)
         if kept is not None:
             return kept
