@@ -36,8 +36,8 @@ class PollPolicy:
 
     A watch polls immediately, and then after delays between `floor` and `ceiling`. The delay grows
     slowly with the age of the watch. Once the first nodes are final, it is at most a sixth of the
-    time that the remaining nodes are expected to take. For the last node, it is half of a delay
-    that grows slowly with the time since the last change.
+    expected time for the remaining nodes. For the last node, it is half of a delay that grows
+    slowly with the time since the last change.
 
     Args:
         floor: the shortest delay in seconds, greater than 0.
@@ -91,7 +91,7 @@ class PollPolicy:
             nodes: the number of nodes.
             unchanged: seconds since the status of a node last changed.
             chance: a random number in [0, 1).
-            retry_after: the seconds that the server asked to wait; the delay is at least that long.
+            retry_after: the seconds that the server asked to wait. The delay is at least that long.
         """
         remaining = nodes - final
         changed_at = elapsed - unchanged
@@ -141,10 +141,10 @@ class RetryPolicy:
         outage: for how many seconds to retry a single call, from its first failed attempt.
         watch_outage: for how many seconds a watch retries a poll; None retries until the waiters'
             timeouts.
-        base: the first delay between attempts in seconds; it doubles with every failure.
+        base: the first delay between attempts in seconds. It doubles with every failure.
         ceiling: the longest delay between attempts in seconds.
         retry_after_ceiling: the longest wait in seconds that a server can ask for.
-        not_found_grace: for how many seconds after a start to retry a 404 for the new run.
+        not_found_grace: for how many seconds to retry a 404 for a run that has just started.
         statuses: the HTTP statuses to retry.
 
     Raises:
@@ -196,12 +196,12 @@ class Limiter(Protocol):
     """Your own rate limit, for example one that several processes share."""
 
     async def acquire(self) -> None:
-        """Return when one more HTTP attempt may go; only one attempt at a time calls this."""
+        """Return when one more HTTP attempt may go. Only one attempt at a time calls this."""
 
 
 @attrs.frozen
 class Deadline:
-    """The time `at` which a wait times out; infinity if it has no limit."""
+    """The time `at` which a wait times out, infinity if it has no limit."""
 
     timeout: float | None
     at: float
@@ -213,12 +213,12 @@ class Deadline:
 
 
 def or_infinity(limit: float | None) -> float:
-    """Return a limit as a number; None means no limit."""
+    """Return a limit as a number. None means no limit."""
     return math.inf if limit is None else limit
 
 
 def check_timeout(timeout: Any) -> float | EllipsisType | None:
-    """Return a timeout in seconds; None and infinity mean no limit, `...` the default."""
+    """Return a timeout in seconds. None and infinity mean no limit, `...` the default."""
     if timeout is None or timeout is ...:
         return timeout
     if not _is_number(timeout):

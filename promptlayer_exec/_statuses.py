@@ -9,7 +9,7 @@ import attrs
 
 
 class NodeStatus(enum.StrEnum):
-    """The documented statuses of a node; the last three are final."""
+    """The documented statuses of a node. The last three are final."""
 
     QUEUED = "QUEUED"
     RUNNING = "RUNNING"

@@ -61,7 +61,7 @@ def json_kind(value: Any) -> str:
 
 
 def indented(value: Any) -> str:
-    """Return a value as JSON for people; on one line if it is very long or deep."""
+    """Return a value as JSON for people, on one line if it is very long or deep."""
     compact = json.dumps(value, ensure_ascii=False)
 
     # Indenting runs in recursive Python: with a megabyte, people would notice.
@@ -86,5 +86,5 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def shown_key(key: Any) -> str:
-    """Return the key of a start for a log line, in brackets, or an empty string without one."""
+    """Return the key of a request for a log line, in brackets, or an empty string without one."""
     return "" if key is None else f" (key {short_repr(key)})"

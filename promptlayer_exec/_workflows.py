@@ -31,7 +31,7 @@ class WorkflowNode:
 
 @attrs.frozen
 class WorkflowEdge:
-    """A connection between two nodes, by name; runs may skip a conditional one."""
+    """A connection between two nodes, by name. Runs may skip a conditional one."""
 
     source: str
     target: str
@@ -63,12 +63,12 @@ class Workflow:
         name: the workflow's name.
         version: the number of this version, or None if the server sent none.
         labels: the release labels of this version.
-        required_inputs: the type of each required input variable by its name, such as `{"topic":
-            "string"}`, or None if the server sent none. Types are open strings.
+        required_inputs: the type of each required input variable by its name, for example
+            `{"topic": "string"}`. None if the server sent none. Types are open strings.
         nodes: the nodes by name, in the server's order. Read-only. Empty if the server sent none.
         edges: the connections, as the server sent them.
         raw: the decoded body, including all other fields. Do not change it.
-        run: the state of a run that a notebook draws into the graph; see `with_run`.
+        run: the state of a run, which a notebook draws into the graph. See `with_run`.
     """
 
     id: int
@@ -92,8 +92,8 @@ class Workflow:
         ```
 
         Args:
-            snapshot: the state of a run of this workflow. A node that the run does not have is
-                drawn without a status.
+            snapshot: the state of a run of this workflow. A node that the run does not have gets no
+                status.
         """
         return attrs.evolve(self, run=snapshot)
 
@@ -130,7 +130,7 @@ class Workflow:
         return tuple(layers)
 
     def check_inputs(self, inputs: Any) -> None:
-        """Check that all required inputs are there; it allows others, and does not check types.
+        """Check that all required inputs are there. It allows others, and does not check types.
 
         Args:
             inputs: as for `Session.start`.
@@ -177,7 +177,7 @@ def _names(inputs: Any) -> set[str]:
 
 
 def _guesses(given: Iterable[str], missing: Iterable[str]) -> list[str]:
-    """Return each given name with the missing one that it resembles; matches come first."""
+    """Return each given name with the missing one that it resembles. Matches come first."""
     misspelt, others = [], []
     for name in given:
         if likely := near(name, missing, 1):

@@ -53,8 +53,8 @@ class Terms:
     away, a session tries again every `pause`, and meanwhile keeps the latest `most_kept` messages
     for other sessions.
 
-    Responses over `most_bytes` are not shared. Redis keeps those of complete runs for `complete`,
-    others for `incomplete` after the last renewal, and callbacks for `callback`.
+    Sessions do not share responses over `most_bytes`. Redis keeps those of complete runs for
+    `complete`, others for `incomplete` after the last renewal, and callbacks for `callback`.
     """
 
     lease: float = 10.0
@@ -131,7 +131,7 @@ class RedisBackplane:
 
     Args:
         url_or_client: a URL as for `redis.asyncio.Redis.from_url`, or your own
-            `redis.asyncio.Redis`, which stays open; each session uses up to nine connections.
+            `redis.asyncio.Redis`, which stays open. Each session uses up to nine connections.
         prefix: the prefix of all keys in Redis and of the channel.
 
     Raises:
@@ -165,7 +165,7 @@ class RedisBackplane:
         )
 
     def connect(self, client: OpenSession, namespace: str) -> RedisConnection:
-        """Connect an open session; only sessions call this."""
+        """Connect an open session. Only sessions call this."""
         redis = self._client()
         channel = f"{self._prefix}:1:{namespace}"
         return RedisConnection(redis, redis is not self._source, channel, client)
@@ -361,7 +361,7 @@ class RedisConnection:
         return f"{kind} {subject} {detail} {self._id}"
 
     def end(self, watch: SharedWatch) -> None:
-        """Forget a watch that is over; when the session closes, `aclose` does so for all."""
+        """Forget a watch that is over. When the session closes, `aclose` does so for all."""
         if not self._client.is_closing():
             if self._watches.get(watch.execution_id) is watch:
                 del self._watches[watch.execution_id]
@@ -382,7 +382,7 @@ class RedisConnection:
                 await self._extend(watches, 0)
 
     async def _extend(self, watches: Iterable[SharedWatch], seconds: float) -> list[Any]:
-        """Extend the leases of watches by so many seconds, in one round trip."""
+        """Extend the leases of watches by some seconds, in one round trip."""
         pipeline = self._redis.pipeline(transaction=False)
         for watch in watches:
             hint = self.hint("news", watch.execution_id)
@@ -510,7 +510,7 @@ class RedisConnection:
             await asyncio.sleep(TERMS.pause)
 
     async def _drop_connections(self) -> None:
-        """Close idle connections: they may lead to a server that was demoted."""
+        """Close idle connections, because they may lead to a demoted server."""
         async with asyncio.timeout(TERMS.command):
             await self._redis.connection_pool.disconnect(inuse_connections=False)
 

@@ -22,7 +22,7 @@ _MOST_BYTES = 4 * 1024 * 1024
 
 
 async def finished(future: Future[V]) -> V:
-    """Wait for a thread's result, and return it; cancelling stops only the waiting."""
+    """Wait for a thread's result, and return it. Cancelling stops only the waiting."""
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
 
@@ -64,7 +64,7 @@ class OneThread:
 
 @attrs.define(eq=False)
 class Group(Generic[R, V]):
-    """Gathers rows while others are being written, and then writes them together.
+    """Gathers rows while a thread writes others, and then writes them together.
 
     A transaction takes several round trips to the database, whether it has one row or a hundred.
     Rows may come from several event loops. Groups with the same thread take turns.

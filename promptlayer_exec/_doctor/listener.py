@@ -1,4 +1,4 @@
-"""Listening to one push channel, and keeping what is published there."""
+"""Listening to one push channel, and keeping its messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from promptlayer_exec._push.channels import read_completion
 
 
 class NotSubscribed(Exception):
-    """There is no subscription; its text says why."""
+    """There is no subscription. Its text contains the reason."""
 
 
 @attrs.frozen
@@ -31,11 +31,11 @@ class Message:
 
 @attrs.define(eq=False)
 class Listener:
-    """A subscription to one channel, made by the code that sessions use.
+    """A subscription to one channel, through the code that sessions use.
 
     Attributes:
-        messages: what was published since it became active.
-        lost: why it ended; empty while it is active.
+        messages: what came since it became active.
+        lost: why it was lost. Empty while it is active.
     """
 
     channel: str

@@ -94,7 +94,7 @@ async def _start(examination: Examination) -> int:
 
 
 def _judge_failed_start(error: Exception, exchange: Exchange | None) -> Finding:
-    """Describe why there is no run; the error's own text may name inputs or the workflow."""
+    """Describe why there is no run. The error's own text may name inputs or the workflow."""
     match error:
         case InvalidInputs():
             return failed(
@@ -149,7 +149,7 @@ def _judge_start(exchange: Exchange, *, has_callback: bool) -> Finding:
 
 
 async def check_completion(examination: Examination) -> Finding:
-    """Poll the run until it is complete, and wait for what is pushed and posted then."""
+    """Poll the run until it is complete, and wait for PromptLayer's push and callback."""
     run = examination.run
     listening = asyncio.create_task(listen_to_updates(examination, run.execution_id))
     try:
@@ -293,7 +293,7 @@ async def check_running_output(examination: Examination) -> Finding:
 
 
 async def check_output(examination: Examination) -> Finding:
-    """Judge what a poll for the main output alone gets at the end."""
+    """Judge the response to a poll for the main output alone once the run is complete."""
     run = examination.run
     if run.output is None:
         return skipped("no poll saw the run complete")
@@ -335,7 +335,7 @@ def judge_output(body: Any, nodes: dict[str, Any]) -> Finding:
 
 
 async def check_message(examination: Examination) -> Finding:
-    """Judge whether, where and when the completion was pushed."""
+    """Judge whether, when and to which channel PromptLayer pushed the completion."""
     run = examination.run
     if run.listener is None:
         return skipped("the check 'subscription' did not pass")
@@ -391,7 +391,7 @@ def _judge_message(run: ObservedRun, message: Message, *, is_on_both: bool) -> F
 
 
 async def check_callback(examination: Examination) -> Finding:  # noqa: PLR0911 - a table
-    """Judge the callback, as far as it can be seen from here."""
+    """Judge the callback, as far as this machine sees it."""
     run, scope = examination.run, examination.scope
     if scope.callback_url is None:
         return skipped("no --callback-url")

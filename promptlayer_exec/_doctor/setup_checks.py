@@ -68,7 +68,7 @@ async def check_extras(_: Examination) -> Finding:
 
 
 async def check_environment(examination: Examination) -> Finding:
-    """Name the variables that are set; their values may be secret."""
+    """Name the variables that are set. Their values may be secret."""
     try:
         # Key and base URL have their own checks.
         examination.settings = settings(Session("unused", base_url=DEFAULT_BASE_URL))

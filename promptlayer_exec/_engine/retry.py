@@ -101,7 +101,7 @@ class OutageLog:
     def begin(
         self, error: RequestError, state: RetryState, *, seconds: float | None, is_start: bool
     ) -> None:
-        """Record that a request failed and will be retried for up to `seconds`."""
+        """Record that a request failed, and that retries may take up to `seconds`."""
         if not self._failing:
             self._answered = False
             limit = "" if seconds is None else f" for up to {seconds:g} s"
@@ -124,7 +124,7 @@ class OutageLog:
 
 @attrs.define(eq=False)
 class Retrying:
-    """Sends requests until there is a good response or the retries are used up."""
+    """Sends requests until there is a good response or there are no retries left."""
 
     _send: Send
     _policy: RetryPolicy

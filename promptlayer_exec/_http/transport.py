@@ -89,7 +89,7 @@ class Transport:
 
         Raises:
             RequestError: the attempt failed.
-            SessionClosed: the borrowed client session is closed.
+            SessionClosed: the borrowed client session was closed.
         """
         pool, redactor = self._pool(attempt), self.redactor
         if attempt.start is not None:

@@ -11,10 +11,10 @@ from promptlayer_exec._policies import Deadline
 
 @attrs.frozen
 class FallbackPolicy:
-    """The dials of polling while push is active: pure arithmetic, with times in seconds.
+    """The dials of polling while push is active. Pure arithmetic, with times in seconds.
 
     Args:
-        first: the gap between two polls under an active subscription; it doubles with each poll.
+        first: the gap between two polls under an active subscription. It doubles with each poll.
         longest: the longest of these gaps.
         times_waited: the least gap, as a multiple of how long the last request waited for the rate:
             more polls would make all requests wait longer.

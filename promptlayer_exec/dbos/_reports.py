@@ -23,8 +23,8 @@ class BatchSettings:
 
     Attributes:
         max_in_flight: the maximum number of items in progress, or None if nobody has set it yet.
-        rate: the maximum number of HTTP attempts per second; None: no shared limit.
-        attempts: the maximum number of runs for an item; None: one.
+        rate: the maximum number of HTTP attempts per second. None: no shared limit.
+        attempts: the maximum number of runs for an item. None: one.
         created: when the first item was added (UTC), or an interrupted deletion began, or None if
             the batch does not exist.
     """
@@ -37,11 +37,11 @@ class BatchSettings:
 
 @attrs.frozen
 class RunAttempt:
-    """One attempt to run an item; a retry begins the next one.
+    """One attempt to run an item. A retry begins the next one.
 
     Attributes:
         number: 1 for the first attempt.
-        added: when it was put into the queue (UTC).
+        added: when it joined the queue (UTC).
         taken: when the last worker took it (UTC), or None if none has.
         worker: the worker that has it, or the last one that had it: its host, and an id.
         state: `waiting`, `running` or `ended`.
@@ -62,7 +62,7 @@ class RunAttempt:
 
 @attrs.frozen
 class StoredItem:
-    """What is stored about an item.
+    """What a batch stores about an item.
 
     Attributes:
         key: its key.
@@ -104,7 +104,7 @@ class Durations:
 
 
 def kinds(store: Store, batch: str, keys: Iterable[str]) -> dict[str, Kind | None]:
-    """Return how each item finished, None for one that has not; leave out unknown keys."""
+    """Return how each item finished, None for one that has not. Leave out unknown keys."""
     return {row.key: row.kind for row in store.rows_of(batch, [*keys], _item.kind)}
 
 

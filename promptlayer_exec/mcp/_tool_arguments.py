@@ -15,7 +15,7 @@ from promptlayer_exec.mcp._tool_values import clip
 
 
 class CallFailed(Exception):
-    """A call failed; the message is for the model, with the reason and what to do."""
+    """A call failed. The message is for the model, with the reason and what to do."""
 
 
 def check(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def common_tools(allowed: tuple[str, ...], keys: Mapping[str, Any]) -> list[Tool
 
     Args:
         allowed: the workflows that they may use. Empty means all.
-        keys: the argument for the key of a start, by its name, if the server has a store.
+        keys: the argument for the key of a request, by its name, if the server has a store.
     """
     workflow: dict[str, Any] = {"type": "string", "description": "Name or id of the workflow."}
     if allowed:

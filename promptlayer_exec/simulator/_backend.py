@@ -1,4 +1,4 @@
-"""The workflows and executions of a simulated PromptLayer; thread-safe."""
+"""The workflows and executions of a simulated PromptLayer, which is thread-safe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from promptlayer_exec.simulator._workflow_bodies import (
 
 @attrs.frozen
 class SimRun:
-    """One execution that was started by a `POST /workflows/{name}/run`.
+    """One execution that a `POST /workflows/{name}/run` started.
 
     Attributes:
         execution_id: the execution's id.

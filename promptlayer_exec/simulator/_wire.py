@@ -41,7 +41,7 @@ def error_response(status: int, message: str, **headers: str) -> web.Response:
 
 
 class RequestValidationError(Exception):
-    """A request with unusable parameters; `detail` goes into the body of a 422, as in FastAPI."""
+    """A request with unusable parameters. `detail` goes into the body of a 422, as in FastAPI."""
 
     def __init__(self, message: str, kind: str, *location: str) -> None:
         super().__init__(message)
@@ -66,7 +66,7 @@ def parse_results_query(query: Mapping[str, str]) -> tuple[int, bool]:
 def parse_integer(
     query: Mapping[str, str], name: str, allowed: range, default: int | None = None
 ) -> Any:
-    """Return an integer parameter; `default` if it is missing."""
+    """Return an integer parameter, or `default` if it is missing."""
     text = query.get(name)
     if text is None:
         return default
