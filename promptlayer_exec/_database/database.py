@@ -175,7 +175,7 @@ class Database:
 
     @contextmanager
     def creating(self) -> Iterator[sa.Connection]:
-        """Yield a connection on which to create tables: two processes at once would collide."""
+        """Yield a connection on which to create tables: two processes in parallel would collide."""
         with self.engine.begin() as connection:
             if self.is_sqlite:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -83,7 +83,7 @@ class Group(Generic[R, V]):
         return await finished(self.submit(row))
 
     def submit(self, row: R) -> Future[V]:
-        """Return the future of the row's value; cancel it in time, and the row is not written."""
+        """Return the future of the row's value. If cancelled in time, nothing writes the row."""
         written: Future[V] = Future()
         with self._lock:
             self._waiting.append((row, written))

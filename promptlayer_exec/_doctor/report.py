@@ -33,7 +33,7 @@ class Finding:
     text quotes the server.
 
     Args:
-        verdict: whether all is well.
+        verdict: how the check went.
         found: what the check found, or why it was skipped.
         expected: what this package expects. Only for `DIFFERS`.
         advice: what the user can do.

@@ -92,7 +92,7 @@ class CallbackLog:
                 self.share(token, execution_id)
 
     def lose(self, token: str, request: StartRequest, base_url: str, elapsed: float = 0.0) -> None:
-        """Record that a start's response was lost, `elapsed` seconds after its call."""
+        """Record that the response to a request was lost, `elapsed` seconds after its call."""
         if self._lost.get(token) is None:
             request = attrs.evolve(request, inputs={})
             self._lost.add(token, _LostStart(request, base_url, time.monotonic() - elapsed))

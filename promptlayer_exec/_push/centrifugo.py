@@ -37,7 +37,7 @@ _POLICY = SubscriptionPolicy()
 
 
 class SubscriptionLost(Exception):
-    """The subscription is gone; another one may succeed."""
+    """The subscription is gone, but another one may succeed."""
 
 
 class SubscriptionRefused(Exception):

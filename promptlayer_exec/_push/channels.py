@@ -230,7 +230,7 @@ class Channel:
             changed()
 
     def need(self) -> None:
-        """Begin to subscribe, unless push is given up for now or has too many WebSockets."""
+        """Begin to subscribe, unless push rests for now or has too many WebSockets."""
         if self._is_running or not self._push.free_sockets or _now() < self._not_before:
             return
         self._is_running = self.is_starting = True

@@ -280,7 +280,7 @@ async def _work_on(
 
 
 async def _follow(batch: Batch, progress: BatchProgress, stop_after: int | None) -> None:
-    """Show the progress; return once `stop_after` items in a row have not succeeded."""
+    """Show the progress, and return once `stop_after` items in a row have not succeeded."""
     # Do not count the failures of an earlier command.
     latest = await batch.latest_kinds(1)
     last_before = latest[0][0] if latest else 0

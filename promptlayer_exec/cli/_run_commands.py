@@ -167,7 +167,7 @@ def run(
 
 
 def _note(error: Exception) -> str:
-    """Return what to print after the error of a start."""
+    """Return what to print after an error of `Session.start`."""
     if isinstance(error, StartUnknown) and error.key is not None:
         return _UNKNOWN
     return describe(error)  # which needs no repetition

@@ -28,10 +28,10 @@ LONGEST_KEY = 1000
 
 @attrs.frozen
 class Portions:
-    """How much work is done between two turns of the event loop.
+    """How much work to do between two turns of the event loop.
 
     Attributes:
-        requests: one call of a thread encodes this many; few, because each may have megabytes.
+        requests: one call of a thread encodes this many. Few, because each may have megabytes.
         rows: one transaction inserts at most this many, of at most `bytes`.
     """
 
@@ -57,10 +57,10 @@ class Sample:
 
 @attrs.define(eq=False)
 class Addition:
-    """One call of `Batch.add`: its requests are encoded, checked and stored.
+    """One call of `Batch.add`, which encodes, checks and stores requests.
 
     Attributes:
-        _open_session: opens the session with which inputs are checked.
+        _open_session: opens the session that checks inputs.
         _samples: one request of each shape. Workflows require inputs by name, so checking these
             checks all.
         _sample_of: the sample with the shape of an item, by the item's key.
@@ -145,9 +145,9 @@ class Addition:
         return new
 
     async def _check_inputs(self, rows: list[Row]) -> None:
-        """Raise `InvalidInputs` if a workflow requires inputs that are missing.
+        """Raise `InvalidInputs` if inputs that a workflow requires are missing.
 
-        Known items are not checked: their workflow may have changed since.
+        It does not check known items, because their workflow may have changed since.
         """
         settings = integration.settings(self._session)
         has_key = integration.server_of(self._session)[1] is not None

@@ -15,7 +15,7 @@ _MISSING = object()
 
 
 class Row(NamedTuple):
-    """An item as it is added: its key, its request as JSON, and the digest of the request."""
+    """A new item: its key, its request as JSON, and the digest of the request."""
 
     key: str
     request: str
@@ -79,5 +79,5 @@ def _paths(path: str, before: Any, after: Any) -> Iterator[str]:
 
 
 def _compared(value: Any) -> str:
-    """Return a value so that it can be compared as JSON: True is not 1."""
+    """Return a value in a form to compare as JSON: True is not 1."""
     return json.dumps(value, default=id, sort_keys=True)

@@ -120,7 +120,7 @@ def lock_batch(connection: sa.Connection, batch: str) -> Any:
 
     No item can finish until the transaction is over. Others may wait for the lock with all
     connections of this process, so the transaction must not need a second one. The lock writes,
-    because a transaction of SQLite that has only read may be refused a later write.
+    because SQLite may refuse a later write to a transaction that has only read.
     """
     lock = update_batch(batch).values(name=batch).returning(batches)
     return connection.execute(lock).mappings().one()

@@ -296,10 +296,10 @@ class Simulator:
     def rate_limit(
         self, requests: float | None, per: float = 1.0, burst: int | None = None
     ) -> None:
-        """Respond 429 to authenticated requests beyond a rate, by a token bucket that starts full.
+        """Respond 429 to authenticated requests beyond a rate, with a token bucket.
 
-        The `Retry-After` of a 429 is the time until the next allowed request, with fractions of
-        seconds.
+        The bucket is full at first. The `Retry-After` of a 429 is the time until the next allowed
+        request, with fractions of seconds.
 
         Args:
             requests: how many requests are allowed in `per` seconds. None removes the limit.

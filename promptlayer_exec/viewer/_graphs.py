@@ -16,7 +16,7 @@ _LIST_TIMEOUT = 20.0
 
 
 class NoDefinition(Exception):
-    """A definition, or the list of workflows, is not available; the text says why.
+    """A definition, or the list of workflows, is unavailable. The text contains the reason.
 
     Args:
         reason: the text.
@@ -39,7 +39,7 @@ async def find_definition(
 
 
 class WorkflowList:
-    """The workflows that can be started, the latest changed first, requested once a minute."""
+    """The workflows that you can start, the latest changed first, requested once a minute."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -70,8 +70,8 @@ async def suggest_workflow(
 ) -> dict[str, Any]:
     """Return the workflow whose nodes have the most names in common with those of a run.
 
-    Runs that the history remembers come first. If none has the same names, the definitions of the
-    20 workflows that were changed last are read, as many as a session keeps.
+    Runs that the history remembers come first. If none has the same names, it reads the definitions
+    of the 20 workflows that changed last, as many as a session keeps.
     """
     known: dict[str, set[str]] = {}
     if history is not None:

@@ -286,7 +286,7 @@ def add_history_routes(app: FastAPI, history: History) -> None:
 
 
 def refuse(message: str, status: int, field: str | None = None, **more: Any) -> Response:
-    """Return a response that says why a request failed, and which field of the form is wrong."""
+    """Return a response with the reason why a request failed, and the wrong field of the form."""
     return _json({"message": message, "field": field, **more}, status)
 
 
