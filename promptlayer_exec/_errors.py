@@ -23,7 +23,7 @@ class PromptLayerExecError(Exception):
         last_snapshot: the last snapshot of the execution, or None if there is none.
     """
 
-    advice: ClassVar[str] = ""  # what to do next; `{id}` stands for the execution's id
+    advice: ClassVar[str] = ""  # what to do next, with `{id}` for the execution's id
     _advice_without_id: ClassVar[str | None] = None  # if it differs from `advice`
     _joint: ClassVar[str] = ": "  # between "execution 788" and the message
 

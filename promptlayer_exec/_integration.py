@@ -48,7 +48,7 @@ from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
 from promptlayer_exec._text import indented, printable, short_repr
 from promptlayer_exec._workflows import Workflow, near
 
-# These come from other modules; the functions below are part of the interface as well.
+# These come from other modules. The functions below are part of the interface as well.
 __all__ = [
     "MAX_ID",
     "PATIENCE",

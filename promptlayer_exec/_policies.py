@@ -139,7 +139,7 @@ class RetryPolicy:
 
     Args:
         outage: for how many seconds to retry a single call, from its first failed attempt.
-        watch_outage: for how many seconds a watch retries a poll; None retries until the waiters'
+        watch_outage: for how many seconds a watch retries a poll. None retries until the waiters'
             timeouts.
         base: the first delay between attempts in seconds. It doubles with every failure.
         ceiling: the longest delay between attempts in seconds.

@@ -21,7 +21,7 @@ class StartClaim:
     """A claim to a key, by a request that a session is about to send.
 
     Attributes:
-        key: the key of the start.
+        key: the key of the request.
         token: a unique id of this attempt, which is also in the run's callback URL.
         server: the URL of the server.
         request: the start's `fingerprint`.
@@ -44,7 +44,7 @@ class StoredStart:
         key: the key.
         state: `sending` while the response may still come, `started` once the execution id is
             known, `unknown` if the response was lost: PromptLayer may have started a run.
-        execution_id: the id of the run; None unless `started`.
+        execution_id: the id of the run, None unless `started`.
         workflow: the name or id of the workflow.
         attempts: how often a session sent the request. More than 1 only if sessions resend unknown
             starts.

@@ -26,7 +26,7 @@ def short_repr(value: Any) -> str:
 
 def counts_repr(counts: Mapping[str, int]) -> str:
     """Return the number of nodes with each status, such as `<3 SUCCESS, 1 RUNNING>`."""
-    # There are five known statuses; a server may send any number of others.
+    # There are five known statuses, but a server may send any number of others.
     most = 8
     shown = [f"{count} {status!s:.40}" for status, count in islice(counts.items(), most)]
     if len(counts) > most:

@@ -38,7 +38,7 @@ from promptlayer_exec import (
 
 __all__ = ["OpenTelemetryObserver"]
 
-# The last version with the conventions for GenAI; their new repository has not published any yet.
+# The last version with the conventions for GenAI. Their new repository has not published any yet.
 _SCHEMA = "https://opentelemetry.io/schemas/1.41.0"
 # The buckets of the semantic conventions for HTTP, and more up to an hour for watches. The SDK's
 # defaults are for milliseconds.
@@ -286,7 +286,7 @@ def _attributes(operation: str, workflow: str | int | None, base_url: str) -> di
 
 
 def _server(base_url: str) -> dict[str, str | int]:
-    if not base_url:  # the start failed before there was a request
+    if not base_url:  # it failed before there was a request
         return {}
     url = urlsplit(base_url)
     default = {"http": 80, "https": 443}[url.scheme]

@@ -178,7 +178,7 @@ class SharedWatch:
     _connection: RedisConnection
     execution_id: int
     _read: Callable[[Response], NodeMap]
-    # Identifies the watch in Redis; each watch of a session has another.
+    # Identifies the watch in Redis. Each watch of a session has another.
     token: str = attrs.field(init=False, factory=lambda: uuid4().hex)
     is_held: bool = attrs.field(init=False, default=False)  # the lease, as far as is known here
     is_sent: bool = attrs.field(init=False, default=False)  # so the lease is not renewed
@@ -282,7 +282,7 @@ class RedisConnection:
 
     _redis: Redis
     _owns_redis: bool
-    channel: str  # of all hints; the keys also begin with its name
+    channel: str  # of all hints. The keys also begin with its name
     _client: OpenSession
     _id: str = attrs.field(init=False, factory=lambda: uuid4().hex[:8])
     _is_up: bool = attrs.field(init=False, default=True)

@@ -400,7 +400,7 @@ class SQLStartStore:
         ):
             execution = await session.start("write-report", {"topic": "otters"}, key="order-42")
 
-    Creating it does no I/O; its first call creates the table `promptlayer_exec_starts`. Any number
+    Creating it does no I/O. Its first call creates the table `promptlayer_exec_starts`. Any number
     of sessions, event loops and processes may use it, even after a fork.
 
     Args:
@@ -517,7 +517,7 @@ class SQLStartStore:
             raise
 
     def _give_up(self, opened: _OpenStore, what: str, argument: Any, future: Future[Any]) -> None:
-        """Undo a claim whose caller has given up, unless it can still be cancelled."""
+        """Undo a claim whose caller has given up, unless cancelling it is still possible."""
         if not future.cancel() and what == "claim":
             released = _Released(argument.key, argument.token)
             opened.submit_after(future, "release", _StoreCall(released, time.monotonic() + 10.0))

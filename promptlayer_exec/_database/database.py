@@ -29,8 +29,8 @@ T = TypeVar("T")
 logger = logging.getLogger("promptlayer_exec")
 
 # Without these, a connection over which nothing comes any more keeps its thread for many minutes.
-# In seconds, except for the one in milliseconds. libpq acts on all of them itself; only
-# `client_encoding` is sent, and PgBouncer accepts it.
+# In seconds, except for the one in milliseconds. libpq acts on all of them itself. It sends only
+# `client_encoding`, which PgBouncer accepts.
 _POSTGRES_OPTIONS = {
     "connect_timeout": "5",
     "keepalives_idle": "10",
@@ -124,8 +124,8 @@ class Database:
             return sa.create_engine(self.url, pool_size=0, connect_args=options)
 
         # A pooler such as PgBouncer may execute each transaction on another connection to the
-        # server, where a statement that was prepared in an earlier one does not exist, or is
-        # another client's. With AUTOCOMMIT, psycopg leaves BEGIN to `_begin`.
+        # server. A statement prepared in an earlier one does not exist there, or is another
+        # client's. With AUTOCOMMIT, psycopg leaves BEGIN to `_begin`.
         engine = sa.create_engine(
             self.url,
             pool_size=connections,

@@ -91,7 +91,7 @@ class Group(Generic[R, V]):
         if is_first:
             try:
                 self._thread.submit(self._run)
-            except RuntimeError as error:  # no thread can be started, as when the program ends
+            except RuntimeError as error:  # no thread can start, as when the program exits
                 for _, waiting in self._take():
                     waiting.set_exception(error)
                 self._is_writing = False

@@ -82,7 +82,7 @@ async def _look_into(url: sa.URL, place: str) -> Finding:
     except TimeoutError:
         return failed(f"no response within {_PATIENCE:g} s", advice, place=place)
     except exc.SQLAlchemyError as error:
-        # The quoted parts are names of users and databases; hosts come before the last "failed".
+        # The quoted parts are names of users and databases. Hosts come before the last "failed".
         reason = re.sub(r".* failed: | Is the server running.*", "", reason_of(error))
         reason = re.sub(r"([\"']).*?\1", "...", reason)
         return failed(f"cannot be used: {reason[:200]}", advice, place=place)

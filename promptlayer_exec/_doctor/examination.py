@@ -142,7 +142,7 @@ async def _look(check: Check, examination: Examination) -> Finding:
     except asyncio.CancelledError:
         raise
     except Exception as error:  # noqa: BLE001 - the other checks are still of use
-        # Its text may contain anything; the place is enough to find the bug.
+        # Its text may contain anything. The place is enough to find the bug.
         place = traceback.extract_tb(error.__traceback__)[-1]
         raised = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}"
         return failed(f"bug in doctor: {raised}", "Please report it.")

@@ -17,7 +17,7 @@ from promptlayer_exec._http.failures import is_tls_failure, reason_of
 if TYPE_CHECKING:
     from aiohttp.tracing import Trace
 
-# Statuses are judged, so none of them raises; a redirect would take the key to another host.
+# The checks judge statuses, so none of them raises. A redirect would take the key to another host.
 _OPTIONS: dict[str, Any] = {"allow_redirects": False, "raise_for_status": False}
 
 

@@ -101,6 +101,8 @@ def _judge_failed_start(error: Exception, exchange: Exchange | None) -> Finding:
                 f"missing: {counted(len(error.missing), 'required input')}; no run was started",
                 "Give them with -i; `promptlayer-exec workflow` lists them.",
             )
+
+        # The only case in which a run may exist, so trying again could cost twice.
         case StartUnknown():
             what = "the response was lost"
             if exchange is not None:
@@ -109,6 +111,7 @@ def _judge_failed_start(error: Exception, exchange: Exchange | None) -> Finding:
                 f"{what}; the run may have started",
                 f"Check in PromptLayer whether it is running. {REPORT_IT}",
             )
+
         case StatusError():
             return failed(
                 f"PromptLayer refused the start: {status_name(error.status)}",
@@ -118,6 +121,7 @@ def _judge_failed_start(error: Exception, exchange: Exchange | None) -> Finding:
             return failed("the server became unreachable; no run was started", "Try again.")
         case ConfigurationError():
             return failed("a setting is malformed; no run was started", "Check --callback-url.")
+
     return failed(f"{type(error).__name__}; no run was started", "Check --workflow and the inputs.")
 
 

@@ -14,7 +14,7 @@ from promptlayer_exec._session import Session
 from promptlayer_exec._settings import DEFAULT_BASE_URL
 from promptlayer_exec._version import __version__
 
-# For each extra, what it needs beyond the core; the version of the first one is shown.
+# For each extra, what it needs beyond the core. The report shows the version of the first one.
 _EXTRAS = {
     "cli": ("typer", "rich"),
     "dbos": ("dbos",),

@@ -63,7 +63,7 @@ class _LostStart:
 class CallbackLog:
     """Matches callbacks with lost responses, by their tokens.
 
-    Either may come first, and may come several times. Only the first callback counts; the log
+    Either may come first, and may come several times. Only the first callback counts. The log
     reports it once, even if nobody waits for it.
     """
 

@@ -75,7 +75,7 @@ class Definitions:
         found = await self._read(key)
         if isinstance(found, Workflow):
             self._check(found, inputs)
-        else:  # the start itself will report the reason
+        else:  # the request itself will report the reason
             name, why = request.workflow, type(found).__name__
             logger.debug("workflow %.100r: inputs not checked, no definition (%s)", name, why)
 

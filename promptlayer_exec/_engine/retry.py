@@ -44,7 +44,7 @@ class RetryState:
     def delay(
         self, error: Exception, *, now: float, chance: float, retry_after: float | None = None
     ) -> float | None:
-        """Record a failed attempt, and return the seconds before the next; None: give up.
+        """Record a failed attempt, and return the seconds before the next, or None to give up.
 
         `chance` is a random number in [0, 1), and `retry_after` how long the server asked to wait.
         """
@@ -174,7 +174,7 @@ class Retrying:
     def _delay(
         self, error: RequestError, request: Request, state: RetryState, start: AtMostOnce | None
     ) -> float | None:
-        """Record a failed attempt, and return the seconds before the next; None: give up."""
+        """Record a failed attempt, and return the seconds before the next, or None to give up."""
         error.execution_id = request.execution_id
         error.attempts = state.failures + 1
         if not self._is_transient(error, start):

@@ -73,7 +73,7 @@ class Start:
     _base_url: str
     secret: str | None
     _hooks: SendHooks | None
-    _on_lost: Callable[[str, StartRequest, float], object]  # only for a start with a secret
+    _on_lost: Callable[[str, StartRequest, float], object]  # only for a run with a secret
     sent: bool = attrs.field(init=False, default=False)
     _called_at: float = attrs.field(init=False, factory=clock)
     _task: asyncio.Task[StartOutcome] = attrs.field(init=False)
@@ -237,7 +237,7 @@ class Start:
         if is_refused:
             self.mark_rejected()  # a 429 starts nothing
         if self._is_lost(error):
-            # Without the quoted body, which may contain outputs; the cause has it.
+            # Without the quoted body, which may contain outputs. The cause has it.
             return self._unknown(RequestError._what(error), error)
 
         if self.cancelled and is_refused:

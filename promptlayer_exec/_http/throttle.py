@@ -48,7 +48,7 @@ class Rate:
         self._most = self._now = most
         self._refused_at = self._grown_at = -math.inf
         self._growing = 0.0  # seconds since the last decrease, without idle ones
-        self._before = 0.0  # the rate after the first 429 since the last good response; 0: none
+        self._before = 0.0  # the rate after the first 429 since the last good response, 0: none
 
     def at(self, now: float) -> float:
         """Return the rate for a request at this moment."""

@@ -300,7 +300,7 @@ async def _read_body(response: aiohttp.ClientResponse, pieces: list[bytes], limi
             pieces.append(piece)
             size += len(piece)
 
-        # A middleware or trace of http= may have read it already; `read` would then fail.
+        # A middleware or trace of http= may have read it already. `read` would then fail.
         if not pieces and content.total_bytes:
             pieces.append((await response.text("latin-1")).encode("latin-1"))
     finally:

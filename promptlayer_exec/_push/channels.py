@@ -107,7 +107,7 @@ class Push:
     have two, which get the same messages.
     """
 
-    suffix: str  # part of each start, and the last part of each channel's name
+    suffix: str  # part of each start request, and the last part of each channel's name
     # Whether to subscribe at the first start of a workflow, and to warn if push is unavailable.
     is_eager: bool
     free_sockets: int
@@ -187,8 +187,8 @@ class Channel:
     """
 
     _push: Push
-    workflow: str | int  # the name or id in the starts
-    # When the subscription became active, on the loop's clock; None if it is not.
+    workflow: str | int  # the name or id in the requests
+    # When the subscription became active, on the loop's clock. None if it is not.
     since: float | None = attrs.field(init=False, default=None)
     # Whether it is about to subscribe for the first time.
     is_starting: bool = attrs.field(init=False, default=False)
@@ -199,7 +199,7 @@ class Channel:
     _silent: int = attrs.field(init=False, default=0)
     _failures: int = attrs.field(init=False, default=0)
     _not_before: float = attrs.field(init=False, default=-math.inf)
-    # When to drop the subscription, and why; None if no watch needs it any more.
+    # When to drop the subscription, and why. None if no watch needs it any more.
     _limit: asyncio.Timeout = attrs.field(init=False)
     _reason: str | None = attrs.field(init=False)
     _last_error: str = attrs.field(init=False)

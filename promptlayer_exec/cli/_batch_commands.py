@@ -187,7 +187,7 @@ async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | Tab
     """Refuse to run items if the file has results of them that the database does not have."""
     kinds = await batch.kinds({result.key for result in file.results})
 
-    # An item that did not succeed may have been requeued; one that succeeded never changes.
+    # Somebody may have requeued an item that did not succeed. One that succeeded never changes.
     foreign = [
         result.key
         for result in file.results

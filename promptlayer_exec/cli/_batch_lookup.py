@@ -33,7 +33,7 @@ def dbos() -> ModuleType:
 async def working_batch(
     name: str, session: Callable[[], Session], *, rate: float | None, **settings: Any
 ) -> Batch:
-    """Return a batch to work on, with the command line's default rate unless one is stored."""
+    """Return a batch to work on, with the command line's default rate if it stores none."""
     session()  # reports a missing key before anything is stored
 
     make = partial(dbos().Batch, name, session=session, **settings)

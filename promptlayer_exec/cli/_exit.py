@@ -31,7 +31,7 @@ P = ParamSpec("P")
 
 PROGRAM = "promptlayer-exec"
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
-# What to do about an error on the command line; the error's own advice is for a program.
+# What to do about an error on the command line. The error's own advice is for a program.
 _ADVICE = {
     "ConnectionFailed": "Check the network and --base-url.",
     "RequestTimeout": "Try again.",
@@ -216,7 +216,7 @@ def _cancelled_by_signals(task: asyncio.Future[Any], subject: Subject) -> Iterat
 
     def cancel() -> None:
         task.cancel()
-        # Time enough to cancel a start that was not sent yet, and no long wait without a message.
+        # Time enough to cancel a request not sent yet, and no long wait without a message.
         loop.call_later(0.3, explain_the_wait)
 
     def explain_the_wait() -> None:

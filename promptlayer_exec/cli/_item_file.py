@@ -161,7 +161,7 @@ class ItemFile:
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         with self._path.open(encoding="utf-8-sig", newline="") as file:
-            # Excel writes semicolons where a comma is the decimal mark.
+            # Excel writes semicolons in countries with a comma as the decimal mark.
             header = re.sub('"[^"]*("|$)', "", file.readline())
             separator = next((character for character in ",;\t" if character in header), ",")
             file.seek(0)

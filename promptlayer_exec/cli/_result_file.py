@@ -197,7 +197,7 @@ def _read_csv(path: Path) -> Iterator[Result]:
 
 
 def _open_locked(path: Path, name: str) -> FileIO:
-    """Open and lock a file, or raise an `OSError` if it cannot be opened."""
+    """Open and lock a file, or raise an `OSError` if that fails."""
     while True:
         file = path.open("a+b", buffering=0)
         try:

@@ -1,4 +1,4 @@
-"""How requests become items: they are encoded in threads, checked, and stored in portions."""
+"""How requests become items: threads encode them, and `Addition` checks and stores them."""
 
 from __future__ import annotations
 

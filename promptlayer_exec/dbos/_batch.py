@@ -107,7 +107,7 @@ class Batch:
 
         self._store: Store | None = None
         self._is_prepared = False
-        # How many calls of `work` there are now; `outcomes` must not return before them.
+        # How many calls of `work` there are now. `outcomes` must not return before them.
         self._working = 0
 
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:

@@ -64,7 +64,7 @@ from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import workflow_id
 
 logger = logging.getLogger("promptlayer_exec")
-# Errors of a start or a poll that every other item would also meet.
+# Errors of a request that every other item would also meet.
 _NOT_THE_ITEMS_FAULT = (
     *(Unauthorized, ConnectionFailed, RateLimited, RequestTimeout),
     *(SessionClosed, ConfigurationError),
@@ -172,7 +172,7 @@ class Items:
         self._stop(error)
 
     async def _run(self, key: str, attempt: int) -> None:
-        while True:  # the start of another worker may be recorded meanwhile
+        while True:  # another worker may meanwhile record a run
             self._check_open()
             item = await self._read.add((key, attempt))
             if item is None:
@@ -194,7 +194,7 @@ class Items:
         """Return the result of the request, which may be an earlier one."""
         if item.started is not None:
             return cast("StartRecord", json.loads(item.started))
-        if item.intent is not None:  # of a worker that may have sent the start
+        if item.intent is not None:  # of a worker that may have sent the request
             if item.called_back is not None:  # it has
                 return await self._record(item, item.intent, item.called_back)
             text = "the worker that sent the start stopped before it recorded the response"
@@ -225,7 +225,7 @@ class Items:
             if await recording:
                 return result
 
-            # Another worker has taken over the item, and may have declared the start unknown.
+            # Another worker has taken over the item, and may have declared it unknown.
             is_followed = await self._store.run_in_thread(
                 requeue.record_callback, self._store, self._batch, token, execution_id
             )
@@ -255,7 +255,7 @@ class Items:
                 except IntentRefused:
                     raise
                 except Exception as error:  # noqa: BLE001 - some are the item's
-                    # Even if the session was closed, a start that was sent may have an id.
+                    # Even if the session was closed, a request that it sent may have an id.
                     if pending.recording is None:
                         result = self._judge(item, error, since)
                         if result is not None:

@@ -26,7 +26,7 @@ class Pulse:
 
     Each records a heartbeat every `interval`, and is dead after `dead_after` without one. That is
     longer than most stalls of a machine or restarts of a database, and short enough to move the
-    items of a dead worker within 30 s. A round may be late by `slow`; beyond that, the delay does
+    items of a dead worker within 30 s. A round may be late by `slow`. Beyond that, the delay does
     not count as silence of the others.
 
     Every `look_every` rounds, a worker looks for items that it has taken but does not run.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from promptlayer_exec import KeyConflict, StartRequest
 
-# Not `callback_url`: it tells PromptLayer where to report, not what to run.
+# Not `callback_url`, which decides where PromptLayer reports, not what it runs.
 _IDENTITY = ("workflow", "inputs", "label", "version", "metadata")
 _MISSING = object()
 

@@ -65,7 +65,7 @@ SIZES = Sizes()
 QUEUE_INTERVAL = 0.2
 
 _item = _items.c
-# PostgreSQL: DBOS's documented function for other languages; from Python, each takes four round
+# PostgreSQL: DBOS's documented function for other languages. From Python, each takes four round
 # trips. Its arguments are the JSON of `DBOSPortableJSONSerializer`.
 _ENQUEUE = sa.text(
     """

@@ -351,7 +351,7 @@ def _add_run_lists(
     ) -> Response:
         """Follow up to 100 executions over one connection.
 
-        The events are those of `/executions/{execution_id}/events`; each has an `execution_id`.
+        The events are those of `/executions/{execution_id}/events`, each with an `execution_id`.
         """
         runs = RunList(ids, last_event_id)
         if not (remaining := runs.remaining()):
@@ -395,7 +395,7 @@ def _add_start(
         client: Any = admitted,
         session: Session = opened,
     ) -> Response:
-        """Start an execution of a workflow; `Location` is the URL to read it.
+        """Start an execution of a workflow. `Location` is the URL to read it.
 
         If PromptLayer warns of something, such as a missing input, the response has a `warning`.
         """
@@ -430,7 +430,7 @@ async def _started(
     except InvalidInputs as error:
         raise HTTPException(422, str(error)) from error
     except ConfigurationError as error:
-        # In an open session, this can only come from the store of starts.
+        # In an open session, only the start store can raise this.
         if key is not None and is_open(session):
             raise store_is_away(error, "Nothing was started. Try again later.") from error
         raise

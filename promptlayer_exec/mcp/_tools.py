@@ -29,7 +29,7 @@ timeout, you get the same run, and it costs nothing.
 """
 
 _READS = ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=True)
-# There is no annotation for calls that cost money, so the titles contain it; clients ask first.
+# There is no annotation for calls that cost money, so the titles contain it. Clients ask first.
 _STARTS = ToolAnnotations(
     read_only_hint=False, destructive_hint=True, idempotent_hint=False, open_world_hint=True
 )

@@ -27,7 +27,7 @@ class _Disconnect(Exception):
 class PushServer:
     """Publishes to the subscribers of channels, each allowed by its token. Sends no pings."""
 
-    # The channels that each token allows; none expires.
+    # The channels that each token allows. None expires.
     tokens: dict[str, frozenset[str]] = attrs.field(factory=dict, init=False)
     _connections: set[_Connection] = attrs.field(factory=set, init=False)
 

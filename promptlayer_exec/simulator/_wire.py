@@ -13,7 +13,7 @@ from aiohttp import web
 JSON_TYPE = {"Content-Type": "application/json"}
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
-# For each field of a run request, its name in errors and its exact types; True is also an int.
+# For each field of a run request, its name in errors and its exact types. True is also an int.
 _RUN_FIELDS: dict[str, tuple[str, set[type]]] = {
     "input_variables": ("dictionary", {dict}),
     "metadata": ("dictionary", {dict, NoneType}),

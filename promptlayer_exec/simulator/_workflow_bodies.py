@@ -87,7 +87,7 @@ class SimulatedWorkflow:
             "edges": [
                 _describe_edge(before, node) for node in version.nodes for before in node.after
             ],
-            # The object of development servers; reportedly, production sends it as well.
+            # The object of development servers. Reportedly, production sends it as well.
             "workflow": {
                 "id": self.id,
                 "workspace_id": 1,

@@ -70,7 +70,7 @@ async def _read_items(batch: Batch, kind: str, reason: str, count: int) -> dict[
         reason: only items that failed with this text, as in `groups`. Empty: all.
         count: how many items to return.
     """
-    ended: dict[str, Any] = {}  # by key: an item that is run again ends again
+    ended: dict[str, Any] = {}  # by key: an item that runs again finishes again
     view: dict[str, Any] = {"is_whole": True, "problem": None}
 
     # A page is not worth reading millions of items every few seconds.

@@ -34,7 +34,7 @@ class Card:
     label: str | None = None
     version: int | None = None
     inputs: str | None = None  # JSON, if the run was started in a viewer
-    metadata: str | None = None  # JSON, too
+    metadata: str | None = None  # JSON as well
     started: float | None = None  # when, if it was started here
     is_listed: bool = True  # on the page of all executions, and not only on its own
     is_new: bool = False  # this viewer has started it, and sees all of it
@@ -81,7 +81,7 @@ class Board:
     Args:
         session: the session that follows executions. The board does not close it.
         note: a text that the page shows above the executions.
-        history: remembers executions. The board closes it. None: nothing is remembered.
+        history: remembers executions. The board closes it. None: nothing remembers them.
     """
 
     def __init__(self, session: Session, *, note: str = "", history: History | None = None) -> None:
@@ -133,8 +133,8 @@ class Board:
         new.is_listed = new.is_listed or is_listed or not snapshot.complete
         self._follow(new, first=True)
 
-        # Those that have only a page of their own were opened to be looked at once: the latest 20
-        # are kept, and others are read again when they are needed.
+        # Somebody opened executions that have only their own page to look at them once. The board
+        # keeps the latest 20, and reads others again when it needs them.
         unlisted = [old_id for old_id, old in self.cards.items() if not old.is_listed]
         for old_id in unlisted[20:]:
             self.remove(old_id)
@@ -177,7 +177,7 @@ class Board:
 
         self._record(**row, execution_id=execution.id, outcome="running")
         self._follow(Card(execution, started=row["began"], is_new=True, **known), first=True)
-        if self.is_closed:  # perhaps no page gets the answer
+        if self.is_closed:  # perhaps no page gets the response
             logger.warning("execution %d of workflow %.100r started", execution.id, workflow)
         return execution
 

@@ -161,6 +161,6 @@ def _node_view(card: Card, snapshot: Snapshot, node: Node, index: int) -> dict[s
 
 
 def _event(kind: str, data: Any) -> bytes:
-    # ASCII can represent lone surrogates; UTF-8 cannot.
+    # ASCII can represent lone surrogates, but UTF-8 cannot.
     text = json.dumps(data, separators=(",", ":"))
     return ServerSentEvent(text, event=kind, sep="\n").encode()

@@ -306,7 +306,7 @@ def _read_inputs(text: str) -> dict[str, Any]:
 
 
 def _json(content: Any, status: int = 200) -> Response:
-    # ASCII can represent lone surrogates; UTF-8 cannot.
+    # ASCII can represent lone surrogates, but UTF-8 cannot.
     return Response(json.dumps(content), status, media_type="application/json")
 
 
