@@ -37,7 +37,7 @@ export const board = {
   note: "",
   server: "",
   hasHistory: false,
-  refusal: null, // the problem of a key that PromptLayer refused before there was anything to follow
+  refusal: null, // the problem of a key refused before there was anything to follow
   returning: new Set(), // ids that this page has asked a restarted viewer to follow again
 };
 export const connection = { state: "connecting", lostAt: 0 }; // lostAt: when the times stopped

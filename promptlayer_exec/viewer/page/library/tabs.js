@@ -43,8 +43,8 @@ export function askToken() {
   });
 }
 
-// The connection: calls `follow(on)` once this tab leads. Until then, `on` gets what the leading tab
-// passes on. `replay()` returns all that a new tab needs, as [kind, data].
+// The connection: calls `follow(on)` once this tab leads. Until then, `on` gets what the leading
+// tab passes on. `replay()` returns all that a new tab needs, as [kind, data].
 export async function shareStream(follow, on, replay) {
   listen("event", ([kind, data]) => !isLeading && on[kind]?.(data));
   listen("ask-events", (to) => {

@@ -1,6 +1,6 @@
 // @ts-check
-// What is usual for a workflow, from the history. The page requests it once, and again after each of
-// its runs.
+// What is usual for a workflow, from the history. The page requests it once, and again after each
+// of its runs.
 
 import { get } from "./api.js";
 import { board } from "./model.js";
