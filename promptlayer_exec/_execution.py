@@ -91,8 +91,8 @@ class Execution:
         stop early, wrap the generator in `contextlib.aclosing`. Polling then stops immediately.
 
         Args:
-            timeout: seconds from the first `anext`. `...` means the session's `wait_timeout`, None
-                no limit.
+            timeout: seconds from the first `anext`. `...` means the session's `wait_timeout`, and
+                None no limit.
 
         Raises:
             ExecutionTimeout: the execution was not complete in time. It continues on PromptLayer.

@@ -81,11 +81,12 @@ class Session:
         async with Session() as session:  # the key is in $PROMPTLAYER_API_KEY
             print(await session.run("write-report", {"topic": "otters"}))
 
-    Use it with `async with`, or let its first call open it, and close it with `await
-    session.aclose()`. Creating a session does no I/O and needs no running event loop. You may enter
-    it in one task and close it in another, and enter a closed one again, even in another event
-    loop. If its event loop stops first, the session closes with it, and opens again in the next
-    one.
+    Use it with `async with`. You can also let its first call open it, and close it with
+    `await session.aclose()`.
+
+    Creating a session does no I/O and needs no running event loop. You may enter it in one task and
+    close it in another, and enter a closed one again, even in another event loop. If its event loop
+    stops first, the session closes with it, and opens again in the next one.
 
     Args:
         api_key: the workspace's key. By default `$PROMPTLAYER_API_KEY`, which the session reads
@@ -524,8 +525,8 @@ class Session:
             metadata: strings to store with the run.
             callback_url: the URL to which the server posts the final output.
             key: a key that starts only one run.
-            timeout: seconds for both together. `...` means the session's `wait_timeout`, None no
-                limit.
+            timeout: seconds for both together. `...` means the session's `wait_timeout`, and None
+                no limit.
             into: the type of the output, as for `Execution.output`.
 
         Raises:
@@ -665,7 +666,7 @@ class Session:
     async def recover(
         self, error: StartUnknown, *, timeout: float | EllipsisType | None = ...
     ) -> Execution:
-        """Wait for the callback of a run whose start response was lost, and return its handle.
+        """After a `StartUnknown`, wait for the callback of the run, and return its handle.
 
         It never starts the run again. The callback must reach this session through
         `promptlayer_exec.fastapi`, before or during the call. The error may come from another
@@ -673,7 +674,7 @@ class Session:
 
         Args:
             error: what `start` raised, or an unpickled copy of it.
-            timeout: seconds. `...` means the session's `wait_timeout`, None no limit.
+            timeout: seconds. `...` means the session's `wait_timeout`, and None no limit.
 
         Raises:
             StartUnknown: no callback came in time, but the run may still exist.
@@ -740,8 +741,8 @@ class Session:
                 The session takes the next item when a slot is free.
             max_in_flight: how many items may be in flight or waiting for you to take them.
             timeout: seconds for each item, from when the session takes it. `...` means the
-                session's `wait_timeout`, None no limit. If the session has already sent the request
-                for a run, it still reads the response.
+                session's `wait_timeout`, and None no limit. If the session has already sent the
+                request for a run, it still reads the response.
             into: the type of the outputs, as for `Execution.output`.
 
         Raises:
@@ -781,6 +782,12 @@ class Session:
     ) -> list[Outcome[ItemT, Any]]:
         """Return the outcomes of all items, in the order of the items.
 
+        Start two runs, and wait for both::
+
+            requests = [StartRequest("write-report", {"topic": it}) for it in ("otters", "seals")]
+            for outcome in await session.collect(requests):
+                print(outcome.result())
+
         The arguments and errors are those of `as_completed`. If it raises, you get no outcomes, but
         you find the id of every run that it started in the log.
         """
@@ -804,7 +811,7 @@ class Session:
         Args:
             items: ids and `Execution` handles. Duplicates count once.
             timeout: seconds for all together, from the first `anext`. `...` means the session's
-                `wait_timeout`, None no limit.
+                `wait_timeout`, and None no limit.
 
         Raises:
             ExecutionTimeout: an execution was not complete in time. It continues on PromptLayer.

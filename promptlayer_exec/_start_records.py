@@ -24,7 +24,7 @@ class StartClaim:
         key: the key of the request.
         token: a unique id of this attempt, which is also in the run's callback URL.
         server: the URL of the server.
-        request: the start's `fingerprint`.
+        request: the request's `fingerprint`.
         request_timeout: seconds after which the sender stops waiting for the response. If it
             records no result within a few more seconds, the response counts as lost.
     """
@@ -51,7 +51,7 @@ class StoredStart:
         created: when a session first used the key (UTC).
         updated: when the record last changed (UTC).
         server: the URL of the server.
-        request: the start's `fingerprint`.
+        request: the request's `fingerprint`.
         token: the token of the latest attempt.
         age: seconds since `updated`, on the store's own clock.
         replaceable: whether the state has been `unknown` for long enough that another claim with

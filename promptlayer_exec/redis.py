@@ -123,6 +123,10 @@ class RedisUnavailable(Exception):
 class RedisBackplane:
     """Lets the sessions of several processes share their watches: `Session(backplane=...)`.
 
+    Each process passes one to its session::
+
+        session = Session(backplane=RedisBackplane("redis://localhost:6379"))
+
     Of all sessions with the same Redis, prefix, server and key, one polls an execution, and the
     others use its responses. If that session closes, fails or hangs, another one polls. Wake-ups
     and callbacks reach the session that needs them, and all sessions learn of a run that one has

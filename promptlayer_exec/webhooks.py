@@ -161,8 +161,14 @@ def read_callback(body: bytes) -> Callback:
 class Callbacks:
     """Gives each run of a `Session(callbacks=...)` its own callback URL.
 
+    Pass it to the session, and to the route that receives the callbacks::
+
+        callbacks = Callbacks("https://app.example.com/callbacks", secret=os.environ["APP_SECRET"])
+        session = Session(callbacks=callbacks)
+        app.include_router(create_callback_router(session, callbacks=callbacks))
+
     PromptLayer posts to that URL when the run is complete. If the response to the start request was
-    lost, the callback proves that the run started, and brings its id.
+    lost, the callback proves that the run started, and contains its id.
 
     Args:
         url: your server's URL for callbacks, as PromptLayer reaches it, for example

@@ -147,13 +147,13 @@ def create_router(
         session: the open `Session`, or a dependency that returns it.
         authorize: a dependency that raises an `HTTPException` or returns False to refuse a request.
             It may declare the request, and `execution_id: int | None = None`. The code after a
-            `yield` in it runs before any event is sent. For a list of executions, it runs once for
+            `yield` in it runs before the first event. For a list of executions, it runs once for
             each that no ticket covers. If it returns a str, such as the id of the user, idempotency
             keys of different users never meet. Otherwise all clients share their keys: a client
             that sends the same key and body as another one gets the other client's run.
         tickets: lets clients read executions with a ticket, as `?ticket=` or as a bearer token,
-            instead of `authorize`. A ticket never allows starting a run. The response to `POST
-            /executions` then contains a ticket.
+            instead of `authorize`. A ticket never allows starting a run. The response to
+            `POST /executions` then has a ticket.
         workflows: the names of the workflows that clients may start.
         fields: the fields of a node that clients see, besides its name, status, times and
             `is_output_node`: any of `value`, `error_message` and `raw_error_message` (tracebacks).

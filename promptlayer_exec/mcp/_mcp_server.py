@@ -52,6 +52,11 @@ def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[
 async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> None:
     """Serve one MCP client over standard input and output, until it closes them.
 
+    Give agents one workflow as a tool::
+
+        async with Session() as session:
+            await serve_stdio(session, workflows=["write-report"])
+
     Meanwhile, everything else that prints goes to standard error. Then it logs the executions that
     were still running when it last saw them, to the logger `promptlayer_exec`.
 
