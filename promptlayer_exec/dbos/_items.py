@@ -333,7 +333,7 @@ class Items:
         return outcome
 
     async def _output(self, item: Item, execution_id: int) -> Any:
-        """Return the output, or raise an error of the item only if the server reported one."""
+        """Return the output. Raise an error of the item only if the server reported one."""
         workflow = workflow_id(self._batch, item.key, item.attempt)
         name_or_id = json.loads(item.request)["workflow"]
         clock = asyncio.get_running_loop().time
