@@ -101,7 +101,12 @@ class NodeTimes:
 
 @attrs.frozen
 class NodeChange:
-    """A node whose status or value changed. `before` is its previous status, None if it is new."""
+    """A node whose status or value changed between two polls.
+
+    Attributes:
+        node: the node, as it is now.
+        before: its previous status, or None if the node is new.
+    """
 
     node: Node
     before: NodeStatus | str | None

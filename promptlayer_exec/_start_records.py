@@ -99,6 +99,10 @@ class StartStore(Protocol):
         If the caller cancels it or it fails, the claim must not stay: call `release` with its
         token.
 
+        Args:
+            claim: the key, and the request to send for it.
+            patience: how long to wait for the store, in seconds.
+
         Returns:
             None if it recorded this claim, or else the record that is in the way.
         """
@@ -110,6 +114,12 @@ class StartStore(Protocol):
 
         A sender that counted as dead may still record its id, unless there already is another id.
 
+        Args:
+            key: the key.
+            token: the token of the claim.
+            execution_id: the id of the run, or None if the response was lost.
+            patience: how long to wait for the store, in seconds.
+
         Returns:
             Whether this is now the record.
         """
@@ -118,10 +128,20 @@ class StartStore(Protocol):
         """Forget a claim whose request started nothing.
 
         If there were earlier attempts, the state becomes `unknown` again, as before this one.
+
+        Args:
+            key: the key.
+            token: the token of the claim.
+            patience: how long to wait for the store, in seconds.
         """
 
     async def resolve(self, token: str, execution_id: int, *, patience: float = PATIENCE) -> bool:
         """Record the id of the run that a request started, given only its callback's token.
+
+        Args:
+            token: the token in the callback's URL.
+            execution_id: the id in the callback.
+            patience: how long to wait for the store, in seconds.
 
         Returns:
             Whether the record now has this id. False if the store has no record with this token, or

@@ -19,8 +19,11 @@ from promptlayer_exec._text import printable
 class WorkflowNode:
     """One node of a workflow.
 
-    Its type is an open string, such as `PROMPT_TEMPLATE`, or empty if the server sent none. Its
-    dependencies are the names of other nodes, from its definition and from edges.
+    Attributes:
+        name: the node's name.
+        node_type: an open string, such as `PROMPT_TEMPLATE`, or empty if the server sent none.
+        is_output_node: whether the workflow marks this node as an output.
+        dependencies: the names of the nodes that it depends on, from its definition and from edges.
     """
 
     name: str
@@ -31,7 +34,13 @@ class WorkflowNode:
 
 @attrs.frozen
 class WorkflowEdge:
-    """A connection between two nodes, by name. Runs may skip a conditional one."""
+    """A connection between two nodes of a workflow.
+
+    Attributes:
+        source: the name of the node that comes first.
+        target: the name of the node that depends on it.
+        conditional: whether runs may skip the connection.
+    """
 
     source: str
     target: str
@@ -40,9 +49,16 @@ class WorkflowEdge:
 
 @attrs.frozen
 class WorkflowSummary:
-    """One entry in the list of workflows, with the release labels of its versions.
+    """One entry in the list of workflows.
 
     https://docs.promptlayer.com/reference/list-workflows
+
+    Attributes:
+        id: the workflow's id.
+        name: the workflow's name.
+        labels: the release labels of its versions.
+        latest_version: the number of its latest version, or None if the server sent none.
+        is_deleted: whether somebody has deleted the workflow.
     """
 
     id: int

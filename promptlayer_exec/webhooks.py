@@ -126,6 +126,10 @@ class Callback:
 
     The output is the callback's `final_output`, None if it has none. For runs that this package
     started, it contains all nodes. For others, it may be the main output alone.
+
+    Attributes:
+        execution_id: the id of the execution.
+        output: the output, as above.
     """
 
     execution_id: int

@@ -96,7 +96,13 @@ class Failure:
 
 @attrs.frozen
 class Durations:
-    """How long the runs of a batch took, in seconds."""
+    """How long the runs of a batch took, in seconds.
+
+    Attributes:
+        median: half of the runs took at most this long.
+        p95: 95% of the runs took at most this long.
+        longest: the longest run took this long.
+    """
 
     median: float
     p95: float

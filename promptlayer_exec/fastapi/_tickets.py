@@ -41,6 +41,9 @@ class Tickets:
 
         Issue the ticket of a new run as soon as it has started. Other processes then retry the 404
         that PromptLayer may return for the first seconds.
+
+        Args:
+            executions: the executions that the ticket allows a client to read.
         """
         workflows = {str(execution.id): execution.workflow for execution in executions}
         return str(self._serializer.dumps([workflows, round(time.time(), 3)]))

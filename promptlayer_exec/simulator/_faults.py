@@ -167,14 +167,28 @@ class Fault:
     def repeat_post(
         kind: PostKind, copies: int = 2, times: int | None = 1, *, execution_id: int | None = None
     ) -> Fault:
-        """Post the same webhook or callback several times."""
+        """Post the same webhook or callback several times.
+
+        Args:
+            kind: `"webhook"` or `"callback"`.
+            copies: how many times to post it.
+            times: the number of posts that it affects. None: all until `Simulator.clear_faults`.
+            execution_id: only posts about this execution.
+        """
         return _post_fault(kind, (0.0,) * copies, times, execution_id)
 
     @staticmethod
     def delay_post(
         kind: PostKind, seconds: float, times: int | None = 1, *, execution_id: int | None = None
     ) -> Fault:
-        """Post a webhook or callback only `seconds` after the execution is complete."""
+        """Post a webhook or callback late.
+
+        Args:
+            kind: `"webhook"` or `"callback"`.
+            seconds: how long after the execution is complete.
+            times: the number of posts that it affects. None: all until `Simulator.clear_faults`.
+            execution_id: only posts about this execution.
+        """
         return _post_fault(kind, (seconds,), times, execution_id)
 
     def concerns(self, request: web.BaseRequest) -> bool:
