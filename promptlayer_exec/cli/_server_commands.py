@@ -252,8 +252,7 @@ def mcp(
             raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
 
         show_warnings(err)
-        # Clients often give up after 60 s. Every single request, also to start a run, gives up
-        # earlier.
+        # Clients often give up after 60 s. Starting a run and every single request give up earlier.
         session = options.open_session(
             base_url, outage, wait_timeout=45.0, no_push=no_push, starts=_start_store(database)
         )
