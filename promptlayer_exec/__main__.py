@@ -28,7 +28,7 @@ def main() -> None:
     try:
         run()
     finally:
-        # The exit code is decided; an interrupt would only disturb the interpreter's shutdown.
+        # The exit code is decided. An interrupt would only disturb the interpreter's shutdown.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

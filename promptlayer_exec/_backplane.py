@@ -41,7 +41,7 @@ class BackplaneConnection(Protocol):
     """The connection of an open session to its backplane. No method waits for the network."""
 
     def share(self, execution_id: int, read: Callable[[Response], NodeMap]) -> SharedPolls:
-        """Return the polls of a new watch; `read` reads the responses from other sessions."""
+        """Return the polls of a new watch. `read` reads the responses from other sessions."""
 
     def wake(self, execution_id: int, source: WakeSource) -> None:
         """Forward a wake-up to the session that polls the execution."""
@@ -53,7 +53,7 @@ class BackplaneConnection(Protocol):
         """Pass a callback on to other sessions."""
 
     def find_callbacks(self) -> None:
-        """Look for callbacks of lost starts that came to other sessions."""
+        """Look for callbacks that came to other sessions, for requests whose response was lost."""
 
     async def aclose(self) -> None:
         """Hand the polling over to other sessions, and disconnect."""
@@ -66,10 +66,10 @@ class OpenSession(Protocol):
         """Return True if closing has begun."""
 
     def spawn(self, work: Coroutine[Any, Any, T], *, name: str) -> asyncio.Task[T]:
-        """Run a task until it finishes or the session is closed."""
+        """Run a task until it finishes or the session closes."""
 
     def wake_here(self, execution_id: int, source: WakeSource) -> bool:
-        """Wake an execution's watch; if it has none, remember the wake-up."""
+        """Wake an execution's watch, or remember the wake-up if it has none."""
 
     def stream_elsewhere(self, execution_id: int) -> None:
         """Record that another session streams an execution."""
@@ -81,7 +81,7 @@ class OpenSession(Protocol):
         """Record a callback that another session received."""
 
     def lost_tokens(self) -> list[str]:
-        """Return the tokens of lost starts whose callback has not arrived."""
+        """Return the tokens of lost responses whose callback has not arrived."""
 
 
 class Backplane(Protocol):

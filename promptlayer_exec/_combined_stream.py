@@ -47,7 +47,7 @@ class CombinedStream:
         executions: Iterable[Execution],
         timeout: float | EllipsisType | None = ...,
     ) -> None:
-        """Join the watch of each execution; `close` leaves them.
+        """Join the watch of each execution. `close` leaves them.
 
         Raises:
             ConfigurationError: the session has no API key.
@@ -106,7 +106,7 @@ class CombinedStream:
         return None
 
     def close(self) -> None:
-        """Leave all watches; the ones without other waiters stop polling."""
+        """Leave all watches. The ones without other waiters stop polling."""
         for followed in list(self._followed.values()):
             self._leave(followed)
 

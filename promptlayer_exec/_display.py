@@ -86,7 +86,7 @@ def snapshot_html(snapshot: Snapshot) -> str:
     ranked = sorted(range(len(nodes)), key=lambda index: status_entry(nodes[index].status).rank)
     shown = sorted(ranked[:100])
 
-    # Only a watch sees when a node becomes final; a single request is poll 1.
+    # Only a watch sees when a node becomes final. A single request is poll 1.
     columns = ["Node", "Status", "Value or error"]
     is_watched = snapshot.poll > 1
     if is_watched:

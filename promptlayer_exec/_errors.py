@@ -18,12 +18,12 @@ class PromptLayerExecError(Exception):
     """The base class of this library's errors.
 
     Attributes:
-        execution_id: the id of the execution; None if it has not started. Save it: it is the only
-            way back to the run.
-        last_snapshot: the last snapshot of the execution; None if there is none.
+        execution_id: the id of the execution, or None if it has not started. Save it: it is the
+            only way back to the run.
+        last_snapshot: the last snapshot of the execution, or None if there is none.
     """
 
-    advice: ClassVar[str] = ""  # what to do next; `{id}` stands for the execution's id
+    advice: ClassVar[str] = ""  # what to do next, with `{id}` for the execution's id
     _advice_without_id: ClassVar[str | None] = None  # if it differs from `advice`
     _joint: ClassVar[str] = ": "  # between "execution 788" and the message
 
@@ -76,7 +76,7 @@ def split_advice(kind: str, text: str) -> tuple[str, str]:
 
 
 def copy_error(error: Exception) -> Exception:
-    """Return a copy of an error, so that several tasks can raise it; itself if it has no copy."""
+    """Return a copy of an error, for several tasks to raise, or the error if it has no copy."""
     try:
         duplicate = copy.copy(error)
     except Exception:  # noqa: BLE001 - another library's error may raise anything here
@@ -88,11 +88,11 @@ def copy_error(error: Exception) -> Exception:
 
 
 class ConfigurationError(PromptLayerExecError, ValueError):
-    """A setting is missing or malformed; nothing was sent."""
+    """A setting is missing or malformed. The session sent nothing."""
 
 
 class InvalidInputs(PromptLayerExecError, ValueError):
-    """Inputs that the workflow requires are missing; nothing was started.
+    """Inputs that the workflow requires are missing, so no run was started.
 
     Attributes:
         missing: their names.
@@ -107,7 +107,7 @@ class InvalidInputs(PromptLayerExecError, ValueError):
 
 
 class KeyConflict(PromptLayerExecError, ValueError):
-    """The key already belongs to a different request; nothing was sent.
+    """The key already belongs to a different request. The session sent nothing.
 
     Attributes:
         key: the key.
@@ -175,8 +175,8 @@ class InvalidResponse(RequestError):
     Attributes:
         status: the HTTP status of the response.
         excerpt: the first 200 bytes of the body.
-        path: the place of the mistake in the body, such as `$["Node 1"].status`; None if the body
-            is cut short or not JSON.
+        path: the place of the mistake in the body, such as `$["Node 1"].status`, or None if the
+            body is cut short or not JSON.
     """
 
     advice = "Check that base_url points to the PromptLayer API; if it does, report this message."
@@ -232,7 +232,7 @@ class StatusError(RequestError):
     Attributes:
         status: the HTTP status.
         message: the server's error message, or the name of the status if there is none.
-        body: the decoded JSON body, or the text of a body that is not JSON; the first 64 KiB only.
+        body: the decoded JSON body, or the text of a body that is not JSON. Only the first 64 KiB.
         retry_after: the seconds that the server asked to wait before the next request, if any.
     """
 
@@ -268,19 +268,19 @@ class Unauthorized(StatusError):
 
 
 class Forbidden(StatusError):
-    """403: the API key is not allowed to do this."""
+    """403: the API key may not do this."""
 
     advice = "Check that the API key belongs to the workflow's workspace."
 
 
 class NotFound(StatusError):
-    """404: there is no such execution or workflow."""
+    """404: the execution or the workflow does not exist."""
 
     advice = "Check the id or name, base_url, and that the API key belongs to the same workspace."
 
 
 class UnprocessableEntity(StatusError):
-    """422: a parameter is invalid; `details` has a `FieldError` for each that the server named."""
+    """422: a parameter is invalid. `details` has a `FieldError` for each that the server named."""
 
     advice = "Correct the parameters that the server names."
 
@@ -309,9 +309,9 @@ class StartUnknown(PromptLayerExecError):
     Attributes:
         workflow: the name or id of the workflow.
         reason: what happened to the response.
-        callback_token: the secret in the start's own callback URL, if it had one. It is all that
-            `Session.recover` needs; keep it from others.
-        key: the key of the start, if it had one.
+        callback_token: the secret in the run's callback URL, if the session gave it one. It is all
+            that `Session.recover` needs, so keep it from others.
+        key: the key of the request, if it had one.
     """
 
     advice = "Look for it in PromptLayer before you start it again, or you may pay twice."
@@ -340,7 +340,7 @@ class StartUnknown(PromptLayerExecError):
 
 
 class ExecutionTimeout(PromptLayerExecError, TimeoutError):
-    """The timeout passed before the execution was complete; the execution keeps running.
+    """The timeout passed before the execution was complete. The execution keeps running.
 
     If `execution_id` is None, the timeout passed before the run started.
 

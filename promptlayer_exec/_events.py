@@ -53,7 +53,7 @@ class Polled(Event):
             connection or the rate.
         body_bytes: the size of the body in bytes, after decompression.
         shared: whether another process sent the request, and the `backplane` passed its response
-            on; duration and lateness are then 0.
+            on. Duration and lateness are then 0.
     """
 
     snapshot: Snapshot
@@ -65,7 +65,7 @@ class Polled(Event):
 
 @attrs.frozen
 class RequestRetried(Event):
-    """An attempt failed with `error`; the next one follows after `delay` seconds."""
+    """An attempt failed with `error`. The next one follows after `delay` seconds."""
 
     error: Exception
     delay: float
@@ -86,7 +86,7 @@ class WatchEnded(Event):
         polls: the number of polls that succeeded.
         elapsed: seconds since the first poll.
         error: the error that stopped the poller, if a poll failed.
-        succeeded: whether the execution succeeded; None if no poll found it complete.
+        succeeded: whether the execution succeeded, or None if no poll found it complete.
         workflow: as for `WatchStarted`.
     """
 
@@ -102,7 +102,7 @@ WakeSource: TypeAlias = Literal["push", "webhook", "callback", "caller"]  # of `
 
 @attrs.frozen
 class WatchWoken(Event):
-    """A watch polls earlier than scheduled, because `source` woke it; emitted before that poll."""
+    """A watch is about to poll earlier than scheduled, because `source` woke it."""
 
     source: WakeSource
 
@@ -112,11 +112,11 @@ class ExecutionStarted(Event):
     """The server started a run.
 
     Attributes:
-        request: the request that was sent.
+        request: the request that the session sent.
         abandoned: whether the caller was cancelled before the response arrived.
         duration: seconds from the call to the response, or to the callback if `recovered`.
-        recovered: whether the response was lost (`StartUnknown`), but a callback to the start's
-            own URL proved that the run started. `request` then has no inputs.
+        recovered: whether the response was lost (`StartUnknown`), but a callback to the run's own
+            URL proved that it started. `request` then has no inputs.
         base_url: the server's URL.
     """
 
@@ -129,16 +129,18 @@ class ExecutionStarted(Event):
 
 @attrs.frozen
 class StartFailed(Event):
-    """A start raised an error, whether or not its caller was still waiting.
+    """`Session.start` raised an error, whether or not its caller was still waiting.
 
-    Each start emits either this or `ExecutionStarted`, once. If a callback later proves that the
-    run did start, an `ExecutionStarted` with `recovered` follows.
+    Each request for a run emits either this or `ExecutionStarted`, once. If a callback later proves
+    that the run did start, an `ExecutionStarted` with `recovered` follows.
 
     Attributes:
         request: the run that was to start.
-        error: the error; a `CancelledError` if the caller was cancelled and no run was started.
+        error: the error. It is a `CancelledError` if the caller was cancelled and no run was
+            started.
         duration: seconds from the call to the error.
-        base_url: the server's URL; empty if the session could not prepare the request or open.
+        base_url: the server's URL, or an empty string if the session could not prepare the request
+            or open.
     """
 
     request: StartRequest
@@ -151,13 +153,13 @@ class Observer(Protocol):
     """A callable that receives the events of a session.
 
     The session calls it in its event loop, so it must not block. All events of a watch come from
-    the watch's task, in the `contextvars` context of the call that started it. The events of a
-    start come from a separate task, in the caller's context; but if the caller is still waiting,
-    `ExecutionStarted` comes from the caller's task.
+    the watch's task, in the `contextvars` context of the call that started it. The events of
+    `Session.start` come from a separate task, in the caller's context. Only `ExecutionStarted`
+    comes from the caller's task if that is still waiting.
     """
 
     def __call__(self, event: Event, /) -> None:
-        """Handle one event. An exception raised here is logged and ignored."""
+        """Handle one event. The session logs an exception raised here, and continues."""
 
 
 Emit = Callable[[Event], None]

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Execution:
-    """The handle of one execution, returned by `Session.execution` and `Session.start`.
+    """The handle of one execution, from `Session.start` or `Session.execution`.
 
     All `stream`, `finished_nodes`, `wait` and `output` calls in one session share one poller. The
     complete snapshot does not change: once a handle has it, these calls and `snapshot` return it
@@ -36,7 +36,7 @@ class Execution:
     Attributes:
         id: the execution's id.
         workflow: the workflow's name or id, if this session started the run.
-        warning: the server's warning about the start, such as a missing input variable.
+        warning: the server's warning about the request, such as a missing input variable.
     """
 
     __slots__ = (
@@ -88,14 +88,14 @@ class Execution:
                 print(f"{snapshot.progress:.0%}", snapshot.counts)
 
         You get the latest snapshot first. If you are slower than the polls, you skip older ones. To
-        stop early, wrap the generator in `contextlib.aclosing`: polling then stops immediately.
+        stop early, wrap the generator in `contextlib.aclosing`. Polling then stops immediately.
 
         Args:
-            timeout: seconds from the first `anext`; `...` for the session's `wait_timeout`, None
-                for no limit.
+            timeout: seconds from the first `anext`. `...` means the session's `wait_timeout`, and
+                None no limit.
 
         Raises:
-            ExecutionTimeout: the execution was not complete in time; it continues on PromptLayer.
+            ExecutionTimeout: the execution was not complete in time. It continues on PromptLayer.
             RequestError: the server refused the request, or was unreachable for too long.
             SessionClosed: the session was closed.
         """
@@ -133,15 +133,15 @@ class Execution:
     async def output(self, *, timeout: float | EllipsisType | None = ..., into: Any = None) -> Any:
         """Wait until the execution is complete, and return its main output.
 
-        It is the value of the output node that succeeded. If several succeeded, or no node is
-        marked as output, one more request asks the server.
+        It is the value of the output node that succeeded. If several succeeded, or the workflow
+        marks no node as output, the session asks the server with one more request.
 
         Args:
             timeout: as for `stream`.
-            into: the type of the output: an attrs class, dataclass, TypedDict, enum,
-                pydantic model, `list[Report]`, `Report | None` and so on. An int may become a
-                float, but nothing else is coerced. If a string does not match the type, its content
-                is parsed as JSON. None returns the output unchanged.
+            into: the type of the output: an attrs class, dataclass, TypedDict, enum, pydantic
+                model, `list[Report]`, `Report | None` and so on. An int may become a float, but
+                nothing else is coerced. If a string does not match the type, the session parses its
+                content as JSON. None returns the output unchanged.
 
         Raises:
             ExecutionFailed: the execution has no main output.
@@ -165,7 +165,7 @@ class Execution:
         return _structuring.structure_output(value, into, converter, snapshot)
 
     async def _main_output_of(self, snapshot: Snapshot, deadline: Deadline) -> Any:
-        """Return the main output; ask the server if the snapshot leaves it open."""
+        """Return the main output, and ask the server if the snapshot leaves it open."""
         snapshot.raise_for_failure()
         succeeded = [node for node in snapshot.output_nodes if node.succeeded]
         if len(succeeded) == 1:

@@ -29,7 +29,7 @@ class ExpiringDict(Generic[K, V]):
             del self._entries[next(iter(self._entries))]
 
     def get(self, key: K) -> V | None:
-        """Return an entry; None if it is missing or has expired."""
+        """Return an entry, or None if it is missing or has expired."""
         value, at = self._entries.get(key, (None, -math.inf))
         return value if time.monotonic() - at < self._seconds else None
 

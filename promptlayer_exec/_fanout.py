@@ -38,15 +38,15 @@ OutputT = TypeVar("OutputT")
 
 @attrs.frozen
 class Outcome(Generic[ItemT, OutputT]):
-    """The result of one item of a fan-out.
+    """The result of one item, from `Session.as_completed` or `Session.collect`.
 
     Attributes:
         index: the item's position among the items, from 0.
         item: the item itself.
         execution: the handle of its execution, if it has one.
         snapshot: the last snapshot of the execution, if there was one.
-        output: its main output; None if there is an error.
-        error: the error; None if the item succeeded.
+        output: its main output, or None if there is an error.
+        error: the error, or None if the item succeeded.
     """
 
     index: int
@@ -89,7 +89,7 @@ def outcomes_of(
 async def collected(
     completed: AsyncGenerator[Outcome[ItemT, Any], None],
 ) -> list[Outcome[ItemT, Any]]:
-    """Return all outcomes in the order of the items; on an error, log every started run."""
+    """Return all outcomes in the order of the items. On an error, log every started run."""
     outcomes = []
     try:
         async with aclosing(completed):
@@ -146,7 +146,7 @@ class _FanOut(Generic[ItemT]):
     _tasks: set[asyncio.Task[Any]] = attrs.field(init=False, factory=set)
 
     async def outcomes(self) -> AsyncGenerator[Outcome[ItemT, Any], None]:
-        """Yield each outcome as soon as it arrives; raise the errors of `as_completed`."""
+        """Yield each outcome as soon as it arrives, or raise the errors of `as_completed`."""
         lifetime = self._session._open().lifetime
         taking = lifetime.spawn(self._take(), name="promptlayer_exec.items")
         self._tasks.add(taking)
@@ -166,7 +166,8 @@ class _FanOut(Generic[ItemT]):
         async with aclosing(each(self._items)) as items:
             indexes = itertools.count()
             while True:
-                # First the slot: an item that cannot run yet stays in its iterable.
+                # Wait for the slot first, so that an item that cannot run yet stays in its
+                # iterable.
                 await self._slots.acquire()
                 try:
                     item = _Item(next(indexes), await anext(items))
@@ -236,7 +237,7 @@ class _FanOut(Generic[ItemT]):
             await asyncio.wait(self._tasks)
 
     def _end_error(self, item: _Item[ItemT]) -> PromptLayerExecError:
-        """Return the error for an item that was cancelled because the fan-out cannot continue."""
+        """Return the error for an item in flight when the fan-out had to stop."""
         is_start = isinstance(item.item, StartRequest)
         # A task that was cancelled before its first step has not made the handle.
         if item.execution is None and not is_start:

@@ -1,8 +1,8 @@
 """Functions that the package's own integrations need beyond the public API.
 
 Internal: names here may change in any release. An integration (`fastapi`, `dbos`, `viewer`, `mcp`,
-`cli`) imports the public API and, if that is not enough, this module; never another private
-module.
+`cli`) imports the public API and, if that is not enough, this module. It never imports another
+private module.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
 from promptlayer_exec._text import indented, printable, short_repr
 from promptlayer_exec._workflows import Workflow, near
 
-# These come from other modules; the functions below are part of the interface as well.
+# These come from other modules. The functions below are part of the interface as well.
 __all__ = [
     "MAX_ID",
     "PATIENCE",
@@ -127,14 +127,14 @@ def base_url(session: Session) -> str:
 
 
 def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
-    """Check a start as `Session.start` does, and return its inputs in JSON form."""
+    """Check a request as `Session.start` does, and return its inputs in JSON form."""
     inputs = session._encode_inputs(request)
     run_request(request, inputs)
     return inputs
 
 
 def is_open(session: Session) -> bool:
-    """Return True if a session is open, in any event loop."""
+    """Return True if a session is open in any event loop."""
     return session._current_client() is not None
 
 
@@ -144,7 +144,7 @@ def server_of(session: Session) -> tuple[str, str | None]:
 
 
 async def check_inputs(session: Session, request: StartRequest, inputs: dict[str, Any]) -> None:
-    """Raise `InvalidInputs` as `Session.start` does; `inputs` are the request's in JSON form."""
+    """Raise `InvalidInputs` as `Session.start` does. `inputs` are the request's in JSON form."""
     client = session._open()
     await client.check_inputs(
         request, inputs, client.deadline(10.0)
@@ -161,18 +161,18 @@ async def definition(
 ) -> Workflow:
     """Return a workflow's definition, at most five minutes old, without `raw`.
 
-    Starts check their inputs with the same one. All parts of the session share one GET for each
+    `Session.start` checks inputs with the same one. All parts of the session share one GET for each
     workflow, label and version: a single attempt of at most 5 s. `fresh` reads it again now.
 
     Raises:
-        PromptLayerExecError: it did not arrive; `RequestTimeout` if not in time.
+        PromptLayerExecError: it did not arrive. `RequestTimeout` if not in time.
         TypeError, ValueError: an argument is malformed.
     """
     return await session._open().definition(workflow, label, version, fresh=fresh)
 
 
 def share_channel(session: Session, suffix: str | None) -> None:
-    """Make a session that is not open share the push channel of other processes."""
+    """Make a session that is not yet open share the push channel of other processes."""
     if suffix and session._current_client() is None:
         session._shared_suffix = suffix
 
@@ -185,7 +185,7 @@ def expect(session: Session, workflow: str | int, execution_id: int) -> None:
 
 
 def start_token(session: Session) -> str:
-    """Return a unique token for a start's callback URL."""
+    """Return a unique token for a run's callback URL."""
     return session._new_token()
 
 
@@ -194,26 +194,26 @@ async def start(
 ) -> Execution:
     """Start a run as `Session.start` does, with hooks around sending.
 
-    Each attempt awaits `hooks.before_send` once it is connected and before it sends anything; until
-    then, cancelling the call sends nothing. After an attempt that started nothing and will be
-    repeated, it awaits `hooks.not_sent`; and before the call returns or raises, even if cancelled,
-    `hooks.ended`.
+    Each attempt awaits `hooks.before_send` after connecting and before it sends anything. Until
+    then, cancelling the call sends nothing. The call awaits `hooks.not_sent` after an attempt that
+    started nothing and that it will repeat. Before it returns or raises, even if cancelled, it
+    awaits `hooks.ended`.
     """
     return await session._start(request, hooks=hooks, token=token)
 
 
 def wake(session: Session, execution_id: int, source: WakeSource) -> bool:
-    """Poll an execution now, as `Session.wake` does; observers see `source`."""
+    """Poll an execution now, as `Session.wake` does. Observers see `source`."""
     return session._wake(execution_id, source)
 
 
 async def resolve_start(session: Session, token: str, execution_id: int) -> None:
-    """Record the run that a callback named in the session's store of starts, if it has one.
+    """Record the run that a callback named in the session's start store, if it has one.
 
     `token` must be genuine. The session need not be open.
 
     Raises:
-        ConfigurationError: the store is unavailable, so nothing was recorded.
+        ConfigurationError: the store is unavailable, and recorded nothing.
     """
     store = session._settings.starts
     if store is not None:
@@ -222,7 +222,7 @@ async def resolve_start(session: Session, token: str, execution_id: int) -> None
 
 
 def receive_callback(session: Session, token: str, execution_id: int) -> None:
-    """Record a callback to a start's own URL; `Session.recover` may be waiting for it.
+    """Record a callback to a run's own URL. `Session.recover` may be waiting for it.
 
     `token` must be genuine. The session need not be open.
     """

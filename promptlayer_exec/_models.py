@@ -63,8 +63,8 @@ class Node:
 
     Attributes:
         name: the node's name in the workflow.
-        status: a `NodeStatus`; an unknown status stays a plain string and counts as not final.
-        value: the node's output, any JSON value; None until there is one.
+        status: a `NodeStatus`. An unknown status stays a plain string and counts as not final.
+        value: the node's output, any JSON value, or None until there is one.
         error_message: why the node failed.
         raw_error_message: the error with details: a string, or an object such as `{"raw": "..."}`.
         is_output_node: whether the workflow marks this node as an output.
@@ -92,7 +92,7 @@ class Node:
 class NodeTimes:
     """When a watch first saw a node running, and when it first saw it final.
 
-    Both are seconds since the first poll of the watch; None if it never saw that.
+    Both are seconds since the first poll of the watch, or None if it never saw that.
     """
 
     running: float | None = None
@@ -101,7 +101,12 @@ class NodeTimes:
 
 @attrs.frozen
 class NodeChange:
-    """A node whose status or value changed; `before` is its previous status, None if it is new."""
+    """A node whose status or value changed between two polls.
+
+    Attributes:
+        node: the node, as it is now.
+        before: its previous status, or None if the node is new.
+    """
 
     node: Node
     before: NodeStatus | str | None
@@ -128,11 +133,11 @@ class Snapshot:
         execution_id: the id of the execution.
         complete: whether the server reports the execution as complete (HTTP 200). A complete
             execution may have failed.
-        nodes: the nodes by name, in the server's order; read-only.
+        nodes: the nodes by name, in the server's order. Read-only.
         raw: the decoded body, including unknown fields. Do not change it: snapshots share it.
-        poll: the number of this poll, from 1; a single request is poll 1.
-        elapsed: seconds since the watch began; for a single request, how long it took.
-        times: when each node was first seen running and first seen final; read-only.
+        poll: the number of this poll, from 1. A single request is poll 1.
+        elapsed: seconds since the watch began. For a single request, how long it took.
+        times: when a watch first saw each node running, and first saw it final. Read-only.
     """
 
     execution_id: int
@@ -149,12 +154,12 @@ class Snapshot:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """The number of nodes by status; 0 for a status that no node has."""
+        """The number of nodes by status, 0 for a status that no node has."""
         return _counts(self.nodes)
 
     @property
     def progress(self) -> float:
-        """The share of nodes that are final; 1.0 when complete, 0.0 without nodes."""
+        """The share of nodes that are final, 1.0 when complete, 0.0 without nodes."""
         if self.complete or not self.nodes:
             return float(self.complete)
         return sum(node.final for node in self.nodes.values()) / len(self.nodes)
@@ -173,7 +178,7 @@ class Snapshot:
     def succeeded(self) -> bool:
         """Whether the execution is complete and at least one output node succeeded.
 
-        If no node is marked as output: whether it is complete and no node failed.
+        If the workflow marks no node as output: whether it is complete and no node failed.
         """
         if not self.complete:
             return False
@@ -205,8 +210,8 @@ class Snapshot:
         """Return the snapshot as plain data for JSON, in the same form everywhere in this package.
 
         The execution id is a string, because it may exceed 2**53. Times are seconds since the first
-        poll, rounded to milliseconds. `succeeded` is None until the execution is complete. Node
-        values are not copied.
+        poll, rounded to milliseconds. `succeeded` is None until the execution is complete. It does
+        not copy node values.
 
         Returns:
             `{"execution_id", "poll", "elapsed", "complete", "succeeded", "progress", "nodes"}`,
@@ -367,8 +372,8 @@ class MainOutput:
     Attributes:
         execution_id: the id of the execution.
         complete: whether the server reports the execution as complete (HTTP 200).
-        value: the decoded body; meaningful only when complete. If no output node succeeded, the
-            server sends the node map, which some outputs look like as well. Request all outputs
+        value: the decoded body, meaningful only when complete. If no output node succeeded, the
+            server sends the node map, and some outputs look like one. Request all outputs
             (`return_all_outputs=True`) to see whether the execution succeeded.
     """
 
@@ -379,9 +384,9 @@ class MainOutput:
 
 @attrs.frozen
 class StartRequest:
-    """A run to start; its attributes are the arguments of `Session.start`.
+    """A run to start. Its attributes are the arguments of `Session.start`.
 
-    Its `key` may be any value by which you recognise the item. It is never sent.
+    Its `key` may be any value by which you recognise the item. The session never sends it.
     """
 
     workflow: str | int = attrs.field(repr=short_repr)

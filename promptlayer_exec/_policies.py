@@ -36,11 +36,11 @@ class PollPolicy:
 
     A watch polls immediately, and then after delays between `floor` and `ceiling`. The delay grows
     slowly with the age of the watch. Once the first nodes are final, it is at most a sixth of the
-    time that the remaining nodes are expected to take. For the last node, it is half of a delay
-    that grows slowly with the time since the last change.
+    expected time for the remaining nodes. For the last node, it is half of a delay that grows
+    slowly with the time since the last change.
 
     Args:
-        floor: the shortest delay in seconds; greater than 0.
+        floor: the shortest delay in seconds, greater than 0.
         ceiling: the longest delay in seconds, before the jitter.
         jitter: a random extra for each delay: at most this fraction of the delay, and at most this
             number of seconds. It keeps executions that started together from polling together.
@@ -66,7 +66,7 @@ class PollPolicy:
         """Return a policy that polls at a fixed interval, without jitter.
 
         Args:
-            seconds: the interval; greater than 0.
+            seconds: the interval, greater than 0.
 
         Raises:
             ConfigurationError: the interval is out of range.
@@ -91,7 +91,7 @@ class PollPolicy:
             nodes: the number of nodes.
             unchanged: seconds since the status of a node last changed.
             chance: a random number in [0, 1).
-            retry_after: the seconds that the server asked to wait; the delay is at least that long.
+            retry_after: the seconds that the server asked to wait. The delay is at least that long.
         """
         remaining = nodes - final
         changed_at = elapsed - unchanged
@@ -139,12 +139,12 @@ class RetryPolicy:
 
     Args:
         outage: for how many seconds to retry a single call, from its first failed attempt.
-        watch_outage: for how many seconds a watch retries a poll; None retries until the waiters'
+        watch_outage: for how many seconds a watch retries a poll. None retries until the waiters'
             timeouts.
-        base: the first delay between attempts in seconds; it doubles with every failure.
+        base: the first delay between attempts in seconds. It doubles with every failure.
         ceiling: the longest delay between attempts in seconds.
         retry_after_ceiling: the longest wait in seconds that a server can ask for.
-        not_found_grace: for how many seconds after a start to retry a 404 for the new run.
+        not_found_grace: for how many seconds to retry a 404 for a run that has just started.
         statuses: the HTTP statuses to retry.
 
     Raises:
@@ -184,10 +184,10 @@ class RetryPolicy:
         """Return the seconds to wait because the server asked for a pause.
 
         Args:
-            retry_after: the seconds that it asked for; None if it did not ask.
+            retry_after: the seconds that it asked for, or None if it did not ask.
 
         Returns:
-            At most `retry_after_ceiling`; 0 if the server did not ask.
+            At most `retry_after_ceiling`, or 0 if the server did not ask.
         """
         return min(retry_after or 0.0, self.retry_after_ceiling)
 
@@ -196,29 +196,29 @@ class Limiter(Protocol):
     """Your own rate limit, for example one that several processes share."""
 
     async def acquire(self) -> None:
-        """Return when one more HTTP attempt may go; only one attempt at a time calls this."""
+        """Return when one more HTTP attempt may go. Only one attempt at a time calls this."""
 
 
 @attrs.frozen
 class Deadline:
-    """The time `at` which a wait times out; infinity if it has no limit."""
+    """The time `at` which a wait times out, infinity if it has no limit."""
 
     timeout: float | None
     at: float
 
     @classmethod
     def after(cls, timeout: float | None, *, now: float) -> Self:
-        """Return the deadline `timeout` seconds after `now`; None for no limit."""
+        """Return the deadline `timeout` seconds after `now`, or None for no limit."""
         return cls(timeout, now + or_infinity(timeout))
 
 
 def or_infinity(limit: float | None) -> float:
-    """Return a limit as a number; None means no limit."""
+    """Return a limit as a number. None means no limit."""
     return math.inf if limit is None else limit
 
 
 def check_timeout(timeout: Any) -> float | EllipsisType | None:
-    """Return a timeout in seconds; None and infinity mean no limit, `...` the default."""
+    """Return a timeout in seconds. None and infinity mean no limit, `...` the default."""
     if timeout is None or timeout is ...:
         return timeout
     if not _is_number(timeout):

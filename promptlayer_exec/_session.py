@@ -76,12 +76,14 @@ def _digest(api_key: str, what: str) -> str:
 class Session:
     """Starts and follows the executions of one PromptLayer workspace.
 
-    Share one session: all its calls use the same connections, rate and pollers::
+    Share one session, because all its calls use the same connections, rate and pollers::
 
         async with Session() as session:  # the key is in $PROMPTLAYER_API_KEY
             print(await session.run("write-report", {"topic": "otters"}))
 
-    Use it with `async with`, or close it with `await session.aclose()`; its first call opens it.
+    Use it with `async with`. You can also let its first call open it, and close it with
+    `await session.aclose()`.
+
     Creating a session does no I/O and needs no running event loop. You may enter it in one task and
     close it in another, and enter a closed one again, even in another event loop. If its event loop
     stops first, the session closes with it, and opens again in the next one.
@@ -93,31 +95,32 @@ class Session:
             `$PROMPTLAYER_BASE_URL`, or else https://api.promptlayer.com.
         poll: when to poll an execution again.
         retry: which failures to retry, and for how long.
-        wait_timeout: the default timeout of every wait, in seconds; None for no limit.
+        wait_timeout: the default timeout of every wait, in seconds, or None for no limit.
         request_timeout: seconds for one HTTP attempt, from connecting to the last byte. Waiting for
             the rate or for a connection does not count.
         max_connections: the most requests in flight. A quarter of them, at least one, is reserved
-            for starts; an eighth, from one to four, for push and definitions.
+            for start requests, and an eighth, from one to four, for push and definitions.
         max_response_bytes: the largest response body, in bytes after decompression.
-        rate: HTTP attempts per second, for the whole session; None for no limit.
-        limiter: an additional limit, acquired once per HTTP attempt.
+        rate: HTTP attempts per second, for the whole session, or None for no limit.
+        limiter: an additional limit, which the session acquires once per HTTP attempt.
         http: an `aiohttp.ClientSession` to borrow, with its proxy, TLS and headers. You close it.
         converter: the cattrs converter for inputs and outputs, instead of a strict one from
             `promptlayer_exec.strict_converter`. Node maps never go through it.
         observers: functions that the session calls with every event.
         push: whether PromptLayer's push channel wakes the watches of runs that this session
             started. None: once a run of the workflow outlasts its first poll, or a second one
-            starts. True: from the first start on, with a warning if push is unavailable. False:
-            never. `$PROMPTLAYER_EXEC_PUSH` sets the default, 1 or 0; 0 also overrides True.
-        check_inputs: whether a start raises `InvalidInputs` if required inputs are missing.
+            starts. True: from the first run on, with a warning if push is unavailable. False:
+            never. `$PROMPTLAYER_EXEC_PUSH` sets the default, 1 or 0. The value 0 also overrides
+            True.
+        check_inputs: whether `start` raises `InvalidInputs` if required inputs are missing.
         trust_env: whether to use HTTP_PROXY, HTTPS_PROXY and NO_PROXY, read when the session opens.
             A borrowed `http` has its own setting.
-        callbacks: a `promptlayer_exec.webhooks.Callbacks`, which gives each start its own callback
+        callbacks: a `promptlayer_exec.webhooks.Callbacks`, which gives each run its own callback
             URL, so that `recover` can find the run.
-        backplane: a `promptlayer_exec.redis.RedisBackplane`, which shares watches, starts, wake-ups
-            and callbacks with the sessions of other processes.
+        backplane: a `promptlayer_exec.redis.RedisBackplane`, through which sessions of other
+            processes share watches, new runs, wake-ups and callbacks.
         starts: a `promptlayer_exec.starts.SQLStartStore`, which records the run of each key, so
-            that a key starts one run only.
+            that each key starts only one run.
 
     Raises:
         ConfigurationError: a setting is malformed. A missing key raises it in the first call.
@@ -183,8 +186,8 @@ class Session:
         self._emit = broadcast(observers)
         self._callbacks = CallbackLog(self._emit, self._recent_starts)
 
-        # The channel to which PromptLayer pushes the completions of this session's starts, and the
-        # one that it shares with the other workers of a batch.
+        # PromptLayer pushes the completions of this session's runs to the first channel. The
+        # session shares the second one with the other workers of a batch.
         self._own_suffix = secrets.token_hex(16)
         self._shared_suffix: str | None = None
 
@@ -194,7 +197,7 @@ class Session:
         raise TypeError("a Session is asynchronous: use `async with`, not `with`")
 
     def __exit__(self, *exc_info: object) -> None:
-        """Never called, but without it `with` would not reach the error in `__enter__`."""
+        """Never runs, but without it `with` would not reach the error in `__enter__`."""
 
     async def __aenter__(self) -> Self:
         """Open the session, or reopen it if it was closed."""
@@ -350,7 +353,7 @@ class Session:
         return api_key
 
     def _push_suffix(self) -> str | None:
-        """Return the suffix that each start sends, so that PromptLayer pushes to this session."""
+        """Return the channel suffix to send, so that PromptLayer pushes to this session."""
         if self._settings.push is False:
             return None
         if self._shared_suffix is not None:
@@ -420,8 +423,8 @@ class Session:
             report = await execution.output()
 
         The session resends the request only if PromptLayer certainly did not start a run: the
-        request never reached it, or it returned 429. If you cancel the call once the request is
-        sent, the session still reads the response, emits `ExecutionStarted(abandoned=True)` and
+        request never reached it, or it returned 429. If you cancel the call after the session has
+        sent the request, it still reads the response, emits `ExecutionStarted(abandoned=True)` and
         logs a warning with the id.
 
         https://docs.promptlayer.com/reference/run-workflow
@@ -429,25 +432,25 @@ class Session:
         Args:
             workflow: its name or id.
             inputs: its input variables, as a mapping or an attrs, dataclass or pydantic instance.
-            label: the label of the version to run; not allowed with `version`.
-            version: the number of the version to run; not allowed with `label`.
+            label: the label of the version to run, not allowed with `version`.
+            version: the number of the version to run, not allowed with `label`.
             metadata: strings to store with the run.
             callback_url: the URL to which the server posts the final output.
-            key: a key that starts one run only: if any process has already used it, you get the
-                handle of that run, and nothing is sent. Needs `Session(starts=...)`.
+            key: a key that starts only one run. If any process has already used it, you get the
+                handle of that run, and the session sends nothing. Needs `Session(starts=...)`.
 
         Raises:
             TypeError: an argument or a value in the inputs has an unsupported type.
-            ValueError: an argument or a value in the inputs cannot be sent.
+            ValueError: an argument is out of range, or JSON cannot represent a value in the inputs.
             InvalidInputs: required inputs are missing.
             KeyConflict: the key belongs to a different request.
-            ConfigurationError: the database of `starts` is unavailable; no run was started.
+            ConfigurationError: the database of `starts` is unavailable, so no run was started.
             StartUnknown: the response was lost, so the run may have started. The session never
                 resends it.
             StatusError: the server refused the request.
             ConnectionFailed: the session could not reach the server.
             ExecutionTimeout: the session could not send the request within its `wait_timeout`.
-            SessionClosed: the session was closed; the error has the execution's id if it started.
+            SessionClosed: the session was closed. If the run started, the error has its id.
         """
         inputs = {} if inputs is None else inputs
         self._check_keys_are_kept(key)
@@ -521,9 +524,9 @@ class Session:
             version: the number of the version to run.
             metadata: strings to store with the run.
             callback_url: the URL to which the server posts the final output.
-            key: a key that starts one run only.
-            timeout: seconds for both together; `...` for the session's `wait_timeout`, None for no
-                limit.
+            key: a key that starts only one run.
+            timeout: seconds for both together. `...` means the session's `wait_timeout`, and None
+                no limit.
             into: the type of the output, as for `Execution.output`.
 
         Raises:
@@ -552,8 +555,8 @@ class Session:
 
         Args:
             workflow: its name or id.
-            label: the label of the version; not allowed with `version`.
-            version: the number of the version; not allowed with `label`. Without either, you get
+            label: the label of the version, not allowed with `version`.
+            version: the number of the version, not allowed with `label`. Without either, you get
                 the latest version.
 
         Raises:
@@ -573,14 +576,14 @@ class Session:
         external_source: str | None = None,
         external_id: str | None = None,
     ) -> AsyncGenerator[WorkflowSummary, None]:
-        """Yield every workflow of the workspace; each request reads a page of 100.
+        """Yield every workflow of the workspace, with one request for each page of 100.
 
         https://docs.promptlayer.com/reference/list-workflows
 
         Args:
-            sort_by: the field to sort by; None for the server's default.
-            sort_order: the direction; None for `desc`.
-            external_source: only workflows with an id from this source; needs `external_id`.
+            sort_by: the field to sort by, or None for the server's default.
+            sort_order: the direction, or None for `desc`.
+            external_source: only workflows with an id from this source. Needs `external_id`.
             external_id: only workflows with this id in `external_source`.
 
         Raises:
@@ -596,7 +599,7 @@ class Session:
         hooks: SendHooks | None = None,
         token: str | None = None,
     ) -> Execution:
-        """Start a run; with `hooks`, the caller records it instead of the store of starts."""
+        """Start a run. With `hooks`, the caller records it instead of the start store."""
         if request.key is not None and hooks is None and self._settings.starts is not None:
             return await self._start_once(request, deadline)
 
@@ -656,14 +659,14 @@ class Session:
             )
 
     def _new_token(self) -> str:
-        """Return a unique token for a start's callback URL."""
+        """Return a unique token for a run's callback URL."""
         callbacks = self._settings.callbacks
         return uuid4().hex if callbacks is None else callbacks.new_token()
 
     async def recover(
         self, error: StartUnknown, *, timeout: float | EllipsisType | None = ...
     ) -> Execution:
-        """Wait for the callback of a start whose response was lost, and return the run's handle.
+        """After a `StartUnknown`, wait for the callback of the run, and return its handle.
 
         It never starts the run again. The callback must reach this session through
         `promptlayer_exec.fastapi`, before or during the call. The error may come from another
@@ -671,11 +674,12 @@ class Session:
 
         Args:
             error: what `start` raised, or an unpickled copy of it.
-            timeout: seconds; `...` for the session's `wait_timeout`, None for no limit.
+            timeout: seconds. `...` means the session's `wait_timeout`, and None no limit.
 
         Raises:
-            StartUnknown: no callback came in time; the run may still exist.
-            ValueError: the start did not have its own callback URL, or it had another secret.
+            StartUnknown: no callback came in time, but the run may still exist.
+            ValueError: the run has no callback URL of this package, or one signed with another
+                secret.
             SessionClosed: the session was closed.
         """
         token = recoverable_token(error, self._settings.callbacks)
@@ -685,7 +689,7 @@ class Session:
         return Execution(self, execution_id, error.workflow, key=error.key)
 
     def _encode_inputs(self, request: StartRequest) -> dict[str, Any]:
-        """Return a start's inputs in JSON form."""
+        """Return the inputs of a request in JSON form."""
         return _structuring.encode_inputs(request.inputs, self._settings.converter)
 
     @overload
@@ -718,7 +722,7 @@ class Session:
     ) -> AsyncGenerator[Outcome[ItemT, Any], None]:
         """Run or follow many executions in parallel, and yield each outcome as it arrives.
 
-        A `StartRequest` starts a run; an id or a handle follows one::
+        A `StartRequest` starts a run, and an id or a handle follows one::
 
             topics = ["otters", "beavers", "seals"]
             requests = (StartRequest("write-report", {"topic": topic}) for topic in topics)
@@ -726,16 +730,19 @@ class Session:
                 print(outcome.item.inputs["topic"], outcome.output if outcome.ok else outcome.error)
 
         If an item fails, its outcome carries the `error`, and the others continue. To stop early,
-        wrap the generator in `contextlib.aclosing`; started executions keep running on the server.
-        Before it raises, it yields an outcome for every item in flight; cancelled items carry that
-        error.
+        wrap the generator in `contextlib.aclosing`. Executions that have started keep running on
+        PromptLayer.
+
+        Before it raises, it yields an outcome for every item in flight. The items that it had to
+        cancel carry the same error.
 
         Args:
             items: ids, `Execution` handles and `StartRequest`s, as an iterable or async iterable.
                 The session takes the next item when a slot is free.
             max_in_flight: how many items may be in flight or waiting for you to take them.
-            timeout: seconds for each item, from when the session takes it; `...` for the session's
-                `wait_timeout`, None for no limit. Once a start is sent, its response is still read.
+            timeout: seconds for each item, from when the session takes it. `...` means the
+                session's `wait_timeout`, and None no limit. If the session has already sent the
+                request for a run, it still reads the response.
             into: the type of the outputs, as for `Execution.output`.
 
         Raises:
@@ -775,8 +782,14 @@ class Session:
     ) -> list[Outcome[ItemT, Any]]:
         """Return the outcomes of all items, in the order of the items.
 
-        The arguments and errors are those of `as_completed`. If it raises, you get no outcomes; the
-        log has the id of every run that it started.
+        Start two runs, and wait for both::
+
+            requests = [StartRequest("write-report", {"topic": it}) for it in ("otters", "seals")]
+            for outcome in await session.collect(requests):
+                print(outcome.result())
+
+        The arguments and errors are those of `as_completed`. If it raises, you get no outcomes, but
+        you find the id of every run that it started in the log.
         """
         return await collected(
             outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
@@ -791,21 +804,21 @@ class Session:
         """Follow many executions in one loop, and yield each with its snapshot on every poll.
 
         Each execution yields the same snapshots as `Execution.stream`, the complete one last, and
-        the loop finishes when all are complete. If one execution cannot be followed, the others
+        the loop finishes when all are complete. If following one execution fails, the others
         continue, and the error comes after them. To stop early, wrap the generator in
         `contextlib.aclosing`.
 
         Args:
-            items: ids and `Execution` handles; duplicates count once.
-            timeout: seconds for all together, from the first `anext`; `...` for the session's
-                `wait_timeout`, None for no limit.
+            items: ids and `Execution` handles. Duplicates count once.
+            timeout: seconds for all together, from the first `anext`. `...` means the session's
+                `wait_timeout`, and None no limit.
 
         Raises:
-            ExecutionTimeout: an execution was not complete in time; it continues on PromptLayer.
-            RequestError: an execution could not be followed. If there are several errors, you get
-                the first, with the others as notes.
-            Unauthorized: the server refused the key; raised immediately.
-            SessionClosed: the session was closed; raised immediately.
+            ExecutionTimeout: an execution was not complete in time. It continues on PromptLayer.
+            RequestError: following an execution failed. If there are several errors, you get the
+                first, with the others as notes.
+            Unauthorized: the server refused the key. Raised immediately.
+            SessionClosed: the session was closed. Raised immediately.
         """
         return snapshots_of(self, items, timeout)
 

@@ -1,4 +1,4 @@
-"""Reads and checks the settings of a session; each check raises `ConfigurationError`."""
+"""Reads and checks the settings of a session. Each check raises `ConfigurationError`."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _find_push(push: Any) -> Any:
 
 
 def find_proxy(settings: Settings, base_url: str) -> str | None:
-    """Return the URL of the proxy that the environment names for the server; None: no proxy.
+    """Return the URL of the proxy that the environment names for the server, or None.
 
     Requests to a loopback host never use a proxy.
     """
@@ -230,7 +230,7 @@ def _callables(_: Any, __: Any, value: Any) -> None:
 
 @attrs.frozen(kw_only=True)
 class Settings:
-    """The checked settings of a session; `Session` documents them."""
+    """The checked settings of a session. `Session` documents them."""
 
     # The session reads both again when it opens: a program may set its environment in between.
     api_key: str | None = attrs.field(repr=False)
@@ -264,7 +264,7 @@ class Settings:
     starts: StartStore | None = attrs.field(validator=_is_start_store)
 
     def deadline(self, timeout: float | EllipsisType | None, *, now: float) -> Deadline:
-        """Return the deadline of a wait that begins now; `...` means the default timeout."""
+        """Return the deadline of a wait that begins now. `...` means the default timeout."""
         if timeout is ...:
             timeout = self.wait_timeout
         return Deadline.after(timeout, now=now)

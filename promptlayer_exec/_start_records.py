@@ -1,4 +1,4 @@
-"""One run per key: the Protocol between a session and its store of starts."""
+"""One run per key: the Protocol between a session and its start store."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ PATIENCE = 10.0
 
 @attrs.frozen
 class StartClaim:
-    """A claim to a key, by a start that is about to be sent.
+    """A claim to a key, by a request that a session is about to send.
 
     Attributes:
-        key: the key of the start.
-        token: a unique id of this attempt, which is also in the start's callback URL.
+        key: the key of the request.
+        token: a unique id of this attempt, which is also in the run's callback URL.
         server: the URL of the server.
-        request: the start's `fingerprint`.
+        request: the request's `fingerprint`.
         request_timeout: seconds after which the sender stops waiting for the response. If it
-            records no result within a few more seconds, the start counts as lost.
+            records no result within a few more seconds, the response counts as lost.
     """
 
     key: str
@@ -38,23 +38,24 @@ class StartClaim:
 
 @attrs.frozen
 class StoredStart:
-    """The record of a key: which start it belongs to, and which run that start began.
+    """The record of a key: which request it belongs to, and which run that request started.
 
     Attributes:
         key: the key.
         state: `sending` while the response may still come, `started` once the execution id is
             known, `unknown` if the response was lost: PromptLayer may have started a run.
-        execution_id: the id of the run; None unless `started`.
+        execution_id: the id of the run, None unless `started`.
         workflow: the name or id of the workflow.
-        attempts: how often the start was sent; more than 1 only if unknown starts are resent.
-        created: when the key was first used (UTC).
+        attempts: how often a session sent the request. More than 1 only if sessions resend unknown
+            starts.
+        created: when a session first used the key (UTC).
         updated: when the record last changed (UTC).
         server: the URL of the server.
-        request: the start's `fingerprint`.
+        request: the request's `fingerprint`.
         token: the token of the latest attempt.
         age: seconds since `updated`, on the store's own clock.
-        replaceable: whether the start has been unknown for long enough that another claim with the
-            same server and request may replace it.
+        replaceable: whether the state has been `unknown` for long enough that another claim with
+            the same server and request may replace it.
         earlier_token: the token of the attempt before the latest one, if there was one.
     """
 
@@ -90,23 +91,34 @@ class StartStore(Protocol):
         """Return the record of a key, or None if it has none."""
 
     async def claim(self, claim: StartClaim, *, patience: float = PATIENCE) -> StoredStart | None:
-        """Record that a start is about to be sent, unless its key already has a record.
+        """Record that a session is about to send a request, unless its key already has a record.
 
         A `replaceable` record with the same server and request gives way. Its token still counts
         for `record` and `resolve`.
 
-        If the call is cancelled or fails, the claim must not stay: call `release` with its token.
+        If the caller cancels it or it fails, the claim must not stay: call `release` with its
+        token.
+
+        Args:
+            claim: the key, and the request to send for it.
+            patience: how long to wait for the store, in seconds.
 
         Returns:
-            None if this claim is now recorded, or else the record that is in the way.
+            None if it recorded this claim, or else the record that is in the way.
         """
 
     async def record(
         self, key: str, token: str, execution_id: int | None, *, patience: float = PATIENCE
     ) -> bool:
-        """Record the id of the run that the start began, or None if the response was lost.
+        """Record the id of the run that the request started, or None if the response was lost.
 
         A sender that counted as dead may still record its id, unless there already is another id.
+
+        Args:
+            key: the key.
+            token: the token of the claim.
+            execution_id: the id of the run, or None if the response was lost.
+            patience: how long to wait for the store, in seconds.
 
         Returns:
             Whether this is now the record.
@@ -115,20 +127,30 @@ class StartStore(Protocol):
     async def release(self, key: str, token: str, *, patience: float = PATIENCE) -> None:
         """Forget a claim whose request started nothing.
 
-        If there were earlier attempts, the start becomes unknown again, as before this one.
+        If there were earlier attempts, the state becomes `unknown` again, as before this one.
+
+        Args:
+            key: the key.
+            token: the token of the claim.
+            patience: how long to wait for the store, in seconds.
         """
 
     async def resolve(self, token: str, execution_id: int, *, patience: float = PATIENCE) -> bool:
-        """Record the id of the run that a start began, given only its callback's token.
+        """Record the id of the run that a request started, given only its callback's token.
+
+        Args:
+            token: the token in the callback's URL.
+            execution_id: the id in the callback.
+            patience: how long to wait for the store, in seconds.
 
         Returns:
-            Whether this id is now recorded. False if the store has no start with this token, or if
-            another attempt of the start has another id.
+            Whether the record now has this id. False if the store has no record with this token, or
+            if another attempt got another id.
         """
 
 
 def check_key(key: Any) -> str:
-    """Return the key of a start, which must be 1 to 500 characters that any database can store."""
+    """Return a key, which must be 1 to 500 characters that any database can store."""
     if not isinstance(key, str):
         raise TypeError(f"key must be a str, got {key!r:.100}")
 
@@ -150,13 +172,13 @@ def fingerprint(
     version: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Return the request of a start in a form to store and compare.
+    """Return a request in a form to store and compare.
 
     It contains the names of inputs and metadata, with a digest of each value, salted with the key.
     Equal requests with the same key have equal fingerprints.
 
     Args:
-        key: the start's key.
+        key: the request's key.
         workflow: the name or id of the workflow, as the caller passed it.
         inputs: the inputs in their JSON form.
         label: the label of the version to run.

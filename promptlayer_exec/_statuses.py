@@ -9,7 +9,7 @@ import attrs
 
 
 class NodeStatus(enum.StrEnum):
-    """The documented statuses of a node; the last three are final."""
+    """The documented statuses of a node. The last three are final."""
 
     QUEUED = "QUEUED"
     RUNNING = "RUNNING"
@@ -26,7 +26,7 @@ class StatusEntry:
 
     final: bool
     mark: str
-    colour: str  # of the mark in a notebook; it suits light and dark pages
+    colour: str  # of the mark in a notebook, for light and dark pages
     style: str  # of the name in a terminal, as rich spells it
     rank: int  # if not all nodes fit, nodes of rank 0 come first
 

@@ -26,7 +26,7 @@ def short_repr(value: Any) -> str:
 
 def counts_repr(counts: Mapping[str, int]) -> str:
     """Return the number of nodes with each status, such as `<3 SUCCESS, 1 RUNNING>`."""
-    # There are five known statuses; a server may send any number of others.
+    # There are five known statuses, but a server may send any number of others.
     most = 8
     shown = [f"{count} {status!s:.40}" for status, count in islice(counts.items(), most)]
     if len(counts) > most:
@@ -61,7 +61,7 @@ def json_kind(value: Any) -> str:
 
 
 def indented(value: Any) -> str:
-    """Return a value as JSON for people; on one line if it is very long or deep."""
+    """Return a value as JSON for people, on one line if it is very long or deep."""
     compact = json.dumps(value, ensure_ascii=False)
 
     # Indenting runs in recursive Python: with a megabyte, people would notice.
@@ -86,5 +86,5 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def shown_key(key: Any) -> str:
-    """Return the key of a start for a log line, in brackets; empty without one."""
+    """Return the key of a request for a log line, in brackets, or an empty string without one."""
     return "" if key is None else f" (key {short_repr(key)})"

@@ -25,15 +25,15 @@ async def serve_until_cancelled(
     lifespan: Literal["on", "off"],
     on_end: Callable[[], None],
 ) -> None:
-    """Serve an app on a listening socket, which is closed at the end.
+    """Serve an app on a listening socket, and close the socket afterwards.
 
     Args:
         app: the app.
         listener: the socket.
         name: the name of the task.
-        patience: how many seconds open requests have once it is cancelled. What is open after that
-            is cut off: clients that do not read, and requests that wait for PromptLayer.
-        lifespan: whether the app is told of the start and the end.
+        patience: how many seconds open requests have once it is cancelled. After that, it cuts off
+            clients that do not read, and requests that wait for PromptLayer.
+        lifespan: whether the app gets lifespan events.
         on_end: called first once it is cancelled.
     """
     # uvicorn waits for late requests and connections, and can end neither.

@@ -19,8 +19,11 @@ from promptlayer_exec._text import printable
 class WorkflowNode:
     """One node of a workflow.
 
-    Its type is an open string, such as `PROMPT_TEMPLATE`, or empty if the server sent none. Its
-    dependencies are the names of other nodes, from its definition and from edges.
+    Attributes:
+        name: the node's name.
+        node_type: an open string, such as `PROMPT_TEMPLATE`, or empty if the server sent none.
+        is_output_node: whether the workflow marks this node as an output.
+        dependencies: the names of the nodes that it depends on, from its definition and from edges.
     """
 
     name: str
@@ -31,7 +34,13 @@ class WorkflowNode:
 
 @attrs.frozen
 class WorkflowEdge:
-    """A connection between two nodes, by name; runs may skip a conditional one."""
+    """A connection between two nodes of a workflow.
+
+    Attributes:
+        source: the name of the node that comes first.
+        target: the name of the node that depends on it.
+        conditional: whether runs may skip the connection.
+    """
 
     source: str
     target: str
@@ -40,9 +49,16 @@ class WorkflowEdge:
 
 @attrs.frozen
 class WorkflowSummary:
-    """One entry in the list of workflows, with the release labels of its versions.
+    """One entry in the list of workflows.
 
     https://docs.promptlayer.com/reference/list-workflows
+
+    Attributes:
+        id: the workflow's id.
+        name: the workflow's name.
+        labels: the release labels of its versions.
+        latest_version: the number of its latest version, or None if the server sent none.
+        is_deleted: whether somebody has deleted the workflow.
     """
 
     id: int
@@ -61,14 +77,14 @@ class Workflow:
     Attributes:
         id: the workflow's id.
         name: the workflow's name.
-        version: the number of this version; None if the server sent none.
+        version: the number of this version, or None if the server sent none.
         labels: the release labels of this version.
-        required_inputs: the type of each required input variable by its name, such as
-            `{"topic": "string"}`; None if the server sent none. Types are open strings.
-        nodes: the nodes by name, in the server's order; read-only. Empty if the server sent none.
+        required_inputs: the type of each required input variable by its name, for example
+            `{"topic": "string"}`. None if the server sent none. Types are open strings.
+        nodes: the nodes by name, in the server's order. Read-only. Empty if the server sent none.
         edges: the connections, as the server sent them.
         raw: the decoded body, including all other fields. Do not change it.
-        run: the state of a run that a notebook draws into the graph; see `with_run`.
+        run: the state of a run, which a notebook draws into the graph. See `with_run`.
     """
 
     id: int
@@ -92,8 +108,8 @@ class Workflow:
         ```
 
         Args:
-            snapshot: the state of a run of this workflow. A node that the run does not have is
-                drawn without a status.
+            snapshot: the state of a run of this workflow. A node that the run does not have gets no
+                status.
         """
         return attrs.evolve(self, run=snapshot)
 
@@ -130,7 +146,7 @@ class Workflow:
         return tuple(layers)
 
     def check_inputs(self, inputs: Any) -> None:
-        """Check that all required inputs are there; it allows others, and does not check types.
+        """Check that all required inputs are there. It allows others, and does not check types.
 
         Args:
             inputs: as for `Session.start`.
@@ -177,7 +193,7 @@ def _names(inputs: Any) -> set[str]:
 
 
 def _guesses(given: Iterable[str], missing: Iterable[str]) -> list[str]:
-    """Return each given name with the missing one that it resembles; matches come first."""
+    """Return each given name with the missing one that it resembles. Matches come first."""
     misspelt, others = [], []
     for name in given:
         if likely := near(name, missing, 1):

@@ -38,7 +38,7 @@ from promptlayer_exec import (
 
 __all__ = ["OpenTelemetryObserver"]
 
-# The last version with the conventions for GenAI; their new repository has not published any yet.
+# The last version with the conventions for GenAI. Their new repository has not published any yet.
 _SCHEMA = "https://opentelemetry.io/schemas/1.41.0"
 # The buckets of the semantic conventions for HTTP, and more up to an hour for watches. The SDK's
 # defaults are for milliseconds.
@@ -60,7 +60,7 @@ class _WatchSpan:
 
 
 class OpenTelemetryObserver:
-    """Records a span for each start and each watch, and metrics.
+    """Records metrics, and a span for each start request and each watch.
 
     Pass it to a session::
 
@@ -68,18 +68,18 @@ class OpenTelemetryObserver:
 
     Spans follow the semantic conventions for GenAI agents. Each is named `invoke_agent` plus the
     workflow, and its parent is the current span at the call. The span of a watch links to the one
-    of its start. It has an event for each poll with a status change, for the last poll, for each
-    wake-up, and for the first failure and the recovery of each outage. A span that failed has an
-    `exception` event.
+    of its start request. It has an event for each poll with a status change, for the last poll, for
+    each wake-up, and for the first failure and the recovery of each outage. The span of something
+    that failed has an `exception` event.
 
     By default it records no values, no inputs, and no texts that may quote them. Spans have
-    execution ids; metrics never do.
+    execution ids, but metrics never do.
 
     https://github.com/open-telemetry/semantic-conventions-genai
 
     Args:
-        tracer_provider: receives the spans; None for the global one, which may be set later.
-        meter_provider: receives the metrics; None for the global one, which may be set later.
+        tracer_provider: receives the spans. None means the global one, which you may set later.
+        meter_provider: receives the metrics. None means the global one, which you may set later.
         record_values: whether to record inputs, outputs, and the whole text of errors, which may
             quote them or the body of a malformed response.
     """
@@ -211,7 +211,7 @@ class OpenTelemetryObserver:
         span.end()
 
     def _start_ended(self, event: ExecutionStarted | StartFailed) -> None:
-        """Record a span from the call of the start until now."""
+        """Record a span from the call of `Session.start` until now."""
         request, ended = event.request, time.time_ns()
         attributes = _attributes("start", request.workflow, event.base_url)
         if request.version is not None:
@@ -286,7 +286,7 @@ def _attributes(operation: str, workflow: str | int | None, base_url: str) -> di
 
 
 def _server(base_url: str) -> dict[str, str | int]:
-    if not base_url:  # the start failed before there was a request
+    if not base_url:  # it failed before there was a request
         return {}
     url = urlsplit(base_url)
     default = {"http": 80, "https": 443}[url.scheme]

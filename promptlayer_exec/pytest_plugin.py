@@ -1,4 +1,4 @@
-"""The pytest plugin under the package's name; pytest also loads it by its entry point."""
+"""The pytest plugin under the package's name. Pytest also loads it by its entry point."""
 
 from pytest_promptlayer_exec import promptlayer_simulator
 

@@ -53,8 +53,8 @@ class Terms:
     away, a session tries again every `pause`, and meanwhile keeps the latest `most_kept` messages
     for other sessions.
 
-    Responses over `most_bytes` are not shared. Redis keeps those of complete runs for `complete`,
-    others for `incomplete` after the last renewal, and callbacks for `callback`.
+    Sessions do not share responses over `most_bytes`. Redis keeps those of complete runs for
+    `complete`, others for `incomplete` after the last renewal, and callbacks for `callback`.
     """
 
     lease: float = 10.0
@@ -123,6 +123,10 @@ class RedisUnavailable(Exception):
 class RedisBackplane:
     """Lets the sessions of several processes share their watches: `Session(backplane=...)`.
 
+    Each process passes one to its session::
+
+        session = Session(backplane=RedisBackplane("redis://localhost:6379"))
+
     Of all sessions with the same Redis, prefix, server and key, one polls an execution, and the
     others use its responses. If that session closes, fails or hangs, another one polls. Wake-ups
     and callbacks reach the session that needs them, and all sessions learn of a run that one has
@@ -131,7 +135,7 @@ class RedisBackplane:
 
     Args:
         url_or_client: a URL as for `redis.asyncio.Redis.from_url`, or your own
-            `redis.asyncio.Redis`, which stays open; each session uses up to nine connections.
+            `redis.asyncio.Redis`, which stays open. Each session uses up to nine connections.
         prefix: the prefix of all keys in Redis and of the channel.
 
     Raises:
@@ -165,7 +169,7 @@ class RedisBackplane:
         )
 
     def connect(self, client: OpenSession, namespace: str) -> RedisConnection:
-        """Connect an open session; only sessions call this."""
+        """Connect an open session. Only sessions call this."""
         redis = self._client()
         channel = f"{self._prefix}:1:{namespace}"
         return RedisConnection(redis, redis is not self._source, channel, client)
@@ -178,7 +182,7 @@ class SharedWatch:
     _connection: RedisConnection
     execution_id: int
     _read: Callable[[Response], NodeMap]
-    # Identifies the watch in Redis; each watch of a session has another.
+    # Identifies the watch in Redis. Each watch of a session has another.
     token: str = attrs.field(init=False, factory=lambda: uuid4().hex)
     is_held: bool = attrs.field(init=False, default=False)  # the lease, as far as is known here
     is_sent: bool = attrs.field(init=False, default=False)  # so the lease is not renewed
@@ -218,7 +222,7 @@ class SharedWatch:
         self.is_sent = is_sent
 
     async def _wait_for_turn(self, streams: Callable[[], bool]) -> Response | None:
-        """Wait for a response of another session; None if it is this session's turn to poll."""
+        """Wait for a response of another session, or None if it is this session's turn to poll."""
         while True:
             self.news.clear()  # first, so that no hint is lost in between
             turn = await self._connection.run(self._ask_turn, streams())
@@ -282,7 +286,7 @@ class RedisConnection:
 
     _redis: Redis
     _owns_redis: bool
-    channel: str  # of all hints; the keys also begin with its name
+    channel: str  # of all hints. The keys also begin with its name
     _client: OpenSession
     _id: str = attrs.field(init=False, factory=lambda: uuid4().hex[:8])
     _is_up: bool = attrs.field(init=False, default=True)
@@ -361,7 +365,7 @@ class RedisConnection:
         return f"{kind} {subject} {detail} {self._id}"
 
     def end(self, watch: SharedWatch) -> None:
-        """Forget a watch that is over; when the session closes, `aclose` does so for all."""
+        """Forget a watch that is over. When the session closes, `aclose` does so for all."""
         if not self._client.is_closing():
             if self._watches.get(watch.execution_id) is watch:
                 del self._watches[watch.execution_id]
@@ -382,7 +386,7 @@ class RedisConnection:
                 await self._extend(watches, 0)
 
     async def _extend(self, watches: Iterable[SharedWatch], seconds: float) -> list[Any]:
-        """Extend the leases of watches by so many seconds, in one round trip."""
+        """Extend the leases of watches by some seconds, in one round trip."""
         pipeline = self._redis.pipeline(transaction=False)
         for watch in watches:
             hint = self.hint("news", watch.execution_id)
@@ -437,7 +441,7 @@ class RedisConnection:
     async def run(
         self, command: Callable[..., Awaitable[Any]], *arguments: Any, **options: Any
     ) -> Any:
-        """Return the result of a command; raise `RedisUnavailable` if it fails or is late.
+        """Return the result of a command, or raise `RedisUnavailable` if it fails or is late.
 
         It runs in a separate task: on Python 3.11, redis-py may swallow a cancellation.
         """
@@ -510,7 +514,7 @@ class RedisConnection:
             await asyncio.sleep(TERMS.pause)
 
     async def _drop_connections(self) -> None:
-        """Close idle connections: they may lead to a server that was demoted."""
+        """Close idle connections, because they may lead to a demoted server."""
         async with asyncio.timeout(TERMS.command):
             await self._redis.connection_pool.disconnect(inuse_connections=False)
 

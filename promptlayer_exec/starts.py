@@ -1,4 +1,4 @@
-"""One run per key (extra `starts`): the record of starts, in SQLite or PostgreSQL."""
+"""One run per key (extra `starts`): the start store, in SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -58,8 +58,9 @@ _starts = sa.Table(
     # In seconds since the epoch, on the database's clock.
     sa.Column("created", sa.Double, nullable=False),
     sa.Column("updated", sa.Double, nullable=False),
-    # Until when the start may be in flight. From then on it counts as unknown, even if its sender
-    # was killed before it could record that; 0 if an earlier attempt was unknown for long enough.
+    # Until when the request may be in flight. From then on it counts as unknown, even if its sender
+    # was killed before it could record that. It is 0 if an earlier attempt was unknown for long
+    # enough.
     sa.Column("until", sa.Double, nullable=False),
 )
 _row = _starts.c
@@ -97,11 +98,11 @@ class _StoreCall:
 
 
 class _StartsTable:
-    """The statements; each takes the arguments of many calls, and returns a result for each.
+    """The statements. Each takes the arguments of many calls, and returns a result for each.
 
     Args:
         database: the database of the table.
-        restart_after: seconds after which an unknown start may be claimed again; None: never.
+        restart_after: seconds after which another call may claim an unknown start. None: never.
     """
 
     def __init__(self, database: Database, restart_after: float | None) -> None:
@@ -378,7 +379,7 @@ class _OpenStore:
             async with asyncio.timeout(PATIENCE):
                 await self._all_finished()
 
-        # A server that stands still may keep a call for longer: it is not to be tried again.
+        # A server that stands still may keep a call for longer. Do not try that call again.
         self.database.ended.set()
         await self.database.run_in_thread(self.database.close)
 
@@ -389,7 +390,7 @@ class _OpenStore:
 
 
 class SQLStartStore:
-    """Records in a database which run each key started, so that each key starts one run.
+    """Records in a database which run each key started, so that each key starts only one run.
 
     Pass it to the sessions of all processes that may use the same keys::
 
@@ -399,14 +400,14 @@ class SQLStartStore:
         ):
             execution = await session.start("write-report", {"topic": "otters"}, key="order-42")
 
-    Creating it does no I/O; its first call creates the table `promptlayer_exec_starts`. Any number
+    Creating it does no I/O. Its first call creates the table `promptlayer_exec_starts`. Any number
     of sessions, event loops and processes may use it, even after a fork.
 
     Args:
         database_url: `sqlite:///` and the path of a file, or `postgresql://user@host/database`.
             By default the database that batches use: the one in `$PROMPTLAYER_EXEC_DB`, or else a
             SQLite file in your user's state directory.
-        restart_unknown_after: seconds after which the next call with the same key resends a start
+        restart_unknown_after: seconds after which the next call with the same key resends a request
             whose response was lost. **The first request may have started a run as well**, and you
             pay for both. None: only a callback or `forget` frees the key.
 
@@ -432,9 +433,9 @@ class SQLStartStore:
         return found
 
     async def claim(self, claim: StartClaim, *, patience: float = PATIENCE) -> StoredStart | None:
-        """Record that a start is about to be sent; see `StartStore.claim`.
+        """Record that the session is about to send a request. See `StartStore.claim`.
 
-        If the call is cancelled or fails, the claim is released soon after.
+        If you cancel the call or it fails, it releases the claim soon after.
         """
         found: StoredStart | None = await self._call("claim", claim, patience)
         return found
@@ -442,22 +443,22 @@ class SQLStartStore:
     async def record(
         self, key: str, token: str, execution_id: int | None, *, patience: float = PATIENCE
     ) -> bool:
-        """Record the id of the run that a start began; see `StartStore.record`."""
+        """Record the id of the run that a request started. See `StartStore.record`."""
         done: bool = await self._call("record", _Recorded(key, token, execution_id), patience)
         return done
 
     async def release(self, key: str, token: str, *, patience: float = PATIENCE) -> None:
-        """Forget a claim whose request started nothing; see `StartStore.release`."""
+        """Forget a claim whose request started nothing. See `StartStore.release`."""
         await self._call("release", _Released(key, token), patience)
 
     async def resolve(self, token: str, execution_id: int, *, patience: float = PATIENCE) -> bool:
-        """Record the id of the run in a callback; see `StartStore.resolve`."""
+        """Record the id of the run in a callback. See `StartStore.resolve`."""
         resolved = _Resolved(token, check_execution_id(execution_id))
         done: bool = await self._call("resolve", resolved, patience)
         return done
 
     async def forget(self, key: str, *, patience: float = PATIENCE) -> bool:
-        """Delete the record of a key, so that its next start begins a new run.
+        """Delete the record of a key, so that its next request starts a new run.
 
         Returns:
             Whether there was a record.
@@ -466,7 +467,7 @@ class SQLStartStore:
         return done
 
     async def prune(self, *, older_than: float, patience: float = PATIENCE) -> int:
-        """Delete old records, except for starts in flight.
+        """Delete old records, except for requests in flight.
 
         Args:
             older_than: the least age of a record, in seconds since it last changed.
@@ -480,7 +481,7 @@ class SQLStartStore:
         return pruned
 
     async def aclose(self) -> None:
-        """Wait for the calls in progress, and disconnect; a later call connects again."""
+        """Wait for the calls in progress, and disconnect. A later call connects again."""
         opened = self._open.pop(os.getpid(), None)
         if opened is not None:
             await opened.aclose()
@@ -516,7 +517,7 @@ class SQLStartStore:
             raise
 
     def _give_up(self, opened: _OpenStore, what: str, argument: Any, future: Future[Any]) -> None:
-        """Undo a claim whose caller has given up, unless it can still be cancelled."""
+        """Undo a claim whose caller has given up, unless cancelling it is still possible."""
         if not future.cancel() and what == "claim":
             released = _Released(argument.key, argument.token)
             opened.submit_after(future, "release", _StoreCall(released, time.monotonic() + 10.0))

@@ -40,10 +40,10 @@ class Webhook:
 
     Attributes:
         event_type: what happened, such as `agent_run_finished`.
-        execution_id: the id of the execution, for `agent_run_finished`; else None.
+        execution_id: the id of the execution for `agent_run_finished`, None for other events.
         workflow: the name of its workflow, if the webhook has it.
         workflow_id: the id of its workflow, if the webhook has it.
-        timestamp: when it happened (UTC); None if the webhook has no readable time.
+        timestamp: when it happened (UTC), or None if the webhook has no readable time.
         payload: the decoded body, with all fields.
     """
 
@@ -60,7 +60,7 @@ def read_webhook(body: bytes, signature: str | None, secret: str) -> Webhook:
 
     Args:
         body: the raw body of the request, at most 1 MiB.
-        signature: the request's header `X-PromptLayer-Signature`; None if there is none.
+        signature: the request's header `X-PromptLayer-Signature`, or None if there is none.
         secret: the webhook's secret, from PromptLayer's settings.
 
     Raises:
@@ -122,10 +122,14 @@ def _verified(body: bytes, signature: str | None, secret: str) -> Any:
 
 @attrs.frozen
 class Callback:
-    """What PromptLayer posted to a start's `callback_url` when the execution was complete.
+    """What PromptLayer posted to a run's `callback_url` when the execution was complete.
 
     The output is the callback's `final_output`, None if it has none. For runs that this package
-    started, that is all nodes; for others, it may be the main output alone.
+    started, it contains all nodes. For others, it may be the main output alone.
+
+    Attributes:
+        execution_id: the id of the execution.
+        output: the output, as above.
     """
 
     execution_id: int
@@ -133,10 +137,10 @@ class Callback:
 
 
 def read_callback(body: bytes) -> Callback:
-    """Return what PromptLayer posted to a start's `callback_url`.
+    """Return what PromptLayer posted to a run's `callback_url`.
 
-    The body is not signed. Treat it as a hint to look at the execution, unless its URL is a secret
-    between you and PromptLayer.
+    PromptLayer does not sign the body. Treat it as a hint to look at the execution, unless its URL
+    is a secret between you and PromptLayer.
 
     Raises:
         ValueError: it is not a JSON object with the id of an execution.
@@ -159,14 +163,20 @@ def read_callback(body: bytes) -> Callback:
 
 @attrs.frozen
 class Callbacks:
-    """Gives each start of `Session(callbacks=...)` its own callback URL.
+    """Gives each run of a `Session(callbacks=...)` its own callback URL.
 
-    PromptLayer posts to that URL when the run is complete. If the response to a start was lost, the
-    callback proves that the run started, and brings its id.
+    Pass it to the session, and to the route that receives the callbacks::
+
+        callbacks = Callbacks("https://app.example.com/callbacks", secret=os.environ["APP_SECRET"])
+        session = Session(callbacks=callbacks)
+        app.include_router(create_callback_router(session, callbacks=callbacks))
+
+    PromptLayer posts to that URL when the run is complete. If the response to the start request was
+    lost, the callback proves that the run started, and contains its id.
 
     Args:
         url: your server's URL for callbacks, as PromptLayer reaches it, for example
-            `https://app.example.com/callbacks`. Each start appends `/` and a token that nobody can
+            `https://app.example.com/callbacks`. The session appends `/` and a token that nobody can
             guess.
         secret: signs the tokens, so that every process with the same secret recognizes them. Keep
             it from everyone else.
@@ -184,12 +194,12 @@ class Callbacks:
         check_secret(self._secret)
 
     def new_token(self) -> str:
-        """Return the token of a new start."""
+        """Return the token of a new run."""
         nonce = secrets.token_bytes(_NONCE_BYTES)
         return _text(nonce + self._sign(nonce))
 
     def url_for(self, token: str) -> str:
-        """Return the callback URL of the start with a token."""
+        """Return the callback URL for a token."""
         return f"{self.url}/{token}"
 
     def is_genuine(self, token: str) -> bool:

@@ -26,7 +26,7 @@ from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, Wo
 
 
 def workflow_request(workflow: Any, label: Any, version: Any) -> Request:
-    """Return the request for one version of a workflow; raises `TypeError` or `ValueError`."""
+    """Return the request for one version of a workflow. Raises `TypeError` or `ValueError`."""
     label, version = version_selection(label, version)
     query = _query(label=label, version=version)
     return Request("GET", f"/workflows/{path_segment(workflow)}{query}")
@@ -77,7 +77,7 @@ class _Names:
 
 @attrs.frozen
 class _Definition:
-    """The body of one version of a workflow; a server sends only some of these fields."""
+    """The body of one version of a workflow. A server sends only some of these fields."""
 
     workflow_id: int | None = None
     workflow_name: str | None = None
@@ -117,7 +117,7 @@ documented(
 
 
 def read_workflow(response: Response) -> Workflow:
-    """Read one version of a workflow; documented fields take precedence over `workflow`."""
+    """Read one version of a workflow. Documented fields take precedence over `workflow`."""
     check_status(response)
     raw = decode(response)
     body = structured(response, raw, _Definition)
@@ -159,7 +159,7 @@ def _names(response: Response, body: _Definition) -> _Names:
 
 
 def _nodes(body: _Definition) -> dict[str, WorkflowNode]:
-    """Return the nodes by name; their dependencies include the sources of their edges."""
+    """Return the nodes by name. Their dependencies include the sources of their edges."""
     nodes = {node.name: node for node in body.nodes}
 
     # Dicts, because they are ordered sets.
@@ -175,7 +175,7 @@ def _nodes(body: _Definition) -> dict[str, WorkflowNode]:
 
 
 class WorkflowsPage:
-    """One page of the list of workflows; `following` is the number of the next one."""
+    """One page of the list of workflows. `following` is the number of the next one."""
 
     def __init__(self, response: Response, page: int) -> None:
         check_status(response)

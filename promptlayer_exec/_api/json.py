@@ -2,7 +2,7 @@
 
 With or without msgspec, `loads(body)` returns what `json.loads` returns and raises the same errors:
 `ValueError` for a body that is not JSON or has a number with too many digits, `RecursionError` for
-one that is nested too deeply.
+one with too many levels.
 """
 
 from __future__ import annotations

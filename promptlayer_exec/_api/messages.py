@@ -77,7 +77,7 @@ def is_object(body: bytes) -> bool:
 
 
 def oversize_reason(body: bytes, limit: int) -> str:
-    """Return how a JSON body exceeds a limit in bytes, for a message; empty if it does not."""
+    """Return for a message how a JSON body exceeds a limit in bytes, or an empty string."""
     # A decoded body takes up to fifty times its size. One under a sixth of the limit takes less
     # than nine times the limit, so its values are not counted.
     if len(body) <= limit // 6:
@@ -111,7 +111,7 @@ def excerpt(body: bytes) -> str:
 
 
 def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
-    """Return the seconds that a server asks to wait; None without a valid header.
+    """Return the seconds that a server asks to wait, or None without a valid header.
 
     `headers` is case-insensitive, and `now` is in seconds since the epoch.
 
@@ -138,7 +138,7 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
 
 
 def _number(value: str) -> float | None:
-    """Return a decimal number; None for anything else, even if `float` reads it (`nan`, `1e9`)."""
+    """Return a decimal number, or None for other text that `float` reads (`nan`, `1e9`)."""
     value = value.strip()
     if re.fullmatch(r"\d+(\.\d*)?|\.\d+", value, re.ASCII):
         return float(value)

@@ -115,7 +115,7 @@ def _metadata(metadata: Any) -> dict[str, str] | None:
 
 @attrs.define
 class StartResponse:
-    """The response to the request that starts a run."""
+    """The response to a start request."""
 
     execution_id: int
     warning: str | None = None
@@ -146,7 +146,7 @@ documented(Node, status=override(struct_hook=_read_status))
 
 
 def read_started(response: Response) -> StartResponse:
-    """Read the response to a start request; every 2xx must contain an execution id."""
+    """Read the response to a start request. Every 2xx must contain an execution id."""
     if response.status >= 300:
         check_status(response)
     return structured(response, decode(response), StartResponse)
@@ -154,7 +154,7 @@ def read_started(response: Response) -> StartResponse:
 
 @attrs.define
 class NodeMap:
-    """The nodes in a body; `raw` is the decoded body, and `source` the status and the bytes."""
+    """The nodes in a body. `raw` is the decoded body, and `source` the status and the bytes."""
 
     complete: bool
     nodes: FrozenMap[Node]
@@ -218,7 +218,7 @@ class NodeMapReader:
 
 
 def read_main_output(response: Response, execution_id: int) -> MainOutput:
-    """Read the main output in a response; a 202 may have any body."""
+    """Read the main output in a response. A 202 may have any body."""
     check_status(response)
     try:
         value = decode(response)

@@ -1,4 +1,4 @@
-"""The database of batches and of the record of starts: SQLite or PostgreSQL.
+"""The database of batches and of the start store: SQLite or PostgreSQL.
 
 It needs an extra, so the core never imports it.
 """

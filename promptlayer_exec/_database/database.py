@@ -29,8 +29,8 @@ T = TypeVar("T")
 logger = logging.getLogger("promptlayer_exec")
 
 # Without these, a connection over which nothing comes any more keeps its thread for many minutes.
-# In seconds, except for the one in milliseconds. libpq acts on all of them itself; only
-# `client_encoding` is sent, and PgBouncer accepts it.
+# In seconds, except for the one in milliseconds. libpq acts on all of them itself. It sends only
+# `client_encoding`, which PgBouncer accepts.
 _POSTGRES_OPTIONS = {
     "connect_timeout": "5",
     "keepalives_idle": "10",
@@ -51,17 +51,16 @@ class DatabaseLimits:
     """How long a database may keep its callers waiting, and how many of them in parallel.
 
     Attributes:
-        retry_for: seconds for which calls are retried while the database cannot be used.
+        retry_for: seconds for which to retry calls while the database is unavailable.
         retry_interval: seconds between two tries.
-        idle_in_transaction: seconds after which PostgreSQL ends a transaction in which nothing
-            happens. A worker that stands still, or whose machine is lost, would lock out all
-            others.
-        locked: seconds after which PostgreSQL ends a statement that waits for a lock. Nothing else
-            would.
+        idle_in_transaction: seconds after which PostgreSQL aborts an idle transaction. Otherwise a
+            worker that stands still, or whose machine is lost, would lock out all others.
+        locked: seconds after which PostgreSQL aborts a statement that waits for a lock. Nothing
+            else would.
         locked_file: seconds for which a statement waits for a locked SQLite file.
-        connections: connections to PostgreSQL. To SQLite there are as many as are needed: those
-            that wait for a locked file would keep all others waiting.
-        threads: threads that use the database, so that the event loop's own stay free for name
+        connections: connections to PostgreSQL. SQLite has no such limit, because connections that
+            wait for a locked file would keep all others waiting.
+        threads: threads that use the database. The event loop's own threads stay free for name
             resolution and for the program's calls of `asyncio.to_thread`.
     """
 
@@ -78,21 +77,21 @@ LIMITS = DatabaseLimits()
 
 
 class DatabaseLost(Exception):
-    """The database could not be used for too long, or nobody waits for it any more.
+    """The database was unavailable for too long, or nobody waits for it any more.
 
     None of SQLAlchemy's errors: DBOS would retry those for ever.
     """
 
 
 class Database:
-    """A database whose calls are retried for a while.
+    """A database that retries its calls for a while.
 
-    All methods block, except those that are coroutines. While the database cannot be used, all
+    All methods block, except those that are coroutines. While the database is unavailable, all
     threads wait for it, and then raise `ConfigurationError`.
 
     Args:
-        url: where the database is, as `check_url` returns it.
-        limits: how long calls wait for it; None: the default ones.
+        url: the URL of the database, as `check_url` returns it.
+        limits: how long calls wait for it. None: the default ones.
 
     Attributes:
         ended: set to let no thread wait for the database any more.
@@ -125,8 +124,8 @@ class Database:
             return sa.create_engine(self.url, pool_size=0, connect_args=options)
 
         # A pooler such as PgBouncer may execute each transaction on another connection to the
-        # server, where a statement that was prepared in an earlier one does not exist, or is
-        # another client's. With AUTOCOMMIT, psycopg leaves BEGIN to `_begin`.
+        # server. A statement prepared in an earlier one does not exist there, or is another
+        # client's. With AUTOCOMMIT, psycopg leaves BEGIN to `_begin`.
         engine = sa.create_engine(
             self.url,
             pool_size=connections,
@@ -166,7 +165,7 @@ class Database:
 
     @property
     def unavailable_for(self) -> float:
-        """For how many seconds the database could not be used."""
+        """For how many seconds the database has been unavailable."""
         since = self._away_since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -176,7 +175,7 @@ class Database:
 
     @contextmanager
     def creating(self) -> Iterator[sa.Connection]:
-        """Yield a connection on which to create tables: two processes at once would collide."""
+        """Yield a connection on which to create tables: two processes in parallel would collide."""
         with self.engine.begin() as connection:
             if self.is_sqlite:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -192,7 +191,7 @@ class Database:
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 
     async def in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Call a blocking function in a thread; if cancelled, let it stop retrying."""
+        """Call a blocking function in a thread. If cancelled, let it stop retrying."""
         running, stop = self._call(work, arguments)
         try:
             return await finished(running)
@@ -200,7 +199,7 @@ class Database:
             stop.set()
 
     async def run_in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Call a blocking function in a thread; if cancelled, stop retrying, but wait for it.
+        """Call a blocking function in a thread. If cancelled, stop retrying, but wait for it.
 
         What takes many transactions must ask `is_cancelled`.
         """
@@ -225,12 +224,12 @@ class Database:
         return self._threads.submit(copy_context().run, call), stop
 
     def close(self) -> None:
-        """Close the connections, and let the threads end; what still runs may finish."""
+        """Close the connections, and let the threads stop. What still runs may finish."""
         self._threads.shutdown(wait=False)
         dispose(self.engine)
 
     def retry_while(self, keep_trying: Callable[[], bool], work: Callable[[], T]) -> T:
-        """Call a function, and again while the database cannot be used and `keep_trying()`."""
+        """Call a function, and again while the database is unavailable and `keep_trying()`."""
         while True:
             if self.ended.is_set():
                 raise self._unusable(DatabaseLost("the work was ended"))
@@ -248,7 +247,7 @@ class Database:
                 return done
 
     def _pause(self) -> bool:
-        """Wait until the next try; return False if there is to be none."""
+        """Wait until the next try. Return False if there is to be none."""
         _stop.get(self.ended).wait(self.limits.retry_interval)
         return not self.is_cancelled()
 
@@ -285,7 +284,7 @@ class Database:
 
 
 def dispose(engine: sa.Engine) -> None:
-    """Close an engine's connections: those in use as soon as they are returned.
+    """Close an engine's connections, those in use as soon as they return to the pool.
 
     By itself, SQLAlchemy leaves those to the garbage collector.
     """

@@ -69,15 +69,19 @@ def check_url(database_url: str) -> sa.URL:
             "database_url is not a URL. Use sqlite:///batches.sqlite or"
             " postgresql://user@host/database"
         ) from None
+
     backend = url.get_backend_name()
     if backend in ("postgres", "postgresql"):
         return url.set(drivername="postgresql+psycopg")
+
     if backend != "sqlite":
         raise ConfigurationError(f"database_url must be sqlite or postgresql, got {backend}")
     if url.database in (None, "", ":memory:"):
         raise ConfigurationError(
             "database_url must name a file: a SQLite database in memory is lost with its process"
         )
+
+    # Without this, lone surrogates and malformed query values would fail only in a connection.
     try:
         url.database.encode()
         url.get_dialect()().create_connect_args(url)

@@ -22,7 +22,7 @@ _MOST_BYTES = 4 * 1024 * 1024
 
 
 async def finished(future: Future[V]) -> V:
-    """Wait for a thread's result, and return it; cancelling stops only the waiting."""
+    """Wait for a thread's result, and return it. Cancelling stops only the waiting."""
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
 
@@ -64,7 +64,7 @@ class OneThread:
 
 @attrs.define(eq=False)
 class Group(Generic[R, V]):
-    """Gathers rows while others are being written, and then writes them together.
+    """Gathers rows while a thread writes others, and then writes them together.
 
     A transaction takes several round trips to the database, whether it has one row or a hundred.
     Rows may come from several event loops. Groups with the same thread take turns.
@@ -83,7 +83,7 @@ class Group(Generic[R, V]):
         return await finished(self.submit(row))
 
     def submit(self, row: R) -> Future[V]:
-        """Return the future of the row's value; cancel it in time, and the row is not written."""
+        """Return the future of the row's value. If cancelled in time, nothing writes the row."""
         written: Future[V] = Future()
         with self._lock:
             self._waiting.append((row, written))
@@ -91,7 +91,7 @@ class Group(Generic[R, V]):
         if is_first:
             try:
                 self._thread.submit(self._run)
-            except RuntimeError as error:  # no thread can be started, as when the program ends
+            except RuntimeError as error:  # no thread can start, as when the program exits
                 for _, waiting in self._take():
                     waiting.set_exception(error)
                 self._is_writing = False

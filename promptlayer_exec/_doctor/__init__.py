@@ -1,4 +1,4 @@
 """`promptlayer-exec doctor`: does a server, and a setup, do what this package expects of them?
 
-Everything here is judged by what came over the wire, since a session tolerates much of it silently.
+The checks judge what came over the wire, since a session tolerates much of it silently.
 """

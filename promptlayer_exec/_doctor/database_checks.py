@@ -48,7 +48,7 @@ async def check_database(examination: Examination) -> Finding:
 
 
 def _judge_new_file(url: sa.URL, place: str) -> Finding | None:
-    """Judge where a SQLite file would be created; to connect would create it."""
+    """Judge the place of a SQLite file that does not exist. Connecting would create it."""
     path = Path(url.database or "")
     if url.get_backend_name() != "sqlite" or path.exists():
         return None
@@ -64,7 +64,7 @@ def _judge_new_file(url: sa.URL, place: str) -> Finding | None:
 
 
 async def _look_into(url: sa.URL, place: str) -> Finding:
-    """Connect as batches and starts do, but once; read which tables there are."""
+    """Connect as batches and the start store do, but once. Read which tables there are."""
     from sqlalchemy import exc  # noqa: PLC0415 - an extra
 
     from promptlayer_exec._database.database import (  # noqa: PLC0415 - an extra
@@ -82,7 +82,7 @@ async def _look_into(url: sa.URL, place: str) -> Finding:
     except TimeoutError:
         return failed(f"no response within {_PATIENCE:g} s", advice, place=place)
     except exc.SQLAlchemyError as error:
-        # The quoted parts are names of users and databases; hosts come before the last "failed".
+        # The quoted parts are names of users and databases. Hosts come before the last "failed".
         reason = re.sub(r".* failed: | Is the server running.*", "", reason_of(error))
         reason = re.sub(r"([\"']).*?\1", "...", reason)
         return failed(f"cannot be used: {reason[:200]}", advice, place=place)
@@ -162,7 +162,7 @@ async def check_redis(examination: Examination) -> Finding:
 
 
 def _redis_reason(error: Exception) -> str:
-    """Return why Redis cannot be used; the client's own text shows the host."""
+    """Return why Redis is unusable. The client's own text shows the host."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLError):

@@ -22,13 +22,13 @@ from promptlayer_exec._settings import Settings
 
 @attrs.frozen(kw_only=True)
 class Scope:
-    """What to examine, as the options of the command say.
+    """What to examine, from the options of the command.
 
     Args:
-        base_url: the server; None: the one that a session would use.
+        base_url: the server. None: the one that a session would use.
         database: the URL of a database to check, if any.
         redis: the URL of a Redis server to check, if any.
-        workflow: the workflow to run once; None: run nothing, so that nobody pays.
+        workflow: the workflow to run once. None: run nothing, so that nobody pays.
         inputs: the inputs of that run.
         callback_url: where PromptLayer posts that run's callback, if anywhere.
         callback_port: the port of this machine on which to wait for it.
@@ -51,8 +51,8 @@ class Examination:
 
     Args:
         scope: what to examine.
-        resources: closed by the caller at the end.
-        on_started: called with the id of the run as soon as it is known.
+        resources: what the caller closes afterwards.
+        on_started: called with the id of the run as soon as it has one.
 
     Attributes:
         private: texts that no report may contain.
@@ -61,7 +61,7 @@ class Examination:
         listed: the response with the list of workflows.
         chosen: the name or id of the workflow to look at.
         workflow_id: its id, once it is known.
-        suffix: of the channel on which the run's completion is pushed.
+        suffix: of the channel to which PromptLayer pushes the run's completion.
         listener: listens to that channel.
         receiver: waits for the callback.
     """
@@ -105,7 +105,7 @@ class Check:
     """One check.
 
     Args:
-        group: the heading under which it is reported.
+        group: the heading above it in the report.
         name: its name, which no other check has.
         look: makes the check.
         needs: the names of earlier checks that must not have failed.
@@ -142,7 +142,7 @@ async def _look(check: Check, examination: Examination) -> Finding:
     except asyncio.CancelledError:
         raise
     except Exception as error:  # noqa: BLE001 - the other checks are still of use
-        # Its text may contain anything; the place is enough to find the bug.
+        # Its text may contain anything. The place is enough to find the bug.
         place = traceback.extract_tb(error.__traceback__)[-1]
         raised = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}"
         return failed(f"bug in doctor: {raised}", "Please report it.")

@@ -17,12 +17,12 @@ from promptlayer_exec._http.failures import is_tls_failure, reason_of
 if TYPE_CHECKING:
     from aiohttp.tracing import Trace
 
-# Statuses are judged, so none of them raises; a redirect would take the key to another host.
+# The checks judge statuses, so none of them raises. A redirect would take the key to another host.
 _OPTIONS: dict[str, Any] = {"allow_redirects": False, "raise_for_status": False}
 
 
 class NoResponse(Exception):
-    """No response came. Its text says why, without the host.
+    """No response came. Its text contains the reason, without the host.
 
     Attributes:
         is_tls: whether there is no TLS connection.
@@ -35,7 +35,7 @@ class NoResponse(Exception):
 
 @attrs.frozen
 class Exchange:
-    """One request and its response; `sent_at` is on the event loop's clock."""
+    """One request and its response. `sent_at` is on the event loop's clock."""
 
     method: str
     target: str
@@ -78,7 +78,7 @@ class Wire:
 
     Attributes:
         api_key: the key, once it is known.
-        start: the start that a session has sent, and its response.
+        start: the start request that a session has sent, and its response.
     """
 
     def __init__(self, base_url: str, proxy: str | None, timeout: float) -> None:
@@ -121,7 +121,7 @@ class Wire:
         return response
 
     async def ask(self, method: str, target: str, *, with_key: bool = True) -> Exchange:
-        """Send one request without a body; `target` is the path and query below the base URL."""
+        """Send one request without a body. `target` is the path and query below the base URL."""
         headers = {"Accept": "application/json"}
         if with_key:
             headers["X-API-KEY"] = self.api_key

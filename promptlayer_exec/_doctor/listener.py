@@ -1,4 +1,4 @@
-"""Listening to one push channel, and keeping what is published there."""
+"""Listening to one push channel, and keeping its messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from promptlayer_exec._push.channels import read_completion
 
 
 class NotSubscribed(Exception):
-    """There is no subscription; its text says why."""
+    """There is no subscription. Its text contains the reason."""
 
 
 @attrs.frozen
@@ -31,11 +31,11 @@ class Message:
 
 @attrs.define(eq=False)
 class Listener:
-    """A subscription to one channel, made by the code that sessions use.
+    """A subscription to one channel, through the code that sessions use.
 
     Attributes:
-        messages: what was published since it became active.
-        lost: why it ended; empty while it is active.
+        messages: what came since it became active.
+        lost: why it was lost. Empty while it is active.
     """
 
     channel: str
@@ -90,7 +90,7 @@ class Listener:
         self._news.set()
 
     def announcement(self, execution_id: int) -> Message | None:
-        """Return the message that announces the completion of a run; None if none did so far."""
+        """Return the message that announces the completion of a run, or None if none did so far."""
         return next((it for it in self.messages if it.execution_id == execution_id), None)
 
     async def wait_for(self, execution_id: int) -> None:

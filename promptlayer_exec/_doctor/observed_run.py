@@ -1,4 +1,4 @@
-"""One run, polled until it is complete; every response is kept for the checks that judge it."""
+"""One run, polled until it is complete, and every response, for the checks that judge them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class ObservationPolicy:
     """How a run is observed, and what counts as late. Times in seconds.
 
     Args:
-        gap: the shortest pause between two polls; older runs are polled less often.
+        gap: the shortest pause between two polls. It grows as the run gets older.
         longest_gap: the longest pause.
         grace: how long sessions wait out the 404s of a run that they started.
         patience: how long polls may fail in a row, by 404s as well.
         most_bare: how many polls of a running execution ask for the main output alone.
-        late: how late a pushed message may be; sessions count later ones as missing.
+        late: how late a pushed message may be. Sessions count later ones as missing.
         silence: how long to wait for a message once a poll has found the completion.
         callback: how long to wait for the callback then.
     """
@@ -44,7 +44,7 @@ class ObservationPolicy:
 
 @attrs.frozen
 class Posted:
-    """What was posted to the callback URL; `at` is on the event loop's clock."""
+    """A request to the callback URL. `at` is on the event loop's clock."""
 
     at: float
     body: bytes
@@ -64,7 +64,7 @@ class ObservedRun:
         failures: why polls got no response.
         bare: the polls for the main output alone while the run was running.
         output: the poll for the main output once the run was complete.
-        listener: listens to the run's own push channel since before the start, if it can.
+        listener: listens to the run's own push channel since before the request, if it can.
         other_listener: listens to the channel that only the execution's id names, if it can.
         posted: what came to the callback URL.
     """
@@ -86,7 +86,7 @@ class ObservedRun:
 
     @property
     def completed_at(self) -> float | None:
-        """When a poll had found the run complete; None if none has."""
+        """When a poll had found the run complete, or None if none has."""
         if not self.polls or self.polls[-1].status != 200:
             return None
         return self.polls[-1].sent_at + self.polls[-1].duration
@@ -97,13 +97,13 @@ class ObservedRun:
         return [poll for poll in self.polls if poll.status in (200, 202)]
 
     def last_nodes(self) -> dict[str, Any]:
-        """Return the nodes of the last poll, as they were decoded; none if it has no node map."""
+        """Return the decoded nodes of the last poll, none if it has no node map."""
         if not self.good_polls:
             return {}
         return node_map(self.good_polls[-1].body) or {}
 
     async def poll_until_complete(self, wire: Wire, timeout: float) -> None:
-        """Poll until the run is complete, is refused, or takes too long."""
+        """Poll until the run is complete or takes too long, or PromptLayer refuses the poll."""
         loop = asyncio.get_running_loop()
         failing_since: float | None = None
 
@@ -132,7 +132,7 @@ class ObservedRun:
             await asyncio.sleep(min(max(self.policy.gap, age / 30), self.policy.longest_gap))
 
     def _keep(self, poll: Exchange) -> None:
-        """Keep a poll; all that got the same body share it, since there may be hundreds."""
+        """Keep a poll. All that got the same body share it, since there may be hundreds."""
         if self.polls and self.polls[-1].body == poll.body:
             poll = attrs.evolve(poll, body=self.polls[-1].body)
         self.polls.append(poll)
@@ -162,14 +162,14 @@ class ObservedRun:
 
 
 class CallbackReceiver:
-    """Waits on a port of this machine for what is posted to the callback URL."""
+    """Waits on a port of this machine for a request to the callback URL."""
 
     def __init__(self) -> None:
         self._posted: asyncio.Future[Posted] = asyncio.get_running_loop().create_future()
         self._stop: Callable[[], Awaitable[None]] | None = None
 
     async def listen(self, port: int) -> None:
-        """Begin to accept requests from this machine; raises `OSError`."""
+        """Begin to accept requests from this machine. Raises `OSError`."""
         server = web.Server(self._handle, access_log=None)
         runner = web.ServerRunner(server)
         await runner.setup()
@@ -183,7 +183,7 @@ class CallbackReceiver:
         return web.Response(status=204)
 
     async def posted(self, patience: float) -> Posted | None:
-        """Return what was posted first; None if nothing comes in time."""
+        """Return what was posted first, or None if nothing comes in time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 return await asyncio.shield(self._posted)
@@ -196,7 +196,7 @@ class CallbackReceiver:
 
 
 def node_map(body: bytes) -> dict[str, Any] | None:
-    """Return the nodes in a body, decoded; None if it is not a map of nodes."""
+    """Return the nodes in a body, decoded, or None if it is not a map of nodes."""
     try:
         value = loads(body)
     except (ValueError, RecursionError):

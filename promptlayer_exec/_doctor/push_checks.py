@@ -73,7 +73,7 @@ async def check_subscription(examination: Examination) -> Finding:
 
 
 async def listen_to_updates(examination: Examination, execution_id: int) -> Listener | None:
-    """Subscribe to the channel that is named by the execution alone; None if that fails."""
+    """Return a subscription to the channel that only the execution's id names, None if it fails."""
     listener = Listener(f"workflow_updates:{execution_id}")
     try:
         exchange = await examination.wire.ask("POST", token_request(listener.channel).target)

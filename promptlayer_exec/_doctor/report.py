@@ -17,7 +17,7 @@ from promptlayer_exec._version import __version__
 
 
 class Verdict(enum.StrEnum):
-    """How a check ended."""
+    """The verdict of a check."""
 
     OK = "ok"
     DIFFERS = "differs"
@@ -33,13 +33,13 @@ class Finding:
     text quotes the server.
 
     Args:
-        verdict: how the check ended.
-        found: what was found, or why the check was skipped.
-        expected: what this package expects; only for `DIFFERS`.
+        verdict: how the check went.
+        found: what the check found, or why it was skipped.
+        expected: what this package expects. Only for `DIFFERS`.
         advice: what the user can do.
-        place: the host, file or URL; the report for an issue omits it.
-        group: the group of the check; `examine` sets it.
-        name: the name of the check; `examine` sets it.
+        place: the host, file or URL. The report for an issue omits it.
+        group: the group of the check. `examine` sets it.
+        name: the name of the check. `examine` sets it.
     """
 
     verdict: Verdict
@@ -52,7 +52,7 @@ class Finding:
 
     @property
     def text(self) -> str:
-        """What was found, beside what was expected."""
+        """What the check found, beside what this package expects."""
         if self.expected:
             return f"expected {self.expected}; got {self.found}"
         return self.found
@@ -76,7 +76,7 @@ def skipped(why: str) -> Finding:
 
 @attrs.frozen
 class Secrets:
-    """What is removed from reports, in case a text contains it after all.
+    """What to remove from reports, in case a text contains it after all.
 
     Args:
         always: the API key, and the passwords in URLs.

@@ -94,13 +94,15 @@ async def _start(examination: Examination) -> int:
 
 
 def _judge_failed_start(error: Exception, exchange: Exchange | None) -> Finding:
-    """Describe why there is no run; the error's own text may name inputs or the workflow."""
+    """Describe why there is no run. The error's own text may name inputs or the workflow."""
     match error:
         case InvalidInputs():
             return failed(
                 f"missing: {counted(len(error.missing), 'required input')}; no run was started",
                 "Give them with -i; `promptlayer-exec workflow` lists them.",
             )
+
+        # The only case in which a run may exist, so trying again could cost twice.
         case StartUnknown():
             what = "the response was lost"
             if exchange is not None:
@@ -109,6 +111,7 @@ def _judge_failed_start(error: Exception, exchange: Exchange | None) -> Finding:
                 f"{what}; the run may have started",
                 f"Check in PromptLayer whether it is running. {REPORT_IT}",
             )
+
         case StatusError():
             return failed(
                 f"PromptLayer refused the start: {status_name(error.status)}",
@@ -118,6 +121,7 @@ def _judge_failed_start(error: Exception, exchange: Exchange | None) -> Finding:
             return failed("the server became unreachable; no run was started", "Try again.")
         case ConfigurationError():
             return failed("a setting is malformed; no run was started", "Check --callback-url.")
+
     return failed(f"{type(error).__name__}; no run was started", "Check --workflow and the inputs.")
 
 
@@ -149,7 +153,7 @@ def _judge_start(exchange: Exchange, *, has_callback: bool) -> Finding:
 
 
 async def check_completion(examination: Examination) -> Finding:
-    """Poll the run until it is complete, and wait for what is pushed and posted then."""
+    """Poll the run until it is complete, and wait for PromptLayer's push and callback."""
     run = examination.run
     listening = asyncio.create_task(listen_to_updates(examination, run.execution_id))
     try:
@@ -293,7 +297,7 @@ async def check_running_output(examination: Examination) -> Finding:
 
 
 async def check_output(examination: Examination) -> Finding:
-    """Judge what a poll for the main output alone gets at the end."""
+    """Judge the response to a poll for the main output alone once the run is complete."""
     run = examination.run
     if run.output is None:
         return skipped("no poll saw the run complete")
@@ -335,7 +339,7 @@ def judge_output(body: Any, nodes: dict[str, Any]) -> Finding:
 
 
 async def check_message(examination: Examination) -> Finding:
-    """Judge whether, where and when the completion was pushed."""
+    """Judge whether, when and to which channel PromptLayer pushed the completion."""
     run = examination.run
     if run.listener is None:
         return skipped("the check 'subscription' did not pass")
@@ -391,7 +395,7 @@ def _judge_message(run: ObservedRun, message: Message, *, is_on_both: bool) -> F
 
 
 async def check_callback(examination: Examination) -> Finding:  # noqa: PLR0911 - a table
-    """Judge the callback, as far as it can be seen from here."""
+    """Judge the callback, as far as this machine sees it."""
     run, scope = examination.run, examination.scope
     if scope.callback_url is None:
         return skipped("no --callback-url")

@@ -14,7 +14,7 @@ from promptlayer_exec._session import Session
 from promptlayer_exec._settings import DEFAULT_BASE_URL
 from promptlayer_exec._version import __version__
 
-# For each extra, what it needs beyond the core; the version of the first one is shown.
+# For each extra, what it needs beyond the core. The report shows the version of the first one.
 _EXTRAS = {
     "cli": ("typer", "rich"),
     "dbos": ("dbos",),
@@ -68,7 +68,7 @@ async def check_extras(_: Examination) -> Finding:
 
 
 async def check_environment(examination: Examination) -> Finding:
-    """Name the variables that are set; their values may be secret."""
+    """Name the variables that are set. Their values may be secret."""
     try:
         # Key and base URL have their own checks.
         examination.settings = settings(Session("unused", base_url=DEFAULT_BASE_URL))

@@ -145,7 +145,7 @@ def _judge_definition(exchange: Exchange, workflow: Workflow) -> Finding:
 
 
 def _place_in(error: InvalidResponse) -> str:
-    """Return which field of a body is wrong; the rest of the path may be a name of the user's."""
+    """Return which field of a body is wrong. The rest of the path may be a user's name."""
     if not error.path:
         return ": not JSON"
     found = re.match(r"\$\.(\w+)", error.path)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def with_callback_url(
     request: StartRequest, callbacks: Callbacks | None, token: str | None = None
 ) -> tuple[StartRequest, str | None]:
-    """Return a start with a callback URL, and its token; None if the caller chose the URL."""
+    """Return a request with a callback URL, and its token. None if the caller chose the URL."""
     if callbacks is None or request.callback_url is not None:
         return request, None
     token = token or callbacks.new_token()
@@ -52,7 +52,7 @@ def recoverable_token(error: StartUnknown, callbacks: Callbacks | None) -> str:
 
 @attrs.frozen
 class _LostStart:
-    """A start whose response was lost; its request has no inputs, because they may be large."""
+    """A request whose response was lost, without its inputs, because they may be large."""
 
     request: StartRequest
     base_url: str
@@ -61,9 +61,9 @@ class _LostStart:
 
 @attrs.define(eq=False)
 class CallbackLog:
-    """Matches callbacks with lost starts, by their tokens.
+    """Matches callbacks with lost responses, by their tokens.
 
-    Either may come first, and may come several times. Only the first callback counts; the log
+    Either may come first, and may come several times. Only the first callback counts. The log
     reports it once, even if nobody waits for it.
     """
 
@@ -82,7 +82,7 @@ class CallbackLog:
         return [token for token in self._lost if self.execution_id(token) is None]
 
     def receive(self, token: str, execution_id: int, *, shared: bool = False) -> None:
-        """Record a callback; another process received a `shared` one."""
+        """Record a callback. Another process received a `shared` one."""
         if self.execution_id(token) is None:
             self._callbacks.add(token, execution_id)
             self._report(token)
@@ -92,18 +92,18 @@ class CallbackLog:
                 self.share(token, execution_id)
 
     def lose(self, token: str, request: StartRequest, base_url: str, elapsed: float = 0.0) -> None:
-        """Record that a start's response was lost, `elapsed` seconds after its call."""
+        """Record that the response to a request was lost, `elapsed` seconds after its call."""
         if self._lost.get(token) is None:
             request = attrs.evolve(request, inputs={})
             self._lost.add(token, _LostStart(request, base_url, time.monotonic() - elapsed))
             self._report(token)
 
     def execution_id(self, token: str) -> int | None:
-        """Return the execution id of a start, if its callback has arrived."""
+        """Return the execution id for a token, if its callback has arrived."""
         return self._callbacks.get(token)
 
     async def wait(self, token: str) -> int:
-        """Wait for the callback of a start, and return its execution id."""
+        """Wait for a run's callback, and return its execution id."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiters = self._waiters.setdefault(token, set())
         waiters.add(future)

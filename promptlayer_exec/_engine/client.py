@@ -86,7 +86,7 @@ class _Fetch:
 
 @attrs.define(eq=False, kw_only=True)
 class Client:
-    """The watches, calls and starts of an open session; they stop when it closes."""
+    """The watches, calls and starts of an open session. They stop when it closes."""
 
     _settings: Settings
     lifetime: Lifetime
@@ -108,7 +108,7 @@ class Client:
         return self._settings.deadline(timeout, now=clock())
 
     def watch(self, execution_id: int) -> Watch:
-        """Return the watch of an execution; the caller must join it without awaiting anything."""
+        """Return the watch of an execution. The caller must join it without awaiting anything."""
         watch = self._watches.get(execution_id)
         if watch is not None:
             return watch
@@ -139,7 +139,7 @@ class Client:
         return watch
 
     def last_failure(self, execution_id: int) -> Exception | None:
-        """Return the error for which the current poll is being retried, if any."""
+        """Return the error for which the session is retrying the current poll, if any."""
         watch = self._watches.get(execution_id)
         return None if watch is None else watch.retries.error
 
@@ -173,7 +173,7 @@ class Client:
         return self.wake_here(execution_id, source)
 
     def wake_here(self, execution_id: int, source: WakeSource) -> bool:
-        """Wake the execution's watch and return True; if it has none, remember the wake-up."""
+        """Wake the execution's watch and return True, or remember the wake-up if it has none."""
         watch = self._watches.get(execution_id)
         if watch is None:
             self._early_wake_ups.add(execution_id, source)
@@ -242,7 +242,7 @@ class Client:
         due: float | None = None,
         seen: Snapshot | None = None,
     ) -> Reply[T]:
-        """Send a request outside a watch, now or at `due`; errors carry the snapshot `seen`."""
+        """Send a request outside a watch, now or at `due`. Errors carry the snapshot `seen`."""
         state = RetryState(self._settings.retry, self._settings.retry.outage)
         now = clock()
         due = now if due is None else due
@@ -262,7 +262,7 @@ class Client:
     async def check_inputs(
         self, request: StartRequest, inputs: Mapping[str, Any], deadline: Deadline
     ) -> None:
-        """Raise `InvalidInputs` if a start lacks inputs that its workflow requires."""
+        """Raise `InvalidInputs` if a request lacks inputs that its workflow requires."""
         try:
             async with self.lifetime.call(deadline):
                 await self._definitions.check(request, inputs)
@@ -283,9 +283,9 @@ class Client:
         token: str | None,
         hooks: SendHooks | None,
     ) -> StartResponse:
-        """Start a run; the request must be sent before the deadline.
+        """Start a run, sending the request before the deadline.
 
-        The `token` is part of the start's own callback URL, if it has one.
+        The `token` is part of the run's own callback URL, if it has one.
         """
         start = Start(
             request=request,
@@ -303,7 +303,7 @@ class Client:
     async def _send_start(
         self, request: StartRequest, http_request: Request, start: AtMostOnce, retries: RetryState
     ) -> StartResponse:
-        """Send a start, and record the run."""
+        """Send a start request, and record the run."""
         reply = await self._retrying.call(
             http_request, read_started, retries, due=clock(), start=start
         )
@@ -327,7 +327,7 @@ class Client:
             self.backplane.find_callbacks()
 
     async def recover(self, error: StartUnknown, token: str, deadline: Deadline) -> int:
-        """Wait for the callback of a start whose response was lost; return the execution's id."""
+        """Wait for the callback after a lost response, and return the execution's id."""
         self._lost(token, StartRequest(error.workflow))
 
         try:

@@ -24,11 +24,11 @@ _Key: TypeAlias = tuple[str | int, str | None, int | None]
 
 @attrs.frozen
 class _Limits:
-    """How long a start waits for a definition, and how many definitions to cache.
+    """How long to wait for a definition before starting a run, and how many to cache.
 
-    Every start needs the required inputs, which are small: with more than 10,000 workflows, some
-    starts cost another request. Only graphs need the nodes, and a workflow may have thousands, so
-    the cache has the nodes of the latest 20 only. It drops the raw body, which has the prompts.
+    Every run needs the required inputs, which are small: with more than 10,000 workflows, some runs
+    cost another request. Only graphs need the nodes, and a workflow may have thousands, so the
+    cache has the nodes of the latest 20 only. It drops the raw body, which has the prompts.
     """
 
     timeout: float = 5.0
@@ -75,7 +75,7 @@ class Definitions:
         found = await self._read(key)
         if isinstance(found, Workflow):
             self._check(found, inputs)
-        else:  # the start itself will report the reason
+        else:  # the request itself will report the reason
             name, why = request.workflow, type(found).__name__
             logger.debug("workflow %.100r: inputs not checked, no definition (%s)", name, why)
 
@@ -111,8 +111,8 @@ class Definitions:
     ) -> Workflow:
         """Return a definition with its nodes, but without `raw`.
 
-        A cached one will do, unless it must be `fresh`. A failure is not cached here: before you
-        ask again, you may have corrected the name.
+        A cached one will do, unless it must be `fresh`. It does not cache a failure: before you ask
+        again, you may have corrected the name.
 
         Raises:
             RequestError: it did not arrive, or not within 5 s. There is only one attempt.
@@ -129,7 +129,7 @@ class Definitions:
         return found
 
     async def _read(self, key: _Key) -> Workflow | Exception:
-        """Return a definition, or why it did not arrive; all callers share one request."""
+        """Return a definition, or why it did not arrive. All callers share one request."""
         reading = self._reading.get(key)
         if reading is None:
             reading = self._reading[key] = self._spawn(self._request(key))

@@ -44,9 +44,9 @@ T = TypeVar("T")
 
 @attrs.frozen
 class _RecordPolicy:
-    """How long a start waits for the store to record its result, in seconds.
+    """How long to wait for the store to record the result of a request, in seconds.
 
-    If the id is not in the database by `until_reported`, it goes to the log; at `until_delivered`,
+    If the id is not in the database by `until_reported`, it goes to the log. At `until_delivered`,
     the caller gets the handle. Recording continues in the background until the session closes,
     which tries once more.
     """
@@ -90,18 +90,18 @@ class KeyedStarts:
         """Return the result of `send`, or the record of the run that the key already started.
 
         Args:
-            request: the start, with a key.
+            request: the request, with a key.
             inputs: its inputs in JSON form.
-            token: identifies the start if this call sends it.
-            send: sends the start with hooks and the token.
-            deadline: until when to wait for another call that is sending this start.
+            token: identifies the request if this call sends it.
+            send: sends the request with hooks and the token.
+            deadline: until when to wait for another call that is sending this request.
 
         Raises:
             KeyConflict: the key belongs to a different request.
             StartUnknown: the key may have started a run, but its response was lost.
-            ExecutionTimeout: the call that is sending it has no response yet; this one sent
+            ExecutionTimeout: the call that is sending it has no response yet. This one sent
                 nothing.
-            ConfigurationError: the store is unavailable; no run was started.
+            ConfigurationError: the store is unavailable, so no run was started.
         """
         key: str = request.key
         asked_for = fingerprint(
@@ -187,7 +187,7 @@ class KeyedStarts:
         what: Coroutine[Any, Any, object],
         reason_if_late: str,
     ) -> None:
-        """Wait for something until the deadline; the reason then becomes the error's text."""
+        """Wait for something until the deadline. The reason then becomes the error's text."""
         try:
             async with self._lifetime.call(deadline):
                 await what
@@ -242,7 +242,7 @@ class KeyedStarts:
 
 
 def store_patience(request_timeout: float) -> float:
-    """Return how long one call of a store may take before a start is sent, in seconds.
+    """Return how long one call of a store may take before the request, in seconds.
 
     There are two calls, and together they must leave most of the time to the request itself.
     """
@@ -282,7 +282,7 @@ class _ClaimedStart:
             await self._persist(self._release)
 
     async def ended(self, outcome: StartOutcome) -> None:
-        """Record the result of the start, and return once that is done or takes too long."""
+        """Record the result of the request, and return once that is done or takes too long."""
         if isinstance(outcome, StartResponse):
             execution_id = outcome.execution_id
             await self._persist(lambda: self._record(execution_id), execution_id)
@@ -359,7 +359,7 @@ class _Write:
                 self._try.reschedule(clock())
 
     async def run(self) -> None:
-        """Write to the store; if that takes a while or fails, report the execution's id."""
+        """Write to the store. If that takes a while or fails, report the execution's id."""
         loop = asyncio.get_running_loop()
         timer = loop.call_later(_RECORD.until_reported, self._report)
         try:

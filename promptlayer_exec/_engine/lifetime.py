@@ -1,4 +1,4 @@
-"""The lifetime of an open session: one task owns everything that the session runs."""
+"""The lifetime of an open session: everything that the session runs belongs to one task."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Lifetime:
         self._stop()
 
     def is_closing(self) -> bool:
-        """Return True if closing has begun, or the event loop is closed."""
+        """Return True if closing has begun, or the event loop was closed."""
         return self._closing.is_set() or self._loop.is_closed()
 
     def has_lost_loop(self) -> bool:
-        """Return True if the event loop is closed, and everything in this session with it."""
+        """Return True if the event loop was closed, and with it everything in this session."""
         return self._loop.is_closed()
 
     def check_open(self) -> None:
@@ -95,7 +95,7 @@ class Lifetime:
             self._closing.set()
 
     async def wait_closed(self) -> None:
-        """Wait until everything has stopped; any number of tasks may wait."""
+        """Wait until everything has stopped. Any number of tasks may wait."""
         if not self._has_ended():
             self.check_loop()
             await asyncio.wait([self._supervisor])

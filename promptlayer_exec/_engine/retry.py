@@ -44,7 +44,7 @@ class RetryState:
     def delay(
         self, error: Exception, *, now: float, chance: float, retry_after: float | None = None
     ) -> float | None:
-        """Record a failed attempt, and return the seconds before the next; None: give up.
+        """Record a failed attempt, and return the seconds before the next, or None to give up.
 
         `chance` is a random number in [0, 1), and `retry_after` how long the server asked to wait.
         """
@@ -101,7 +101,7 @@ class OutageLog:
     def begin(
         self, error: RequestError, state: RetryState, *, seconds: float | None, is_start: bool
     ) -> None:
-        """Record that a request failed and will be retried for up to `seconds`."""
+        """Record that a request failed, and that retries may take up to `seconds`."""
         if not self._failing:
             self._answered = False
             limit = "" if seconds is None else f" for up to {seconds:g} s"
@@ -124,7 +124,7 @@ class OutageLog:
 
 @attrs.define(eq=False)
 class Retrying:
-    """Sends requests until there is a good response or the retries are used up."""
+    """Sends requests until there is a good response or there are no retries left."""
 
     _send: Send
     _policy: RetryPolicy
@@ -174,7 +174,7 @@ class Retrying:
     def _delay(
         self, error: RequestError, request: Request, state: RetryState, start: AtMostOnce | None
     ) -> float | None:
-        """Record a failed attempt, and return the seconds before the next; None: give up."""
+        """Record a failed attempt, and return the seconds before the next, or None to give up."""
         error.execution_id = request.execution_id
         error.attempts = state.failures + 1
         if not self._is_transient(error, start):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class Schedule:
-    """Computes when one watch polls next, on the event loop's clock; it never sleeps."""
+    """Computes when one watch polls next, on the event loop's clock. It never sleeps."""
 
     _policy: PollPolicy
     # When the next poll is due by the policy alone.
@@ -35,10 +35,10 @@ class Schedule:
     _streamed_until: float = attrs.field(init=False, default=-math.inf)
 
     def wake(self, source: WakeSource) -> None:
-        """Make the next poll due now; if one is in flight, there will be another.
+        """Make the next poll due now. If one is in flight, there will be another.
 
         A flood of wake-ups causes at most one poll in half a second, or in `floor` seconds if that
-        is less. A pause that the server asked for is always respected.
+        is less. It always respects a pause that the server asked for.
         """
         if self._wake is None:
             self._wake = source, clock()
@@ -49,7 +49,7 @@ class Schedule:
         self._streamed_until = clock() + 20.0
 
     def due(self, waiters: Collection[Waiter], pushed: PushedRun | None) -> float:
-        """Return when the next poll is due for these waiters; without push, `pushed` is None."""
+        """Return when the next poll is due for these waiters. Without push, `pushed` is None."""
         if self._wake is not None:
             return min(self._scheduled, max(self._wake[1], self._no_wake_before))
 

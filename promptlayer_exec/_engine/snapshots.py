@@ -12,7 +12,7 @@ from promptlayer_exec._models import FINAL, FrozenMap, Node, NodeStatus, NodeTim
 def take_snapshot(
     execution_id: int, reply: Reply[NodeMap], *, elapsed: float, previous: Snapshot | None = None
 ) -> Snapshot:
-    """Return the snapshot of a reply; it keeps the node times of the previous snapshot."""
+    """Return the snapshot of a reply. It keeps the node times of the previous snapshot."""
     nodes = reply.value.nodes
     times: Mapping[str, NodeTimes] = {} if previous is None else previous.times
     if previous is None or nodes is not previous.nodes:

@@ -34,11 +34,11 @@ StartOutcome = StartResponse | BaseException
 
 
 class StartTaken(Exception):
-    """Another call is sending this start, so `SendHooks.before_send` forbids it."""
+    """Another call is sending this request, so `SendHooks.before_send` forbids it."""
 
 
 class SendHooks(Protocol):
-    """A caller's hooks around sending a start, to record what happens to it.
+    """A caller's hooks around sending a start request, to record what happens to it.
 
     All of them run in the session's tasks, whether or not the caller is still waiting.
     """
@@ -47,7 +47,7 @@ class SendHooks(Protocol):
         """Return when the request may be sent, or raise the error that the caller gets."""
 
     async def not_sent(self) -> None:
-        """Handle an attempt that started nothing and will be repeated."""
+        """Handle an attempt that started nothing, before the session repeats it."""
 
     async def ended(self, outcome: StartOutcome) -> None:
         """Handle the response, or the error that the caller gets, before the caller gets it."""
@@ -55,13 +55,13 @@ class SendHooks(Protocol):
 
 @attrs.define(eq=False, kw_only=True)
 class Start:
-    """The start of one run, in its own task: it reads the response even if the caller is gone.
+    """Starts one run, in its own task: it reads the response even if the caller is gone.
 
-    Until the request is sent, the caller, the session or the deadline can cancel it. After that,
+    Before it sends the request, the caller, the session or the deadline can cancel it. After that,
     the response goes to the caller if it is still waiting, or else to the observers and the log.
 
     Attributes:
-        secret: the token in the start's own callback URL, if it has one; no message may show it.
+        secret: the token in the run's own callback URL, if it has one. No message may show it.
         sent: whether the request may have reached the server.
     """
 
@@ -73,7 +73,7 @@ class Start:
     _base_url: str
     secret: str | None
     _hooks: SendHooks | None
-    _on_lost: Callable[[str, StartRequest, float], object]  # only for a start with a secret
+    _on_lost: Callable[[str, StartRequest, float], object]  # only for a run with a secret
     sent: bool = attrs.field(init=False, default=False)
     _called_at: float = attrs.field(init=False, factory=clock)
     _task: asyncio.Task[StartOutcome] = attrs.field(init=False)
@@ -87,13 +87,13 @@ class Start:
     async def run(self, deadline: Deadline) -> StartResponse:
         """Send the request, and return the response.
 
-        Once the request is sent, the deadline no longer matters.
+        Once it has sent the request, the deadline no longer matters.
 
         Raises:
             StartUnknown: the response was lost, so the run may have started.
             RequestError: the server refused the request, or was unreachable.
-            ExecutionTimeout: the request was not sent before the deadline.
-            SessionClosed: the session was closed; the error has the execution's id if it started.
+            ExecutionTimeout: it could not send the request before the deadline.
+            SessionClosed: the session was closed. If the run started, the error has its id.
         """
         name = f"promptlayer_exec.Start {self._request.workflow!s:.100}"
         self._task = self._lifetime.spawn(self._perform(), name=name, cancel=self._cancel)
@@ -173,7 +173,7 @@ class Start:
         return outcome
 
     async def _tell(self, hooks: SendHooks, outcome: StartOutcome) -> None:
-        """Wait until the hooks have recorded the outcome; they cannot change it."""
+        """Wait until the hooks have recorded the outcome. They cannot change it."""
         telling = asyncio.ensure_future(hooks.ended(outcome))
         while not telling.done():
             with suppress(asyncio.CancelledError):  # too late to cancel
@@ -187,7 +187,7 @@ class Start:
             self._task.cancel()
 
     def _abandon(self) -> None:
-        """Handle a start whose caller is gone, whether or not it has finished."""
+        """Handle a request whose caller is gone, whether or not it has finished."""
         self._is_abandoned = True
         if not self._outcome.done():
             self._cancel()
@@ -237,7 +237,7 @@ class Start:
         if is_refused:
             self.mark_rejected()  # a 429 starts nothing
         if self._is_lost(error):
-            # Without the quoted body, which may contain outputs; the cause has it.
+            # Without the quoted body, which may contain outputs. The cause has it.
             return self._unknown(RequestError._what(error), error)
 
         if self.cancelled and is_refused:
@@ -281,7 +281,7 @@ class Start:
     # Reports.
 
     def _report_undelivered(self, outcome: StartOutcome) -> None:
-        """Report the outcome of a start whose caller is gone."""
+        """Report the outcome of a request whose caller is gone."""
         if isinstance(outcome, StartResponse):
             self._report(outcome, abandoned=True)
         elif isinstance(outcome, StartUnknown):
@@ -307,7 +307,7 @@ class Start:
 
 
 def log_unknown(error: StartUnknown) -> None:
-    """Log a start that may have started a run, because nobody will get the error."""
+    """Log a request that may have started a run, because nobody will get the error."""
     logger.warning("%s", error)
 
 
@@ -324,7 +324,7 @@ def report_unrecorded(execution_id: int, subject: str) -> None:
 def start_unknown(
     workflow: str | int, reason: str, token: str | None, since: str = "", *, key: Any = None
 ) -> StartUnknown:
-    """Return the error for a lost response; `since` adds to the reason in the message alone."""
+    """Return the error for a lost response. `since` adds to the reason in the message alone."""
     which = f"a run of workflow {workflow!r:.100}"
     if key is not None:
         which += f" with the key {short_repr(key)}"

@@ -50,7 +50,7 @@ class Alarm:
 
 
 async def wait_even_if_cancelled(future: asyncio.Future[Any], timeout: float | None = None) -> None:
-    """Wait for a future, at most `timeout` seconds; a cancellation is raised only afterwards."""
+    """Wait for a future, at most `timeout` seconds. Raise a cancellation only afterwards."""
     waiting = asyncio.ensure_future(asyncio.wait([future], timeout=timeout))
     try:
         await asyncio.shield(waiting)

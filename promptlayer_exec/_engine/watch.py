@@ -106,14 +106,14 @@ class Watch:
     # Called by the waiters.
 
     def join(self, deadline: Deadline, *, streams: bool = False) -> Waiter:
-        """Add a waiter; one that `streams` wants every snapshot, not only the complete one."""
+        """Add a waiter. One that `streams` wants every snapshot, not only the complete one."""
         waiter = Waiter(deadline, streams)
         self._waiters[waiter] = None
         self._alarm.recheck()
         return waiter
 
     def leave(self, waiter: Waiter) -> None:
-        """Remove a waiter; polling stops after the last one."""
+        """Remove a waiter. Polling stops after the last one."""
         del self._waiters[waiter]
         if not self._waiters:
             self._on_end(self)
@@ -162,7 +162,7 @@ class Watch:
     # These may change the time of the next poll.
 
     def wake(self, source: WakeSource) -> None:
-        """Poll now, or once more if a poll is in flight; many wake-ups lead to a single poll."""
+        """Poll now, or once more if a poll is in flight. Many wake-ups lead to a single poll."""
         self._schedule.wake(source)
         self._alarm.recheck()
 
@@ -180,7 +180,7 @@ class Watch:
     # The task.
 
     async def _run(self, base_url: str) -> None:
-        """Poll until the execution is complete, the last waiter is removed, or a poll fails."""
+        """Poll until the execution is complete, the last waiter leaves, or a poll fails."""
         error: Exception | None = None
 
         try:

@@ -103,7 +103,7 @@ class Slots:
         self._waiting = 0
 
     async def acquire(self, priority: Priority) -> None:
-        """Wait for a connection; the caller must then `release` it."""
+        """Wait for a connection. The caller must then `release` it."""
         if not self._waiting and self._free.value:
             self._free.acquire_nowait()
             return
@@ -223,7 +223,7 @@ def _slots(connections: int) -> tuple[Slots, Slots, Slots]:
 
 
 class StartBody(aiohttp.Payload):
-    """The body of a start, which reports when it and its headers are about to be sent.
+    """The body of a start request, which reports when aiohttp is about to send it.
 
     aiohttp holds the headers back until it writes the body. Only here is "sent" exact, even with a
     borrowed session.
@@ -268,10 +268,10 @@ class StartBody(aiohttp.Payload):
 
 
 class StartTimeout:
-    """An `asyncio.timeout_at` for a start, which first reads a response that has arrived.
+    """An `asyncio.timeout_at` for a start request, which first reads a response that has arrived.
 
-    If something blocked the loop past that time, `asyncio.timeout_at` would cancel the start before
-    it reads the response, and the id of a paid run would be lost.
+    If something blocked the loop past that time, `asyncio.timeout_at` would cancel the request
+    before it reads the response, and the id of a paid run would be lost.
     """
 
     def __init__(self, at: float) -> None:

@@ -29,7 +29,7 @@ def is_unreachable(error: BaseException) -> bool:
 
 
 def is_tls_failure(error: BaseException | None) -> bool:
-    """Return True if TLS failed; the server has then read no request."""
+    """Return True if TLS failed, which means that the server has read no request."""
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         return not isinstance(error.os_error, ssl.SSLEOFError)  # the server disconnected
     if isinstance(error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch)):

@@ -16,7 +16,7 @@ from promptlayer_exec._policies import Limiter, or_infinity
 
 @attrs.frozen
 class RatePolicy:
-    """The dials of a rate that follows the server's limit, which is not published.
+    """The dials of a rate that follows the server's limit, which PromptLayer does not publish.
 
     The rate adapts as in TCP: each 429 cuts it, and it grows steadily in between.
 
@@ -24,12 +24,12 @@ class RatePolicy:
         decrease: the factor for each 429. A smaller one makes a lone session waste the limit. With
             a larger one, there are more 429s, and sessions that share the limit get unequal parts
             for longer.
-        growth: the fraction by which the rate grows each second; more means more 429s.
+        growth: the fraction by which the rate grows each second. More means more 429s.
         least_growth: the least growth each second, in requests per second. Slow sessions catch up,
             and if every request gets a 429, a session still tries every few seconds.
-        acceleration: seconds without a 429 until growth doubles; after twice as many, it triples.
-        unlimited: where a session without `rate` starts to slow down, in requests per second; more
-            than one process can send.
+        acceleration: seconds without a 429 until growth doubles. After twice as many, it triples.
+        unlimited: the rate from which a session without `rate` slows down, in requests per second.
+            One process cannot send as many.
     """
 
     decrease: float = 0.7
@@ -40,7 +40,7 @@ class RatePolicy:
 
 
 class Rate:
-    """Requests per second, which 429s slow down; the time is an argument."""
+    """Requests per second, which 429s slow down. The time is an argument."""
 
     _policy = RatePolicy()
 
@@ -48,7 +48,7 @@ class Rate:
         self._most = self._now = most
         self._refused_at = self._grown_at = -math.inf
         self._growing = 0.0  # seconds since the last decrease, without idle ones
-        self._before = 0.0  # the rate after the first 429 since the last good response; 0: none
+        self._before = 0.0  # the rate after the first 429 since the last good response, 0: none
 
     def at(self, now: float) -> float:
         """Return the rate for a request at this moment."""
@@ -153,11 +153,11 @@ class Throttle:
         self._next_at = at + 1.0 / self.rate.at(now)
 
     def refused(self, sent_at: float, announced: float) -> float:
-        """Record a 429, and return the seconds until the next request may be sent.
+        """Record a 429, and return the seconds until the next request may go.
 
         Args:
             sent_at: when the session sent that request, on the event loop's clock.
-            announced: the seconds that the server asked to wait; 0 if it did not ask.
+            announced: the seconds that the server asked to wait, or 0 if it did not ask.
         """
         now = self._clock()
         rate = self.rate.refused(sent_at, now)

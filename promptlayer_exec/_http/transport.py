@@ -89,7 +89,7 @@ class Transport:
 
         Raises:
             RequestError: the attempt failed.
-            SessionClosed: the borrowed client session is closed.
+            SessionClosed: the borrowed client session was closed.
         """
         pool, redactor = self._pool(attempt), self.redactor
         if attempt.start is not None:
@@ -192,7 +192,7 @@ class Transport:
         return received
 
     async def open_websocket(self, path: str) -> aiohttp.ClientWebSocketResponse:
-        """Open a WebSocket without the key, ahead of ordinary requests; raise as `send` does."""
+        """Open a WebSocket without the key, ahead of ordinary requests, or raise as `send` does."""
         pool = self.pools.reads
         pool.check_open()
         sent_at = await self._throttle.acquire(Priority.URGENT)
@@ -300,7 +300,7 @@ async def _read_body(response: aiohttp.ClientResponse, pieces: list[bytes], limi
             pieces.append(piece)
             size += len(piece)
 
-        # A middleware or trace of http= may have read it already; `read` would then fail.
+        # A middleware or trace of http= may have read it already. `read` would then fail.
         if not pieces and content.total_bytes:
             pieces.append((await response.text("latin-1")).encode("latin-1"))
     finally:

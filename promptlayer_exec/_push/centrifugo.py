@@ -37,7 +37,7 @@ _POLICY = SubscriptionPolicy()
 
 
 class SubscriptionLost(Exception):
-    """The subscription is gone; another one may succeed."""
+    """The subscription is gone, but another one may succeed."""
 
 
 class SubscriptionRefused(Exception):
@@ -62,10 +62,10 @@ class Subscription:
     _patience: float | None = attrs.field(init=False, default=None)  # seconds without a frame
 
     async def run(self, token: str) -> NoReturn:
-        """Subscribe, stay subscribed until that fails, and close the WebSocket.
+        """Subscribe, stay subscribed until that fails, and then close the WebSocket.
 
         Raises:
-            SubscriptionLost: the subscription is gone; another one may succeed.
+            SubscriptionLost: the subscription is gone, but another one may succeed.
             SubscriptionRefused: the server permanently refuses it.
             Exception: `get_token` raised it.
         """
@@ -132,7 +132,7 @@ class Subscription:
                 self._end(frame)
 
     async def _handle(self, line: str) -> None:
-        """Handle one line of a frame; ignore lines that are not JSON or of an unknown kind."""
+        """Handle one line of a frame. Ignore lines that are not JSON or of an unknown kind."""
         try:
             message: Any = json.loads(line) if line else None
         except ValueError as error:

@@ -43,12 +43,12 @@ class ChannelPolicy:
         handshake: how long a first subscription may take.
         reconnect: how long the next one may take after a connection was lost.
         idle: how long to keep a subscription that no watch needs.
-        silence: how late a message may be after a poll found the completion; later counts as
+        silence: how late a message may be after a poll found the completion. Later counts as
             silence.
         most_silent: the silent completions in a row after which to give up push.
         pauses: how long to give it up: the first time, the second time, and every later time.
-        retry: the pause after the first failed request or connection; it doubles each time.
-        longest_retry: the longest of these pauses; an attempt that lasted longer was a success.
+        retry: the pause after the first failed request or connection. It doubles each time.
+        longest_retry: the longest of these pauses. An attempt that lasted longer was a success.
         most_unwatched: how many runs without a watch to remember.
     """
 
@@ -88,7 +88,7 @@ def read_token(response: Response) -> str:
 
 
 def read_completion(data: Any) -> int | None:
-    """Return the execution id in a published message; None if it announces no completion."""
+    """Return the execution id in a published message, or None if it announces no completion."""
     if not isinstance(data, dict) or data.get("message_name") != "SET_WORKFLOW_COMPLETE":
         return None
     try:
@@ -103,11 +103,11 @@ def read_completion(data: Any) -> int | None:
 class Push:
     """The channels of an open session, and the runs that use them.
 
-    Each workflow name or id in a start has one channel. The name and the id of the same workflow
+    Each workflow name or id in a request has one channel. The name and the id of the same workflow
     have two, which get the same messages.
     """
 
-    suffix: str  # part of each start, and the last part of each channel's name
+    suffix: str  # part of each start request, and the last part of each channel's name
     # Whether to subscribe at the first start of a workflow, and to warn if push is unavailable.
     is_eager: bool
     free_sockets: int
@@ -134,10 +134,10 @@ class Push:
         """Record a new run.
 
         Args:
-            workflow: the name or id in its start.
+            workflow: the name or id in its request.
             execution_id: the run's id.
-            sent_at: when the session sent its start, on the event loop's clock.
-            waited: the seconds that the start waited for a connection or the rate.
+            sent_at: when the session sent the request, on the event loop's clock.
+            waited: the seconds that the request waited for a connection or the rate.
         """
         channel = self._channels.get(workflow)
         if channel is None:
@@ -164,7 +164,7 @@ class Push:
         self._wake(execution_id)
 
     def report(self, workflow: str | int, reason: str, *, pause: float) -> None:
-        """Log that push is unavailable for a workflow; the session's first line is the loudest."""
+        """Log that push is unavailable for a workflow. The session's first line is the loudest."""
         level = logging.WARNING if self.is_eager else logging.INFO
         if self._has_reported:
             level -= 10
@@ -187,8 +187,8 @@ class Channel:
     """
 
     _push: Push
-    workflow: str | int  # the name or id in the starts
-    # When the subscription became active, on the loop's clock; None if it is not.
+    workflow: str | int  # the name or id in the requests
+    # When the subscription became active, on the loop's clock. None if it is not.
     since: float | None = attrs.field(init=False, default=None)
     # Whether it is about to subscribe for the first time.
     is_starting: bool = attrs.field(init=False, default=False)
@@ -199,7 +199,7 @@ class Channel:
     _silent: int = attrs.field(init=False, default=0)
     _failures: int = attrs.field(init=False, default=0)
     _not_before: float = attrs.field(init=False, default=-math.inf)
-    # When to drop the subscription, and why; None if no watch needs it any more.
+    # When to drop the subscription, and why. None if no watch needs it any more.
     _limit: asyncio.Timeout = attrs.field(init=False)
     _reason: str | None = attrs.field(init=False)
     _last_error: str = attrs.field(init=False)
@@ -210,7 +210,7 @@ class Channel:
         return self._push.has_announced
 
     def started(self) -> None:
-        """Record a start; from the second one on, push pays off."""
+        """Record a run. From the second one on, push pays off."""
         self._starts += 1
         self._limit_idleness()
         if self._push.is_eager or self._starts > 1:
@@ -230,7 +230,7 @@ class Channel:
             changed()
 
     def need(self) -> None:
-        """Begin to subscribe, unless push is given up for now or has too many WebSockets."""
+        """Begin to subscribe, unless push rests for now or has too many WebSockets."""
         if self._is_running or not self._push.free_sockets or _now() < self._not_before:
             return
         self._is_running = self.is_starting = True
@@ -282,7 +282,7 @@ class Channel:
             self._lose()
 
     async def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Return the result of an attempt; repeat it after each transient failure."""
+        """Return the result of an attempt, repeating it after each transient failure."""
         pause = _POLICY.retry
         while True:
             began = _now()
@@ -335,7 +335,7 @@ class Channel:
             self._limit.reschedule(None if seconds is None else _now() + seconds)
 
     def completed(self, run: PushedRun, *, expected: bool) -> None:
-        """Record that a poll found a run complete; `expected` if push should have announced it."""
+        """Record that a poll found a run complete, `expected` if push should have announced it."""
         if run.is_announced or not expected:
             self._conclude(run)
         else:  # its message may still be on the way
@@ -353,7 +353,7 @@ class Channel:
             self._end_after(0.0, f"no message for the last {_POLICY.most_silent} completions")
 
     def _conclude(self, run: PushedRun) -> None:
-        """Forget a complete run; if a message announced it, push works."""
+        """Forget a complete run. If a message announced it, push works."""
         self._push.forget(run)
         if run.is_announced:
             self._push.has_announced = True
@@ -362,11 +362,11 @@ class Channel:
 
 @attrs.define(eq=False)
 class PushedRun:
-    """The state of one run that was started with push, from polls and messages.
+    """The state of one run of a session with push, from polls and messages.
 
     It outlives the run's watches. Polls are rare only if the subscription was already active when
-    the run was last seen running, which is when the session sent its start, or a poll that found it
-    incomplete.
+    the session last knew the run to be running: when it sent the start request, or a poll that
+    found the run incomplete.
     """
 
     execution_id: int
@@ -379,7 +379,7 @@ class PushedRun:
     _is_doubted: bool = attrs.field(init=False, default=False)  # a wake-up was false
 
     def next_poll(self, scheduled: float, *, floor: float, deadlines: Iterable[Deadline]) -> float:
-        """Return when to poll; `scheduled` is the time without push."""
+        """Return when to poll. `scheduled` is the time without push."""
         if self._is_doubted or self._is_complete:
             return scheduled
 
@@ -397,7 +397,7 @@ class PushedRun:
         )
 
     def polled(self, sent_at: float, *, waited: float, complete: bool, false_wake: bool) -> None:
-        """Record a good poll; `false_wake` if a wake-up caused it, but the run is still running."""
+        """Record a good poll, `false_wake` if a wake-up caused it, but the run is still running."""
         since = self.channel.since
         is_covered = since is not None and since <= self._known_at
         if not complete:
@@ -412,7 +412,7 @@ class PushedRun:
 
 
 def _describe(error: BaseException) -> str:
-    """Return an error's message; only the type of a foreign one, whose text may be secret."""
+    """Return an error's message, but only the type of a foreign one, whose text may be secret."""
     if isinstance(error, RequestError | SubscriptionLost | SubscriptionRefused):
         return str(error.args[0])
     return type(error).__name__

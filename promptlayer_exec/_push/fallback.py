@@ -11,10 +11,10 @@ from promptlayer_exec._policies import Deadline
 
 @attrs.frozen
 class FallbackPolicy:
-    """The dials of polling while push is active: pure arithmetic, with times in seconds.
+    """The dials of polling while push is active. Pure arithmetic, with times in seconds.
 
     Args:
-        first: the gap between two polls under an active subscription; it doubles with each poll.
+        first: the gap between two polls under an active subscription. It doubles with each poll.
         longest: the longest of these gaps.
         times_waited: the least gap, as a multiple of how long the last request waited for the rate:
             more polls would make all requests wait longer.
@@ -47,7 +47,7 @@ class FallbackPolicy:
             scheduled: when to poll it without push.
             floor: the shortest delay of the session's poll policy.
             known_at: when the last request that showed it running was sent.
-            subscribed_at: when the subscription became active; None if it is not.
+            subscribed_at: when the subscription became active, or None if it is not.
             is_subscribing: whether the first subscription is about to become active.
             polls: how many polls in a row, under this subscription, found the run incomplete.
             waited: how long the last request waited for a connection or the rate.

@@ -22,7 +22,7 @@ def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dic
     """Return inputs as a new tree of dicts, lists, strings, numbers, booleans and None.
 
     Mappings become dicts, tuples become lists. The converter unstructures attrs classes,
-    dataclasses, enums, paths, and every type for which it has an unstructure hook; pydantic models
+    dataclasses, enums, paths, and every type for which it has an unstructure hook. Pydantic models
     go through `model_dump(mode="json")`. An error has the path to the value that JSON lacks.
     """
     try:

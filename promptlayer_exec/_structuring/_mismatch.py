@@ -47,7 +47,7 @@ def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[s
 
 
 def _key(group: cattrs.BaseValidationError, error: Exception, converter: cattrs.Converter) -> Any:
-    """Return the JSON key of a group's first error; None if it concerns the whole value."""
+    """Return the JSON key of a group's first error, or None if it concerns the whole value."""
     for note in reversed(getattr(error, "__notes__", ())):
         if isinstance(note, cattrs.IterableValidationNote):
             return note.index

@@ -68,7 +68,7 @@ def _option(value: Any, kind: Any) -> Any:
 
 
 def _same(value: Any, expected: Any) -> bool:
-    """Return True if both are equal and of the same type; an int may also stand for a float."""
+    """Return True if both are equal and of the same type. An int may also stand for a float."""
     alike = type(value) is type(expected) or (type(value) is int and type(expected) is float)
     return alike and bool(value == expected)
 
@@ -146,7 +146,7 @@ def _from_object(kind: Any, converter: cattrs.Converter) -> Hook:
 
 @cache  # cattrs recognises a TypedDict that contains itself by identity
 def _evaluated(kind: Any) -> Any:
-    """Return an equal TypedDict whose annotations are evaluated.
+    """Return an equal TypedDict with evaluated annotations.
 
     If annotations are strings, Python takes keys marked `NotRequired` for required.
     """

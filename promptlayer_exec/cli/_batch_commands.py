@@ -187,7 +187,7 @@ async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | Tab
     """Refuse to run items if the file has results of them that the database does not have."""
     kinds = await batch.kinds({result.key for result in file.results})
 
-    # An item that did not succeed may have been requeued; one that succeeded never changes.
+    # Somebody may have requeued an item that did not succeed. One that succeeded never changes.
     foreign = [
         result.key
         for result in file.results
@@ -280,7 +280,7 @@ async def _work_on(
 
 
 async def _follow(batch: Batch, progress: BatchProgress, stop_after: int | None) -> None:
-    """Show the progress; return once `stop_after` items in a row have not succeeded."""
+    """Show the progress, and return once `stop_after` items in a row have not succeeded."""
     # Do not count the failures of an earlier command.
     latest = await batch.latest_kinds(1)
     last_before = latest[0][0] if latest else 0

@@ -33,7 +33,7 @@ def dbos() -> ModuleType:
 async def working_batch(
     name: str, session: Callable[[], Session], *, rate: float | None, **settings: Any
 ) -> Batch:
-    """Return a batch to work on, with the command line's default rate unless one is stored."""
+    """Return a batch to work on, with the command line's default rate if it stores none."""
     session()  # reports a missing key before anything is stored
 
     make = partial(dbos().Batch, name, session=session, **settings)
@@ -47,7 +47,7 @@ async def working_batch(
 async def chosen_batch(
     name: str | None, database: str | None, base_url: str | None = None, **options: Any
 ) -> tuple[str, Batch]:
-    """Return the name of an existing batch, and the batch; None means the only one."""
+    """Return the name of an existing batch, and the batch. None means the only one."""
     chosen = choose(name, await names(database))
     session = partial(Session, base_url=base_url)
     return chosen, dbos().Batch(chosen, database_url=database, session=session, **options)
@@ -68,7 +68,7 @@ def choose(name: str | None, found: list[str]) -> str:
 
 
 async def names(database: str | None, *, needed: bool = True) -> list[str]:
-    """Return the names of the batches in a database; print a line if there are none."""
+    """Return the names of the batches in a database. Print a line if there are none."""
     found: list[str] = await dbos().batch_names(database)
     if not found:
         problem = f"there is no batch in {shown_database(database)}"
@@ -79,7 +79,7 @@ async def names(database: str | None, *, needed: bool = True) -> list[str]:
 
 
 async def wait_for_batch(name: str | None, database: str | None) -> str:
-    """Return the name of a batch as soon as it exists; None means the only one."""
+    """Return the name of a batch as soon as it exists. None means the only one."""
     for attempt in count():
         found = await dbos().batch_names(database)
         if name in found or (name is None and found):

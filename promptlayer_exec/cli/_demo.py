@@ -86,7 +86,7 @@ def add_past_runs(simulator: Simulator, history: History, now: float) -> None:
 
 
 async def start_runs(board: Board) -> None:
-    """Start runs of three workflows once the page of the board is open."""
+    """Start runs of three workflows once somebody has opened the page of the board."""
     await board.opened.wait()
     for workflow in ("support-agent", "research-report", "invoice-check"):
         await board.start(workflow, examples.WORKFLOWS[workflow].inputs)

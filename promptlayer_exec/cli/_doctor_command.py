@@ -120,7 +120,7 @@ def doctor(
 def _ask(workflow: str) -> None:
     """Ask whether to pay for a run.
 
-    This is not done within `run_command`, where Ctrl-C would wait for the answer.
+    Do not call it within `run_command`, which would let Ctrl-C wait for the user's reply.
     """
     if not sys.stdin.isatty():
 

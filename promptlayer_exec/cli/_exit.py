@@ -31,7 +31,7 @@ P = ParamSpec("P")
 
 PROGRAM = "promptlayer-exec"
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
-# What to do about an error on the command line; the error's own advice is for a program.
+# What to do about an error on the command line. The error's own advice is for a program.
 _ADVICE = {
     "ConnectionFailed": "Check the network and --base-url.",
     "RequestTimeout": "Try again.",
@@ -60,7 +60,7 @@ _NAMED = re.compile(rf"\b({'|'.join(_OPTIONS)})\b")
 
 
 class ExitCode(IntEnum):
-    """The exit codes; `help exit-codes` explains them."""
+    """The exit codes. `help exit-codes` explains them."""
 
     SUCCEEDED = 0
     FAILED = 1
@@ -75,7 +75,7 @@ class ExitCode(IntEnum):
 
 
 class Misuse(Exception):
-    """The command cannot do what the user asked for; `hint` shows a command that helps."""
+    """The command cannot do what the user asked for. `hint` shows a command that helps."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -87,7 +87,7 @@ class Interrupted(Exception):
 
 
 class Terminated(Exception):
-    """The process received SIGTERM, or SIGHUP because its terminal was closed."""
+    """The process received SIGTERM, or SIGHUP because its terminal closed."""
 
 
 # Every error that can be expected to end a command early.
@@ -115,7 +115,7 @@ def suggest(command: str, base_url: str | None) -> str:
 
 
 def hint(text: str, command: str) -> str:
-    """Return a text, and below it the command that it is about, ready to be copied."""
+    """Return a text, and below it the command that it is about, ready to copy."""
     return f"{text}\n  {command}"
 
 
@@ -153,7 +153,7 @@ def describe_stored(kind: str, message: str) -> str:
 
 
 def command(function: Callable[P, Coroutine[Any, Any, ExitCode | None]]) -> Callable[P, None]:
-    """Turn a coroutine function into a command; returning None means success."""
+    """Turn a coroutine function into a command. Returning None means success."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -178,7 +178,8 @@ async def _until_signal(
     """Await the work, and report its error if it fails.
 
     It reports an error before it restores the signal handlers, so that a signal cannot suppress the
-    report, and inside the loop, because closing the loop takes long while a name is being resolved.
+    report, and inside the loop, because closing the loop takes long while a name lookup is in
+    progress.
     """
     task = asyncio.ensure_future(work)
 
@@ -215,7 +216,7 @@ def _cancelled_by_signals(task: asyncio.Future[Any], subject: Subject) -> Iterat
 
     def cancel() -> None:
         task.cancel()
-        # Time enough to cancel a start that was not sent yet, and no long wait without a message.
+        # Time enough to cancel a request not sent yet, and no long wait without a message.
         loop.call_later(0.3, explain_the_wait)
 
     def explain_the_wait() -> None:
@@ -284,7 +285,7 @@ def _can_be_resumed(error: Exception) -> bool:
 
 
 def report_crash(error: BaseException) -> ExitCode:
-    """Report an unexpected error, or output that cannot be written, and return the exit code."""
+    """Report an unexpected error, or a failure to write output, and return the exit code."""
     if not isinstance(error, OSError) or error.errno is None:
         traceback.print_exception(error, file=sys.stderr)
         err("this is a bug in promptlayer-exec: please report it with the lines above")

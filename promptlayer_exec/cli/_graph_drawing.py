@@ -119,7 +119,7 @@ class _Drawing:
         return next(column for column in count(start) if column not in self._columns.values())
 
     def _draw(self, marks: Mapping[int, str], name: str | None = None) -> None:
-        """Add a line; marks in two columns are connected, behind the lanes between them."""
+        """Add a line. It connects marks in two columns, behind the lanes between them."""
         first, last = min(marks), max(marks)
         lanes = set(self._columns.values())
 

@@ -36,7 +36,7 @@ _INPUT = "inputs."
 
 
 class ItemFile:
-    """The items in a file, which is checked first. Each iteration reads the file again.
+    """The items in a file, checked on creation. Each iteration reads the file again.
 
     `workflow` is for lines without one.
     """
@@ -76,7 +76,7 @@ class ItemFile:
         self._starts.setdefault(target, {}).setdefault(names, []).append(number)
 
     def _refuse(self, problems: Mapping[int, str]) -> None:
-        """Raise `Misuse` if any line has a problem; name each problem once, with its lines."""
+        """Raise `Misuse` if any line has a problem. Name each problem once, with its lines."""
         lines: dict[str, list[int]] = {}
         for number, problem in sorted(problems.items()):
             lines.setdefault(problem, []).append(number)
@@ -161,7 +161,7 @@ class ItemFile:
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         with self._path.open(encoding="utf-8-sig", newline="") as file:
-            # Excel writes semicolons where a comma is the decimal mark.
+            # Excel writes semicolons in countries with a comma as the decimal mark.
             header = re.sub('"[^"]*("|$)', "", file.readline())
             separator = next((character for character in ",;\t" if character in header), ",")
             file.seek(0)
@@ -208,7 +208,7 @@ def _meaning(column: str) -> str:
 
 
 def _row_fields(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of an item from the cells of a row; an empty one is a missing field."""
+    """Return the fields of an item from the cells of a row. An empty one is a missing field."""
     if None in row or None in row.values():
         raise Misuse("must have as many cells as the first line has columns")
 
@@ -254,7 +254,7 @@ def _checked(fields: dict[str, Any]) -> StartRequest:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    """Return the fields of a line; null means a missing field, except for the inputs."""
+    """Return the fields of a line. null means a missing field, except for the inputs."""
     try:
         # With the line's end, what ends too early would be invalid in column 1 of the next.
         line = text.decode().rstrip("\r\n")

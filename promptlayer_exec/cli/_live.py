@@ -43,7 +43,7 @@ class LiveDisplay:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Draw `text` until the first snapshot; the last one stays when the context exits."""
+        """Draw `text` until the first snapshot. The last one stays when the context exits."""
         self._spinner = Spinner("line", Text(text))
 
         # A new one each time: it erases as many lines as its last refresh wrote.

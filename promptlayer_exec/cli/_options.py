@@ -128,7 +128,7 @@ Port = Annotated[
 
 
 def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
-    """Return the inputs given with `--input`; if a key comes twice, the last value wins."""
+    """Return the inputs given with `--input`. If a key comes twice, the last value wins."""
     inputs: dict[str, Any] = {}
     for argument in arguments:
         match = re.fullmatch(r"(?!=)([^=@]*)([=@])(.*)", argument, re.DOTALL)
@@ -147,7 +147,7 @@ def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def read_metadata(arguments: Iterable[str]) -> dict[str, str]:
-    """Return the texts given with `--metadata`; if a key comes twice, the last text wins."""
+    """Return the texts given with `--metadata`. If a key comes twice, the last text wins."""
     metadata = {}
     for argument in arguments:
         key, separator, text = argument.partition("=")
@@ -262,7 +262,7 @@ def open_session(
 
 
 def demo_session(simulator: Simulator, warn: Callable[[str], None]) -> Session:
-    """Return a session on a simulator; it polls often enough to catch short nodes running."""
+    """Return a session on a simulator. It polls often enough to catch short nodes running."""
     show_warnings(warn, of=_SHOWN)
     poll = PollPolicy(floor=0.2, ceiling=0.4)
     return Session(simulator.api_key, base_url=simulator.base_url, poll=poll)

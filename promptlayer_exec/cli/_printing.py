@@ -19,17 +19,17 @@ _PREVIEW = 200  # characters of a value
 
 
 def shorten(text: str, limit: int = _PREVIEW) -> str:
-    """Return the start of a text, with an ellipsis if characters were cut off."""
+    """Return the first characters of a text, with an ellipsis if it has more."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def quoted(text: str, limit: int = 100) -> str:
-    """Return the start of a text, printable and in quotes."""
+    """Return the first characters of a text, printable and in quotes."""
     return f"'{shorten(printable(text), limit)}'"
 
 
 def preview(value: Any) -> str:
-    """Return the start of a value as one line of JSON, at the same cost for values of any size."""
+    """Return a value as one line of JSON, shortened at the same cost for values of any size."""
     if isinstance(value, str):
         value = value[: _PREVIEW + 1]
 
@@ -53,7 +53,7 @@ def duration(seconds: float) -> str:
 
 
 def running_time(times: NodeTimes, now: float) -> str:
-    """Return how long a node ran, or has run until `now`; empty if it was never seen running."""
+    """Return how long a node ran, or has run until `now`, empty if no poll saw it running."""
     if times.running is None:
         return ""
     end = now if times.final is None else times.final
@@ -61,7 +61,7 @@ def running_time(times: NodeTimes, now: float) -> str:
 
 
 def prepare_streams() -> None:
-    """Make the standard streams accept any text: characters that an encoding lacks are escaped."""
+    """Make the standard streams accept any text, escaping characters that an encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -72,7 +72,7 @@ def out(text: str) -> None:
 
 
 def err(text: str) -> None:
-    """Write to standard error; on a terminal, lines are wrapped between words."""
+    """Write to standard error. On a terminal, it wraps lines between words."""
     if sys.stderr.isatty():
         text = wrapped(text, shutil.get_terminal_size().columns)
     print(text, file=sys.stderr, flush=True)  # noqa: T201
@@ -98,7 +98,7 @@ def wrapped(text: str, width: int) -> str:
 def show_warnings(write: Callable[[str], None], *, of: Collection[str] = ()) -> None:
     """Write the library's warnings, or those `of` some modules, to the very end of the process.
 
-    Some come when a session is closed, such as the id of a run that nobody got.
+    Some come when a session closes, such as the id of a run that nobody got.
     """
     logger = logging.getLogger("promptlayer_exec")
     for earlier in logger.handlers[:]:

@@ -36,7 +36,7 @@ class Result(NamedTuple):
 
 
 async def write_results(batch: Batch, file: Results, *, until_done: bool) -> None:
-    """Write the results of a batch; with `until_done`, wait for the rest of the items."""
+    """Write the results of a batch. With `until_done`, wait for the rest of the items."""
     async with aclosing(batch.outcomes(until_done=until_done)) as outcomes:
         if file is not None:
             await file.write_all(outcomes)
@@ -48,10 +48,10 @@ async def write_results(batch: Batch, file: Results, *, until_done: bool) -> Non
 
 @contextmanager
 def open_results(path: Path | None) -> Iterator[Results]:
-    """Open the results at a path, whose suffix decides the format; None means standard output.
+    """Open the results at a path, whose suffix decides the format. None means standard output.
 
-    The file is locked, because two writers would write each result twice. If the command fails
-    before it writes anything, a new file is removed.
+    It locks the file, because two writers would write each result twice. If the command fails
+    before it writes anything, it removes a new file.
     """
     if path is None:
         yield None
@@ -81,7 +81,7 @@ def open_results(path: Path | None) -> Iterator[Results]:
 
 
 class LineFile:
-    """Results as lines, which are appended to a file."""
+    """Results as lines appended to a file."""
 
     def __init__(self, path: Path, file: FileIO, name: str) -> None:
         self.name = name
@@ -123,7 +123,7 @@ class LineFile:
 
 
 def _is_cut_off(line: bytes) -> bool:
-    """Return True for the start of a result whose rest was never written, because of a crash."""
+    """Return True for a line that is only part of a result, because of a crash."""
     start = b'{"key": "'
     if line[: len(start)] != start[: len(line)]:
         return False
@@ -135,7 +135,7 @@ def _is_cut_off(line: bytes) -> bool:
 
 
 class TableFile:
-    """Results as a table in CSV, which is written as a whole and then moved into place."""
+    """Results as a table in CSV. It writes the whole file, and then moves it into place."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
@@ -197,7 +197,7 @@ def _read_csv(path: Path) -> Iterator[Result]:
 
 
 def _open_locked(path: Path, name: str) -> FileIO:
-    """Open and lock a file; raise an `OSError` if it cannot be opened."""
+    """Open and lock a file, or raise an `OSError` if that fails."""
     while True:
         file = path.open("a+b", buffering=0)
         try:
@@ -211,7 +211,7 @@ def _open_locked(path: Path, name: str) -> FileIO:
 
 
 def _is_at(path: Path, file: FileIO) -> bool:
-    """Return False if the file's last owner removed it before it was locked."""
+    """Return False if the file's last owner removed it before this process locked it."""
     if sys.platform == "win32":  # pragma: no cover - it does not remove an open file
         return True
     try:

@@ -167,7 +167,7 @@ def run(
 
 
 def _note(error: Exception) -> str:
-    """Return what to print after the error of a start."""
+    """Return what to print after an error of `Session.start`."""
     if isinstance(error, StartUnknown) and error.key is not None:
         return _UNKNOWN
     return describe(error)  # which needs no repetition
@@ -208,7 +208,7 @@ async def _start(
 
 
 def _failed(snapshot: Snapshot, subject: Subject) -> ExitCode:
-    """Print the last lines of the traceback, and how to read the rest; return the exit code."""
+    """Print the last lines of the traceback, and how to read the rest, and return the exit code."""
     if not subject.as_json:
         for node in snapshot.failed_nodes[:1]:
             for line in traceback_end(node):

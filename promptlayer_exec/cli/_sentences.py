@@ -17,7 +17,7 @@ def failure_reason(node: Node) -> str:
 
 
 def node_detail(node: Node) -> str:
-    """Return a node's value, or its error if it failed; empty if it has neither yet."""
+    """Return a node's value, its error if it failed, or an empty string if it has neither yet."""
     if node.status == NodeStatus.FAILED:
         return printable(failure_reason(node))
     if node.value is None and not node.succeeded:
@@ -28,7 +28,7 @@ def node_detail(node: Node) -> str:
 def result_line(snapshot: Snapshot, *, timed: bool = True) -> str:
     """Return how a complete execution finished and when, and which node failed and why.
 
-    Without a node that was seen running, there is no time: it may have finished long before.
+    There is no time if no poll saw a node running: it may have finished long before.
     """
     subject = f"execution {snapshot.execution_id}"
     when = ""
@@ -91,6 +91,6 @@ def _named(nodes: Sequence[Node]) -> str:
 
 
 def _sentence(text: str) -> str:
-    """Return the start of a text on one line, with a full stop at its end."""
+    """Return the first characters of a text on one line, with a full stop."""
     line = shorten(printable(" ".join(text.split())), 220)
     return line if line.endswith((".", "!", "?", "…")) else f"{line}."

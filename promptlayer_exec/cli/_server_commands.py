@@ -252,7 +252,7 @@ def mcp(
             raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
 
         show_warnings(err)
-        # Clients often give up after 60 s; a start and every single request give up earlier.
+        # Clients often give up after 60 s. Starting a run and every single request give up earlier.
         session = options.open_session(
             base_url, outage, wait_timeout=45.0, no_push=no_push, starts=_start_store(database)
         )
@@ -300,7 +300,7 @@ def _team_token(workflows: list[str]) -> str:
 
 
 def _listen_for_agents(host: str, port: int) -> tuple[socket.socket, str]:
-    """Return a listening socket, and the host in its URL; print the URL."""
+    """Return a listening socket, and the host in its URL, and print the URL."""
     with listening(host, port):
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family)
@@ -321,7 +321,7 @@ def _listen_for_agents(host: str, port: int) -> tuple[socket.socket, str]:
 
 
 def _start_store(database: str | None) -> StartStore | None:
-    """Return the store of starts; None if its extra is missing and no database was given."""
+    """Return the start store, or None if its extra is missing and the user named no database."""
     try:
         return options.start_store(database, "--db")
     except Misuse:
@@ -334,9 +334,9 @@ def _start_store(database: str | None) -> StartStore | None:
 async def open_in_browser(url: str, opened: asyncio.Event) -> None:
     """Open a URL with the user's browser.
 
-    Every user of the machine can read the arguments of a browser, and this URL contains a token.
-    So the browser gets the name of a file that redirects to the URL, and that only this user can
-    read. The file is deleted once the page is `opened`.
+    Every user of the machine can read the arguments of a browser, and this URL contains a token. So
+    the browser gets the name of a file that redirects to the URL, and that only this user can read.
+    It deletes the file once the page is `opened`.
     """
     target = html.escape(url)
     page = (

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @attrs.define
 class LineDisplay:
-    """Writes what changes to standard output, as text or as JSON; warnings to standard error."""
+    """Writes changes to standard output, as text or as JSON, and warnings to standard error."""
 
     _as_json: bool
     _previous: Snapshot | None = attrs.field(init=False, default=None)
@@ -42,7 +42,7 @@ class LineDisplay:
                 out(json.dumps(snapshot.to_dict()))
             return
 
-        # Names are aligned; a very long one shifts only its own line.
+        # Names are aligned. A very long one shifts only its own line.
         longest = max((len(printable(name)) for name in snapshot.nodes), default=0)
         width = min(longest, 24)
         for change in changes:

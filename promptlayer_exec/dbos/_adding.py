@@ -1,4 +1,4 @@
-"""How requests become items: they are encoded in threads, checked, and stored in portions."""
+"""How requests become items: threads encode them, and `Addition` checks and stores them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ LONGEST_KEY = 1000
 
 @attrs.frozen
 class Portions:
-    """How much work is done between two turns of the event loop.
+    """How much work to do between two turns of the event loop.
 
     Attributes:
-        requests: one call of a thread encodes this many; few, because each may have megabytes.
+        requests: one call of a thread encodes this many. Few, because each may have megabytes.
         rows: one transaction inserts at most this many, of at most `bytes`.
     """
 
@@ -57,10 +57,10 @@ class Sample:
 
 @attrs.define(eq=False)
 class Addition:
-    """One call of `Batch.add`: its requests are encoded, checked and stored.
+    """One call of `Batch.add`, which encodes, checks and stores requests.
 
     Attributes:
-        _open_session: opens the session with which inputs are checked.
+        _open_session: opens the session that checks inputs.
         _samples: one request of each shape. Workflows require inputs by name, so checking these
             checks all.
         _sample_of: the sample with the shape of an item, by the item's key.
@@ -76,7 +76,7 @@ class Addition:
     async def add_all(
         self, requests: Iterable[StartRequest], *, before: Callable[[], Awaitable[None]]
     ) -> int:
-        """Check all items, then add them; return how many were new.
+        """Check all items, then add them, and return how many were new.
 
         It calls `before` after encoding all, and before it reads or writes anything.
         """
@@ -88,7 +88,7 @@ class Addition:
         return await self._add(rows)
 
     async def add_as_they_come(self, requests: AsyncIterable[StartRequest]) -> int:
-        """Check and add items in portions; return how many were new."""
+        """Check and add items in portions, and return how many were new."""
         new, size = 0, 0
         rows: dict[str, Row] = {}
         async with aclosing(self._encode(requests)) as portions:
@@ -130,7 +130,7 @@ class Addition:
         return row
 
     async def _add(self, rows: dict[str, Row]) -> int:
-        """Check rows, and store the new ones; return how many were new."""
+        """Check rows, and store the new ones, and return how many were new."""
         if not rows:
             return 0
         known = await self._store.run_in_thread(self._store.check, self._batch, rows.values())
@@ -145,9 +145,9 @@ class Addition:
         return new
 
     async def _check_inputs(self, rows: list[Row]) -> None:
-        """Raise `InvalidInputs` if a workflow requires inputs that are missing.
+        """Raise `InvalidInputs` if inputs that a workflow requires are missing.
 
-        Known items are not checked: their workflow may have changed since.
+        It does not check known items, because their workflow may have changed since.
         """
         settings = integration.settings(self._session)
         has_key = integration.server_of(self._session)[1] is not None
@@ -171,7 +171,7 @@ class Addition:
 
 
 async def _check(session: Session, samples: Mapping[Sample, str]) -> InvalidInputs | None:
-    """Check samples that need the same definition; return the first error."""
+    """Check samples that need the same definition, and return the first error."""
     for sample, key in samples.items():
         try:
             await integration.check_inputs(session, sample.request, sample.inputs)

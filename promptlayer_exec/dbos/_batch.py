@@ -40,8 +40,8 @@ SETTINGS_INTERVAL = 2.0
 class Batch:
     """Many executions, each started once, even if the processes that start them die.
 
-    Creating a batch does no I/O. The name identifies it: any number of processes can use the same
-    batch at the same time, on every machine that can reach the database.
+    Creating a batch does no I/O. Its name identifies it: any number of processes, on any machine
+    that can reach the database, can use the same batch at the same time.
 
     Example:
         Run it again after a crash: it continues, and starts nothing twice::
@@ -65,17 +65,18 @@ class Batch:
             number, or 100.
         rate: the maximum number of HTTP attempts per second, for all workers together. The batch
             stores it, as above. None: the stored rate, or only the limit of each session.
-        attempts: the maximum number of runs for an item, each of them billed: if one completes
-            without an output, another one starts after a pause, of 5 seconds at first. An unknown
-            start is never repeated. The batch stores it, as above. None: the stored number, or 1.
+        attempts: the maximum number of runs for an item. You pay for each of them: if one completes
+            without an output, another one starts after a pause, of 5 seconds at first. The batch
+            never repeats an item in state `unknown`. It stores the number, as above. None: the
+            stored number, or 1.
         same_server: whether a batch may continue after its server's address or your API key
             changed. Use it only if the workspace is the same: otherwise its ids are those of other
             runs.
 
     Raises:
-        ConfigurationError: a setting is malformed. Each method also raises it if the database
-            cannot be used. `add`, `work`, `outcomes`, `recheck`, `retry` and `check_server` raise
-            it if the batch belongs to another server.
+        ConfigurationError: a setting is malformed. Each method also raises it if the database is
+            unavailable. `add`, `work`, `outcomes`, `recheck`, `retry` and `check_server` raise it
+            if the batch belongs to another server.
     """
 
     def __init__(
@@ -106,26 +107,27 @@ class Batch:
 
         self._store: Store | None = None
         self._is_prepared = False
-        # How many calls of `work` there are now; `outcomes` must not return before them.
+        # How many calls of `work` there are now. `outcomes` must not return before them.
         self._working = 0
 
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:
-        """Add items to the database; adding the same item twice adds it once.
+        """Add items to the database. Adding the same item twice adds it once.
 
         Add many items at a time: each call requests the definitions of their workflows, unless the
         session has `check_inputs=False`.
 
         Args:
-            requests: what to start, each with a unique `key`, a str of 1 to 1000 bytes. All are
-                checked before the first is added. Those of an async iterable are checked and added
-                in portions of at most a thousand, or about 2 MiB.
+            requests: the runs to start, each with a unique `key`, a str of 1 to 1000 bytes. The
+                call checks all of them before it adds the first. From an async iterable, it checks
+                and adds portions of at most a thousand, or about 2 MiB.
 
         Returns:
             The number of new items.
 
         Raises:
             TypeError: a request contains a value of the wrong type.
-            ValueError: a request cannot be sent, or its key cannot be stored.
+            ValueError: an argument in a request is out of range, or the database cannot store its
+                key.
             InvalidInputs: an input that a workflow requires is missing.
             KeyConflict: a key belongs to another request, with another workflow, inputs, label,
                 version or metadata.
@@ -143,8 +145,9 @@ class Batch:
     async def work(self, *, until_done: bool = True) -> BatchStatus:
         """Start items, follow them, and store their outcomes, together with all other workers.
 
-        If you cancel it, it waits for the starts that are being sent, and the next worker continues
-        with the other items. An error that it raises does not fail any item: call it again later.
+        If you cancel it, it waits for the responses to requests in flight, and the next worker
+        continues with the other items. An error that it raises does not fail any item: call it
+        again later.
 
         Args:
             until_done: whether to return once every item has an outcome. If False, it waits for
@@ -155,7 +158,7 @@ class Batch:
 
         Raises:
             Unauthorized: PromptLayer refused the API key.
-            ConnectionFailed: PromptLayer could not be reached.
+            ConnectionFailed: the session could not reach PromptLayer.
             RequestTimeout: PromptLayer did not respond in time.
             RateLimited: PromptLayer responded only with 429, and without a time to wait.
             SessionClosed: the session was closed.
@@ -214,7 +217,7 @@ class Batch:
         """Yield the outcome of each item: first the stored ones, then each as soon as it finishes.
 
         The iterator stops when every item has an outcome and no `work` of this object is still
-        running. An item that runs again is yielded again. To stop early, use
+        running. An item that runs again gets a second outcome. To stop early, use
         `contextlib.aclosing`.
 
         Args:
@@ -236,7 +239,7 @@ class Batch:
                     await asyncio.sleep(POLL_INTERVAL)
 
     async def recheck(self) -> int:
-        """Follow every failed item that has an execution id again; start nothing.
+        """Follow every failed item that has an execution id again, without starting anything.
 
         The items go back into the queue. The next `work`, or one that is running, asks PromptLayer
         again how these executions finished. If an execution failed, its item fails again.
@@ -258,14 +261,14 @@ class Batch:
     ) -> int:
         """Start finished items again. PromptLayer bills the new runs.
 
-        Only items whose run is known to have failed, and unknown ones, are started. Others are
-        followed once more, because PromptLayer may have responded 404 for a run that exists. To
-        start one of these again, add it under another key. A restarted item gets a second outcome.
+        It starts only unknown items, and those whose run certainly failed. It follows others once
+        more, because PromptLayer may have responded 404 for a run that exists. To start one of
+        these again, add it under another key. A restarted item gets a second outcome.
 
         Args:
             failed: whether to start items whose run failed or did not start.
             unknown: whether to start unknown items, whose runs may already exist.
-            keys: only these items; None means all. Keys that the batch does not have are ignored.
+            keys: only these items. None means all. It ignores keys that the batch does not have.
             unknown_for: start an unknown item only if it has been unknown for this many seconds,
                 so that its callback has time to arrive.
 
@@ -316,7 +319,7 @@ class Batch:
     async def kinds(self, keys: Iterable[str]) -> dict[str, Kind | None]:
         """Return how the items of these keys finished, None for one that has not.
 
-        Keys that the batch does not have are left out.
+        It leaves out keys that the batch does not have.
         """
         return await self._report(reports.kinds, keys)
 
@@ -325,11 +328,11 @@ class Batch:
         return await self._report(reports.latest_kinds, count)
 
     async def latest_outcome(self) -> StoredOutcome | None:
-        """Return the outcome that was stored last; None if no item has ended."""
+        """Return the latest stored outcome, or None if no item has finished."""
         return await self._report(reports.latest_outcome)
 
     async def item(self, key: str) -> StoredItem | None:
-        """Return what is stored about an item; None if the batch does not have it."""
+        """Return what the batch stores about an item, or None if it does not have the item."""
         return await self._report(reports.item, key)
 
     async def failures(self) -> tuple[Failure, ...]:
@@ -337,14 +340,14 @@ class Batch:
         return await self._report(reports.failures)
 
     async def durations(self) -> Durations | None:
-        """Return how long the runs took; None if none has finished."""
+        """Return how long the runs took, or None if none has finished."""
         return await self._report(reports.durations)
 
     async def delete(self) -> int:
         """Delete the batch with all its items and outcomes, and return how many items it had.
 
-        Executions continue on PromptLayer. If the call is interrupted, some items may remain: call
-        it again.
+        Executions continue on PromptLayer. If something interrupts the call, some items may remain:
+        call it again.
 
         Raises:
             RuntimeError: a worker works on the batch. One on another machine counts for 12 seconds
@@ -362,14 +365,14 @@ class Batch:
             return await store.run_in_thread(report, store, self._name, *arguments)
 
     async def resolve(self, token: str, execution_id: int) -> bool:
-        """Resolve an unknown item with the callback of its start; start nothing.
+        """Resolve an unknown item with the callback of its run, without starting anything.
 
         Give the workers a session with `callbacks`, and pass this method to its router as
-        `on_callback`. Any process may receive a callback, at any time and more than once: it is
-        stored, even before the item is unknown. The next worker then follows the execution.
+        `on_callback`. Any process may receive a callback, at any time and more than once. The batch
+        stores it, even before the item is unknown. The next worker then follows the execution.
 
         Args:
-            token: the token from the callback's URL; it must be genuine.
+            token: the token from the callback's URL. It must be genuine.
             execution_id: the id from the callback.
 
         Returns:
@@ -450,7 +453,7 @@ async def batch_names(database_url: str | None = None) -> list[str]:
         database_url: as for `Batch`.
 
     Raises:
-        ConfigurationError: the database cannot be used.
+        ConfigurationError: the database is unavailable.
     """
     url = locate(database_url)
     if url.get_backend_name() == "sqlite":

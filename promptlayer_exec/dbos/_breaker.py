@@ -1,4 +1,4 @@
-"""When a worker may send a start: a few in parallel, and one by one while the server fails."""
+"""When a worker may send a start request: a few in parallel, one by one while the server fails."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import attrs
 
 @attrs.frozen
 class Caution:
-    """How carefully a worker sends starts.
+    """How carefully a worker sends start requests.
 
-    The window is how many starts may wait for their responses at the same time: that many become
-    unknown if the worker is killed or an outage begins. It doubles with each good response. After a
-    few failures in a row, starts pause. The pauses double with each probe that fails.
+    The window is how many requests may wait for their responses at the same time: that many items
+    become unknown if the worker is killed or an outage begins. It doubles with each good response.
+    After a few failures in a row, the worker sends nothing for a while. These pauses double with
+    each probe that fails.
 
-    If a start that fails was sent long after the last pause, its failure is the first of a new row.
+    If the worker sent a request long after the last pause, its failure is the first of a new row.
     """
 
     first_window: int = 4
@@ -56,7 +57,7 @@ class Breaker:
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[float]:
-        """Wait until one more start may be sent; yield the time, for `failed`."""
+        """Wait until one more request may go, and yield the time, for `failed`."""
         async with self._turn:
             while self._in_flight >= self._window:
                 self._is_freed.clear()
@@ -83,7 +84,7 @@ class Breaker:
         self._pause = self._paused_until = 0.0
 
     def failed(self, error: Exception, *, since: float) -> None:
-        """Record a failure that other starts would also meet; the request was sent at `since`."""
+        """Record a failure that other requests would also meet. The request was sent at `since`."""
         now = self._clock()
         if since - self._failing_until > CAUTION.same_outage_within:
             self._forget_failures()

@@ -1,10 +1,9 @@
-"""The intent to start an item, and the result of the start, both in the row of the item.
+"""The intent to start an item, and the result of the request, both in the row of the item.
 
-A worker records the intent just before it sends the request, and takes it back if the request was
-not sent. An item with an intent, but without the result of its start, may have been started: it is
-unknown. Because only one intent can be recorded, only one worker sends the request of an item, and
-only that worker can record the result. A worker that stood still while another one took over its
-items starts none of them.
+A worker records the intent just before it sends the request, and takes it back if it did not send
+the request. An item with an intent, but without a result, may have a run: it is unknown. Because an
+item has room for one intent, only one worker sends its request, and only that worker can record the
+result. A worker that stood still while another one took over its items starts none of them.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _TAKE_BACK = sa.update(items).where(the_attempt, _item.intent == _token).values(
 
 
 class StartResult(NamedTuple):
-    """The result of the start that a worker sent, as JSON, with the token of its intent."""
+    """The result of the request that a worker sent, as JSON, with the token of its intent."""
 
     key: str
     attempt: int
@@ -54,11 +53,11 @@ class StartResult(NamedTuple):
 
 
 class Item(NamedTuple):
-    """An attempt of an item without an outcome yet, and what is recorded about its start.
+    """An attempt of an item without an outcome yet, and what its row contains about the request.
 
     Attributes:
         request: what to start, as JSON.
-        called_back: the execution id in the callback of the start with this intent.
+        called_back: the execution id in the callback of the run with this intent.
     """
 
     key: str
@@ -74,7 +73,7 @@ class Intent:
     """The intent of a worker to start one attempt of an item, or its withdrawal.
 
     Attributes:
-        token: distinguishes the intents of several workers; it is in the start's callback URL.
+        token: distinguishes the intents of several workers. It is in the run's callback URL.
     """
 
     key: str
@@ -119,7 +118,7 @@ class PendingStart:
             self.task.cancel()
 
     async def ended(self, outcome: integration.StartOutcome) -> None:
-        """Begin to record the id of a run, or take the intent back if nothing was started."""
+        """Begin to record the id of a run, or take the intent back if there is none."""
         if isinstance(outcome, integration.StartResponse):
             # Not awaited here: while the database is away, other starts continue.
             self.recording = asyncio.create_task(self._record(outcome.execution_id))
@@ -133,14 +132,14 @@ class PendingStart:
             self.may_be_sent = False
 
     def cancel(self) -> None:
-        """Cancel the start, unless its request may have been sent."""
+        """Cancel the request, unless the session may have sent it."""
         self._is_cancelled = True
         if not self.may_be_sent:
             self.task.cancel()
 
 
 def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
-    """Record intents, or take them back; return for each whether it is recorded now.
+    """Record intents, or take them back, and return for each whether the row has it now.
 
     It is not if the item has an outcome, another worker's intent, or a later attempt.
     """
@@ -165,7 +164,7 @@ def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
 
 
 def write_started(store: Store, batch: str, starts: Sequence[StartResult]) -> list[bool]:
-    """Record the results of starts; return for each whether it is recorded now.
+    """Record the results of requests, and return for each whether the row has it now.
 
     It is not if the item has an outcome, another worker's intent, or a later attempt.
     """
@@ -200,7 +199,7 @@ def _recorded(
 
 
 def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[Item | None]:
-    """Return attempts of items, given as key and number; None for one that has finished."""
+    """Return attempts of items, given as key and number, or None for one that has finished."""
     columns = (_item.key, _item.attempt, _item.request, _item.intent, _item.started)
     query = (
         sa.select(*columns, callbacks.c.execution_id)

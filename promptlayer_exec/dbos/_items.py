@@ -4,15 +4,16 @@ DBOS stores which items to run, and which worker runs each:
 
 1. `Store.add` stores the item and enqueues its DBOS workflow, in one transaction.
 2. DBOS dequeues the workflow in a worker, which calls `Items.run`.
-3. `_send` waits for a slot. When the connection is open, and before anything is written to it,
-   `PendingStart.before_send` records the intent in the item's row. Then the request is sent.
-   `PendingStart.ended` records the execution id in the same row, even if nobody waits for it any
-   more. A request that provably started nothing is sent again; until then its intent is taken back.
+3. `_send` waits for a slot. When the connection is open, and before the session writes anything to
+   it, `PendingStart.before_send` records the intent in the item's row. Then the session sends the
+   request. `PendingStart.ended` records the execution id in the same row, even if nobody waits for
+   it any more. The session resends a request that provably started nothing. Until then, the intent
+   is gone from the row.
 4. `_follow` waits until the execution is complete, and `Store.finish` stores the outcome.
 
-If the worker dies, another one follows the execution whose id is recorded. If only an intent is
-recorded, the request may have been sent, so the item is unknown. Rows are read and written for many
-items at a time: a step of DBOS would take eight round trips for each.
+If the worker dies, another one follows the execution whose id is in the row. If the row has only an
+intent, the request may have left, so the item is unknown. A worker reads and writes the rows of
+many items at a time: a step of DBOS would take eight round trips for each.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import workflow_id
 
 logger = logging.getLogger("promptlayer_exec")
-# Errors of a start or a poll that every other item would also meet.
+# Errors of a request that every other item would also meet.
 _NOT_THE_ITEMS_FAULT = (
     *(Unauthorized, ConnectionFailed, RateLimited, RequestTimeout),
     *(SessionClosed, ConfigurationError),
@@ -77,8 +78,8 @@ class Patience:
     The server may respond 404 for `not_found_grace` to an execution that has started. If a read
     fails, the worker reads again after `first_delay`, and later after up to `longest_delay`.
 
-    If an id is not recorded after `recorded_within`, the worker logs it, because the process may be
-    killed. If it already noticed that the database is away, it does so after `look_after`.
+    If an id is not in its row after `recorded_within`, the worker logs it, because the process may
+    be killed. If it already noticed that the database is away, it does so after `look_after`.
     """
 
     not_found_grace: float = 60.0
@@ -131,7 +132,7 @@ class Items:
         self._endings = Group(finish, lambda ending: len(ending.outcome))
 
     async def run(self, key: str, attempt: int) -> bool:
-        """Run an attempt of an item; return False if the next worker must run it again."""
+        """Run an attempt of an item. Return False if the next worker must run it again."""
         workflow = workflow_id(self._batch, key, attempt)
         # A worker that stood still may get an item again that it is still running.
         while (earlier := self.active.get(workflow)) is not None:
@@ -151,7 +152,7 @@ class Items:
             del self.active[workflow]
 
     async def close(self) -> None:
-        """Stop sending starts and following executions; record the responses to sent starts."""
+        """Stop sending requests and following executions, but record the responses that are due."""
         self._is_closing = True
         running = {*self.active.values()}
         sending = {start.task for start in self._pending}
@@ -171,7 +172,7 @@ class Items:
         self._stop(error)
 
     async def _run(self, key: str, attempt: int) -> None:
-        while True:  # the start of another worker may be recorded meanwhile
+        while True:  # another worker may meanwhile record a run
             self._check_open()
             item = await self._read.add((key, attempt))
             if item is None:
@@ -190,10 +191,10 @@ class Items:
             raise _Closing
 
     async def _start(self, item: Item) -> StartRecord | None:
-        """Return the result of the start, which may be an earlier one."""
+        """Return the result of the request, which may be an earlier one."""
         if item.started is not None:
             return cast("StartRecord", json.loads(item.started))
-        if item.intent is not None:  # of a worker that may have sent the start
+        if item.intent is not None:  # of a worker that may have sent the request
             if item.called_back is not None:  # it has
                 return await self._record(item, item.intent, item.called_back)
             text = "the worker that sent the start stopped before it recorded the response"
@@ -211,7 +212,7 @@ class Items:
             self._pending.discard(pending)
 
     async def _record(self, item: Item, token: str, execution_id: int) -> StartRecord | None:
-        """Record the id of a run; return None if the item continues with another one."""
+        """Record the id of a run. Return None if the item continues with another one."""
         result = start_record(execution_id)
         row = StartResult(item.key, item.attempt, token, json.dumps(result))
         recording = asyncio.ensure_future(self._started.add(row))
@@ -224,7 +225,7 @@ class Items:
             if await recording:
                 return result
 
-            # Another worker has taken over the item, and may have declared the start unknown.
+            # Another worker has taken over the item, and may have declared it unknown.
             is_followed = await self._store.run_in_thread(
                 requeue.record_callback, self._store, self._batch, token, execution_id
             )
@@ -242,7 +243,7 @@ class Items:
         return None
 
     async def _send(self, item: Item, pending: PendingStart, token: str) -> StartRecord | None:
-        """Send a start, with a new slot each time, until it has a result."""
+        """Send a start request, with a new slot each time, until it has a result."""
         request = self._to_send(item)
 
         while True:
@@ -254,7 +255,7 @@ class Items:
                 except IntentRefused:
                     raise
                 except Exception as error:  # noqa: BLE001 - some are the item's
-                    # Even if the session was closed, a start that was sent may have an id.
+                    # Even if the session was closed, a request that it sent may have an id.
                     if pending.recording is None:
                         result = self._judge(item, error, since)
                         if result is not None:
@@ -266,7 +267,7 @@ class Items:
             await asyncio.sleep(PATIENCE.first_delay)
 
     def _judge(self, item: Item, error: Exception, since: float) -> StartRecord | None:
-        """Return the result of a start that failed; None to try it again."""
+        """Return the result of a failed start request, or None to try it again."""
         if isinstance(error, StartUnknown):
             cause = error.__cause__
             self._starts.failed(cause if isinstance(cause, RequestError) else error, since=since)
@@ -289,7 +290,7 @@ class Items:
         return start_record(error=error)
 
     def _note_late_start(self, item: Item, error: ExecutionTimeout, since: float) -> None:
-        """Handle a start that was not sent within the session's `wait_timeout`."""
+        """Handle a request that the session could not send within its `wait_timeout`."""
         if not self._has_warned:  # all may have to wait for the rate
             self._has_warned = True
             text = "could not start item %.100r in time; trying again, as for later ones: %s"
@@ -332,7 +333,7 @@ class Items:
         return outcome
 
     async def _output(self, item: Item, execution_id: int) -> Any:
-        """Return the output; raise an error of the item only if the server reported one."""
+        """Return the output. Raise an error of the item only if the server reported one."""
         workflow = workflow_id(self._batch, item.key, item.attempt)
         name_or_id = json.loads(item.request)["workflow"]
         clock = asyncio.get_running_loop().time

@@ -26,7 +26,7 @@ class Pulse:
 
     Each records a heartbeat every `interval`, and is dead after `dead_after` without one. That is
     longer than most stalls of a machine or restarts of a database, and short enough to move the
-    items of a dead worker within 30 s. A round may be late by `slow`; beyond that, the delay does
+    items of a dead worker within 30 s. A round may be late by `slow`. Beyond that, the delay does
     not count as silence of the others.
 
     Every `look_every` rounds, a worker looks for items that it has taken but does not run.
@@ -46,9 +46,9 @@ class Liveness:
     """Records a worker's heartbeat, and recovers items that nobody runs.
 
     A worker is dead if its heartbeat has not changed for `dead_after` seconds on the clock of the
-    worker that watches it; the clocks of two machines are never compared. Time in which the
-    watching worker itself stood still does not count, because the others may have done the same.
-    On the same machine, a worker is dead as soon as its process is gone.
+    worker that watches it. Nothing compares the clocks of two machines. Time in which the watching
+    worker itself stood still does not count, because the others may have done the same. On the same
+    machine, a worker is dead as soon as its process is gone.
     """
 
     _store: Store
@@ -101,9 +101,9 @@ class Liveness:
                 release(self._store, self._batch, worker)
 
     def _put_back_what_was_lost(self, idle: set[str]) -> None:
-        """Put items back into the queue that this worker has taken but does not run.
+        """Put back into the queue the items that this worker has taken but does not run.
 
-        DBOS takes items in a transaction; if the connection breaks during its commit, DBOS never
+        DBOS takes items in a transaction. If the connection breaks during its commit, DBOS never
         runs them.
         """
         # One that was just taken, or has just finished, is idle only once.
@@ -134,12 +134,12 @@ def release(store: Store, batch: str, executor: str) -> None:
 
 
 def count_workers(store: Store, batch: str) -> int:
-    """Return how many workers are alive; a silent one counts for `dead_after` seconds."""
+    """Return how many workers are alive. A silent one counts for `dead_after` seconds."""
     return sum(not _is_gone(process) for process in store.processes(batch, PULSE.dead_after))
 
 
 def _is_gone(process: str) -> bool:
-    """Return True if a process is certainly gone; False if this machine cannot tell."""
+    """Return True if a process is certainly gone, False if that is uncertain on this machine."""
     boot, namespace, pid = json.loads(process)
     if boot is None or [boot, namespace] != _pid_scope():
         return False

@@ -17,7 +17,7 @@ from promptlayer_exec.dbos._tables import batches, items, lock_batch, update_bat
 
 @attrs.frozen
 class Owner:
-    """A server's URL, and the API key of a session; None if it has none."""
+    """A server's URL, and the API key of a session, None if it has none."""
 
     base_url: str
     api_key: str | None = attrs.field(repr=False)
@@ -29,10 +29,10 @@ def claim(
     """Let a batch belong to `owner`, away from another owner only with `moves`.
 
     A new batch gets these settings. A batch without a started item belongs to nobody, because the
-    first key may be mistyped.
+    first key may have a typo.
 
     Raises:
-        ConfigurationError: the batch was started on another server, or with another key.
+        ConfigurationError: the batch has runs of another server, or of another key.
     """
     store.create(batch, settings)
 
@@ -56,7 +56,7 @@ def check(store: Store, batch: str, owner: Owner) -> None:
 
 
 def _begun(batch: str) -> sa.ColumnElement[bool]:
-    """Return whether a start of a batch may have been sent, or a worker is about to send one."""
+    """Return whether a worker may have sent a request of a batch, or is about to send one."""
     item = items.c
     was_sent = sa.or_(item.kind.is_not(None), item.intent.is_not(None), item.started.is_not(None))
     return sa.or_(

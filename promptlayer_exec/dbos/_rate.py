@@ -37,7 +37,7 @@ class SharedRate:
 
     _store: Store
     _batch: str
-    rate: float | None  # slots per second; None: no limit
+    rate: float | None  # slots per second, None: no limit
     _slots: deque[float] = attrs.field(init=False, factory=deque)
     _slots_rate: float | None = attrs.field(init=False, default=None)  # at which they were reserved
     _size: int = attrs.field(init=False, default=1)

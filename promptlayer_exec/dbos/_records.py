@@ -20,9 +20,9 @@ class StoredError(NamedTuple):
     Attributes:
         type: the name of the error's type, such as `ExecutionFailed`.
         message: the text of the error.
-        node: the first node that failed; empty if no node did.
+        node: the first node that failed, or an empty string if no node did.
         reason: why that node failed, or what else went wrong, without ids that differ from item to
-            item; at most 1,000 characters.
+            item. At most 1,000 characters.
     """
 
     type: str
@@ -37,11 +37,11 @@ class StoredOutcome:
 
     Attributes:
         key: the item's key.
-        execution_id: the id of the execution; None if none is known to have started.
+        execution_id: the id of the execution, or None if none is known.
         succeeded: whether there is an output.
-        output: the main output; None if `succeeded` is false.
-        error: what went wrong; None if `succeeded` is true.
-        started: when the execution started (UTC); None if none is known to have started.
+        output: the main output, or None if `succeeded` is false.
+        error: what went wrong, or None if `succeeded` is true.
+        started: when the execution started (UTC), or None if none is known.
         finished: when this outcome became known (UTC).
     """
 
@@ -65,7 +65,7 @@ class StoredOutcome:
         """Return one line of ASCII JSON, with NaN and Infinity as Python's `json` writes them.
 
         Raises:
-            RecursionError: the output is nested too deeply.
+            RecursionError: the output has too many levels.
         """
         fields = attrs.asdict(self, recurse=False)
         if self.error is not None:
@@ -90,12 +90,12 @@ class BatchStatus:
 
     Attributes:
         waiting: in the queue.
-        running: taken by a worker; if none is alive, the next `work` continues with them.
+        running: taken by a worker. If none is alive, the next `work` continues with them.
         succeeded: finished with an output.
         failed: finished with an error.
-        unknown: nobody can tell whether their runs started.
+        unknown: their runs may or may not have started.
         total: all items.
-        workers: how many workers are alive; a silent one counts for 12 seconds.
+        workers: how many workers are alive. A silent one counts for 12 seconds.
     """
 
     waiting: int
@@ -117,8 +117,8 @@ class Ending:
     """How an attempt of an item finished: its kind, and the outcome as JSON.
 
     Attributes:
-        has_run: whether a run was followed until it finished. If not, another worker may record its
-            start meanwhile, and the item continues with that run.
+        has_run: whether a worker followed a run until it finished. If not, another worker may
+            meanwhile record a run, and the item continues with it.
         may_restart: whether the batch's `attempts` apply: the run completed without an output, and
             this was not a recheck.
     """
@@ -151,7 +151,7 @@ class Ending:
 
 
 def stored_error(error: Exception) -> StoredError:
-    """Return an error as it is stored."""
+    """Return an error in its stored form."""
     node, reason = "", str(error.args[0]) if error.args else ""
     if isinstance(error, StartUnknown):
         reason = error.reason
@@ -161,7 +161,7 @@ def stored_error(error: Exception) -> StoredError:
 
 
 class StartRecord(TypedDict):
-    """The stored result of a start; one without an id has a `StoredError`."""
+    """The stored result of a start request. One without an id has a `StoredError`."""
 
     execution_id: int | None
     at: str
@@ -176,7 +176,7 @@ def start_record(
     *,
     is_recheck: bool = False,
 ) -> StartRecord:
-    """Return the result of a start that was decided at `at`, or just now."""
+    """Return the result of a start request, decided at `at` or just now."""
     return {
         "execution_id": execution_id,
         "at": (at or datetime.now(UTC)).isoformat(),

@@ -22,11 +22,11 @@ class BatchSettings:
     """The settings that all workers of a batch share.
 
     Attributes:
-        max_in_flight: the maximum number of items in progress; None if nobody has set it yet.
-        rate: the maximum number of HTTP attempts per second; None: no shared limit.
-        attempts: the maximum number of runs for an item; None: one.
-        created: when the first item was added (UTC), or an interrupted deletion began; None if the
-            batch does not exist.
+        max_in_flight: the maximum number of items in progress, or None if nobody has set it yet.
+        rate: the maximum number of HTTP attempts per second. None: no shared limit.
+        attempts: the maximum number of runs for an item. None: one.
+        created: when the first item was added (UTC), or an interrupted deletion began, or None if
+            the batch does not exist.
     """
 
     max_in_flight: int | None
@@ -37,16 +37,16 @@ class BatchSettings:
 
 @attrs.frozen
 class RunAttempt:
-    """One attempt to run an item; a retry begins the next one.
+    """One attempt to run an item. A retry begins the next one.
 
     Attributes:
         number: 1 for the first attempt.
-        added: when it was put into the queue (UTC).
-        taken: when the last worker took it (UTC); None if none has.
+        added: when it joined the queue (UTC).
+        taken: when the last worker took it (UTC), or None if none has.
         worker: the worker that has it, or the last one that had it: its host, and an id.
         state: `waiting`, `running` or `ended`.
-        execution_id: its run; None if it has no known run, or has not finished.
-        error: why it finished without an output; None if it did not.
+        execution_id: its run, or None if it has no known run, or has not finished.
+        error: why it finished without an output, or None if it did not.
         finished: when that became known (UTC).
     """
 
@@ -62,13 +62,13 @@ class RunAttempt:
 
 @attrs.frozen
 class StoredItem:
-    """What is stored about an item.
+    """What a batch stores about an item.
 
     Attributes:
         key: its key.
         request: the JSON object of its request: workflow, inputs, label, version, metadata.
         attempts: its attempts, the first one first.
-        outcome: how it finished; None if it has not.
+        outcome: how it finished, or None if it has not.
     """
 
     key: str
@@ -96,7 +96,13 @@ class Failure:
 
 @attrs.frozen
 class Durations:
-    """How long the runs of a batch took, in seconds."""
+    """How long the runs of a batch took, in seconds.
+
+    Attributes:
+        median: half of the runs took at most this long.
+        p95: 95% of the runs took at most this long.
+        longest: the longest run took this long.
+    """
 
     median: float
     p95: float
@@ -104,7 +110,7 @@ class Durations:
 
 
 def kinds(store: Store, batch: str, keys: Iterable[str]) -> dict[str, Kind | None]:
-    """Return how each item finished, None for one that has not; leave out unknown keys."""
+    """Return how each item finished, None for one that has not. Leave out unknown keys."""
     return {row.key: row.kind for row in store.rows_of(batch, [*keys], _item.kind)}
 
 

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from promptlayer_exec import KeyConflict, StartRequest
 
-# Not `callback_url`: it tells PromptLayer where to report, not what to run.
+# Not `callback_url`, which decides where PromptLayer reports, not what it runs.
 _IDENTITY = ("workflow", "inputs", "label", "version", "metadata")
 _MISSING = object()
 
 
 class Row(NamedTuple):
-    """An item as it is added: its key, its request as JSON, and the digest of the request."""
+    """A new item: its key, its request as JSON, and the digest of the request."""
 
     key: str
     request: str
@@ -79,5 +79,5 @@ def _paths(path: str, before: Any, after: Any) -> Iterator[str]:
 
 
 def _compared(value: Any) -> str:
-    """Return a value so that it can be compared as JSON: True is not 1."""
+    """Return a value in a form to compare as JSON: True is not 1."""
     return json.dumps(value, default=id, sort_keys=True)

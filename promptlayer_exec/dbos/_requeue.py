@@ -1,12 +1,12 @@
-"""Items that run again, because they are followed or started once more.
+"""Items that run again, because a worker follows or starts them once more.
 
-Each begins its next attempt, which is a new DBOS workflow. If it is only followed, its row keeps
-the result of the earlier start, so that it starts nothing.
+Each begins its next attempt, which is a new DBOS workflow. If the worker is only to follow it, its
+row keeps the earlier result, so that it starts nothing.
 
-An unknown item is followed once the callback of its start has arrived. That may be before the item
-is unknown: the worker that sent the start has died, but nobody has noticed yet. So each callback is
-stored. After storing a callback or an unknown outcome, a process looks for items that have both,
-and the second one finds them.
+A worker follows an unknown item once the callback of its run has arrived. That may be before the
+item is unknown: the worker that sent the request has died, but nobody has noticed yet. So the batch
+stores each callback. After storing a callback or an unknown outcome, a process looks for items that
+have both, and the second one finds them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ROWS_AT_ONCE = 500
 
 
 class Reason(enum.Enum):
-    """Why finished items run again, which decides whether they may be started."""
+    """Why finished items run again, which decides whether a worker may start them."""
 
     RECHECK = "the server may report by now how the run finished"
     RETRY = "the user wants to start them again, and pays for it"
@@ -64,8 +64,8 @@ class NextAttempt:
     """The next attempt of an item.
 
     Attributes:
-        kind: how the item had finished; None if it had not.
-        started: the start whose run is followed, as JSON; None if the item is to be started.
+        kind: how the item had finished, or None if it had not.
+        started: the result with the run to follow, as JSON, or None to start the item.
         history: the earlier attempts, as JSON.
         pause: how many seconds it waits in the queue.
     """
@@ -88,12 +88,12 @@ def requeue(
     token: str | None = None,
     unknown_for: float = 0.0,
 ) -> int:
-    """Put finished items back into the queue; return how many.
+    """Put finished items back into the queue, and return how many.
 
-    They finished as one of `kinds`. `keys` and `token`, the token of their start, narrow them down.
+    They finished as one of `kinds`. `keys` and `token`, the token of their run, narrow them down.
     Unknown ones must have been unknown for `unknown_for` seconds.
 
-    Only `RETRY` starts items. If an item has a run that is not known to have failed, it is followed
+    Only `RETRY` starts items. If an item has a run that may not have failed, the worker follows it
     instead: you have paid for that run.
     """
     which = [_item.batch == batch, _item.kind.in_(kinds)]
@@ -118,7 +118,7 @@ def requeue(
 def _pages(
     store: Store, which: list[sa.ColumnElement[bool]], keys: Iterable[str] | None
 ) -> Iterable[list[str]]:
-    """Yield the keys of items, a few hundred at a time; stop early if cancelled."""
+    """Yield the keys of items, a few hundred at a time. Stop early if cancelled."""
     if keys is not None:
         given = [*dict.fromkeys(keys)]
         for start in range(0, len(given), _ROWS_AT_ONCE):
@@ -153,7 +153,7 @@ def _requeue_page(
 
 
 def _next_attempt(reason: Reason, unknown_before: datetime | None, row: Any) -> NextAttempt | None:
-    """Return the next attempt of a finished item; None if it must not run again."""
+    """Return the next attempt of a finished item, or None if it must not run again."""
     outcome = StoredOutcome.from_json(row.outcome)
     is_unknown = row.kind == "unknown"
     if is_unknown and unknown_before is not None and outcome.finished > unknown_before:
@@ -172,7 +172,7 @@ def _next_attempt(reason: Reason, unknown_before: datetime | None, row: Any) -> 
 def _start_to_follow(
     reason: Reason, outcome: StoredOutcome, execution_id: int | None
 ) -> str | None:
-    """Return the start whose run to follow, as JSON; None if there is no run to follow."""
+    """Return the result with the run to follow, as JSON, or None if there is no run."""
     has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
     if execution_id is None or (reason is Reason.RETRY and has_failed):
         return None
@@ -182,7 +182,7 @@ def _start_to_follow(
 
 
 def record_callback(store: Store, batch: str, token: str, execution_id: int) -> bool:
-    """Store the first callback of a start; return True if its item is followed now."""
+    """Store the first callback of a run. Return True if a worker now follows its item."""
     insert = store.insert(callbacks).values(batch=batch, token=token, execution_id=execution_id)
     store.execute(insert.on_conflict_do_nothing())
     return requeue(store, batch, Reason.CALLBACK, kinds=["unknown"], token=token) > 0
@@ -191,8 +191,8 @@ def record_callback(store: Store, batch: str, token: str, execution_id: int) -> 
 def finish(store: Store, batch: str, endings: Sequence[Ending]) -> list[bool]:
     """Store the outcomes of items, or begin another attempt of items that have one left.
 
-    Unknown items whose callbacks are stored are followed. Returns for each item whether its outcome
-    was stored or another attempt has begun.
+    It lets workers follow unknown items with a stored callback. Returns for each item whether it
+    stored the outcome or began another attempt.
     """
     without_output = [ending for ending in endings if ending.may_restart]
     done = _restart(store, batch, without_output) if without_output else set()
@@ -252,7 +252,7 @@ def _with_attempt(history: str | None, number: int, outcome: StoredOutcome) -> s
 def _begin(
     store: Store, connection: sa.Connection, batch: str, attempts: Sequence[NextAttempt]
 ) -> None:
-    """Begin attempts of items; the caller has locked the batch."""
+    """Begin attempts of items. The caller has locked the batch."""
     if not attempts:
         return
     nothing = dict.fromkeys(("kind", "seq", "outcome", "intent", "seconds"))

@@ -1,4 +1,4 @@
-"""The database that batches share with DBOS, which has threads and connections of its own."""
+"""The database that batches share with DBOS, which has its own threads and connections."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _CONNECTIONS_OF_DBOS = 3
 
 
 class SharedDatabase(Database):
-    """A database that DBOS also uses; while it is away, DBOS's threads wait for it.
+    """A database that DBOS also uses. While it is away, DBOS's threads wait for it.
 
     Attributes:
         patience: how many seconds they wait.
-        users: how many calls use it; the last one closes it.
+        users: how many calls use it. The last one closes it.
     """
 
     users = 0
@@ -40,7 +40,7 @@ class SharedDatabase(Database):
             sa.event.listen(engine, "handle_error", self._translate)
 
     def prepare(self) -> None:
-        """Create missing tables; do not wait for a database that is away."""
+        """Create missing tables, without waiting for a database that is away."""
         try:
             if self.is_sqlite:
                 # For a file that is locked or invalid, DBOS would wait, and could not be stopped.
@@ -94,7 +94,7 @@ class SharedDatabase(Database):
         return error
 
     def _wait_to_connect(self, dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
-        """Open a connection for DBOS; wait for the database, because DBOS gives up too early."""
+        """Open a connection for DBOS. Wait for the database, because DBOS gives up too early."""
         began = time.monotonic()
         while not self.ended.is_set():
             try:

@@ -1,8 +1,8 @@
 """The database, with DBOS's tables and ours for batches, items, workers and callbacks.
 
 DBOS stores which items to run and the progress of each. Our tables store the outcomes in the order
-in which they were stored, what is needed to start each item once, the heartbeats of the workers,
-and the next slot of the shared rate.
+in which they came, what it takes to start each item once, the heartbeats of the workers, and the
+next slot of the shared rate.
 
 The stored names and formats stay the same within a version: tables and columns, `APPLICATION` and
 `WORKFLOW`, queue names and workflow ids, the arguments of the workflow, the JSON of requests and
@@ -65,7 +65,7 @@ SIZES = Sizes()
 QUEUE_INTERVAL = 0.2
 
 _item = _items.c
-# PostgreSQL: DBOS's documented function for other languages; from Python, each takes four round
+# PostgreSQL: DBOS's documented function for other languages. From Python, each takes four round
 # trips. Its arguments are the JSON of `DBOSPortableJSONSerializer`.
 _ENQUEUE = sa.text(
     """
@@ -87,7 +87,7 @@ _NOWHERE = "[null, null, 0]"
 
 
 class Store(SharedDatabase):
-    """The database of batches; `Database` retries each method."""
+    """The database of batches. `Database` retries each method."""
 
     def __init__(self, url: sa.URL) -> None:
         super().__init__(url)
@@ -141,7 +141,7 @@ class Store(SharedDatabase):
     def rows_of(
         self, batch: str, keys: Sequence[str], *columns: sa.ColumnElement[Any]
     ) -> Iterator[Any]:
-        """Yield the key and these columns of each existing item; stop early if cancelled."""
+        """Yield the key and these columns of each existing item. Stop early if cancelled."""
         query = sa.select(_item.key, *columns).where(_item.batch == batch)
         for start in range(0, len(keys), SIZES.keys):
             if self.is_cancelled():
@@ -172,10 +172,10 @@ class Store(SharedDatabase):
         return added
 
     def finish(self, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
-        """Store the outcomes of items; return the keys and attempts of those that were stored.
+        """Store the outcomes of items, and return the keys and attempts of the stored ones.
 
-        One is not stored if the item already has one, a later attempt has begun, or another start
-        was recorded.
+        It does not store one if the item already has one, a later attempt has begun, or the row has
+        another run.
         """
         count = len(endings)
         # This locks the batch's row: nobody gets the next numbers before these are visible, so that
@@ -208,13 +208,13 @@ class Store(SharedDatabase):
         return self.transact(finish)
 
     def count(self, connection: sa.Connection, batch: str, more: Mapping[str, int]) -> None:
-        """Add to the counts of a batch's items; numbers can be negative."""
+        """Add to the counts of a batch's items. Numbers can be negative."""
         if more:
             values = {name: _batches.c[name] + number for name, number in more.items()}
             connection.execute(update_batch(batch).values(**values))
 
     def outcomes(self, batch: str, after: int) -> Sequence[Any]:
-        """Return the numbers and the JSON of the next outcomes, in the order they were stored.
+        """Return the numbers and the JSON of the next outcomes, in the order of storing.
 
         `SIZES` limits how many.
         """
@@ -254,7 +254,7 @@ class Store(SharedDatabase):
         return BatchStatus(pending - running, running, succeeded, failed, unknown, total)
 
     def store_settings(self, batch: str, given: dict[str, float]) -> dict[str, float]:
-        """Store the given settings; return the earlier values of those that changed."""
+        """Store the given settings, and return the earlier values of those that changed."""
 
         def work(connection: sa.Connection) -> dict[str, float]:
             before = lock_batch(connection, batch)
@@ -278,7 +278,7 @@ class Store(SharedDatabase):
         return self.retry(partial(select, **which))
 
     def delete(self, batch: str) -> int:
-        """Delete a batch and its items, a few hundred at a time; return how many items it had."""
+        """Delete a batch and its items, a few hundred at a time. Return how many items it had."""
         some = sa.select(_item.key, _item.attempt).where(_item.batch == batch).limit(SIZES.keys)
         deleted = 0
         while rows := self.rows(some):
@@ -386,7 +386,7 @@ class Store(SharedDatabase):
         self.execute(sa.delete(_workers).where(_workers.c.executor == executor))
 
     def reserve(self, batch: str, slots: int, rate: float) -> float:
-        """Reserve the next slots of a rate per second; return the seconds until the first one."""
+        """Reserve the next slots of a rate per second. Return the seconds until the first one."""
         now = self._now
         latest: Any = sa.func.max if self.is_sqlite else sa.func.greatest
         # Somebody may have replaced the rate since it was read.
@@ -412,7 +412,7 @@ class Store(SharedDatabase):
         *,
         pause: float = 0.0,
     ) -> None:
-        """Enqueue attempts of items, given as key and number; workers take them after a pause."""
+        """Enqueue attempts of items, given as key and number. Workers take them after a pause."""
         queue = queue_name(batch)
         if not self.is_sqlite:  # all in one round trip
             ready_at = int((time.time() + pause) * 1000) if pause else None

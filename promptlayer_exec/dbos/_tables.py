@@ -21,15 +21,15 @@ batches = sa.Table(
     # The time when a slot was last reserved, to notice that the clock was put back.
     sa.Column("reserved_at", sa.Double),
     sa.Column("created", sa.Double, nullable=False),
-    # The server and the key that the batch belongs to; see `_owner`.
+    # The server and the key that the batch belongs to. See `_owner`.
     sa.Column("server", sa.Text),
     sa.Column("key_digest", sa.Text),
     # For the push channel that all workers share, so that push also wakes one that takes over.
     sa.Column("channel_suffix", sa.Text, nullable=False),
-    # The settings that all workers share; without a rate, only the limit of each session applies.
+    # The settings that all workers share. Without a rate, only the limit of each session applies.
     sa.Column("max_in_flight", sa.Integer),
     sa.Column("rate", sa.Double),
-    # The maximum number of runs for an item; None: one.
+    # The maximum number of runs for an item. None: one.
     sa.Column("attempts", sa.Integer),
     # How many items there are of each kind, so that `status` need not count.
     *(sa.Column(name, sa.BigInteger, nullable=False) for name in COUNTS),
@@ -40,16 +40,16 @@ items = sa.Table(
     sa.Column("batch", sa.Text, primary_key=True),
     sa.Column("key", sa.Text, primary_key=True),
     sa.Column("attempt", sa.Integer, nullable=False),
-    # The request that the key belongs to, as JSON; see `_requests`.
+    # The request that the key belongs to, as JSON. See `_requests`.
     sa.Column("request", sa.Text, nullable=False),
     sa.Column("digest", sa.Text, nullable=False),
     # How it finished, the number of its outcome, and the outcome as JSON.
     sa.Column("kind", sa.Text),
     sa.Column("seq", sa.BigInteger),
     sa.Column("outcome", sa.Text),
-    # The token of a start that may have been sent.
+    # The token of a request that a worker may have sent.
     sa.Column("intent", sa.Text),
-    # The result of that start, or of an earlier attempt's, whose run is only followed, as JSON.
+    # The result of that request, or an earlier attempt's run to follow, as JSON.
     sa.Column("started", sa.Text),
     # How long its run took, in seconds.
     sa.Column("seconds", sa.Double),
@@ -83,7 +83,7 @@ callbacks = sa.Table(
 called_back = sa.and_(callbacks.c.batch == items.c.batch, callbacks.c.token == items.c.intent)
 
 # One unfinished attempt of an item, by the parameters that `attempt_of` returns. With old
-# statistics, PostgreSQL would answer "kind IS NULL" by reading the whole index of kinds.
+# statistics, PostgreSQL would read the whole index of kinds for "kind IS NULL".
 the_attempt = sa.and_(
     items.c.batch == sa.bindparam("the_batch"),
     items.c.key == sa.bindparam("the_key"),
@@ -120,7 +120,7 @@ def lock_batch(connection: sa.Connection, batch: str) -> Any:
 
     No item can finish until the transaction is over. Others may wait for the lock with all
     connections of this process, so the transaction must not need a second one. The lock writes,
-    because a transaction of SQLite that has only read may be refused a later write.
+    because SQLite may refuse a later write to a transaction that has only read.
     """
     lock = update_batch(batch).values(name=batch).returning(batches)
     return connection.execute(lock).mappings().one()

@@ -44,7 +44,7 @@ TIMES = WorkerTimes()
 
 @attrs.define(eq=False)
 class Worker:
-    """Runs the items of one batch; opens and closes the session only if it owns it."""
+    """Runs the items of one batch. It opens and closes a session that it made."""
 
     _store: Store
     _batch: str
@@ -65,7 +65,7 @@ class Worker:
         self._liveness = Liveness(store, batch, self._executor, self._items.active)
 
     async def run(self, *, until_done: bool) -> None:
-        """Work on the batch; before returning, wait for the starts that are being sent."""
+        """Work on the batch. Before returning, wait for the responses to requests in flight."""
         global _worker  # noqa: PLW0603 - DBOS is one per process, and so is its worker
         if _worker is not None:
             raise RuntimeError("this process already works on a batch; work on one batch at a time")
@@ -149,7 +149,7 @@ class Worker:
             await asyncio.sleep(TIMES.check_interval)
 
     async def _wait_until_idle(self) -> None:
-        """Wait up to 2 s for DBOS to finish the last items; other workers would recover them."""
+        """Wait up to 2 s for DBOS to finish the last items. Other workers would recover them."""
         give_up = time.monotonic() + 2.0
         while time.monotonic() < give_up:
             taken = await self._store.run_in_thread(self._store.taken, self._batch)
@@ -158,7 +158,7 @@ class Worker:
             await asyncio.sleep(0.02)
 
     async def run_item(self, key: str, attempt: int) -> bool:
-        """Run an item, in DBOS's event loop; return True if it has finished."""
+        """Run an item, in DBOS's event loop. Return True if it has finished."""
         run = self._items.run(key, attempt)
         running = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run, self._loop))
         await asyncio.wait([running])

@@ -68,7 +68,7 @@ class Admission:
         """Return the executions that the client may not read.
 
         Raises:
-            RequestRefused: one of them failed temporarily, so nothing is decided.
+            RequestRefused: one of them failed temporarily, so there is no decision.
         """
         slots = asyncio.Semaphore(_ASKED_AT_ONCE)
 
@@ -113,7 +113,7 @@ class Admission:
         return response
 
     def _route(self, app: Any, parameters: tuple[str, ...]) -> APIRoute:
-        """Return the route to ask; creating it takes longer than asking."""
+        """Return the route to ask, because creating one takes longer than asking it."""
         route = self._routes.get((app, *parameters))
         if route is None:
             # FastAPI treats any parameter that is not in the path as a query parameter.

@@ -1,4 +1,4 @@
-"""Routes for what PromptLayer posts: a workspace's webhooks, and the callbacks of starts."""
+"""Routes for what PromptLayer posts: a workspace's webhooks, and the callbacks of runs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _BODY_TIMEOUT = 30.0
 def create_webhook_router(session: Session | Callable[..., Any], *, secret: str) -> APIRouter:
     """Return the route `POST /webhook`, which wakes the execution that a webhook is about.
 
-    It responds 204, and then polls if somebody follows the execution in this process. Webhooks that
-    are repeated, or that are about something else, do no harm. The response is 401 without a valid
+    It responds 204, and then polls if somebody follows the execution in this process. Repeated
+    webhooks, and webhooks about something else, do no harm. The response is 401 without a valid
     signature, and 413 for a body over 1 MiB.
 
     Args:
@@ -79,21 +79,21 @@ def create_callback_router(
 ) -> APIRouter:
     """Return the route `POST /callbacks/{token}`, for the callbacks of `Session(callbacks=...)`.
 
-    If the response to a start was lost, its callback lets `Session.recover` return. With
-    `Session(starts=...)`, the id is stored before the route responds, even if another process sent
-    the start. While the store is unavailable, the response is 503, so that PromptLayer repeats the
-    callback. Each callback also wakes the execution, as a webhook does. Only the execution id in it
-    counts, not the output.
+    If the response to a start request was lost, the callback lets `Session.recover` return. With
+    `Session(starts=...)`, the route stores the id before it responds, even if another process sent
+    the request. While the store is unavailable, the response is 503, so that PromptLayer repeats
+    the callback. Each callback also wakes the execution, as a webhook does. Only the execution id
+    in it counts, not the output.
 
-    The response is 404 if the token was not made with the secret of `callbacks`, 413 for a body
+    The response is 404 if another secret than that of `callbacks` made the token, 413 for a body
     over the session's `max_response_bytes`, and 422 for one without an id.
 
     Args:
         session: the open `Session`, or a dependency that returns it.
         callbacks: those of the session.
-        on_callback: called with the token and the execution id, for example to store them for
-            other processes; may be async. It may be called several times for one callback. The
-            route responds after it returns, or with 500 if it raises.
+        on_callback: a function, which may be async. The route calls it with the token and the
+            execution id, for example to store them for other processes, and may do so several times
+            for one callback. It responds after the function returns, or with 500 if it raises.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -107,7 +107,7 @@ def create_callback_router(
 
     @router.post("/callbacks/{token}", status_code=204)
     async def receive_callback(request: Request, token: str, session: Session = opened) -> Response:
-        """Receive the callback of a start, at the start's own URL."""
+        """Receive the callback of a run, at the run's own URL."""
         if not callbacks.is_genuine(token):
             raise HTTPException(404)
 

@@ -93,7 +93,7 @@ def dump_json(value: Any) -> str:
     """Return a value as one line of JSON that conforms to RFC 8259 and can be encoded as UTF-8.
 
     `NaN` and the infinities become null, as in `JSON.stringify`. A lone surrogate becomes U+FFFD,
-    the replacement character. A value that is nested too deeply raises `RecursionError`.
+    the replacement character. A value with too many levels raises `RecursionError`.
     """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     if "NaN" in text or "Infinity" in text:
@@ -114,7 +114,7 @@ def json_response(
 def tagged_response(
     body: bytes, tag: str | None, if_none_match: str, media_type: str = _JSON
 ) -> Response:
-    """Return a response that a browser may keep but must validate; without a tag, not keep."""
+    """Return a response that a browser may keep but must validate. Without a tag, it may not."""
     if tag is None:
         return Response(body, headers={"Cache-Control": "no-store"}, media_type=media_type)
     headers = {"Cache-Control": "private, no-cache", "ETag": f"W/{tag}"}
@@ -145,7 +145,7 @@ def describe_and_log(error: Exception) -> tuple[int, str, str]:
 
 
 def store_is_away(error: ConfigurationError, advice: str) -> HTTPException:
-    """Return a 503 for a store of starts that is unavailable, and log why."""
+    """Return a 503 for an unavailable start store, and log why."""
     logger.warning("%s", log_text(error))
     detail = f"The store of starts is unavailable. {advice}"
     return HTTPException(503, detail, {"Retry-After": "5"})
@@ -154,7 +154,7 @@ def store_is_away(error: ConfigurationError, advice: str) -> HTTPException:
 def add_error_handlers(app: Starlette) -> None:
     """Make an app respond to this package's errors with problem+json.
 
-    The routes of `create_router` already do so; this is for your own routes.
+    The routes of `create_router` already do so. This is for your own routes.
     """
     app.add_exception_handler(PromptLayerExecError, _handle)
 

@@ -131,7 +131,7 @@ def create_router(
 
     Errors are problem+json (RFC 9457). With `Session(starts=...)`, `POST /executions` honours
     `Idempotency-Key`: the first request with a key gets a 201, and each repetition a 200 with the
-    same execution. A key that belongs to another body gets a 422. While the store of starts is
+    same execution. A key that belongs to another body gets a 422. While the start store is
     unavailable, the response is 503.
 
     Example:
@@ -147,13 +147,13 @@ def create_router(
         session: the open `Session`, or a dependency that returns it.
         authorize: a dependency that raises an `HTTPException` or returns False to refuse a request.
             It may declare the request, and `execution_id: int | None = None`. The code after a
-            `yield` in it runs before any event is sent. For a list of executions, it runs once for
+            `yield` in it runs before the first event. For a list of executions, it runs once for
             each that no ticket covers. If it returns a str, such as the id of the user, idempotency
-            keys of different users never meet. Otherwise all clients share their keys: whoever
-            sends the same key and body as another client gets that client's run.
+            keys of different users never meet. Otherwise all clients share their keys: a client
+            that sends the same key and body as another one gets the other client's run.
         tickets: lets clients read executions with a ticket, as `?ticket=` or as a bearer token,
-            instead of `authorize`. A ticket never allows a start. The response to a start then
-            contains a ticket.
+            instead of `authorize`. A ticket never allows starting a run. The response to
+            `POST /executions` then has a ticket.
         workflows: the names of the workflows that clients may start.
         fields: the fields of a node that clients see, besides its name, status, times and
             `is_output_node`: any of `value`, `error_message` and `raw_error_message` (tracebacks).
@@ -351,7 +351,7 @@ def _add_run_lists(
     ) -> Response:
         """Follow up to 100 executions over one connection.
 
-        The events are those of `/executions/{execution_id}/events`; each has an `execution_id`.
+        The events are those of `/executions/{execution_id}/events`, each with an `execution_id`.
         """
         runs = RunList(ids, last_event_id)
         if not (remaining := runs.remaining()):
@@ -395,7 +395,7 @@ def _add_start(
         client: Any = admitted,
         session: Session = opened,
     ) -> Response:
-        """Start an execution of a workflow; `Location` is the URL to read it.
+        """Start an execution of a workflow. `Location` is the URL to read it.
 
         If PromptLayer warns of something, such as a missing input, the response has a `warning`.
         """
@@ -430,7 +430,7 @@ async def _started(
     except InvalidInputs as error:
         raise HTTPException(422, str(error)) from error
     except ConfigurationError as error:
-        # In an open session, this can only come from the store of starts.
+        # In an open session, only the start store can raise this.
         if key is not None and is_open(session):
             raise store_is_away(error, "Nothing was started. Try again later.") from error
         raise
@@ -441,11 +441,11 @@ async def _started(
 
 
 def _stored_key(header: str, client: object) -> str:
-    """Return the key of a start for an `Idempotency-Key`; it differs from all keys in code.
+    """Return the key for an `Idempotency-Key`, which differs from all keys in code.
 
     Args:
         header: the value of the header, bare or as a string of RFC 8941.
-        client: the value from `authorize`; the keys of different str never meet.
+        client: the value from `authorize`. The keys of different str never meet.
     """
     key = header.strip()
     if len(key) >= 2 and key[0] == key[-1] == '"':
@@ -486,7 +486,7 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
 
 
 def _end_unanswered(work: asyncio.Future[Any]) -> None:
-    """Report a run that was started for a client that is gone; nobody needs its error."""
+    """Report a run that this process started for a client that is gone. Nobody needs its error."""
     if work.cancelled() or work.exception() is not None:
         return
     execution = work.result()

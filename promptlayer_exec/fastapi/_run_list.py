@@ -74,7 +74,7 @@ class RunListEvents:
     _reasons: dict[Execution, dict[str, str]] = attrs.field(init=False, factory=dict)
 
     async def events(self) -> AsyncGenerator[ServerSentEvent, None]:
-        """Yield the events until every execution is over, or the session is closed."""
+        """Yield the events until every execution is over, or the session closes."""
         # Proxies and browsers open the stream at its first bytes.
         yield ServerSentEvent(comment="", retry=retry_delay(), sep="\n")
         for execution_id, refusal in self._refused.items():

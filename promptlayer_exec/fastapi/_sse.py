@@ -40,16 +40,16 @@ async def execution_events(
 ) -> Response:
     """Return a response that sends an execution's progress as Server-Sent Events.
 
-    It waits up to 2 s for the first snapshot, and raises any error until then. A later error is a
-    `failure` event. If the first poll is still being retried, `waiting` events contain the reason.
-    If the session closes, the stream stops without an event, so that the client reconnects to
-    another process.
+    It waits up to 2 s for the first snapshot, and raises any error until then. Later errors arrive
+    as `failure` events. While the session retries the first poll, `waiting` events contain the
+    reason. If the session closes, the stream stops without an event, so that the client reconnects
+    to another process.
 
     Args:
-        execution: the execution to follow; all responses for it share the session's one poller.
+        execution: the execution to follow. All responses for it share the session's one poller.
         last_event_id: the request's `Last-Event-ID`. If the client already has the last event, the
             response is 204, which stops it from reconnecting.
-        heartbeat: seconds between the comments that keep an idle connection open; 0 sends none.
+        heartbeat: seconds between the comments that keep an idle connection open. 0 sends none.
         fields: the fields of a node that clients see, besides its name, status, times and
             `is_output_node`: any of `value`, `error_message` and `raw_error_message` (tracebacks).
 
@@ -88,13 +88,13 @@ async def execution_events(
 
 
 def reconnect_later() -> Response:
-    """Return a response after which an `EventSource` reconnects; after others it gives up."""
+    """Return a response after which an `EventSource` reconnects. After others it gives up."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return Response(reconnect_event().encode(), headers=headers, media_type="text/event-stream")
 
 
 class EventStream(EventSourceResponse):
-    """Events for one client; it calls `close` when the response is over, for whatever reason."""
+    """Events for one client. It calls `close` when the response is over, for whatever reason."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ def waiting_reason(execution: Execution) -> dict[str, str]:
 
 
 def event(kind: str, event_id: str | None, data: Any, *, retry: bool = False) -> ServerSentEvent:
-    """Return an event; with `retry`, it sets the browser's pause before it reconnects."""
+    """Return an event. With `retry`, it sets the browser's pause before it reconnects."""
     delay = retry_delay() if retry else None
     return ServerSentEvent(dump_json(data), event=kind, id=event_id, retry=delay, sep="\n")
 

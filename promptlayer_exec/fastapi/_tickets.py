@@ -21,7 +21,7 @@ class Tickets:
 
     Args:
         secret: signs the tickets: a long random text.
-        lifetime: how many seconds a ticket is valid; it should be longer than any run.
+        lifetime: how many seconds a ticket is valid. It should be longer than any run.
 
     Raises:
         ConfigurationError: `secret` is empty, or `lifetime` is not greater than 0.
@@ -39,8 +39,11 @@ class Tickets:
     def issue(self, *executions: Execution) -> str:
         """Return a new ticket for one execution, or for all executions that a page shows.
 
-        Issue the ticket of a new run as soon as it has started: other processes then know that
-        PromptLayer may respond 404 to it for the first seconds.
+        Issue the ticket of a new run as soon as it has started. Other processes then retry the 404
+        that PromptLayer may return for the first seconds.
+
+        Args:
+            executions: the executions that the ticket allows a client to read.
         """
         workflows = {str(execution.id): execution.workflow for execution in executions}
         return str(self._serializer.dumps([workflows, round(time.time(), 3)]))

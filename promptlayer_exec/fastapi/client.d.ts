@@ -16,7 +16,7 @@
  *
  * @typedef {object} View  the state of an execution, as far as it is known
  * @property {"connecting" | "waiting" | "running" | "complete" | "failed"} state  "failed": it
- *   could not be followed to its end; an execution with failed nodes is "complete", and has not
+ *   could not be followed to its end. An execution with failed nodes is "complete", and has not
  *   succeeded
  * @property {string | null} message  why it waits, or could not be followed
  * @property {number} progress  0 to 1
@@ -24,8 +24,8 @@
  * @property {ReadonlyMap<string, Node>} nodes
  *
  * @typedef {object} Options
- * @property {string | null} [ticket]  for reading the executions; one ticket can cover many
- * @property {() => Promise<string>} [renew]  returns a new ticket; called when one is refused
+ * @property {string | null} [ticket]  for reading the executions. One ticket can cover many
+ * @property {() => Promise<string>} [renew]  returns a new ticket after the server refused one
  * @property {string} [base]  the URL of the route `executions`, if this module is served elsewhere
  */
 export type Node = {
@@ -50,7 +50,7 @@ export type Node = {
 export type View = {
     /**
      * "failed": it
-     * could not be followed to its end; an execution with failed nodes is "complete", and has not
+     * could not be followed to its end. An execution with failed nodes is "complete", and has not
      * succeeded
      */
     state: "connecting" | "waiting" | "running" | "complete" | "failed";
@@ -70,11 +70,11 @@ export type View = {
 };
 export type Options = {
     /**
-     * for reading the executions; one ticket can cover many
+     * for reading the executions. One ticket can cover many
      */
     ticket?: string | null;
     /**
-     * returns a new ticket; called when one is refused
+     * returns a new ticket after the server refused one
      */
     renew?: () => Promise<string>;
     /**

@@ -16,7 +16,7 @@
  *
  * @typedef {object} View  the state of an execution, as far as it is known
  * @property {"connecting" | "waiting" | "running" | "complete" | "failed"} state  "failed": it
- *   could not be followed to its end; an execution with failed nodes is "complete", and has not
+ *   could not be followed to its end. An execution with failed nodes is "complete", and has not
  *   succeeded
  * @property {string | null} message  why it waits, or could not be followed
  * @property {number} progress  0 to 1
@@ -24,8 +24,8 @@
  * @property {ReadonlyMap<string, Node>} nodes
  *
  * @typedef {object} Options
- * @property {string | null} [ticket]  for reading the executions; one ticket can cover many
- * @property {() => Promise<string>} [renew]  returns a new ticket; called when one is refused
+ * @property {string | null} [ticket]  for reading the executions. One ticket can cover many
+ * @property {() => Promise<string>} [renew]  returns a new ticket after the server refused one
  * @property {string} [base]  the URL of the route `executions`, if this module is served elsewhere
  */
 
@@ -33,7 +33,7 @@ const own = /^(.*\/executions)\/client\.js(?:[?#].*)?$/.exec(import.meta.url);
 const BASE = own ? own[1] : "/executions"; // a bundler moves this module
 const MOST_IDS = 100; // as the route accepts them
 const MOST_CHARACTERS = 7000; // of an address: nginx accepts 8 KB
-const SLOW = 3_000; // milliseconds until a page is told that there is no connection yet
+const SLOW = 3_000; // milliseconds until a page gets the message that there is no connection yet
 const DEAD = 45_000; // milliseconds without a byte: the server sends a comment every 15 seconds
 const HIDDEN = 20_000; // milliseconds until a hidden page lets go of its connections
 const SLOW_MESSAGE = "There is no connection yet: the server is slow, or other tabs use them all.";
@@ -134,7 +134,7 @@ class Run {
 class Stream {
   /** @param {Map<string, Run>} runs */
   constructor(runs) {
-    // Of the executions that it shows until they end.
+    // Of the executions that it shows until they finish.
     this.tickets = new Map([...runs].map(([id, run]) => [id, run.access.ticket]));
     this.controller = new AbortController();
     this.live = false; // whether an event has come

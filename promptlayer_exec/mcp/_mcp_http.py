@@ -44,16 +44,16 @@ async def serve_http(
     process.
 
     When you cancel it, calls get one second to finish. Then it logs the executions that were still
-    running when they were last seen, to the logger `promptlayer_exec`.
+    running when it last saw them, to the logger `promptlayer_exec`.
 
     Args:
         session: as for `create_server`.
-        listener: a listening socket, which is closed afterwards. The server uses plain HTTP: if
-            other machines can reach it, put a proxy with TLS in front.
+        listener: a listening socket, which the server closes afterwards. The server uses plain
+            HTTP: if other machines can reach it, put a proxy with TLS in front.
         token: a secret that nobody can guess.
         workflows: as for `create_server`, but at least one.
         hosts: the names by which clients reach the server, besides 127.0.0.1, localhost and [::1].
-            Requests with another `Host`, or with the `Origin` of another site, are refused.
+            The server refuses requests with another `Host`, or with the `Origin` of another site.
 
     Raises:
         TypeError: `workflows` is a single string.
@@ -65,7 +65,7 @@ async def serve_http(
 
     app = make_server(calls).streamable_http_app(transport_security=_security(hosts))
     # A call waits up to a minute for its run, and some clients keep a stream open all the time:
-    # both are cut off. The lifespan ends the sessions of clients.
+    # uvicorn cuts off both. The lifespan closes the sessions of clients.
     await serve_until_cancelled(
         _TokenCheck(app, token),
         listener,

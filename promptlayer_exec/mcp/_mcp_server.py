@@ -36,9 +36,10 @@ def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[
     https://modelcontextprotocol.io
 
     Args:
-        session: starts and follows executions; you close it. With `starts=`, the tools that start
-            a run take an optional `idempotency_key`: a repeated call with it gets the same run.
-        workflows: the names or ids of the workflows that agents may start; empty means all. Each of
+        session: starts and follows executions. You close it. With `starts=`, the tools that start a
+            run take an optional `idempotency_key`. A repeated call with the same key gets the same
+            run.
+        workflows: the names or ids of the workflows that agents may start. Empty means all. Each of
             them gets its own tool, `run_...`, which waits for the output.
 
     Raises:
@@ -51,8 +52,13 @@ def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[
 async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> None:
     """Serve one MCP client over standard input and output, until it closes them.
 
+    Give agents one workflow as a tool::
+
+        async with Session() as session:
+            await serve_stdio(session, workflows=["write-report"])
+
     Meanwhile, everything else that prints goes to standard error. Then it logs the executions that
-    were still running when they were last seen, to the logger `promptlayer_exec`.
+    were still running when it last saw them, to the logger `promptlayer_exec`.
 
     After you cancel it, a thread still waits for the next line of standard input, and keeps the
     process alive unless you call `os._exit`, as the command does.
@@ -171,7 +177,7 @@ class _Handlers:
 
 
 class _Lines:
-    """The lines of standard input; the SDK's reader can only be cancelled between lines."""
+    """The lines of standard input. The SDK's reader reacts to a cancellation only between lines."""
 
     async def __aiter__(self) -> AsyncIterator[str]:
         while line := await run_sync(sys.stdin.buffer.readline, abandon_on_cancel=True):

@@ -15,7 +15,7 @@ from promptlayer_exec.mcp._tool_values import clip
 
 
 class CallFailed(Exception):
-    """A call failed; the message is for the model, with the reason and what to do."""
+    """A call failed. The message is for the model, with the reason and what to do."""
 
 
 def check(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def execution_id(arguments: Mapping[str, Any]) -> int:
 
 
 def parse_id(value: str) -> int | None:
-    """Return the id in a string; None if there is none."""
+    """Return the id in a string, or None if there is none."""
     try:
         return check_execution_id(value)
     except (TypeError, ValueError):

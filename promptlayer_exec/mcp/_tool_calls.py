@@ -58,7 +58,7 @@ def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
 
 
 def _names_of(summary: WorkflowSummary) -> tuple[str, ...]:
-    """Return the names by which a workflow can be called; none if it was deleted."""
+    """Return the names by which you can call a workflow, none if it was deleted."""
     if summary.is_deleted:
         return ()
     return summary.name, str(summary.id)
@@ -79,17 +79,17 @@ def _strings_among(names: Iterable[str], workflow: Workflow | None) -> list[str]
 
 
 class Calls:
-    """The tools of one server, and the executions that it knows."""
+    """The tools of one server, and the executions that it has seen."""
 
     def __init__(self, session: Session, workflows: Iterable[str]) -> None:
         self.session = session
         self.allowed = _names(workflows)
         self.run_tools = run_tool_names(self.allowed)  # the workflow of each tool `run_...`
-        # The argument for the key of a start, by its name, if the session has a store of starts.
+        # The argument for the key of a request, by its name, if the session has a start store.
         self.keys: Mapping[str, Any] = {}
         if settings(session).starts is not None:
             self.keys = {"idempotency_key": IDEMPOTENCY_KEY}
-        # Executions that were not complete when last seen, the latest last, with their workflows.
+        # Executions that were running when last seen, the latest last, with their workflows.
         self.running: ExpiringDict[int, str | None] = ExpiringDict(most=1_000)
         self._inputs: dict[str, Mapping[str, str]] = {}
 
@@ -108,7 +108,7 @@ class Calls:
         return [*common_tools(self.allowed, self.keys), *own]
 
     async def _definition(self, request: StartRequest, *, fresh: bool = False) -> Workflow | None:
-        """Return the definition of what to run; None, after a warning, if it cannot be read."""
+        """Return the definition of what to run, or None, after a warning, if reading it fails."""
         name, label, version = request.workflow, request.label, request.version
         try:
             return await definition(self.session, name, label=label, version=version, fresh=fresh)
@@ -117,7 +117,7 @@ class Calls:
             return None
 
     async def call(self, tool: str, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
-        """Call a tool; errors of the call or of PromptLayer are results as well."""
+        """Call a tool. Errors of the call or of PromptLayer become results."""
         try:
             if tool in self.run_tools:
                 return await self._run(tool, arguments, report)
@@ -226,7 +226,7 @@ class Calls:
         return results.tool_result(results.node_fields(snapshot, found, start, length))
 
     def _run_request(self, tool: str, arguments: Mapping[str, Any]) -> tuple[StartRequest, float]:
-        """Return the start and the timeout from the arguments of a tool `run_...`.
+        """Return the request and the timeout from the arguments of a tool `run_...`.
 
         The inputs are separate arguments. A call may also pass them in `inputs`, as to
         `start_workflow`.

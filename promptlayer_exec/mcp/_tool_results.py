@@ -25,7 +25,7 @@ def error_result(error: Exception) -> CallToolResult:
 
 
 def error_text(error: Exception) -> str:
-    """Return the text of an error; for an unknown id, advice for a model."""
+    """Return the text of an error. For an unknown id, it is advice for a model."""
     if isinstance(error, NotFound) and error.execution_id is not None:
         return (
             f"there is no execution {error.execution_id} (404 Not Found). Use the id that"
@@ -124,7 +124,7 @@ def _entry(node: Node, length: int) -> dict[str, Any]:
 
 
 def _nodes(snapshot: Snapshot) -> dict[str, Any]:
-    """Return as many nodes as there is space for; failed ones take precedence."""
+    """Return as many nodes as there is space for. Failed ones take precedence."""
     nodes = sorted(snapshot.nodes.values(), key=lambda node: node.status != NodeStatus.FAILED)
     entries = [(clean(node.name), _entry(node, 1_000)) for node in nodes]
     fits = dict(fitting(entries))

@@ -84,7 +84,7 @@ class Tasks:
 
 
 def _task(execution_id: int, status: str, message: str, **more: Any) -> dict[str, Any]:
-    """Return the state of a task; its times are now, because PromptLayer sends none."""
+    """Return the state of a task. Its times are now, because PromptLayer sends none."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return {
         "resultType": "complete",

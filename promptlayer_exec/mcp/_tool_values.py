@@ -17,8 +17,9 @@ LONGEST = 20_000
 def show(name: str, value: Any, start: int = 0, length: int | None = None) -> dict[str, Any]:
     """Return a field with a value as it is, or with a part of the value's text and its range.
 
-    A small value that every client can decode stays as it is. The text of a string is the string;
-    of any other value, its JSON. The part is shorter than `length` if it takes too much space.
+    A small value that every client can decode stays as it is. The text of a string is the string,
+    and the text of any other value is its JSON. The part is shorter than `length` if it takes too
+    much space.
     """
     text = clean(value) if isinstance(value, str) else encode(value)
     is_whole = start == 0 and (length is None or length >= len(text))

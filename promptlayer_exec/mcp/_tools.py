@@ -29,7 +29,7 @@ timeout, you get the same run, and it costs nothing.
 """
 
 _READS = ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=True)
-# There is no annotation for calls that cost money, so the titles contain it; clients ask first.
+# There is no annotation for calls that cost money, so the titles contain it. Clients ask first.
 _STARTS = ToolAnnotations(
     read_only_hint=False, destructive_hint=True, idempotent_hint=False, open_world_hint=True
 )
@@ -94,8 +94,8 @@ def common_tools(allowed: tuple[str, ...], keys: Mapping[str, Any]) -> list[Tool
     """Return the five tools.
 
     Args:
-        allowed: the workflows that they may use; empty means all.
-        keys: the argument for the key of a start, by its name, if the server has a store.
+        allowed: the workflows that they may use. Empty means all.
+        keys: the argument for the key of a request, by its name, if the server has a store.
     """
     workflow: dict[str, Any] = {"type": "string", "description": "Name or id of the workflow."}
     if allowed:

@@ -1,4 +1,4 @@
-"""The workflows and executions of a simulated PromptLayer; thread-safe."""
+"""The workflows and executions of a simulated PromptLayer, which is thread-safe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from promptlayer_exec.simulator._workflow_bodies import (
 
 @attrs.frozen
 class SimRun:
-    """One execution that was started by a `POST /workflows/{name}/run`.
+    """One execution that a `POST /workflows/{name}/run` started.
 
     Attributes:
         execution_id: the execution's id.
@@ -113,7 +113,7 @@ class Backend:
             return execution_id
 
     def results(self, execution_id: int) -> Results:
-        """Return the current state of an execution; raise `LookupError` if it does not exist."""
+        """Return the current state of an execution, or raise `LookupError` if it does not exist."""
         with self._lock:
             results = self._find_execution(execution_id).results(self._clock())
             if results.complete:

@@ -30,7 +30,7 @@ def _check_times(_: Fault, __: attrs.Attribute[Any], times: int | None) -> None:
 
 @attrs.frozen
 class Fault:
-    """A fault of the next requests; the static methods below create one.
+    """A fault of the next requests. The static methods below create one.
 
     All of them take `times`, the number of requests that it affects (None: all until
     `Simulator.clear_faults`), and `execution_id`, which limits it to requests for the results of
@@ -117,7 +117,7 @@ class Fault:
 
     @staticmethod
     def stall(times: int | None = 1, *, execution_id: int | None = None) -> Fault:
-        """Accept the request and never respond; the client or the simulator must close it."""
+        """Accept the request and never respond. The client or the simulator must close it."""
         return Fault.delay(1e9, times, execution_id=execution_id)
 
     @staticmethod
@@ -167,14 +167,28 @@ class Fault:
     def repeat_post(
         kind: PostKind, copies: int = 2, times: int | None = 1, *, execution_id: int | None = None
     ) -> Fault:
-        """Post the same webhook or callback several times."""
+        """Post the same webhook or callback several times.
+
+        Args:
+            kind: `"webhook"` or `"callback"`.
+            copies: how many times to post it.
+            times: the number of posts that it affects. None: all until `Simulator.clear_faults`.
+            execution_id: only posts about this execution.
+        """
         return _post_fault(kind, (0.0,) * copies, times, execution_id)
 
     @staticmethod
     def delay_post(
         kind: PostKind, seconds: float, times: int | None = 1, *, execution_id: int | None = None
     ) -> Fault:
-        """Post a webhook or callback only `seconds` after the execution is complete."""
+        """Post a webhook or callback late.
+
+        Args:
+            kind: `"webhook"` or `"callback"`.
+            seconds: how long after the execution is complete.
+            times: the number of posts that it affects. None: all until `Simulator.clear_faults`.
+            execution_id: only posts about this execution.
+        """
         return _post_fault(kind, (seconds,), times, execution_id)
 
     def concerns(self, request: web.BaseRequest) -> bool:
@@ -200,9 +214,9 @@ def _post_fault(
 
 @attrs.define
 class FaultQueue:
-    """Faults in the order of injection; each request or post takes the first that matches it.
+    """Faults in the order of injection. Each request or post takes the first that matches it.
 
-    Any thread may add faults; the server's thread takes them.
+    Any thread may add faults, and the server's thread takes them.
     """
 
     _pending: list[Fault] = attrs.field(factory=list, init=False)

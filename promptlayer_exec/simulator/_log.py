@@ -19,9 +19,9 @@ class SimRequest:
 
     Attributes:
         method: the HTTP method.
-        path: the path as it was sent: percent-encoded, without the query.
-        query: the decoded query parameters; a `multidict`, so `getall` returns repeated ones.
-        headers: the headers; their names are case-insensitive.
+        path: the path as the client sent it: percent-encoded, without the query.
+        query: the decoded query parameters, as a `multidict`. `getall` returns repeated ones.
+        headers: the headers. Their names are case-insensitive.
         body: the body.
         at: seconds since the simulator was created.
     """
@@ -38,7 +38,7 @@ class SimRequest:
 class Log(Generic[T]):
     """Counts entries, keeps them if `keep`, and wakes the callers that wait for a number of them.
 
-    `what` names the entries in errors. One thread records them; any thread may read and wait.
+    `what` names the entries in errors. One thread records them. Any thread may read and wait.
     """
 
     _what: str

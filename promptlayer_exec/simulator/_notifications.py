@@ -1,4 +1,4 @@
-"""The messages that tell users of a complete run: push, a webhook and a callback."""
+"""The messages that announce a complete run: push, a webhook and a callback."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SimPost:
         url: its URL.
         headers: its headers.
         body: the body.
-        status: the status of the response; None if there was none.
+        status: the status of the response, or None if there was none.
     """
 
     kind: PostKind
@@ -50,11 +50,12 @@ class SimPost:
 
 @attrs.define(eq=False)
 class Notifications:
-    """Notifies of the completion of each run; faults may change how often and when.
+    """Announces the completion of each run. Faults may change how often and when.
 
-    A run has a task until the notifications are sent. The task sleeps until the next node ends by
-    itself, assuming that the clock counts seconds. It also wakes whenever a node is finished by
-    `finish` or the execution is read complete, so that it can follow any other clock.
+    A run has a task until it has sent the notifications. The task sleeps until the next node
+    finishes by itself, assuming that the clock counts seconds. It also wakes whenever `finish`
+    finishes a node, or a request finds the execution complete, so that it can follow any other
+    clock.
     """
 
     _backend: Backend

@@ -22,7 +22,7 @@ from promptlayer_exec.simulator._push_server import PushServer
 
 @attrs.define
 class TokenBucket:
-    """Lets `rate` requests per second through, and up to `burst` together; it starts full."""
+    """Lets `rate` requests per second through, and up to `burst` together. It is full at first."""
 
     rate: float
     burst: float
@@ -30,7 +30,7 @@ class TokenBucket:
     _tokens: float = attrs.field(default=math.inf, init=False)
 
     def take(self, now: float) -> float:
-        """Take a token at `now`; return 0.0, or the seconds until there is one."""
+        """Take a token at `now`. Return 0.0, or the seconds until there is one."""
         self._tokens = min(self.burst, self._tokens + (now - self._updated) * self.rate)
         self._updated = now
         # The tolerance lets a request through that waited exactly the announced time.

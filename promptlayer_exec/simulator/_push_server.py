@@ -20,14 +20,14 @@ from promptlayer_exec.simulator._wire import encode
 
 
 class _Disconnect(Exception):
-    """Ends a connection with a code and a reason; clients reconnect after codes below 3500."""
+    """Closes a connection with a code and a reason. Clients reconnect after codes below 3500."""
 
 
 @attrs.define(eq=False)
 class PushServer:
-    """Publishes to the subscribers of channels, each allowed by its token; sends no pings."""
+    """Publishes to the subscribers of channels, each allowed by its token. Sends no pings."""
 
-    # The channels that each token allows; none expires.
+    # The channels that each token allows. None expires.
     tokens: dict[str, frozenset[str]] = attrs.field(factory=dict, init=False)
     _connections: set[_Connection] = attrs.field(factory=set, init=False)
 
@@ -55,7 +55,7 @@ class PushServer:
         return socket
 
     async def publish(self, channel: str, data: object) -> None:
-        """Send data to every subscriber of a channel; a slow one delays only the caller."""
+        """Send data to every subscriber of a channel. A slow one delays only the caller."""
         push = encode({"push": {"channel": channel, "pub": {"data": data}}})
         sends = [
             connection.socket.send_str(push)
@@ -67,7 +67,7 @@ class PushServer:
 
 @attrs.define(eq=False)
 class _Connection:
-    """One client; `_channels` are those that its token allows, None until it has connected."""
+    """One client. `_channels` are those that its token allows, None until it has connected."""
 
     _push_server: PushServer
     socket: web.WebSocketResponse

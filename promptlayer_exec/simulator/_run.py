@@ -49,7 +49,7 @@ class Results:
 
     @property
     def seconds_to_change(self) -> float | None:
-        """Seconds until the next node finishes by itself; None if none does."""
+        """Seconds until the next node finishes by itself, or None if none does."""
         ends = [state.ends - self.at for state in self.states.values() if state.ends is not None]
         return min(ends, default=None)
 
@@ -99,7 +99,7 @@ class Results:
 
 @attrs.define
 class SimulatedRun:
-    """One execution of a scenario, started at the time `started`; all times are of one clock."""
+    """One execution of a scenario, started at the time `started`. All times are of one clock."""
 
     scenario: Scenario
     started: float
@@ -120,7 +120,7 @@ class SimulatedRun:
         return Results({node.name: states[node.name] for node in self.scenario.nodes}, now)
 
     def finish(self, name: str, now: float, **ending: Any) -> None:
-        """Finish a held node at `now` or when it starts; `ending` replaces fields of its node."""
+        """Finish a held node at `now` or when it starts. `ending` replaces fields of its node."""
         node = next((node for node in self.scenario.nodes if node.name == name), None)
         if node is None:
             names = ", ".join(repr(node.name) for node in self.scenario.nodes)

@@ -38,16 +38,16 @@ class SimNode:
         name: its name, unique within the scenario.
         value: its output when it succeeds: any JSON value, or a function of `Values` that returns
             one.
-        duration: how many seconds it is RUNNING; None keeps it so until `Simulator.finish`.
-        after: names of the nodes that must be final before it starts; until then it is QUEUED.
-            It is SKIPPED if one of them failed or all of them were skipped.
+        duration: how many seconds it is RUNNING. None keeps it so until `Simulator.finish`.
+        after: names of the nodes that must be final before it starts. Until then it is QUEUED. It
+            becomes SKIPPED if one of them failed or all of them are SKIPPED.
         status: its last status. Any other than `SUCCESS`, `FAILED`, `FAILURE` and `SKIPPED` is not
             final: the execution never finishes, nor does any node that depends on this one.
         error_message: its error message if it fails.
-        raw_error_message: its raw error if it fails; any JSON value.
-        is_output_node: whether it is an output node; None becomes null.
-        when: a predicate over `Values`, called once when the node could start; if it returns
-            false, the node is skipped.
+        raw_error_message: its raw error if it fails, any JSON value.
+        is_output_node: whether it is an output node. None becomes null.
+        when: a predicate over `Values`, called once when the node could start. If it returns false,
+            the node becomes SKIPPED.
         node_type: its kind in the description of its workflow.
 
     Raises:
@@ -82,7 +82,7 @@ class Scenario:
     """The nodes of an execution, in the order in which the server lists them.
 
     Args:
-        nodes: the nodes; there may be none.
+        nodes: the nodes. There may be none.
 
     Raises:
         ValueError: two nodes share a name, a node comes after an unknown one, or nodes depend on

@@ -44,20 +44,20 @@ class Simulator:
     to `webhook_url`, until you exit it. It does none of this for executions of `add_execution`,
     which behave like those started on PromptLayer's dashboard. With another `clock` than the
     machine's, it happens as soon as `state`, `finish` or a request for the results shows that the
-    run is complete, or after as many real seconds as were left by `clock`.
+    run is complete. It also happens after as many real seconds as `clock` had left.
 
     Args:
         host: the address to listen on.
-        port: the port to listen on; 0 picks a free one.
+        port: the port to listen on. 0 picks a free one.
         api_key: the key that requests must have in `X-API-KEY`.
-        clock: returns the time in seconds, and never runs backwards; the durations of nodes and
-            the rate limit follow it.
-        log_requests: whether `requests` keeps every request; `request_count` always counts.
-        on_request: called with each request before the response, in the serving thread.
-        push_limit_bytes: the size in bytes up to which a pushed message contains the output; a
+        clock: returns the time in seconds, and never runs backwards. The durations of nodes and the
+            rate limit follow it.
+        log_requests: whether `requests` keeps every request. `request_count` always counts.
+        on_request: a function that the serving thread calls with each request before it responds.
+        push_limit_bytes: the size in bytes up to which a pushed message contains the output. A
             longer one contains `EXCEEDS_SIZE_LIMIT`. The limit of PromptLayer's own server is
             unknown.
-        webhook_url: where to post a webhook when a run is complete; None: nowhere.
+        webhook_url: where to post a webhook when a run is complete. None: nowhere.
         webhook_secret: signs the webhooks.
     """
 
@@ -118,7 +118,7 @@ class Simulator:
 
     @property
     def webhook_url(self) -> str | None:
-        """Where to post a webhook when a run is complete; setting it affects later runs."""
+        """Where to post a webhook when a run is complete. Setting it affects later runs."""
         return self._notifications.webhook_url
 
     @webhook_url.setter
@@ -127,7 +127,7 @@ class Simulator:
 
     @property
     def posts(self) -> list[SimPost]:
-        """The webhooks and callbacks that got a response, or failed; the oldest first."""
+        """The webhooks and callbacks that got a response or failed, the oldest first."""
         return list(self._notifications.posts.entries)
 
     @property
@@ -137,7 +137,7 @@ class Simulator:
 
     @property
     def runs(self) -> list[SimRun]:
-        """The executions that were started over HTTP, the oldest first."""
+        """The executions that clients started over HTTP, the oldest first."""
         return list(self._backend.runs)
 
     def add_execution(self, scenario: Scenario, *, execution_id: int | None = None) -> int:
@@ -145,13 +145,13 @@ class Simulator:
 
         Args:
             scenario: what the execution does.
-            execution_id: its id; by default the next free one from 1001 on.
+            execution_id: its id. By default the next free one from 1001 on.
 
         Returns:
             The execution's id.
 
         Raises:
-            ValueError: the id is taken, or not between 1 and 2**63-1.
+            ValueError: the id is in use, or not between 1 and 2**63-1.
         """
         return self._backend.add_execution(scenario, execution_id)
 
@@ -166,22 +166,22 @@ class Simulator:
         definition: Scenario | None = None,
         external_ids: Mapping[str, str] | None = None,
     ) -> int:
-        """Add a workflow; each `POST /workflows/{name}/run` starts an execution of it.
+        """Add a workflow. Each `POST /workflows/{name}/run` starts an execution of it.
 
         Clients can also list and describe it: its nodes are those of the scenario, and `after`
         makes its edges. As long as it has one version and no labels, every label and version
         selects that version.
 
         Args:
-            name: its name; any characters.
+            name: its name, with any characters.
             scenario: what each execution does, or a function of the input variables that returns
                 it.
-            warning: the warning in the response to each start; by default, it lists the declared
-                inputs that are missing.
+            warning: the warning in the response to each start request. By default, it lists the
+                declared inputs that are missing.
             inputs: the types of the declared input variables by name, such as
                 `{"topic": "string"}`.
             labels: the release labels of its first version.
-            definition: the scenario that describes the workflow; by default `scenario`, or no nodes
+            definition: the scenario that describes the workflow. By default `scenario`, or no nodes
                 if that is a function.
             external_ids: ids in other systems by source, for filtering the list.
 
@@ -189,7 +189,7 @@ class Simulator:
             The id of the workflow, which you can use instead of its name.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: the name is in use.
             TypeError: `labels` is a string.
         """
         return self._backend.add_workflow(
@@ -212,7 +212,7 @@ class Simulator:
         labels: Iterable[str] = (),
         definition: Scenario | None = None,
     ) -> int:
-        """Add another version to a workflow; it becomes the latest.
+        """Add another version to a workflow. It becomes the latest.
 
         Args:
             workflow: the workflow's name or id.
@@ -223,7 +223,7 @@ class Simulator:
             definition: as for `add_workflow`.
 
         Returns:
-            The number of the version; the first one is 1.
+            The number of the version. The first one is 1.
 
         Raises:
             LookupError: the workflow does not exist.
@@ -243,17 +243,17 @@ class Simulator:
         error_message: str | None = None,
         raw_error_message: Any = None,
     ) -> None:
-        """Finish a node that is held RUNNING (`duration=None`); a QUEUED one, when it starts.
+        """Finish a node that stays RUNNING (`duration=None`), or a QUEUED one when it starts.
 
         If `status` is not final, the node gets that status, and you can finish it again.
 
         Args:
             execution_id: the execution.
             node: the name of the node.
-            value: its value if it succeeds; by default the scenario's.
+            value: its value if it succeeds. By default the scenario's.
             status: its status.
-            error_message: its error message if it fails; by default the scenario's.
-            raw_error_message: its raw error if it fails, any JSON value; by default the scenario's.
+            error_message: its error message if it fails. By default the scenario's.
+            raw_error_message: its raw error if it fails, any JSON value. By default the scenario's.
 
         Raises:
             LookupError: the execution or the node does not exist.
@@ -284,8 +284,8 @@ class Simulator:
 
         Args:
             fault: what goes wrong.
-            path: the end of the path of a matching request, such as `/run` for starts; a client may
-                request the definition of the workflow first.
+            path: the last part of the path of a matching request, such as `/run` for start
+                requests. A client may request the definition of the workflow first.
         """
         self._faults.add(attrs.evolve(fault, path=path))
 
@@ -296,15 +296,15 @@ class Simulator:
     def rate_limit(
         self, requests: float | None, per: float = 1.0, burst: int | None = None
     ) -> None:
-        """Respond 429 to authenticated requests beyond a rate, by a token bucket that starts full.
+        """Respond 429 to authenticated requests beyond a rate, with a token bucket.
 
-        The `Retry-After` of a 429 is the time until the next allowed request, with fractions of
-        seconds.
+        The bucket is full at first. The `Retry-After` of a 429 is the time until the next allowed
+        request, with fractions of seconds.
 
         Args:
-            requests: how many requests are allowed in `per` seconds; None removes the limit.
+            requests: how many requests are allowed in `per` seconds. None removes the limit.
             per: seconds.
-            burst: how many are allowed together; by default `requests`, at least 1.
+            burst: how many are allowed together. By default `requests`, at least 1.
 
         Raises:
             ValueError: a number is not positive, or `burst` is below 1.
@@ -323,7 +323,7 @@ class Simulator:
     async def wait_for_requests(self, count: int, timeout: float = 10.0) -> None:
         """Wait until there were `count` requests in total.
 
-        It works in any event loop; without one, use `asyncio.run`.
+        It works in any event loop. Without one, use `asyncio.run`.
 
         Args:
             count: the number of requests.

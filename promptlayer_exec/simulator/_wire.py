@@ -13,7 +13,7 @@ from aiohttp import web
 JSON_TYPE = {"Content-Type": "application/json"}
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
-# For each field of a run request, its name in errors and its exact types; True is also an int.
+# For each field of a run request, its name in errors and its exact types. True is also an int.
 _RUN_FIELDS: dict[str, tuple[str, set[type]]] = {
     "input_variables": ("dictionary", {dict}),
     "metadata": ("dictionary", {dict, NoneType}),
@@ -41,7 +41,7 @@ def error_response(status: int, message: str, **headers: str) -> web.Response:
 
 
 class RequestValidationError(Exception):
-    """A request with unusable parameters; `detail` goes into the body of a 422, as in FastAPI."""
+    """A request with unusable parameters. `detail` goes into the body of a 422, as in FastAPI."""
 
     def __init__(self, message: str, kind: str, *location: str) -> None:
         super().__init__(message)
@@ -66,7 +66,7 @@ def parse_results_query(query: Mapping[str, str]) -> tuple[int, bool]:
 def parse_integer(
     query: Mapping[str, str], name: str, allowed: range, default: int | None = None
 ) -> Any:
-    """Return an integer parameter; `default` if it is missing."""
+    """Return an integer parameter, or `default` if it is missing."""
     text = query.get(name)
     if text is None:
         return default

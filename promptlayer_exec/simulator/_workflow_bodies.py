@@ -20,7 +20,7 @@ ScenarioSource: TypeAlias = Scenario | Callable[[Mapping[str, Any]], Scenario]
 class SimulatedVersion:
     """One version of a workflow: its scenario and its description.
 
-    Versions that were added later have higher ids.
+    Later versions have higher ids.
     """
 
     number: int
@@ -45,7 +45,7 @@ class SimulatedVersion:
 
 @attrs.define(kw_only=True)
 class SimulatedWorkflow:
-    """A workflow that can be run; `labels` maps each release label to its version's number."""
+    """A workflow to run. `labels` maps each release label to its version's number."""
 
     id: int
     name: str
@@ -87,7 +87,7 @@ class SimulatedWorkflow:
             "edges": [
                 _describe_edge(before, node) for node in version.nodes for before in node.after
             ],
-            # The object of development servers; reportedly, production sends it as well.
+            # The object of development servers. Reportedly, production sends it as well.
             "workflow": {
                 "id": self.id,
                 "workspace_id": 1,

@@ -1,6 +1,6 @@
 """Example workflows and executions, for demonstrations and for the README and the tutorial.
 
-They change with those; the module is not part of the public API.
+They change with those. The module is not part of the public API.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def support_agent(
 ) -> Scenario:
     """Return an agent of ten nodes that replies to a customer's letter in about seven seconds.
 
-    Its first node takes `reading` seconds; None holds it until `Simulator.finish`.
+    Its first node takes `reading` seconds. None holds it until `Simulator.finish`.
     """
     letter = {"from": "Maria Rossi", "text": (inputs or {}).get("letter", _LETTER)}
     rules = ["Refunds: a double charge is refunded in full.", "Tone: warm, brief, no jargon."]
@@ -181,7 +181,7 @@ class ExampleRun:
 
 
 def past_run(number: int) -> ExampleRun:
-    """Return a run of the past; a few fail, and every third is of another workflow."""
+    """Return a run of the past. A few fail, and every third is of another workflow."""
     if number % 3 == 2:
         topic = ("otters", "newts", "storks")[number // 3 % 3]
         inputs = {"topic": topic}

@@ -1,4 +1,4 @@
-"""The batches of the local database, to look at: nothing is changed, and nothing is requested."""
+"""The batches of the local database, to look at. This module changes and requests nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def _import() -> Any:
 
 
 async def _read_summary(batch: Batch, name: str) -> dict[str, Any]:
-    """Return the counts of a batch, and when it was created and when its latest item ended."""
+    """Return the counts of a batch, when it was created, and when its latest item finished."""
     created = (await batch.settings()).created
     latest = await batch.latest_outcome()
     return {
@@ -62,15 +62,15 @@ async def _read_summary(batch: Batch, name: str) -> dict[str, Any]:
 
 
 async def _read_items(batch: Batch, kind: str, reason: str, count: int) -> dict[str, Any]:
-    """Return the items that ended, those that did not succeed first, and what they have in common.
+    """Return the finished items, those that did not succeed first, and what they have in common.
 
     Args:
         batch: the batch.
-        kind: only items that ended so; empty: all.
-        reason: only items that failed with this text, as `groups` has it; empty: all.
-        count: how many items are returned.
+        kind: only items that finished so. Empty: all.
+        reason: only items that failed with this text, as in `groups`. Empty: all.
+        count: how many items to return.
     """
-    ended: dict[str, Any] = {}  # by key: an item that is run again ends again
+    ended: dict[str, Any] = {}  # by key: an item that runs again finishes again
     view: dict[str, Any] = {"is_whole": True, "problem": None}
 
     # A page is not worth reading millions of items every few seconds.
@@ -101,7 +101,7 @@ async def _read_items(batch: Batch, kind: str, reason: str, count: int) -> dict[
 
 
 def _rate(finished: list[float]) -> float | None:
-    """Return how many items end in a second, judged by the latest 50; None if that is not known."""
+    """Return how many items finish in a second, judged by the latest 50, or None if unknown."""
     latest = sorted(finished)[-50:]
     if len(latest) < 2 or latest[-1] == latest[0]:
         return None

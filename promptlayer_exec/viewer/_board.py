@@ -1,4 +1,4 @@
-"""The executions that the page shows; they are followed whether or not a page is open."""
+"""The executions that the page shows. The board follows them even if no page is open."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Card:
     label: str | None = None
     version: int | None = None
     inputs: str | None = None  # JSON, if the run was started in a viewer
-    metadata: str | None = None  # JSON, too
+    metadata: str | None = None  # JSON as well
     started: float | None = None  # when, if it was started here
     is_listed: bool = True  # on the page of all executions, and not only on its own
     is_new: bool = False  # this viewer has started it, and sees all of it
@@ -57,7 +57,7 @@ class Card:
 
     @property
     def elapsed(self) -> float | None:
-        """The seconds since the origin of its times, until it was complete; None if not known."""
+        """The seconds since the origin of its times, until it was complete. None if unknown."""
         elapsed = self.timeline.elapsed
         if elapsed is None or self.state != "running":
             return elapsed
@@ -65,7 +65,7 @@ class Card:
 
     @property
     def duration(self) -> float | None:
-        """The seconds from the start, or since the first poll if others started it, to the end."""
+        """The seconds that it took, counted from the first poll if others started it."""
         if self.snapshot is None or not self.snapshot.complete or self.elapsed is None:
             return None
         origin = self.timeline.origin or 0.0
@@ -73,15 +73,15 @@ class Card:
 
 
 class Board:
-    """Follows executions, and keeps the latest snapshot of each until it is removed.
+    """Follows executions, and keeps the latest snapshot of each until you remove it.
 
-    A page that is opened late, or reloaded, therefore shows when each node ran, and not only how
-    it ended. Use the board with `async with`, in the loop of its session.
+    A page that you open late, or reload, therefore shows when each node ran, and not only its last
+    status. Use the board with `async with`, in the loop of its session.
 
     Args:
-        session: the session that follows executions; the board does not close it.
+        session: the session that follows executions. The board does not close it.
         note: a text that the page shows above the executions.
-        history: where executions are remembered; the board closes it at the end. None: nowhere.
+        history: remembers executions. The board closes it. None: nothing remembers them.
     """
 
     def __init__(self, session: Session, *, note: str = "", history: History | None = None) -> None:
@@ -96,7 +96,7 @@ class Board:
         self._watches: dict[Card, asyncio.Task[None]] = {}
 
     def observe(self, event: Event) -> None:
-        """Record why polls are tried again: an observer, for whoever makes the session."""
+        """Record why the session retries polls. Pass this method to the session as an observer."""
         card = self.cards.get(event.execution_id or 0)
         if card is not None and isinstance(event, RequestRetried):
             until = time.time() + event.delay
@@ -108,13 +108,14 @@ class Board:
         self._follow(Card(self.session.execution(execution_id)))
 
     async def add(self, execution_id: int, *, is_listed: bool = False) -> None:
-        """Follow an execution as the first of the page, if the server knows it.
+        """Follow an execution as the first of the page, if it exists.
 
-        One that is over by now does not join the list of the page, unless it `is_listed`: it was
-        opened to be looked at. An execution that is already followed, or complete, is not changed.
+        One that is over by now does not join the list of the page unless it `is_listed`, because
+        you opened it to look at it. The call does not change an execution that is already on the
+        board.
 
         Raises:
-            PromptLayerExecError: the server does not know the execution, or did not answer.
+            PromptLayerExecError: the execution does not exist, or the server did not respond.
         """
         card = self.cards.get(execution_id)
         if card is not None and not card.is_lost:
@@ -132,8 +133,8 @@ class Board:
         new.is_listed = new.is_listed or is_listed or not snapshot.complete
         self._follow(new, first=True)
 
-        # Those that have only a page of their own were opened to be looked at once: the latest 20
-        # are kept, and others are read again when they are needed.
+        # Somebody opened executions that have only their own page to look at them once. The board
+        # keeps the latest 20, and reads others again when it needs them.
         unlisted = [old_id for old_id, old in self.cards.items() if not old.is_listed]
         for old_id in unlisted[20:]:
             self.remove(old_id)
@@ -152,7 +153,7 @@ class Board:
         Raises:
             TypeError: JSON cannot represent the inputs.
             ValueError: JSON cannot represent the inputs.
-            PromptLayerExecError: it was not started, or it is unknown whether it was.
+            PromptLayerExecError: the run did not start, or it is unknown whether it did.
         """
         known: dict[str, Any] = {
             "workflow": workflow,
@@ -176,18 +177,18 @@ class Board:
 
         self._record(**row, execution_id=execution.id, outcome="running")
         self._follow(Card(execution, started=row["began"], is_new=True, **known), first=True)
-        if self.is_closed:  # perhaps no page gets the answer
+        if self.is_closed:  # perhaps no page gets the response
             logger.warning("execution %d of workflow %.100r started", execution.id, workflow)
         return execution
 
     def assign(self, card: Card, workflow: str) -> None:
-        """Set the workflow of an execution that was added by its id."""
+        """Set the workflow of an execution that you added by its id."""
         card.workflow = workflow
         self._update(card, workflow=workflow)
         self._notify()
 
     def remove(self, execution_id: int) -> None:
-        """Stop following an execution; it continues at the server."""
+        """Stop following an execution. It continues on PromptLayer."""
         card = self.cards.pop(execution_id, None)
         if card in self._watches:
             self._watches[card].cancel()
@@ -243,7 +244,7 @@ class Board:
                 self._update(card, origin=card.timeline.origin, times=card.timeline.dump())
 
     async def _recall(self, card: Card) -> Timeline:
-        """Fill in what is remembered of an execution that was added by its id."""
+        """Fill in what the history has of an execution that you added by its id."""
         if card.is_new:
             return Timeline()
         if self.history is None:
@@ -298,7 +299,7 @@ class Board:
 
 
 def _since(card: Card) -> float:
-    """Return when the problem of an execution was noticed first."""
+    """Return when the board first noticed the problem of an execution."""
     return time.time() if card.problem is None else card.problem.since
 
 

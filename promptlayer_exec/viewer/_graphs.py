@@ -16,7 +16,7 @@ _LIST_TIMEOUT = 20.0
 
 
 class NoDefinition(Exception):
-    """A definition, or the list of workflows, is not available; the text says why.
+    """A definition, or the list of workflows, is unavailable. The text contains the reason.
 
     Args:
         reason: the text.
@@ -31,7 +31,7 @@ class NoDefinition(Exception):
 async def find_definition(
     session: Session, workflow: str, label: str | None = None, version: int | None = None
 ) -> Workflow:
-    """Return a definition, that of a label or version or the latest; raises `NoDefinition`."""
+    """Return a definition, that of a label or version or the latest. Raises `NoDefinition`."""
     try:
         return await definition(session, workflow, label=label, version=version)
     except (PromptLayerExecError, ValueError) as error:
@@ -39,14 +39,14 @@ async def find_definition(
 
 
 class WorkflowList:
-    """The workflows that can be started, the latest changed first, requested once a minute."""
+    """The workflows that you can start, the latest changed first, requested once a minute."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._kept: ExpiringDict[None, list[WorkflowSummary]] = ExpiringDict(60.0)
 
     async def get(self) -> list[WorkflowSummary]:
-        """Return them; raises `NoDefinition`."""
+        """Return them. Raises `NoDefinition`."""
         kept = self._kept.get(None)
         if kept is not None:
             return kept
@@ -70,8 +70,8 @@ async def suggest_workflow(
 ) -> dict[str, Any]:
     """Return the workflow whose nodes have the most names in common with those of a run.
 
-    Runs that the history remembers come first. If none has the same names, the definitions of the
-    20 workflows that were changed last are read, as many as a session keeps.
+    Runs that the history remembers come first. If none has the same names, it reads the definitions
+    of the 20 workflows that changed last, as many as a session keeps.
     """
     known: dict[str, set[str]] = {}
     if history is not None:

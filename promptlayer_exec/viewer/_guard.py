@@ -53,7 +53,7 @@ class Address:
         return self.host.lower() == "localhost" or (ip is not None and ip.is_loopback)
 
     def is_meant(self, host: str) -> bool:
-        """Return True if a `Host` header names this server; any other may be DNS rebinding."""
+        """Return True if a `Host` header names this server. Any other may be DNS rebinding."""
         name, _, port = host.lower().rpartition(":")
         if self.port == 80 and not port.isdecimal():
             name, port = host.lower(), "80"
@@ -67,8 +67,8 @@ class Address:
 class Guard:
     """Serves only requests of the viewer's own page, and those under `/api/` only with the token.
 
-    The token is a bearer token: a cookie would be sent to other ports of the machine, too, and a
-    page of another origin can neither read the token nor send it.
+    The token is a bearer token, because browsers would also send a cookie to other ports of the
+    machine. A page of another origin can neither read the token nor send it.
     """
 
     _app: ASGIApp

@@ -52,13 +52,13 @@ _logger = logging.getLogger("promptlayer_exec")
 class History:
     """Remembers executions of one server between the viewer's runs.
 
-    Everything happens in one thread of its own, in the order of the calls. What cannot be recorded
-    is logged once, and no reason to stop following.
+    Everything happens in a separate thread, in the order of the calls. It logs a failure to record
+    once, and following continues.
 
     Args:
-        path: the SQLite file; it and its directory are created for this user alone.
+        path: the SQLite file. Only this user can read it and its directory.
         server: the base URL of the server, as ids of two servers have nothing in common.
-        limit: how many executions are remembered; the oldest are forgotten.
+        limit: how many executions to remember. It forgets the oldest.
     """
 
     def __init__(self, path: Path, *, server: str, limit: int = 2000) -> None:
@@ -74,16 +74,16 @@ class History:
         """Remember an execution, or what is new about it, in the background.
 
         Args:
-            fields: columns; those that are None or missing keep what is already known.
+            fields: columns. Those that are None or missing keep their value.
         """
         self._submit(self._write, fields)
 
     def update(self, execution_id: int, **fields: Any) -> None:
-        """Change what is remembered, in the background, unless it was deleted."""
+        """Change the record of an execution, in the background, unless it was deleted."""
         self._submit(self._change, execution_id, fields)
 
     async def find(self, execution_id: int) -> dict[str, Any] | None:
-        """Return what is remembered of an execution, with its inputs, as far as it can be read."""
+        """Return the record of an execution, with its inputs, as far as it is readable."""
         reading = self._thread.submit(self._read_one, "execution_id", execution_id)
         try:
             return await asyncio.wrap_future(reading)
@@ -92,7 +92,7 @@ class History:
             return None
 
     async def find_row(self, key: int) -> dict[str, Any] | None:
-        """Return what is remembered under the key of a line, with its inputs."""
+        """Return the record under the key of a line, with its inputs."""
         return await self._call(self._read_one, "key", key)
 
     async def search(self, text: str = "", **filters: Any) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class History:
         return await self._call(self._read_trends)
 
     async def node_names(self) -> dict[str, set[str]]:
-        """Return the names of the nodes of each workflow, as its latest run that was seen had."""
+        """Return the names of the nodes of each workflow, from the latest recorded run."""
         return await self._call(self._read_node_names)
 
     async def usual(self, workflow: str) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class History:
         await self._call(self._execute, "DELETE FROM executions WHERE server = ?", [self._server])
 
     async def aclose(self) -> None:
-        """Write what is still to be recorded, and close the file; it is idempotent."""
+        """Write what is still to be recorded, and close the file. It is idempotent."""
         if self._is_closed:
             return
         self._is_closed = True

@@ -29,10 +29,10 @@ _Shown = tuple[Snapshot | None, Problem | None, bool, str | None]
 async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
     """Yield the events for one page: first everything, then the changes.
 
-    `board` has the ids of the executions, in order, and those of others that have a page of their
-    own; `nodes` the changed nodes of one execution, or all of them if some were added or removed;
-    `execution` its state and progress; `end` is the last event. A page that reads slowly gets the
-    latest state, and no backlog.
+    `board` has the ids of the executions, in order, and those of others that have their own page.
+    `nodes` has the changed nodes of one execution, or all of them if some are new or gone.
+    `execution` has its state and progress. `end` is the last event. A page that reads slowly gets
+    the latest state, and no backlog.
     """
     board.opened.set()
     order: tuple[list[str], ...] = ()
@@ -161,6 +161,6 @@ def _node_view(card: Card, snapshot: Snapshot, node: Node, index: int) -> dict[s
 
 
 def _event(kind: str, data: Any) -> bytes:
-    # ASCII can represent lone surrogates; UTF-8 cannot.
+    # ASCII can represent lone surrogates, but UTF-8 cannot.
     text = json.dumps(data, separators=(",", ":"))
     return ServerSentEvent(text, event=kind, sep="\n").encode()

@@ -1,4 +1,4 @@
-"""What is wrong with PromptLayer's answers, for people who look at a page."""
+"""What is wrong with PromptLayer's responses, for people who look at a page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from promptlayer_exec import (
 
 @attrs.frozen
 class Problem:
-    """Why there is nothing new of an execution; moments are seconds since 1970."""
+    """Why there is nothing new of an execution. Moments are seconds since 1970."""
 
     kind: str  # a word for the page, from `explain`
     text: str  # a sentence

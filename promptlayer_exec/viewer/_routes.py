@@ -286,7 +286,7 @@ def add_history_routes(app: FastAPI, history: History) -> None:
 
 
 def refuse(message: str, status: int, field: str | None = None, **more: Any) -> Response:
-    """Return a response that says why a request failed, and which field of the form is wrong."""
+    """Return a response with the reason why a request failed, and the wrong field of the form."""
     return _json({"message": message, "field": field, **more}, status)
 
 
@@ -306,7 +306,7 @@ def _read_inputs(text: str) -> dict[str, Any]:
 
 
 def _json(content: Any, status: int = 200) -> Response:
-    # ASCII can represent lone surrogates; UTF-8 cannot.
+    # ASCII can represent lone surrogates, but UTF-8 cannot.
     return Response(json.dumps(content), status, media_type="application/json")
 
 

@@ -36,8 +36,8 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
 
     Args:
         board: the executions.
-        address: where it will be served; requests with another `Host` are refused.
-        token: the token that the page sends; it takes it from the fragment of its URL.
+        address: the address that will serve it. The app refuses requests with another `Host`.
+        token: the token that the page sends. It takes it from the fragment of its URL.
     """
     app = FastAPI(openapi_url=None)
 
@@ -83,21 +83,21 @@ def listen(host: str, port: int) -> socket.socket:
 
     Args:
         host: an IP address or a host name of this machine.
-        port: the port; 0 takes a free one.
+        port: the port. 0 takes a free one.
 
     Raises:
-        OSError: the address is not one of this machine's, or the port is taken.
+        OSError: the address is not one of this machine's, or the port is in use.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     return socket.create_server(address[:2], family=family)
 
 
 async def serve(board: Board, listener: socket.socket, address: Address, token: str) -> None:
-    """Serve a board until cancelled; then send open pages an `end` event, and stop within 2 s.
+    """Serve a board until cancelled. Then send open pages an `end` event, and stop within 2 s.
 
     Args:
-        board: the executions; it is closed at the end.
-        listener: the socket; it is closed at the end, too.
+        board: the executions. The server closes the board afterwards.
+        listener: the socket, which it also closes.
         address: the address of the socket.
         token: the token that the page sends.
     """

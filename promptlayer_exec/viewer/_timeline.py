@@ -13,7 +13,7 @@ from promptlayer_exec import NodeTimes, Snapshot
 
 @attrs.frozen
 class Timeline:
-    """The times of an execution, in seconds; what was over before a viewer looked has none."""
+    """The times of an execution, in seconds. What was over before a viewer looked has none."""
 
     origin: float | None = None  # when a viewer polled it first, since 1970
     elapsed: float | None = None  # from then to the latest poll

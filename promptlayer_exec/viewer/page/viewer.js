@@ -1,5 +1,5 @@
 // @ts-check
-// The page of `promptlayer-exec view`: which view is shown, and what reaches it.
+// The page of `promptlayer-exec view`: which view it shows, and what reaches it.
 
 import * as api from "./library/api.js";
 import { notifyOfEnd, showIcon } from "./parts/alerts.js";
@@ -37,7 +37,7 @@ const VIEWS = {
 let view = null;
 let isConnected = false;
 let lastBoard = null; // the last event of that kind
-let checked = null; // the instance of the viewer whose key was tried
+let checked = null; // the instance of the viewer whose key this tab has tried
 
 // Views
 
@@ -71,7 +71,7 @@ function showTitle() {
   showIcon(shown);
 }
 
-// What a tab that is not looked at has to tell, failures first.
+// The title of a tab in the background, failures first.
 function countsOf(shown) {
   const count = (state) => shown.filter((run) => groupOf(run.data.state) === state).length;
   const [failed, running] = [count("failed"), count("running")];
@@ -100,7 +100,7 @@ function showOutage(problem) {
   show(byId("outage"), `${text} Since ${sinceText(since)}.${next} ${advice}`.trim());
 }
 
-// The viewer itself is gone; a short loss of the connection is none of anybody's business.
+// The viewer itself is gone. A short loss of the connection concerns nobody.
 function showGone() {
   const { state, lostAt } = connection;
   const silent = (performance.now() - lostAt) / 1000;
@@ -177,7 +177,7 @@ const on = {
   },
 };
 
-// Nothing is followed that would show that the key is refused: then it is tried, once.
+// Without an execution, nothing would show that PromptLayer refuses the key. So it is tried, once.
 async function checkKey() {
   const { instance } = board;
   if (checked === instance) return;
@@ -186,7 +186,7 @@ async function checkKey() {
   if (kind === "refused") board.refusal = { kind, text: reason, since: Date.now() / 1000, until: null };
 }
 
-// What another tab needs to know at first.
+// What a new tab needs.
 function replay() {
   if (lastBoard === null) return [];
   const events = [["connection", connection.state], ["board", lastBoard]];
@@ -199,7 +199,7 @@ function replay() {
   return events;
 }
 
-// A viewer that was restarted does not know the executions that were on the page before.
+// A restarted viewer does not have the executions that were on the page before.
 async function addAgain(missing) {
   for (const { id, isListed } of missing.reverse()) {
     try {
@@ -225,7 +225,7 @@ byId("dismiss").addEventListener("click", () => {
   view.element.querySelector("input, h2")?.focus();
 });
 
-// The token is kept for this tab; the address stays as it is.
+// This tab keeps the token, and the address stays as it is.
 byId("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = byId("token").value.trim();

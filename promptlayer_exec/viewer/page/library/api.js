@@ -9,7 +9,7 @@ let isProven = false;
 /** @type {(reason: string) => void} */
 let onRefused = () => {};
 
-// Finds the token; returns whether there is one.
+// Finds the token, and returns whether there is one.
 export async function findToken() {
   takeToken();
   if (token === null) {
@@ -36,7 +36,7 @@ export function keepToken(given) {
   sessionStorage.setItem("token", given);
 }
 
-// Takes the token out of the address bar, where it could be seen or bookmarked.
+// Takes the token out of the address bar, so that nobody sees or bookmarks it.
 export function takeToken() {
   const given = new URLSearchParams(location.hash.slice(1)).get("token");
   if (given === null) return false;
@@ -54,7 +54,7 @@ class Refusal extends Error {
   }
 }
 
-// Tells other tabs of a token that has proved right; any site could link to a wrong one.
+// Sends other tabs a token that works. Any site could link to a wrong one.
 export function shareToken() {
   isProven = true;
   announceToken(token);
@@ -95,7 +95,7 @@ export async function getText(path) {
 
 export const getInputs = (id) => getText(`api/executions/${id}/inputs`);
 
-// The latest lines of the history, the newest first; none if there is no history.
+// The latest lines of the history, the newest first, or none if there is no history.
 export async function getRemembered(filters = {}) {
   const { entries } = await get(`api/history?${new URLSearchParams(filters)}`).catch(() => ({ entries: [] }));
   return entries;

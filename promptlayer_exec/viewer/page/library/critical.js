@@ -3,11 +3,11 @@
 
 import { isFinal, spanOf } from "./model.js";
 
-const SLACK = 0.01; // seconds: one poll sees the end of a node and the start of the next
+const SLACK = 0.01; // seconds: one poll sees one node finish and the next one begin
 
-// Starts at the node that ended last, and goes back to the one that it waited for longest.
-// Without `dependencies` (name -> names), that is the one that ended just before it began. Nodes that
-// were too quick to be seen running are part of the path if it leads through them.
+// Starts at the node that finished last, and goes back to the one that it waited for longest.
+// Without `dependencies` (name -> names), that is the one that finished just before it began. Nodes
+// that were too quick for a poll to see them running are part of the path if it leads through them.
 export function criticalPath(nodes, dependencies, time) {
   const spans = new Map();
   for (const node of nodes.values()) {
@@ -27,7 +27,7 @@ export function criticalPath(nodes, dependencies, time) {
 
 const isQuick = (node) => node !== undefined && isFinal(node) && node.status !== "SKIPPED";
 
-// The nodes that came after the last one that was seen running.
+// The nodes after the last one that a poll saw running.
 function quickAfter(last, nodes, spans, dependencies) {
   const found = [];
   const follows = (node, name) => (dependencies.get(node.name) ?? []).includes(name);

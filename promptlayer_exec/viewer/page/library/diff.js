@@ -4,7 +4,7 @@
 import Diff from "../vendor/diff/base.js";
 import { diffWordsWithSpace } from "../vendor/diff/word.js";
 
-const PATIENCE = 150; // milliseconds; after that, a text is taken to differ as a whole
+const PATIENCE = 150; // milliseconds, after which a text counts as wholly different
 const LONG = 5000; // characters of a line whose words are not compared
 
 class Lines extends Diff {
@@ -23,8 +23,8 @@ class Lines extends Diff {
 
 const lines = new Lines();
 
-// Returns pairs of [left, right]; null where there is no line. Lines that were removed are beside
-// those that were added in their place.
+// Returns pairs of [left, right], with null for a missing line. Removed lines are beside those that
+// came in their place.
 export function diffLines(left, right) {
   const all = (text, key) => [{ value: text.split("\n"), [key]: true }];
   const changes =
@@ -48,7 +48,7 @@ export function diffLines(left, right) {
   return pairs;
 }
 
-// Returns the parts of both lines as [text, isChanged]; null if they have hardly a word in common.
+// Returns the parts of both lines as [text, isChanged], or null if they share hardly a word.
 export function diffWords(left, right) {
   if (left.length > LONG || right.length > LONG) return null;
   const changes = diffWordsWithSpace(left, right, { timeout: PATIENCE });

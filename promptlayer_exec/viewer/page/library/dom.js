@@ -1,5 +1,5 @@
 // @ts-check
-// Writing to the document. Everything that is written is text, and is set as text.
+// Writing to the document, always as text.
 
 import { ago, fully, machine } from "./times.js";
 
@@ -39,7 +39,7 @@ export function iconOf(icon) {
   return makeSvg("svg", { class: "icon", "aria-hidden": "true" }, use);
 }
 
-// An element with attributes and children; children that are strings become text.
+// An element with attributes and children. Children that are strings become text.
 export function make(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
 }
@@ -59,7 +59,7 @@ function fill(element, attributes, children) {
   return element;
 }
 
-// Writes a moment in words; the exact time is its title.
+// Writes a moment in words, with the exact time as its title.
 export function writeTime(time, moment, words) {
   write(time, words);
   time.dateTime = machine(moment);
@@ -85,7 +85,7 @@ export function oneLine(text) {
   return text.slice(0, 300).replace(/\s+/g, " ");
 }
 
-// The place of the next result of a search, or of the one before; from the last it goes to the first.
+// The place of the next result of a search, or of the previous one. The first follows the last.
 export const stepTo = (current, by, count) => (current + by + count) % count;
 
 // Puts an element at a position, and moves nothing that is already there.
@@ -114,7 +114,7 @@ export function copyWith(button, result, text, shown) {
   });
 }
 
-// Asks in a dialog; returns "yes", "other", or "" if it was cancelled.
+// Asks in a dialog, and returns "yes", "other", or "" if the user cancelled it.
 export function confirmIn({ title, text, yes, other = null, details = null }) {
   const dialog = byId("confirm");
   write(byId("confirm-title"), title);

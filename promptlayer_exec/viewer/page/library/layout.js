@@ -1,10 +1,10 @@
 // @ts-check
-// Where the nodes and edges of a layered graph are drawn. The layers are given; this module orders
+// Where to draw the nodes and edges of a layered graph. The layers are given. This module orders
 // each so that few edges cross, and straightens the edges. Edges over several layers go through
 // points between the nodes.
 
 const SWEEPS = 8;
-const MOST_POINTS = 2000; // between the nodes; further edges go straight
+const MOST_POINTS = 2000; // between the nodes, after which edges go straight
 const MOST_EDGES = 1000; // from one layer to the next, to look for crossings
 
 // `along` and `across` are the sizes of a node in the direction of the layers and across it.
@@ -54,7 +54,7 @@ function connect({ source, target }, items, rows, most) {
     route.push(point);
   }
   route.push(to);
-  // Edges within a layer, or back, are part of a cycle; they do not order anything.
+  // Edges within a layer, or back, are part of a cycle, and do not order anything.
   if (to.layer > from.layer) {
     for (let index = 1; index < route.length; index += 1) {
       route[index - 1].down.push(route[index]);

@@ -1,5 +1,5 @@
 // @ts-check
-// What the page knows of each execution, whichever view shows it.
+// The state of each execution, for all views.
 
 import { STATUSES, UNKNOWN } from "../statuses.js"; // made by the server
 import { counted } from "./times.js";
@@ -12,7 +12,7 @@ export const STATES = {
   lost: ["No longer followed", "lost"],
   unknown: ["Unknown whether it started", "unknown"],
 };
-const STALE = 15; // seconds without an answer from PromptLayer after which the page says so
+const STALE = 15; // seconds without a response from PromptLayer after which the page shows that
 const FIRST = {
   workflow: null,
   label: null,
@@ -37,8 +37,8 @@ export const board = {
   note: "",
   server: "",
   hasHistory: false,
-  refusal: null, // the problem of a key that is refused before anything is followed
-  returning: new Set(), // ids that a restarted viewer is asked to follow again
+  refusal: null, // the problem of a key refused before there was anything to follow
+  returning: new Set(), // ids that this page has asked a restarted viewer to follow again
 };
 export const connection = { state: "connecting", lostAt: 0 }; // lostAt: when the times stopped
 
@@ -52,7 +52,7 @@ export class Run {
     this.id = id;
     this.isListed = true; // on the board, and not only on its own page
     this.data = { ...FIRST, execution_id: id };
-    this.at = performance.now(); // when the data was received
+    this.at = performance.now(); // when the data arrived
     this.nodes = new Map(); // by name, in the server's order
     this.dependencies = null; // name -> names, once the definition is known
   }
@@ -66,7 +66,7 @@ export class Run {
   }
 
   // The length of the time line: the seconds that the server sent, plus those since then while it
-  // is connected; of a run that was over before it was seen, what is remembered of its nodes.
+  // is connected. For a run that was over before, it comes from the recorded times of its nodes.
   now() {
     const { state, elapsed } = this.data;
     if (elapsed === null) return this.latest();
@@ -101,7 +101,7 @@ export class Run {
     return (this.isEnded ? null : this.running()[0]) ?? this.firstFailed() ?? this.running()[0] ?? null;
   }
 
-  // The moment at which it ended, or was given up; null if nobody saw that.
+  // When it finished, or the viewer gave it up, or null if nobody saw that.
   endedAt() {
     const { state, since, elapsed, problem } = this.data;
     if (state === "lost") return problem?.since ?? null;
@@ -109,7 +109,7 @@ export class Run {
     return isOver && since !== null && elapsed !== null ? since + elapsed : null;
   }
 
-  // The state in words; what failed on the way to a success is part of that.
+  // The state in words, including what failed on the way to a success.
   stateText() {
     const { state } = this.data;
     if (state === "running" && this.problem() !== null) return "Last seen running";
@@ -123,15 +123,15 @@ export class Run {
     return Math.max(0, ...times);
   }
 
-  // How long it has run, or ran; null if nobody saw that.
+  // How long it has run, or ran, or null if nobody saw that.
   length() {
     const { duration, started, since } = this.data;
     if (this.isEnded || since === null) return duration;
     return this.now() + Math.max(0, since - (started ?? since));
   }
 
-  // What is wrong with PromptLayer's answers: { kind, text, since, until }, or null. A poll that
-  // gets no answer at all is noticed here: the viewer learns nothing until it is given up.
+  // What is wrong with PromptLayer's responses: { kind, text, since, until }, or null. This also
+  // notices a poll without any response, of which the viewer learns only when it times out.
   problem() {
     if (this.data.problem !== null) return this.data.problem;
     const silent = (performance.now() - this.at) / 1000;
@@ -158,7 +158,7 @@ export class Run {
     return "Skipped: no way led to it.";
   }
 
-  // `age` is how many seconds ago the data was received, by another tab.
+  // `age` is how many seconds ago another tab received the data.
   take(data, age = 0) {
     const before = this.data;
     this.data = data;
@@ -189,7 +189,7 @@ const SERVER = {
   stale: ["PromptLayer does not respond", GOES_ON],
   failing: ["PromptLayer has errors", `There is nothing to do but wait. ${GOES_ON}`],
   waiting: ["PromptLayer asks to wait", `Start fewer runs in parallel if this happens often. ${GOES_ON}`],
-  refused: ["PromptLayer refuses the key", ""], // the text says what to do
+  refused: ["PromptLayer refuses the key", ""], // the text has the advice
 };
 
 // Whether a problem is none of a single run.
@@ -241,7 +241,7 @@ export function wordOf(node) {
   return status === "unknown" ? node.status : status[0].toUpperCase() + status.slice(1);
 }
 
-// When a node ran, in seconds since the first poll; null if that was not seen.
+// When a node ran, in seconds since the first poll, or null if no poll saw that.
 export function spanOf(node, time) {
   const end = node.final ?? (isFinal(node) || node.running === null ? null : time);
   const start = node.running ?? end;

@@ -19,7 +19,7 @@ export function addressOf(parts, params = {}) {
   return `#/${parts.map(encodeURIComponent).join("/")}${text ? `?${text}` : ""}`;
 }
 
-// Of two executions, the one that was started first is on the left.
+// Of two executions, the one that started first is on the left.
 export function comparisonOf(...ids) {
   return addressOf(["compare", ...ids.sort((one, other) => (BigInt(one) < BigInt(other) ? -1 : 1))]);
 }

@@ -1,17 +1,17 @@
 // @ts-check
-// What there is to say of a run in one sentence: its state, node, reason, moment, what is usual, and
-// what to do next. Every view shows this one.
+// A run in one sentence: its state, node, reason, moment, what is usual, and what to do next. Every
+// view shows this one.
 
 import { ago, counted, duration } from "./times.js";
 
-const QUIET = 10; // seconds without a change from which they are told
+const QUIET = 10; // seconds without a change from which the sentence has them
 const SLOW = 3; // times the usual time, from which a run may be stuck
 const REASON = 220; // characters of a reason, unless a view needs fewer
 
 /** @typedef {{ kind: "text" | "node" | "compare" | "again", text: string, id?: string }} Piece */
 
-// The pieces of the sentence: { pieces, isSlow }. `usual` is what `usualOf` returns; `longest` is how
-// many characters of a reason are told.
+// The pieces of the sentence: { pieces, isSlow }. `usual` is what `usualOf` returns, and `longest`
+// the most characters of a reason.
 /** @returns {{ pieces: Piece[], isSlow: boolean }} */
 export function sentenceOf(run, usual, longest = REASON) {
   const { state } = run.data;
@@ -123,7 +123,7 @@ function succeededSentence(run, usual, longest) {
   return { pieces: [say(`${text}, though `), naming(node), say(` failed: ${reasonOf(node, longest)}`)], isSlow };
 }
 
-// The sentence of an item of a batch, which is not followed: the viewer knows only how it ended.
+// The sentence of an item of a batch. The viewer does not follow it, and has only its outcome.
 export function itemSentenceOf({ kind, node, reason, finished, execution_id }) {
   const when = ago(finished);
   if (kind === "succeeded") return plain(`Succeeded ${when}.`);
@@ -133,7 +133,7 @@ export function itemSentenceOf({ kind, node, reason, finished, execution_id }) {
   return plain(`Failed ${when} in `, naming({ name: node }), `: ${why}`);
 }
 
-// A reason on one line, which ends like a sentence.
+// A reason on one line, with a full stop.
 export function reasonOf(node, longest = REASON) {
   const text = (node.error_message ?? "").replace(/\s+/g, " ").trim();
   if (text.length > longest) return `${text.slice(0, longest)}…`;

@@ -1,13 +1,13 @@
 // @ts-check
-// The events of all executions, on one connection that is restored when it is lost.
+// The events of all executions, on one connection, which reconnects when it is lost.
 
 import { request, shareToken } from "./api.js";
 
 const RETRY = 1000; // milliseconds until the next attempt to connect
 const SILENCE = 45_000; // milliseconds without data, not even heartbeats, until it reconnects
 
-// Calls `on.board`, `on.nodes`, `on.execution`, `on.connection` and `on.refused`, until `signal` is
-// aborted.
+// Calls `on.board`, `on.nodes`, `on.execution`, `on.connection` and `on.refused`, until `signal`
+// aborts.
 export async function follow(on, signal = new AbortController().signal) {
   let state = "connecting";
   const change = (now) => {

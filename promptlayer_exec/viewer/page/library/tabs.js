@@ -43,8 +43,8 @@ export function askToken() {
   });
 }
 
-// The connection: `follow(on)` is called once this tab leads; until then, `on` gets what the leading
-// tab passes on. `replay()` returns all that a tab needs to know at first, as [kind, data].
+// The connection: calls `follow(on)` once this tab leads. Until then, `on` gets what the leading
+// tab passes on. `replay()` returns all that a new tab needs, as [kind, data].
 export async function shareStream(follow, on, replay) {
   listen("event", ([kind, data]) => !isLeading && on[kind]?.(data));
   listen("ask-events", (to) => {
@@ -68,8 +68,8 @@ export async function shareStream(follow, on, replay) {
 }
 
 // Over plain http from another machine there are no locks. Then each tab asks every second which one
-// leads, and does so itself if none answers; of two that do, the one with the larger number stays.
-// Answers are not slowed down in hidden tabs, as timers are.
+// leads, and leads itself if none replies. Of two that lead, the one with the larger number stays.
+// Browsers slow down timers in hidden tabs, but not replies.
 function lead(follow, on) {
   let isAnswered = false;
   let connected = null;
@@ -93,7 +93,7 @@ function lead(follow, on) {
     isLeading = true;
     send("lead", me);
     await follow(on, signal);
-    if (!signal.aborted) isLeading = false; // the token was refused: this tab does not lead again
+    if (!signal.aborted) isLeading = false; // a refused token: this tab does not lead again
   };
   send("ask-lead");
   setTimeout(turn, ANSWER);

@@ -22,7 +22,7 @@ const WHOLE = new Intl.DateTimeFormat(undefined, { dateStyle: "full", timeStyle:
 
 const date = (moment) => new Date(moment * 1000);
 
-// The time of day; of another day, the day and the minute.
+// The time of day, or for another day, the day and the minute.
 export function clock(moment) {
   const isToday = date(moment).toDateString() === new Date().toDateString();
   if (isToday) return CLOCK.format(date(moment));
@@ -58,7 +58,7 @@ export function ticks(seconds) {
   const steps = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200];
   const step = steps.find((one) => seconds / one <= 5) ?? Math.ceil(seconds / 18_000) * 3600;
   const found = [];
-  // None at the very end, where its label would not fit.
+  // None at the right edge, because its label would not fit.
   for (let at = 0; at <= seconds * 0.92; at += step) found.push(Number(at.toFixed(3)));
   return found;
 }

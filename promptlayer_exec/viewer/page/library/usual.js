@@ -1,15 +1,15 @@
 // @ts-check
-// What is usual for a workflow, as the history knows it: it is asked for once, and again once one of
-// its runs has ended.
+// What is usual for a workflow, from the history. The page requests it once, and again after each
+// of its runs.
 
 import { get } from "./api.js";
 import { board } from "./model.js";
 
-const PAUSE = 500; // milliseconds in which the viewer records a run that has ended
+const PAUSE = 500; // milliseconds in which the viewer records a finished run
 const NONE = { duration: null, nodes: {}, successes: [] };
 
 const known = new Map(); // by workflow
-const awaited = new Set(); // workflows that are about to be asked for again
+const awaited = new Set(); // workflows to request again soon
 /** @type {() => void} */
 let onLoaded = () => {};
 

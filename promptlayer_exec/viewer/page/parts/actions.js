@@ -1,5 +1,5 @@
 // @ts-check
-// What can be done with an execution that is followed, wherever it is shown.
+// What you can do with an execution on the board, in every view.
 
 import { call } from "../library/api.js";
 import { announce, notify } from "../library/dom.js";

@@ -1,5 +1,5 @@
 // @ts-check
-// What shows the state of the tab: its icon, and a notification when a run ends, if allowed.
+// What shows the state of the tab: its icon, and a notification when a run finishes, if allowed.
 
 import { byId } from "../library/dom.js";
 import { groupOf, STATES } from "../library/model.js";

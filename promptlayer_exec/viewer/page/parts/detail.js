@@ -11,12 +11,12 @@ import { Text } from "./text.js";
 import { clock, duration, fully } from "../library/times.js";
 import { Tree } from "./tree.js";
 
-const LARGE = 1_000_000; // characters that are fetched only on demand, and are shown as text alone
+const LARGE = 1_000_000; // characters that the page fetches only on demand, and shows as plain text
 const FOLDED = 120; // characters of JSON that need no tree
 const SHORT = 1000; // characters of text that need no search
 
 export class Detail {
-  // `title` names the value for those who do not see where it is; by default, the node's name.
+  // `title` names the value for people who do not see its place. By default the node's name.
   constructor(run, container, title = null) {
     this.run = run;
     this.title = title;
@@ -59,7 +59,7 @@ export class Detail {
     if (this.text === null && node.length <= LARGE) this.load(false);
   }
 
-  // A traceback opens at its last line; if that has the message, the message stands there alone.
+  // A traceback opens at its last line. If that has the message, the message stands there alone.
   showError() {
     const { error_message: message, raw_error_message: details } = this.node;
     const trace = part(this.root, "trace");
@@ -108,7 +108,7 @@ export class Detail {
     if (since !== null) times.title = `Seconds since ${fully(since)}`;
   }
 
-  // Shows a value, or the start of one whose rest is fetched later.
+  // Shows a value, or its first characters, with the rest to be fetched later.
   render(text) {
     const { root, node } = this;
     const isWhole = this.text !== null;
@@ -126,7 +126,7 @@ export class Detail {
     write(more, `Show all ${node.length.toLocaleString("en")} characters`);
   }
 
-  // The value as people read it; null if that is what it is.
+  // The value as people read it, or null if that is what it is.
   richOf(text) {
     const json = text.length > FOLDED || this.node.is_text ? readContainer(text) : null;
     if (json === null) return this.node.is_text ? markdownOf(text) : null;

@@ -1,12 +1,12 @@
 // @ts-check
-// Forms: errors at their fields, and a button that cannot be pressed twice.
+// Forms: errors at their fields, and a button that works only once.
 
 import { get } from "../library/api.js";
 import { byId, make, write } from "../library/dom.js";
 
 let isListed = false;
 
-// The names of workflows, for every field that asks for one; without them, one can be typed.
+// The names of workflows, for every field that asks for one. Without them, you can type one.
 export async function listWorkflows() {
   if (isListed) return;
   isListed = true;

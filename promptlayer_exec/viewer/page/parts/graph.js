@@ -1,6 +1,6 @@
 // @ts-check
-// The graph of a workflow as SVG: nodes in layers, live statuses, and the edges that were taken.
-// It is panned by scrolling or dragging, and zoomed by its buttons, Ctrl and the wheel, or + and -.
+// The graph of a workflow as SVG: nodes in layers, live statuses, and the edges that the run took.
+// Scrolling and dragging pan it. Its buttons, Ctrl and the wheel, or + and - zoom it.
 
 import { draw, makeSvg, write } from "../library/dom.js";
 import { layOut } from "../library/layout.js";
@@ -26,7 +26,7 @@ export class Graph {
     this.edges = [];
     this.scale = 1;
     this.selected = null;
-    this.followed = null; // the node that is kept in sight, until somebody moves the graph
+    this.followed = null; // the node to keep in sight, until somebody moves the graph
     this.isMoved = false;
     this.listen();
   }
@@ -47,7 +47,7 @@ export class Graph {
       },
       { passive: false },
     );
-    // Touch screens scroll; a mouse drags.
+    // Touch screens scroll, and a mouse drags.
     container.addEventListener("pointerdown", (event) => {
       if (event.pointerType !== "mouse" || event.button !== 0) return;
       const from = [event.clientX + container.scrollLeft, event.clientY + container.scrollTop];
@@ -108,7 +108,7 @@ export class Graph {
     if (!this.isMoved && this.selected === null) this.reveal(name);
   }
 
-  // A window that is turned or widened gets the graph that fits it, unless somebody has zoomed.
+  // If somebody turns or widens the window, the graph fits it again, unless somebody has zoomed.
   onResize() {
     const width = this.container.clientWidth;
     if (this.definition === undefined || width === 0 || width === this.width) return;
@@ -181,7 +181,7 @@ export class Graph {
     return { ...edge, element, path: parts[0] };
   }
 
-  // From the end of one node to the start of the next, curved in between.
+  // From one node's far side to the near side of the next, curved in between.
   pathOf(points) {
     const half = (this.isVertical ? HEIGHT : WIDTH) / 2;
     const ends = points.flatMap(([along, across], index) => {
@@ -356,7 +356,7 @@ export class Graph {
     this.container.scrollTo(0, 0);
   }
 
-  // As large as fits, but readable: what does not fit is scrolled to.
+  // As large as fits, but readable: people scroll to the rest.
   readable() {
     const fitting = Math.min(1, this.container.clientWidth / this.size[0]);
     return fitting >= SMALL ? fitting : READABLE;

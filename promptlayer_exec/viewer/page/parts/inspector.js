@@ -1,5 +1,5 @@
 // @ts-check
-// What is selected on the page of an execution: a node, or else its inputs and its output.
+// The selection on the page of an execution: a node, or else its inputs and its output.
 
 import { getInputs } from "../library/api.js";
 import { Detail } from "./detail.js";
@@ -72,7 +72,7 @@ export class Inspector {
     this.at("inputs-panel").hidden = false;
   }
 
-  // Of several outputs, the first is open; the others are an index of their names.
+  // Of several outputs, the first is open, and the others are an index of their names.
   foldOf(node, outputs) {
     const summary = make("summary", { class: "output-name" }, node.name);
     const details = make("details", { open: node === outputs[0] }, summary);

@@ -1,5 +1,5 @@
 // @ts-check
-// Keys with one letter, which go through the lines of a view; they can be turned off.
+// Keys with one letter, which go through the lines of a view. You can turn them off.
 
 import { byId, find } from "../library/dom.js";
 
@@ -8,7 +8,7 @@ const FIELDS = "input:not([type=checkbox], [type=radio]), textarea, select";
 
 const isOn = () => localStorage.getItem(WANTED) !== "0";
 
-// `view()` returns the view that is shown. Its `keys` has the lines as `items()`, `isWanted(item)`
+// `view()` returns the current view. Its `keys` has the lines as `items()`, `isWanted(item)`
 // for those to which n goes, and `onMove(item)`.
 export function listenToKeys(view) {
   addEventListener("keydown", (event) => {

@@ -1,5 +1,5 @@
 // @ts-check
-// The graph of an execution's page; it asks which workflow a run is of that was added by its id.
+// The graph of an execution's page. It asks for the workflow of a run added by its id.
 
 import { call, get } from "../library/api.js";
 import { part, write } from "../library/dom.js";
@@ -16,7 +16,7 @@ export class GraphPanel {
     this.onDrawn = onDrawn;
     this.definition = null;
     this.state = "none"; // none, loading, loaded
-    this.after = 0; // when it may be loaded again, if it could not be
+    this.after = 0; // when to try again, after a failure
     this.graph = new Graph(part(root, "graph"), onSelect);
     part(root, "zoom-in").addEventListener("click", () => this.graph.zoom(1.25));
     part(root, "zoom-out").addEventListener("click", () => this.graph.zoom(0.8));
@@ -68,7 +68,7 @@ export class GraphPanel {
     this.onDrawn();
   }
 
-  // Nodes that have the same names tell which workflow it is likely to be.
+  // Nodes with the same names suggest a workflow.
   async suggest() {
     const { workflow, shared } = await get(`api/executions/${this.id}/suggestion`).catch(() => ({ workflow: null }));
     part(this.root, "suggestion").hidden = workflow === null;

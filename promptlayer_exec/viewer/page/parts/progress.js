@@ -44,7 +44,7 @@ export function showTime(root, run) {
   const problem = run.problem();
   write(part(root, "state"), run.stateText());
   root.classList.toggle("old", problem !== null && run.data.state === "running");
-  // What concerns every run is said once, above all of them.
+  // A banner above all runs shows what concerns every run.
   return problem === null || isServerWide(problem) ? null : problemText(run, problem);
 }
 

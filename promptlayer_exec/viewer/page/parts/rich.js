@@ -1,6 +1,6 @@
 // @ts-check
-// Values as people read them: Markdown, links, and chat messages. Everything is made as elements
-// and text, never as markup.
+// Values as people read them: Markdown, links, and chat messages. It makes elements and text, never
+// markup.
 
 import { make } from "../library/dom.js";
 import { readContainer } from "../library/json.js";
@@ -20,7 +20,7 @@ export function markdownOf(text) {
   return make("div", { class: "markdown" }, ...blocks(tokens, top));
 }
 
-// Whether a token is more than text; a bare link is none, as texts of other kinds have some, too.
+// Whether a token is more than text. A bare link is not, because other texts also have some.
 function isMarked(token) {
   if (token.type === "link") return !token.autolink;
   return !PLAIN.has(token.type) || (token.tokens ?? []).some(isMarked);

@@ -11,8 +11,8 @@ const ORDERS = {
 };
 
 export class Rows {
-  // `hrefOf(name)` is the address of a node; `onChoose(name, isByKey)` is called in place of going
-  // there, if it is given. `scroller` is what scrolls to a row, if that is not the page.
+  // `hrefOf(name)` is the address of a node. If there is `onChoose(name, isByKey)`, the rows call
+  // it instead of going there. `scroller` is what scrolls to a row, if that is not the page.
   constructor(run, list, axis, { hrefOf, onChoose = null, scroller = null }) {
     this.run = run;
     this.list = list;
@@ -25,7 +25,7 @@ export class Rows {
     this.isWhole = true;
     this.scale = 0;
     this.scroller = scroller;
-    this.followed = null; // the node that is kept in sight, until somebody uses the list
+    this.followed = null; // the node to keep in sight, until somebody uses the list
     this.isUsed = false;
     if (scroller !== null) this.listen();
   }
@@ -34,7 +34,7 @@ export class Rows {
     for (const kind of ["pointerdown", "wheel", "focusin"]) {
       this.scroller.addEventListener(kind, () => (this.isUsed = true), { passive: true });
     }
-    // Rows have their true height only once they are drawn.
+    // Rows have their true height only after drawing.
     new ResizeObserver(() => {
       if (!this.isUsed && this.rows.has(this.followed)) this.reveal(this.followed);
     }).observe(this.list);
@@ -47,7 +47,7 @@ export class Rows {
     this.reveal(name);
   }
 
-  // Scrolls the list, and not the page, to a row that is not in sight; one row stays above it.
+  // Scrolls the list, and not the page, to a row that is not in sight, with one row above it.
   reveal(name) {
     const frame = this.scroller.getBoundingClientRect();
     const top = frame.top + this.axis.parentElement.offsetHeight; // below the heads of the columns
@@ -142,7 +142,7 @@ export class Rows {
     root.hidden = !this.isWhole && !matches(node, this.text);
   }
 
-  // The bars are placed in seconds; only the length of the axis changes with time.
+  // Bars have positions in seconds, so that only the length of the axis changes with time.
   tick(time) {
     const scale = Math.max(time, 0.001);
     if (scale === this.scale) return;
@@ -169,7 +169,7 @@ export class Rows {
     if (isFinal(row.node)) row.stretch.title = this.momentsOf(span);
   }
 
-  // What a bar says to the pointer.
+  // What the pointer sees at a bar.
   momentsOf({ start, end }) {
     const { since } = this.run.data;
     const at = (seconds) => `${duration(seconds)}${since === null ? "" : ` (${clock(since + seconds)})`}`;
@@ -190,7 +190,7 @@ export class Rows {
   }
 }
 
-// The start of a value is searched, which is all of most.
+// Searches the first characters of a value, which are all of most.
 export function matches(node, text) {
   const texts = [node.name, node.status, node.error_message, node.value];
   return texts.some((one) => one !== null && one.toLowerCase().includes(text));

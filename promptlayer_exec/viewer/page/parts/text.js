@@ -1,10 +1,10 @@
 // @ts-check
-// A text of any length: a window of it is drawn at a time, and searches go through all of it.
+// A text of any length. It draws one window of it at a time, but searches all of it.
 
 import { make, part, stepTo, write } from "../library/dom.js";
 import { linked } from "./links.js";
 
-const WINDOW = 100_000; // characters that are drawn at once
+const WINDOW = 100_000; // characters to draw together
 const MOST = 1000; // results of a search
 
 export class Text {
@@ -57,13 +57,13 @@ export class Text {
     return [text.slice(at, found), this.mark, text.slice(found + this.length, end)];
   }
 
-  // Finds a text, in lower case; returns how often, up to a limit.
+  // Finds a text, in lower case, and returns how often, up to a limit.
   search(wanted) {
     this.results = [];
     this.current = -1;
     this.length = wanted.length;
     const lower = wanted === "" ? "" : this.text.toLowerCase();
-    // A few letters change their length in lower case: then it is searched as it is.
+    // A few letters change their length in lower case: then it searches the text as it is.
     const text = lower.length === this.text.length ? lower : this.text;
     for (let at = 0; wanted !== "" && this.results.length < MOST; at += this.length) {
       at = text.indexOf(wanted, at);

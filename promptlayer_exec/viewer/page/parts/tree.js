@@ -1,14 +1,14 @@
 // @ts-check
-// A JSON value as a tree that can be folded and searched. Branches are made when they are opened.
+// A JSON value as a tree to fold and search. It makes a branch when you open it.
 
 import { make, stepTo, write } from "../library/dom.js";
 import { readContainer } from "../library/json.js";
 import { counted } from "../library/times.js";
 import { linked } from "./links.js";
 
-const CHUNK = 100; // children that are made at once
-const LONG = 400; // characters of a string that are shown at first
-const DEEPEST_TEXT = 200_000; // characters of a string that are read as JSON
+const CHUNK = 100; // children to make together
+const LONG = 400; // characters of a string to show at first
+const DEEPEST_TEXT = 200_000; // characters of a string to read as JSON
 const MOST = 1000; // results of a search
 
 export class Tree {
@@ -43,7 +43,7 @@ export class Tree {
     return item;
   }
 
-  // Finds keys and values that contain a text; returns how many.
+  // Finds keys and values that contain a text, and returns how many.
   search(text) {
     const wanted = text.trim().toLowerCase();
     this.results = [];
@@ -126,7 +126,7 @@ class Branch {
   }
 }
 
-// A string that holds JSON is a branch, too; it is read once.
+// A string that contains JSON is also a branch. It reads the string once.
 function innerOf(node) {
   if (node.kind !== "string") return null;
   if (node.inner === undefined) {

@@ -15,9 +15,9 @@ const KINDS = { failed: "failed", unknown: "unknown", running: "running", waitin
 
 let name = null;
 let timer = 0;
-let shown = ""; // what is on the page, as JSON: it is left alone if nothing is new
+let shown = ""; // what is on the page, as JSON, to leave it alone if nothing is new
 let filters = { kind: "", reason: "" };
-let count = PAGE; // items that are shown
+let count = PAGE; // items on the page
 
 export const batchesView = {
   element: byId("view-batches"),
@@ -65,7 +65,7 @@ async function load() {
   if (text === shown) return;
   shown = text;
 
-  // What is drawn again gets the focus back, and the fold is left as it was.
+  // Restores the focus and the fold after drawing again.
   const focus = find("#batches :focus")?.closest("[data-focus]")?.dataset.focus;
   const isUnfolded = find("#batches details")?.open ?? false;
   if (asked === null) showAll(found);
@@ -122,7 +122,7 @@ function headOf(batch, isLink) {
   );
 }
 
-// When it began, and when its latest item ended.
+// When it began, and when its latest item finished.
 function datesOf({ created, latest }) {
   const words = ["Began ", timeOf(created)];
   if (latest !== null) words.push(", the latest item finished ", timeOf(latest));
@@ -159,7 +159,7 @@ function paceOf({ waiting, running, workers, latest, rate }) {
   return [make("p", { class: "muted pace" }, ...words)];
 }
 
-// One thing to do next; what else could be done is folded.
+// One thing to do next. Everything else you could do is folded.
 function nextOf(commands, isUnfolded) {
   if (commands.length === 0) return [];
   const [first, ...others] = commands.map(commandOf);
@@ -177,7 +177,7 @@ function commandOf({ command, what }) {
   return root;
 }
 
-// Equal errors, counted; each selects its items.
+// Equal errors, counted. Each selects its items.
 function groupsOf({ groups }) {
   if (groups.length === 0) return [];
   const buttons = groups.map((group) => {
@@ -214,7 +214,7 @@ function moreOf({ matching, items }) {
   return [button];
 }
 
-// What goes on with a batch.
+// What is happening with a batch.
 function commandsOf({ name, waiting, running, workers, failed, unknown }) {
   const quoted = /^[\w./:@%+=,-]+$/.test(name) ? name : `'${name.replaceAll("'", "'\\''")}'`;
   const all = [

@@ -1,5 +1,5 @@
 // @ts-check
-// The view of all executions that are followed: a line each, the failed ones first.
+// The view of all executions on the board: a line each, the failed ones first.
 
 import { call, getRemembered } from "../library/api.js";
 import { announce, byId, clone, find, findAll, make, oneLine, part, placeAt, timeOf, write, writeTime } from "../library/dom.js";
@@ -11,7 +11,7 @@ import { addressOf, replace } from "../library/router.js";
 import { matches, Rows } from "../parts/rows.js";
 import { ago, counted } from "../library/times.js";
 
-const FEW = 5; // succeeded runs that are shown before the others are asked for
+const FEW = 5; // succeeded runs to show before somebody asks for the others
 
 const lines = new Map(); // by id
 const open = new Set(); // ids of lines that show their nodes, also while a viewer restarts
@@ -30,7 +30,7 @@ export const boardView = {
     const state = params.get("state") ?? "all";
     const choice = find(`input[name=state][value="${CSS.escape(state)}"]`);
     (choice ?? find("input[name=state][value=all]")).checked = true;
-    // What happened while another view was shown.
+    // What happened while the page showed another view.
     this.onBoard();
     for (const line of lines.values()) {
       line.rows?.update();
@@ -87,7 +87,7 @@ const listed = () => [...runs.values()].filter((run) => run.isListed);
 
 function lineOf(run) {
   const known = lines.get(run.id);
-  // A run that was removed and added again is another object.
+  // If somebody removed a run and added it again, it is another object.
   if (known?.run === run) return known;
   known?.root.remove();
   const { id } = run;
@@ -115,7 +115,7 @@ function lineOf(run) {
   return line;
 }
 
-// The rows of the nodes are made when somebody wants to see them.
+// Makes the rows of the nodes when somebody wants to see them.
 function expand(line, isOpen) {
   const { root, run } = line;
   if (line.rows === null) {
@@ -158,7 +158,7 @@ function showWhen(time, moment) {
   else writeTime(time, moment, ago(moment));
 }
 
-// When the latest run of a group ended.
+// When the latest run of a group finished.
 function showLatest(group) {
   const moments = listed()
     .filter((run) => groupOf(run.data.state) === group.dataset.group)
@@ -236,7 +236,7 @@ function placeGroup(group, found, state) {
   const { group: name } = group.dataset;
   const list = group.querySelector(".lines");
   const isStill = isUsed();
-  // A line that may not move now stays where it is.
+  // A line that may not move now stays in its place.
   const groupNow = (line) => (isStill && line.root.isConnected ? line.root.closest(".group").dataset.group : groupOf(line.run.data.state));
   const members = listed().map(lineOf).filter((line) => groupNow(line) === name);
   const shown = new Set(members.filter((line) => found.has(line) && ["all", groupOf(line.run.data.state)].includes(state)));
@@ -257,7 +257,7 @@ function placeGroup(group, found, state) {
   write(byId("unfold"), isUnfolded ? "Show fewer" : `Show ${rest.toLocaleString("en")} more that succeeded`);
 }
 
-// Moves lines by transforms, so that what is moved can be followed by the eye.
+// Moves lines by transforms, so that the eye can follow.
 function slide(change) {
   const all = findAll(".group:not([hidden]) > h2, .line:not([hidden])");
   const before = new Map(all.map((one) => [one, one.getBoundingClientRect().top]));

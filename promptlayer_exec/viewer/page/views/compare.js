@@ -9,7 +9,7 @@ import { addressOf, go, replace } from "../library/router.js";
 import { clock, duration } from "../library/times.js";
 
 const LARGE = 1_000_000;
-const FEW = 8; // equal lines that are shown around differences
+const FEW = 8; // equal lines around differences
 const INPUTS = ""; // stands for the inputs among names of nodes
 const NOTABLE = 0.2; // share by which durations must differ to be marked, and at least 0.2 s
 
@@ -67,7 +67,7 @@ export const compareView = {
   },
 };
 
-// Updates come in bursts; the differences of values are asked for once for each.
+// Updates come in bursts, so it requests the differences of values once for each burst.
 function schedule() {
   pending ??= setTimeout(async () => {
     pending = null;
@@ -151,7 +151,7 @@ function compareNodes(name, left, right) {
   return { name, one, other, marks };
 }
 
-// One line for all nodes that do not differ.
+// One line for all equal nodes.
 function foldOfEqual(rows, left, right) {
   const text = rows.length === 1 ? "1 node is equal" : `${rows.length} nodes are equal`;
   const list = make("ol", { class: "nodes", "aria-label": "Nodes that are equal" });
@@ -192,7 +192,7 @@ function rowOf({ name, one, other, marks }, left, right) {
 
 const tagOf = (mark) => make("span", { class: "tag differs-tag" }, mark);
 
-// The inputs are compared like the value of a node; a node may have their name.
+// Compares the inputs like the value of a node. A node may have their name.
 function inputsRow(left, right) {
   const word = (run) => make("span", { class: "muted side" }, run.data.has_inputs ? "" : "Not known here");
   const tags = hasOtherInputs ? [tagOf("differ")] : [];
@@ -234,7 +234,7 @@ function sideOf(node, run, marks) {
   return side;
 }
 
-// Both values, or errors; lines that differ are marked.
+// Both values, or errors, with marks on the lines that differ.
 function valuesOf(name, one, other, left, right) {
   const place = make("div", { class: "detail pair-values" });
   const fill = async (isAsked) => {

@@ -1,5 +1,5 @@
 // @ts-check
-// The view of what is remembered: every execution that was seen or started here.
+// The view of the history: every execution that somebody watched or started here.
 
 import { call, get } from "../library/api.js";
 import { announce, byId, clone, confirmIn, draw, find, findAll, make, oneLine, part, show, write, writeTime } from "../library/dom.js";
@@ -36,7 +36,7 @@ export const historyView = {
     clearTimeout(typing);
   },
 
-  // What is followed is new, or has ended.
+  // An execution on the board is new, or has finished.
   onExecution(run, before) {
     if (run.data.state === before.state) return;
     const row = find(`.entry[data-id="${CSS.escape(run.id)}"]`);
@@ -161,7 +161,7 @@ function startOf({ key, workflow, label, version, metadata }) {
   return { line: String(key), workflow, label, version: number, metadata };
 }
 
-// What is followed now is known better than what was remembered.
+// The board has newer facts than the history.
 function showState(root, entry) {
   const live = runs.get(entry.execution_id);
   const isLive = live !== undefined && live.data.state !== "waiting";
@@ -221,7 +221,7 @@ byId("forget-all").addEventListener("click", async () => {
   }
 });
 
-// Two of one workflow can be compared, the older on the left.
+// You can compare two of one workflow, the older on the left.
 
 function pick(entry, box) {
   if (box.checked) picked.set(entry.execution_id, entry);
@@ -250,7 +250,7 @@ async function loadTrends() {
   try {
     trends = await get("api/history/trends");
   } catch {
-    return; // the list says why
+    return; // the list shows the reason
   }
   const chosen = byId("history-workflow").value;
   const names = trends.map((trend) => trend.workflow);

@@ -1,5 +1,5 @@
 // @ts-check
-// The view of one execution, at an address of its own: `#/executions/787?node=Plan`.
+// The view of one execution, at its own address: `#/executions/787?node=Plan`.
 
 import { call } from "../library/api.js";
 import { followAgain, remove } from "../parts/actions.js";
@@ -26,7 +26,7 @@ const MARKS = {
 
 const BRIEF = 100; // characters of a reason in the headline: the detail of the node has all of it
 
-let page = null; // of the execution that is shown
+let page = null; // of the current execution
 
 export const runView = {
   element: byId("view-run"),
@@ -53,7 +53,7 @@ export const runView = {
     } else if (board.returning.has(page.id)) {
       return;
     } else if (page.run !== null) {
-      go("#/"); // it was removed
+      go("#/"); // somebody removed it
     } else {
       page.load();
     }
@@ -140,7 +140,7 @@ class RunPage {
     });
   }
 
-  // An execution that is not followed: it is asked for, and then it is.
+  // Asks the viewer to follow an execution that is not on the board.
   showMissing() {
     write(part(this.root, "title"), `Execution ${this.id}`);
     /** @type {Part[]} */
@@ -173,12 +173,12 @@ class RunPage {
     this.graph.load(this.run);
   }
 
-  // The list shows what is selected, or else the node that people come for.
+  // The list shows the selection, or else the node that people come for.
   showAction() {
     this.rows.follow(this.selected ?? this.run.action()?.name ?? null);
   }
 
-  // Takes what the address says.
+  // Selects what the address names.
   read(params) {
     this.params = params;
     part(this.root, "filter").value = params.get("filter") ?? "";
@@ -324,7 +324,7 @@ class RunPage {
     }
   }
 
-  // Selects a node everywhere, for somebody; the page stays where it is.
+  // Selects a node everywhere, for somebody. The page does not scroll.
   choose(name, isByKey = false) {
     this.isChosen = true;
     this.select(name);

@@ -70,14 +70,14 @@ async function choose(workflow, release = "", inputs = null) {
   } catch (error) {
     answer = { definition: null, reason: error.message };
   }
-  if (number !== asked) return; // another one was chosen in the meantime
+  if (number !== asked) return; // somebody chose another one in the meantime
   showDefinition(workflow, answer.definition, answer.reason, inputs, release);
   offerEarlier(workflow);
 }
 
 function showDefinition(workflow, found, reason, inputs = null, release = "") {
   const before = new Map(required().map(([name], index) => [name, fieldAt(index).value]));
-  // What was typed for a workflow that could not be described is nobody else's.
+  // What somebody typed for a workflow without a description is for no other workflow.
   const isOther = definition !== null && workflow !== chosen;
   definition = found;
   chosen = workflow;
@@ -150,7 +150,7 @@ function spread(text, names, isOther = false) {
     root = readJson(text);
   } catch (error) {
     if (!(error instanceof NotJson)) throw error;
-    byId("inputs").value = text; // it cannot be sent as it is, and the form says so then
+    byId("inputs").value = text; // sending it as it is fails, with an error in the form
     return [];
   }
   if (root.kind !== "object") {
@@ -213,7 +213,7 @@ function composed() {
     else if (isString(type) && text !== '""') given.push([name, { kind: "string", value: text }]);
     else given.push([name, jsonOf(text, field, type)]);
   }
-  if (required().length === 0) return more; // the server says what is wrong with it
+  if (required().length === 0) return more; // the response has the reason
   const root = jsonOf(more, "inputs");
   if (root.kind !== "object") throw new Wrong("inputs", "The inputs must be a JSON object.");
   for (const [name, field, type] of missing) {
