@@ -76,6 +76,10 @@ def check_url(database_url: str) -> sa.URL:
 
     if backend != "sqlite":
         raise ConfigurationError(f"database_url must be sqlite or postgresql, got {backend}")
+    if url.host is not None:
+        raise ConfigurationError(
+            f"a SQLite file needs three slashes: sqlite:///{url.host}/{url.database or ''}"
+        )
     if url.database in (None, "", ":memory:"):
         raise ConfigurationError(
             "database_url must name a file: a SQLite database in memory is lost with its process"

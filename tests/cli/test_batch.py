@@ -346,6 +346,7 @@ def test_a_file_that_is_refused_leaves_the_results_alone(run: Run, tmp_path: Pat
         ),
         (("run", "/dev/null"), "/dev/null is not a regular file: save the items to one first"),
         (("run", "good", "--db", "nothing"), "database_url is not a URL"),
+        (("run", "good", "--db", "sqlite://a/b"), "needs three slashes: sqlite:///a/b"),
         (("run", "long"), "item key must be 1 to 1000 bytes of text"),
         (("run", "good", "--rate", "inf"), "rate must be a finite number greater than 0"),
         (("run", "good", "--rate", "0"), "rate must be a finite number greater than 0"),
