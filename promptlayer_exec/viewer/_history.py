@@ -111,10 +111,10 @@ class History:
         return await self._call(self._read_node_names)
 
     async def usual(self, workflow: str) -> dict[str, Any]:
-        """Return how long a workflow and its nodes usually take, and its latest successes.
+        """Return how long a workflow and its nodes usually take, and how its latest runs went.
 
         The times are medians of its latest 40 runs that succeeded. A time that fewer than three
-        runs took is missing.
+        runs took is missing. How many failed is counted in its latest 40 runs.
         """
         return await self._call(self._read_usual, workflow)
 
@@ -296,6 +296,13 @@ class History:
         return {row["workflow"]: set(json.loads(row["times"])) for row in rows}
 
     def _read_usual(self, workflow: str) -> dict[str, Any]:
+        outcomes = self._connect().execute(
+            "SELECT outcome FROM executions WHERE server = ? AND workflow = ?"
+            " AND outcome IN ('succeeded', 'failed') ORDER BY began DESC LIMIT 40",
+            [self._server, workflow],
+        )
+        latest = [row["outcome"] for row in outcomes]
+
         rows = self._connect().execute(
             "SELECT execution_id, began, duration, times FROM executions WHERE server = ?"
             " AND workflow = ? AND outcome = 'succeeded' AND execution_id IS NOT NULL"
@@ -320,6 +327,8 @@ class History:
             "duration": _median(lengths),
             "nodes": {name: length for name, length in usual.items() if length is not None},
             "successes": successes[:2],  # the second is for the page of the first
+            "failed": latest.count("failed"),
+            "total": len(latest),
         }
 
 

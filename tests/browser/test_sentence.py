@@ -108,6 +108,7 @@ async def test_a_failed_run_is_one_sentence(
     failed = await start(sim, viewer, forty(failing=True))
     words = re.compile(
         rf"^Failed just now in call the model: {re.escape(LIMIT)}\."
+        r" 1 of the latest 4 runs failed\."
         r" The last success was 20 minutes ago: Compare · Run again\.$"
     )
     sentence = page.locator(f'.line[data-id="{failed}"] [data-part="sentence"]')

@@ -277,7 +277,7 @@ async def test_a_lost_execution_is_remembered_as_such(
 
 
 async def test_what_is_usual_are_medians_of_at_least_three_successes(history: History) -> None:
-    """Failed runs do not count; the latest two successes are named."""
+    """Failed runs are only counted; the latest two successes are named."""
     for execution_id, seconds in ((1, 4.0), (2, 8.0)):
         _record(history, execution_id, duration=seconds, times='{"n": [1.0, 3.0]}')
     _record(history, 3, outcome="failed", duration=900.0)
@@ -290,3 +290,4 @@ async def test_what_is_usual_are_medians_of_at_least_three_successes(history: Hi
         {"execution_id": "4", "ended": 1094.0},
         {"execution_id": "2", "ended": 1010.0},
     ]
+    assert (usual["failed"], usual["total"]) == (1, 4)

@@ -106,7 +106,7 @@ const runOf = ({ state, nodes, time = 0, ended = null, problem = null, workflow 
   running: () => nodes.filter((node) => node.status === "RUNNING"),
   failed: () => nodes.filter((node) => node.status === "FAILED"),
 });
-const NOTHING = { duration: null, nodes: {}, successes: [] };
+const NOTHING = { duration: null, nodes: {}, successes: [], failed: 0, total: 0 };
 
 test("the sentence of a running run says whether it is stuck", () => {
   const nodes = [
@@ -146,6 +146,8 @@ test("the sentence of a run that ended says why, and what is next", () => {
   const { pieces } = sentenceOf(failed, { ...NOTHING, successes });
   assert.match(textOf({ pieces }), / The last success was 2 hours ago: Compare · Run again\.$/);
   assert.equal(pieces.find((piece) => piece.kind === "compare").id, "786");
+  const often = textOf(sentenceOf(failed, { ...NOTHING, failed: 2, total: 8 }));
+  assert.equal(often, "Failed 3 minutes ago in fetch: HTTP 503 at x. 2 of the latest 8 runs failed. Run again.");
   const later = textOf(sentenceOf(failed, { ...NOTHING, successes: [{ execution_id: "788", ended: now - 70 }] }));
   assert.match(later, / A later run succeeded 1 minute ago: Compare · Run again\.$/);
   const unknown = runOf({ state: "failed", nodes: [], workflow: null });

@@ -6,6 +6,7 @@ import { ago, counted, duration } from "./times.js";
 
 const QUIET = 10; // seconds without a change from which the sentence has them
 const SLOW = 3; // times the usual time, from which a run may be stuck
+const FEW = 4; // runs, below which it is not told how many of them failed
 const REASON = 220; // characters of a reason, unless a view needs fewer
 
 /** @typedef {{ kind: "text" | "node" | "compare" | "again", text: string, id?: string }} Piece */
@@ -17,7 +18,7 @@ export function sentenceOf(run, usual, longest = REASON) {
   const { state } = run.data;
   if (state === "waiting") return plain("Waiting for the first response from PromptLayer.");
   if (state === "running") return runningSentence(run, usual);
-  if (state === "failed") return plain(...failedPieces(run, longest), ...nextOf(run, usual));
+  if (state === "failed") return plain(...failedPieces(run, longest), ...oftenOf(usual), ...nextOf(run, usual));
   if (state === "lost") return plain(...lostPieces(run));
   return succeededSentence(run, usual, longest);
 }
@@ -27,7 +28,7 @@ export const textOf = ({ pieces }) => pieces.map((piece) => piece.text).join("")
 // For a notification: without what needs a click, and without a moment, because it may be read later.
 export function tellingOf(run) {
   if (run.data.state === "failed") return textOf(plain(...failedPieces(run, REASON, false)));
-  return textOf(sentenceOf(run, { duration: null, nodes: {}, successes: [] }));
+  return textOf(sentenceOf(run, { duration: null, nodes: {}, successes: [], failed: 0, total: 0 }));
 }
 
 /** @type {(text: string) => Piece} */
@@ -81,6 +82,11 @@ function failedPieces(run, longest = REASON, isDated = true) {
   if (node === undefined) return [say(`Failed${when}: no output node succeeded.`)];
   const others = nodes.length === 1 ? "" : ` and ${counted(nodes.length - 1, "other node")}`;
   return [say(`Failed${when} in `), naming(node), say(`${others}: ${reasonOf(node, longest)}`)];
+}
+
+// Whether its runs often fail; of a few, nobody can tell.
+function oftenOf({ failed, total }) {
+  return total < FEW || failed === 0 ? [] : [say(` ${failed} of the latest ${total} runs failed.`)];
 }
 
 // What people do next: they compare it with the last success, and run it again.

@@ -6,7 +6,7 @@ import { get } from "./api.js";
 import { board } from "./model.js";
 
 const PAUSE = 500; // milliseconds in which the viewer records a finished run
-const NONE = { duration: null, nodes: {}, successes: [] };
+const NONE = { duration: null, nodes: {}, successes: [], failed: 0, total: 0 };
 
 const known = new Map(); // by workflow
 const awaited = new Set(); // workflows to request again soon
@@ -17,7 +17,8 @@ export function whenUsualIsKnown(callback) {
   onLoaded = callback;
 }
 
-// Returns { duration, nodes: { name: seconds }, successes: [{ execution_id, ended }, …] }.
+// Returns { duration, nodes: { name: seconds }, successes: [{ execution_id, ended }, …], failed, total },
+// of which the last two are numbers of the latest runs.
 export function usualOf(run) {
   const { workflow } = run.data;
   if (workflow === null || !board.hasHistory) return NONE;
