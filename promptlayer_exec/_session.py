@@ -852,5 +852,5 @@ class Session:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a Session has an API key and connections, so it cannot be pickled or copied"
+            "cannot pickle or copy a Session, because it has an API key and connections"
         )

@@ -89,7 +89,7 @@ def _tls_reason(error: BaseException) -> str:
 
     name = getattr(cause, "reason", None) or str(cause)
     if name == "WRONG_VERSION_NUMBER":
-        return f"the server does not speak TLS on this port ({name}): check base_url"
+        return f"the server does not use TLS on this port ({name}): check base_url"
     return (
         f"the handshake failed: {name} (for a client certificate or another TLS version, pass"
         " http= with an SSL context)"

@@ -26,7 +26,13 @@ from promptlayer_exec import (
     Workflow,
     WorkflowSummary,
 )
-from promptlayer_exec._integration import ExpiringDict, definition, is_repeated, settings
+from promptlayer_exec._integration import (
+    ExpiringDict,
+    definition,
+    is_repeated,
+    settings,
+    split_advice,
+)
 from promptlayer_exec.mcp import _tool_arguments as read
 from promptlayer_exec.mcp import _tool_results as results
 from promptlayer_exec.mcp._tool_arguments import CallFailed
@@ -278,10 +284,12 @@ class Calls:
         except NotFound as error:
             raise CallFailed(await self._not_found(request)) from error
         except StartUnknown as error:
-            advice = "Do not call this tool again for the same purpose: ask the user."
-            if request.key is not None:
-                advice = "Another call with this idempotency_key starts nothing: ask the user."
-            raise CallFailed(f"{error} {advice}") from error
+            if request.key is None:
+                advice = "Do not call this tool again for the same purpose: ask the user."
+                raise CallFailed(f"{error} {advice}") from error
+            problem, _ = split_advice("StartUnknown", str(error))
+            advice = "Another call with this idempotency_key starts nothing: ask the user."
+            raise CallFailed(f"{problem} {advice}") from error
 
         self.running.add(execution.id, name)
         if not execution.warning:

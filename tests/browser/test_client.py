@@ -213,7 +213,7 @@ async def test_the_page_says_why_it_waits_and_fails(
     results = "/workflow-version-execution-results"
     sim.inject(Fault.status(503, times=None), path=results)
     await page.get_by_role("button").click()
-    await expect(state).to_have_text("PromptLayer failed; trying again.")
+    await expect(state).to_have_text("PromptLayer failed. Trying again.")
     sim.clear_faults()
     await expect(state).to_have_text("50 %", timeout=20_000)
     sim.inject(Fault.status(403), path=results)
@@ -374,7 +374,7 @@ async def test_a_run_is_added_to_a_page_that_has_the_last_place(sim: Simulator, 
     await second.follow(ids, ticket_for(sim, ids))
     await second.until("waiting", 2)
     message = await second.page.evaluate("Object.values(rows)[0].message")
-    assert message == "The server cannot take another connection now; trying again."
+    assert message == "The server cannot take another connection now. Trying again."
     await second.page.close()
     await first.follow(ids, ticket_for(sim, ids))
     await first.until("running", 2)

@@ -313,7 +313,7 @@ def test_a_file_that_is_refused_leaves_the_results_alone(run: Run, tmp_path: Pat
     before = (tmp_path / "out.jsonl").read_bytes()
     other_server = ("--base-url", "http://127.0.0.1:9")
     for inputs, options, why in (
-        ({"n": 1}, other_server, "was started on"),
+        ({"n": 1}, other_server, "started on"),
         ({"n": 2}, (), "belongs to another request"),
     ):
         write(file, item | {"inputs": inputs})
@@ -398,7 +398,7 @@ def test_a_run_with_nothing_to_do_says_so(run: Run, tmp_path: Path) -> None:
     code, out, err = run("run", file)
     assert (code, out) == (2, "")
     what = "the key '1' of batch 'night' belongs to another request, which differs in inputs.n."
-    way = " Nothing was added: use another key, or another batch (--name)"
+    way = " Nothing was added: use another key, or another --name"
     assert what + way in err
 
 
@@ -407,7 +407,7 @@ def test_an_outage_is_reported_once(run: Run, tmp_path: Path) -> None:
     file = write(tmp_path / "night", *({"workflow": "echo", "inputs": {"n": n}} for n in range(10)))
     code, _, err = run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "2")
     assert code == 4
-    assert err.count("trying again for up to 2 s") == 1
+    assert err.count("Trying again for up to 2 s") == 1
     assert err.count("could not check the inputs: workflow 'echo': ") == 1
     assert len(err.splitlines()) == 6
 
@@ -460,11 +460,26 @@ def test_a_batch_of_another_server_is_refused(
         for asked in (running, ["work"], ["recheck"], ["retry", "--failed"], exporting):
             code, out, err = run(*asked)
             assert (code, out) == (2, "")
-            assert f"was started on {sim.base_url}, not on {other.base_url}" in err
-            assert "(--name, --same-server)" in err
+            assert f"started on {sim.base_url}. On {other.base_url}, its ids would" in err
+            assert "choose another --name for a new batch" in err
+            assert err.endswith("under a new address, pass --same-server.\n")
         assert other.requests == []
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_another_key_is_refused_until_you_confirm_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a rotation, `--same-server` continues the batch; the error names this option."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "inputs": {"n": 1}})
+    assert run("run", file, "--workflow", "echo")[0] == 0
+    monkeypatch.setenv("PROMPTLAYER_API_KEY", "pl_rotated")
+    code, _, err = run("work")
+    assert code == 2
+    assert "or choose another --name for a new batch" in err
+    assert err.endswith("belong to the same workspace, pass --same-server.\n")
+    assert run("work", "--same-server")[0] == 0
 
 
 @pytest.mark.parametrize(("options", "suffixes"), [((), 1), (("--no-push",), 0)])
@@ -587,7 +602,7 @@ def test_settings_belong_to_the_batch(run: Run, tmp_path: Path) -> None:
     write(file, {"workflow": "echo", "inputs": {"n": 2}})
     code, _, err = run("run", file, "--max-in-flight", 7, "--rate", 50)
     assert code == 0
-    assert "batch 'night': rate is now 50 for all its workers; it was 100\n" in err
+    assert "batch 'night': rate changed from 100 to 50 for all its workers\n" in err
     write(file, {"workflow": "echo", "inputs": {"n": 3}})
     assert "is now" not in run("run", file)[2]
     (row,) = map(json.loads, run("list", "--json")[1].splitlines())
@@ -697,7 +712,7 @@ def test_a_batch_can_be_deleted(sim: Simulator, start: Start, run: Run, tmp_path
         assert process.poll() is None
     code, _, err = run("delete", "--yes")
     assert code == 2
-    assert err == "a worker works on batch 'night': stop it first; nothing was deleted\n"
+    assert err == "a worker works on batch 'night', so nothing was deleted. Stop it first\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(TIMEOUT) == 130
     code, _, err = run("delete")
@@ -709,6 +724,7 @@ def test_a_batch_can_be_deleted(sim: Simulator, start: Start, run: Run, tmp_path
         code, out, err = run(command, "--json")
         assert (code, out) == (0, "")
         assert err.startswith("there is no batch in sqlite:////")
+        assert err.endswith(". Check --db or PROMPTLAYER_EXEC_DB\n")
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ class TestWatch:
         code, out, err = call("watch", execution_id)
         assert code == 0
         assert "succeeded" in out
-        assert re.fullmatch(r"execution \d+: the server returned 503 .*; trying again .*\n", err)
+        assert re.fullmatch(r"execution \d+: the server returned 503 .*\. Trying again .*\n", err)
 
     def test_an_interrupt_is_exit_code_130(self, sim: Simulator, start: Start) -> None:
         """Ctrl-C prints the command that picks the execution up again, and so does SIGTERM."""
@@ -447,6 +447,7 @@ class TestRun:
             assert code == 4
             assert "with the key 'order-43'" in err
             assert "no run was started" not in err
+            assert "forget" not in err  # no command does this
             assert err.endswith(
                 "This --key starts nothing now. If PromptLayer shows the run, follow it by its id"
                 " with `promptlayer-exec watch ID`; if not, use another --key.\n"
@@ -497,7 +498,7 @@ class TestRun:
     def test_an_interrupt_before_the_start_is_sent(self, start: Start) -> None:
         """The error says that no run was started, and the command ends at once."""
         command = start("run", "x", "--json", "--base-url", UNREACHABLE)
-        assert "trying again" in command.error_line()
+        assert "Trying again" in command.error_line()
         command.process.send_signal(signal.SIGINT)
         code, out, err = command.end()
         assert code == 130
@@ -652,7 +653,7 @@ class TestTerminal:
         screen.read_until("the server returned 503")
         screen.read_until("RUNNING")
         frame = screen.text[screen.text.rindex("0 of 2") :]
-        assert "trying again" not in frame
+        assert "Trying again" not in frame
         sim.inject(Fault.disconnect(execution_id=execution_id))
         screen.read_until("no usable response")
         os.kill(screen.process.pid, signal.SIGINT)
@@ -660,7 +661,7 @@ class TestTerminal:
         assert code == 130
         end = shown(text[text.index("0 of 2", text.rindex("━")) :])
         assert "RUNNING" in end
-        assert "trying again" not in end
+        assert "Trying again" not in end
         assert end.endswith(f"promptlayer-exec watch {execution_id}\n")
 
     def test_a_run(self, sim: Simulator, terminal: Callable[..., Any]) -> None:
@@ -681,7 +682,7 @@ class TestTerminal:
         assert f"warning: no letter\nexecution {execution_id} started\n" in shown(text)
         assert "\x1b[32m━" in text  # the bar of a run that succeeded is green
         end = shown(text[text.rindex("Status") :])
-        assert "trying again" not in end
+        assert "Trying again" not in end
         assert end.endswith(f"  promptlayer-exec results {execution_id}\n")
 
     def test_a_refusal_prints_no_table(self, terminal: Callable[..., Any]) -> None:
@@ -928,9 +929,9 @@ class TestExit:
         """An outage is one line, however many retries there are; the error says what to check."""
         code, out, err = call(*command, "--outage", "0.1", "--base-url", UNREACHABLE)
         assert (code, out) == (4, "")
-        assert re.match(r".*could not reach .* refused; trying again for up to 0.1 s\n", err)
+        assert re.match(r".*could not reach .* refused\. Trying again for up to 0.1 s\n", err)
         assert "Check the network and --base-url.\n" in err
-        assert err.count("trying again") == 1
+        assert err.count("Trying again") == 1
         again = f"follow it with:\n  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n"
         assert err.endswith(again) is (command[0] == "watch")
 

@@ -369,7 +369,7 @@ async def test_runs_without_an_answer_say_why(
         assert (await anext(events)).run == held
         waiting = await anext(events)
         assert (waiting.kind, waiting.run, waiting.id) == ("waiting", stalled, None)
-        assert waiting.data["message"] == "PromptLayer failed; trying again."
+        assert waiting.data["message"] == "PromptLayer failed. Trying again."
         sim.clear_faults()
         snapshot = await anext(events)
         assert (snapshot.kind, snapshot.run) == ("snapshot", stalled)

@@ -102,7 +102,7 @@ def check_ids(scene: Any, sim: Simulator, err: str) -> None:
     stored = scene.recorded_ids()
     for run in sim.runs:
         key, execution_id = run.inputs["key"], run.execution_id
-        line = f"execution {execution_id} was started for item {key!r} of batch 'nightly'"
+        line = f"execution {execution_id} started for item {key!r} of batch 'nightly'"
         assert stored.get(key) == execution_id or line in err, key
 
 

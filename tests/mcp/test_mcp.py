@@ -458,6 +458,7 @@ async def test_another_call_under_a_key_starts_nothing(
         for _ in range(2):
             error = await refused(client, "start_workflow", **{**asked, "idempotency_key": "b"})
             assert "Another call with this idempotency_key starts nothing: ask the user." in error
+            assert "forget" not in error  # no tool does this
     assert len(workspace.runs) == 2
 
 
