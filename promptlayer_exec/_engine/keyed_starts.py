@@ -59,7 +59,7 @@ class _RecordPolicy:
 
 _RECORD = _RecordPolicy()
 _OTHER_CALL = "another call is starting the run for key {key}, and got no response"
-_SILENT_STORE = "the store of starts did not respond for key {key}"
+_SILENT_STORE = "the store did not respond for key {key}"
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -303,7 +303,7 @@ class _ClaimedStart:
             return
         await asyncio.wait([self._writing], timeout=patience)
         if not self._writing.done():
-            late = ConfigurationError("the record of starts is unavailable")
+            late = ConfigurationError("the store is unavailable")
             raise _nothing_started(late)
 
     async def _persist(

@@ -129,8 +129,8 @@ def hint_lines(status: BatchStatus, flags: str) -> list[str]:
     if status.finished < status.total and not status.workers:
         left = item_count(status.total - status.finished)
         problem = f"{left} not finished, and nobody is working on them"
-        go_on = "repeat its `batch run`, or continue without a results file with"
-        lines.append(hint(f"{problem}; {go_on}:", f"{PROGRAM} batch work{flags}"))
+        go_on = "Repeat its `batch run`, or continue without a results file with"
+        lines.append(hint(f"{problem}. {go_on}:", f"{PROGRAM} batch work{flags}"))
 
     if status.failed:
         lines += [

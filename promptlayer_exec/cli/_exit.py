@@ -270,9 +270,9 @@ def _report(error: Exception, subject: Subject) -> ExitCode:
 
 def _how_it_is(execution_id: int, subject: Subject) -> str:
     if subject.snapshot is None:
-        return f"execution {execution_id} is not affected; follow it with:"
+        return f"execution {execution_id} is not affected. Follow it with:"
     seen = running_line(subject.snapshot)
-    return f"execution {execution_id} continues on PromptLayer, {seen}; follow it with:"
+    return f"execution {execution_id} continues on PromptLayer, {seen}. Follow it with:"
 
 
 def _watch_again(execution_id: int, subject: Subject) -> str:
@@ -320,5 +320,5 @@ def listening(host: str, port: int) -> Iterator[None]:
     except OSError as error:
         # socket.create_server repeats the address after the reason.
         reason = str(error.strerror or error).partition(" (while")[0]
-        advice = "; --port 0 takes a free port" if port else ""
+        advice = ". --port 0 picks a free port" if port else ""
         raise Misuse(f"cannot listen on {host}, port {port}: {reason}{advice}") from None

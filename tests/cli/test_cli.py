@@ -182,7 +182,7 @@ class TestWatch:
         code, out, err = start("watch", execution_id, "--json", "--timeout", "0.3").end()
         assert code == 3
         assert f"execution {execution_id}: still running after 0.3 s" in err
-        where = "last seen running in think (0 of 2 nodes done); follow it with"
+        where = "last seen running in think (0 of 2 nodes done). Follow it with"
         assert err.endswith(f", {where}:\n  promptlayer-exec watch {execution_id}\n")
         error = json.loads(out.splitlines()[-1])["error"]
         assert (error["type"], error["execution_id"]) == ("ExecutionTimeout", str(execution_id))
@@ -195,7 +195,7 @@ class TestWatch:
         code, out, err = wrong_key
         assert (code, out) == (4, "")
         assert "Invalid or missing API key" in err
-        assert "follow it with" not in err
+        assert "Follow it with" not in err
         code, out, err = unknown_id
         assert (code, out) == (4, "")
         assert f"execution {2**63 - 1}: " in err
@@ -232,7 +232,7 @@ class TestWatch:
         assert code == 130
         assert err == (
             f"interrupted\nexecution {execution_id} continues on PromptLayer, last seen running in"
-            " think (0 of 2 nodes done); follow it with:\n"
+            " think (0 of 2 nodes done). Follow it with:\n"
             f"  promptlayer-exec watch {execution_id}\n"
         )
         code, out, _ = commands[1].end()
@@ -274,7 +274,7 @@ class TestWatch:
         for (code, out, err), message in cases.items():
             assert (code, out) == (2, "")
             assert message in err
-            assert "follow it with" not in err
+            assert "Follow it with" not in err
 
 
 class TestRun:
@@ -365,7 +365,7 @@ class TestRun:
         assert code == 4
         assert "may have started" in err
         assert "no run was started" not in err
-        assert "follow it with" not in err
+        assert "Follow it with" not in err
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("StartUnknown", None)
         assert len(sim.runs) == before + 1
@@ -382,7 +382,7 @@ class TestRun:
         code, _, err = never.end()
         assert code == 3
         assert "could not send the start request within 0.5 s, so no run was started" in err
-        assert "follow it with" not in err
+        assert "Follow it with" not in err
 
     def test_usage_errors_are_exit_code_2(self, sim: Simulator, call: Call) -> None:
         """Arguments that cannot be sent are reported, and nothing is sent."""
@@ -421,7 +421,7 @@ class TestRun:
         execution_id = sim.runs[-1].execution_id
         assert (first.code, again.code) == (0, 0)
         assert first.err.startswith(f"execution {execution_id} started\n")
-        known = f"execution {execution_id} was started by an earlier command with this key\n"
+        known = f"an earlier command with this key started execution {execution_id}\n"
         assert again.err.startswith(known)
         assert again.out.splitlines()[-1].startswith(f"execution {execution_id} succeeded")
 
@@ -450,7 +450,7 @@ class TestRun:
             assert "forget" not in err  # no command does this
             assert err.endswith(
                 "This --key starts nothing now. If PromptLayer shows the run, follow it by its id"
-                " with `promptlayer-exec watch ID`; if not, use another --key.\n"
+                " with `promptlayer-exec watch ID`. If not, use another --key.\n"
             )
         assert len(sim.runs) == before + 1
 
@@ -490,7 +490,7 @@ class TestRun:
             "interrupted",
             (
                 f"execution {execution_id} continues on PromptLayer, last seen running in think"
-                " (0 of 2 nodes done); follow it with:"
+                " (0 of 2 nodes done). Follow it with:"
             ),
             f"  promptlayer-exec watch {execution_id} --base-url {sim.base_url}",
         ]
@@ -528,13 +528,13 @@ class TestRun:
             command = start("run", "held", PROMPTLAYER_BASE_URL=sim.base_url)
             assert gate.reached.wait(TIMEOUT)
             command.process.send_signal(signals[0])
-            assert "the run may have started; waiting for its id" in command.error_line()
+            assert "the run may have started: waiting for its id" in command.error_line()
             for other in signals[1:]:
                 command.process.send_signal(other)
             gate.opened.set()
             command.process.wait(TIMEOUT)
             execution_id = sim.runs[0].execution_id
-        pick_up = "is not affected; follow it with:\n  promptlayer-exec watch"
+        pick_up = "is not affected. Follow it with:\n  promptlayer-exec watch"
         message = f"{word}\nexecution {execution_id} {pick_up} {execution_id}\n"
         assert command.end() == (code, "", message)
 
@@ -558,7 +558,7 @@ class TestRun:
             code, _, err = command.end()
             execution_id = sim.runs[0].execution_id
         assert code == 143
-        assert err.endswith(f"follow it with:\n  promptlayer-exec watch {execution_id}\n")
+        assert err.endswith(f"Follow it with:\n  promptlayer-exec watch {execution_id}\n")
 
     @pytest.mark.parametrize(
         ("faults", "message"),
@@ -759,7 +759,7 @@ class TestResults:
         plain, nodes = start("results", execution_id), start("results", execution_id, "--all")
         code, out, err = plain.end()
         assert (code, out) == (3, "")
-        assert "is still running, 0 of 2 nodes done; follow it with:" in err
+        assert "is still running, 0 of 2 nodes done. Follow it with:" in err
         assert f"promptlayer-exec watch {execution_id}\n" in err
         code, out, err = nodes.end()
         assert code == 3
@@ -821,7 +821,7 @@ class TestSimulate:
         code, out, err = call("simulate", "--port", port)
         assert (code, out) == (2, "")
         assert err.startswith(f"cannot listen on 127.0.0.1, port {port}: ")
-        assert err.endswith("; --port 0 takes a free port\n")
+        assert err.endswith(". --port 0 picks a free port\n")
         assert err.count("\n") == 1
 
 
@@ -906,7 +906,7 @@ class TestProgram:
             assert max(map(len, out.splitlines())) <= 80
         code, _, err = call("help", "batch", "ruin")
         assert code == 2
-        assert f"no command or topic 'ruin'; the topics are {', '.join(topics)}" in err
+        assert f"no command or topic 'ruin'. The topics are {', '.join(topics)}" in err
 
     def test_help_shows_the_json_that_is_written(self, sim: Simulator, call: Call) -> None:
         """The example in `help json` has the fields of a line of `watch --json`."""
@@ -932,7 +932,7 @@ class TestExit:
         assert re.match(r".*could not reach .* refused\. Trying again for up to 0.1 s\n", err)
         assert "Check the network and --base-url.\n" in err
         assert err.count("Trying again") == 1
-        again = f"follow it with:\n  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n"
+        again = f"Follow it with:\n  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n"
         assert err.endswith(again) is (command[0] == "watch")
 
     def test_a_full_disk_is_exit_code_74(self, sim: Simulator, start: Start) -> None:

@@ -612,7 +612,9 @@ async def test_a_file_that_cannot_be_opened_is_not_waited_for(
 ) -> None:
     """Its name may be mistyped: its directory does not exist, or it is one itself."""
     batch = batch_of(database_url=f"sqlite:///{tmp_path / path}")
-    with pytest.raises(ConfigurationError, match="unable to open database file; it must be a file"):
+    with pytest.raises(
+        ConfigurationError, match=r"unable to open database file\. It must be a file"
+    ):
         await asyncio.wait_for(batch.status(), 10)
 
 

@@ -61,8 +61,8 @@ function runningSentence(run, usual) {
   const length = time - node.running;
   const normal = usual.nodes[node.name] ?? null;
   let rest = node.running === null ? "" : ` for ${duration(length, true)}`;
-  if (normal !== null) rest += `; usually ${duration(normal, true)}`;
-  else if (usual.duration !== null) rest += `; the whole run usually takes ${duration(usual.duration, true)}`;
+  if (normal !== null) rest += ` (usually ${duration(normal, true)})`;
+  else if (usual.duration !== null) rest += `. The whole run usually takes ${duration(usual.duration, true)}`;
   const isSlow = isLate || (normal !== null && length > SLOW * normal);
   const next = isSlow ? lastSuccess(run, usual) : [];
   return { pieces: [say(`${verb} in `), naming(node), say(`${others}${rest}.${change}`), ...next], isSlow };
@@ -108,7 +108,7 @@ function succeededSentence(run, usual, longest) {
   const length = run.length();
   let text = `Succeeded${when}`;
   if (length !== null) text += ` after ${duration(length, true)}`;
-  if (usual.duration !== null && length !== null) text += `; usually ${duration(usual.duration, true)}`;
+  if (usual.duration !== null && length !== null) text += ` (usually ${duration(usual.duration, true)})`;
   const isSlow = length !== null && usual.duration !== null && length > SLOW * usual.duration;
   const [node] = run.failed();
   if (node === undefined) return { pieces: [say(`${text}.`)], isSlow };
