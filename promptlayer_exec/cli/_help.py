@@ -88,7 +88,7 @@ first showed the node in that state. In the last line, "complete" is true, and
 
 If the command fails before that, its last line is
   {"error": {"type": ..., "message": ..., "execution_id": "787"}}
-with an "execution_id" of null if no run was started.
+with an "execution_id" of null if no run started.
 """,
 }
 

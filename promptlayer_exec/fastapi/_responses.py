@@ -130,7 +130,7 @@ def describe(error: Exception) -> tuple[int, str, str]:
     if known is Exception:
         return status, "InternalServerError", title
     if isinstance(error, ExecutionTimeout) and error.execution_id is None:
-        title = "No run was started in time. Try again."
+        title = "The run did not start in time. Try again."
     return status, known.__name__, title
 
 
