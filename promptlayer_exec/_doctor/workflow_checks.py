@@ -102,7 +102,7 @@ async def check_definition(examination: Examination) -> Finding:
             "Check --workflow. `promptlayer-exec workflows` lists the names.",
         )
     if exchange.status != 200:
-        return failed(f"could not be read: {exchange.status_name}", _UNCHECKED)
+        return failed(f"could not read it: {exchange.status_name}", _UNCHECKED)
 
     try:
         workflow = read_workflow(exchange.response)

@@ -372,7 +372,7 @@ class Calls:
         except ExecutionFailed as error:
             return results.execution_fields(snapshot, results.failure_text(execution_id, error))
         except (ExecutionTimeout, RequestError) as error:
-            message = f"Execution {execution_id} succeeded, but its output could not be read:"
+            message = f"Execution {execution_id} succeeded. Could not read its output:"
             message += f" {clip(str(error), 1_000)} Call get_execution for it."
             return results.execution_fields(snapshot, message)
 

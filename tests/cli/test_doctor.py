@@ -487,7 +487,7 @@ class TestDefinitions:
         for path in ("/1", "/2"):
             sim.inject(Fault.status(404, times=None), path=path)
         report = examine()
-        found = "failed: could not be read: 404 Not Found"
+        found = "failed: could not read it: 404 Not Found"
         assert report.deviations == {"definition": found}
         assert report.checks["subscription"]["verdict"] == "ok"
 

@@ -793,7 +793,7 @@ async def test_an_output_that_cannot_be_read_is_no_failure(
         sim.inject(Fault.status(403))
         result = await reading
         assert (result["succeeded"], "output" in result) == (True, False)
-        assert "its output could not be read" in result["message"]
+        assert "Could not read its output" in result["message"]
         assert (await call(client, "get_execution", execution_id=execution_id))["output"] == 1
 
 

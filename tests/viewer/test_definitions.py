@@ -154,7 +154,7 @@ async def test_a_workflow_that_does_not_come_is_given_up(
     _, answer = await viewer.send("GET", "definition?workflow=report")
     assert answer["reason"] == "PromptLayer did not respond in time."
     _, answer = await viewer.send("GET", "workflows")
-    assert "was not sent within" in answer["reason"]
+    assert "did not arrive within" in answer["reason"]
 
 
 def test_a_definition_has_an_edge_for_each_dependency() -> None:
