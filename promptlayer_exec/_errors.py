@@ -25,6 +25,7 @@ class PromptLayerExecError(Exception):
 
     advice: ClassVar[str] = ""  # what to do next, with `{id}` for the execution's id
     _advice_without_id: ClassVar[str | None] = None  # if it differs from `advice`
+    _advice_with_record: ClassVar[str | None] = None  # of a start whose key a store keeps
     _joint: ClassVar[str] = ": "  # between "execution 788" and the message
 
     def __init__(
@@ -67,7 +68,7 @@ class PromptLayerExecError(Exception):
 def split_advice(kind: str, text: str) -> tuple[str, str]:
     """Return the text of an error of class `kind` without its advice, and the advice."""
     cls = globals().get(kind, PromptLayerExecError)
-    for advice in (cls.advice, cls._advice_without_id):
+    for advice in (cls.advice, cls._advice_without_id, cls._advice_with_record):
         first_words = (advice or "").partition("{id}")[0]
         if first_words and first_words in text:
             problem, _, rest = text.rpartition(first_words)
@@ -179,7 +180,7 @@ class InvalidResponse(RequestError):
             body is cut short or not JSON.
     """
 
-    advice = "Check that base_url points to the PromptLayer API; if it does, report this message."
+    advice = "Check that base_url points to the PromptLayer API. If it does, report this message."
 
     def __init__(
         self,
@@ -315,6 +316,11 @@ class StartUnknown(PromptLayerExecError):
     """
 
     advice = "Look for it in PromptLayer before you start it again, or you may pay twice."
+    _advice_with_record = (
+        "Look for it in PromptLayer. If it is not there, await store.forget(key), and start it"
+        " again."
+    )
+    _is_recorded = False  # whether the session's store keeps the key
 
     def __init__(
         self,
@@ -337,6 +343,9 @@ class StartUnknown(PromptLayerExecError):
         if self.callback_token is None:
             return what
         return f"{what}. Session.recover(error) waits for its callback"
+
+    def _next_step(self) -> str:
+        return self._advice_with_record if self._is_recorded else super()._next_step()
 
 
 class ExecutionTimeout(PromptLayerExecError, TimeoutError):

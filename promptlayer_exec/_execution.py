@@ -279,7 +279,7 @@ class Execution:
     def _report_undelivered(self, what: str) -> None:
         """Log the id of a started run whose caller is gone."""
         logger.warning(
-            "execution %d of workflow %.100r%s started, but nobody received its %s;"
+            "execution %d of workflow %.100r%s started, but nobody received its %s."
             " session.execution(%d) picks it up",
             self.id,
             self.workflow,
@@ -295,8 +295,7 @@ class Execution:
     def _require_session(self) -> Session:
         if self._session is None:
             raise RuntimeError(
-                "this handle was unpickled and has no session. Use"
-                f" session.execution({self.id}) instead"
+                f"an unpickled handle has no session. Use session.execution({self.id}) instead"
             )
         return self._session
 

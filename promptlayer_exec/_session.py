@@ -653,7 +653,7 @@ class Session:
     def _check_keys_are_kept(self, key: str | None) -> None:
         if key is not None and self._settings.starts is None:
             raise ConfigurationError(
-                "key= needs a record of starts. Pass"
+                "key= needs a store. Pass"
                 " starts=promptlayer_exec.starts.SQLStartStore() to Session. That needs"
                 f" {install_hint('starts')}"
             )
@@ -865,5 +865,5 @@ class Session:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a Session has an API key and connections, so it cannot be pickled or copied"
+            "cannot pickle or copy a Session, because it has an API key and connections"
         )

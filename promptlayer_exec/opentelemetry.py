@@ -47,8 +47,8 @@ _WATCH_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 18
 _HISTOGRAMS = {
     "poll.duration": ("From sending a poll to the last byte of its response.", _REQUEST_SECONDS),
     "poll.lateness": ("How late a poll was sent, compared with its schedule.", _REQUEST_SECONDS),
-    "watch.duration": ("From the start of a watch to its end.", _WATCH_SECONDS),
-    "start.duration": ("From the call of a start to its response or error.", _REQUEST_SECONDS),
+    "watch.duration": ("How long a watch took.", _WATCH_SECONDS),
+    "start.duration": ("From calling start to its response or error.", _REQUEST_SECONDS),
 }
 
 
@@ -104,7 +104,7 @@ class OpenTelemetryObserver:
             "promptlayer_exec.active_watches", "{watch}", "Watches that are polling."
         )
         self._polls = meter.create_counter("promptlayer_exec.polls", "{poll}", "Successful polls.")
-        text = "Failed attempts that are retried."
+        text = "Failed attempts that the session retries."
         self._retries = meter.create_counter("promptlayer_exec.retries", "{retry}", text)
         text = "Responses with status 429, which throttle a session."
         self._throttles = meter.create_counter("promptlayer_exec.throttles", "{throttle}", text)

@@ -239,8 +239,8 @@ class _StartsTable:
             row = found.get(token)
             if row is not None and row.execution_id not in (None, execution_id):
                 logger.warning(
-                    "execution %d was also started for the key %.100r, which belongs to execution"
-                    " %d; session.execution(%d) picks it up",
+                    "execution %d also started for the key %.100r, which belongs to execution"
+                    " %d. session.execution(%d) picks it up",
                     execution_id,
                     row.key,
                     row.execution_id,

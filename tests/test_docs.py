@@ -442,7 +442,7 @@ def test_the_line_on_observing_silences_the_first_failure(*, silenced: bool) -> 
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     shown = "execution 787: could not reach http://127.0.0.1:9: Connection refused"
-    assert finished.stderr.startswith("" if silenced else f"{shown}; trying again")
+    assert finished.stderr.startswith("" if silenced else f"{shown}. Trying again")
     assert finished.stderr.count("\n") == (not silenced)
     assert shown in text
 

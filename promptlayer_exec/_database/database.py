@@ -232,7 +232,7 @@ class Database:
         """Call a function, and again while the database is unavailable and `keep_trying()`."""
         while True:
             if self.ended.is_set():
-                raise self._unusable(DatabaseLost("the work was ended"))
+                raise self._unusable(DatabaseLost("the work has stopped"))
 
             try:
                 done = work()
@@ -256,14 +256,14 @@ class Database:
         with self._lock:
             if self._away_since is None:
                 self._away_since = time.monotonic()
-                text = "the database %s cannot be used: %.300s; trying again"
+                text = "cannot use the database %s, trying again: %.300s"
                 logger.warning(text, self._shown, reason_of(error))
 
     def _worked(self) -> None:
         with self._lock:
             if self._away_since is not None:
                 self._away_since = None
-                logger.warning("the database %s can be used again", self._shown)
+                logger.warning("the database %s works again", self._shown)
 
     def late(self, seconds: float) -> ConfigurationError:
         """Return the error of a call that has waited for this long."""
@@ -275,11 +275,11 @@ class Database:
         cause = getattr(error, "orig", None) or error
         remedy = ""
         if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_CANTOPEN:
-            remedy = "; it must be a file, or a new one in a directory that you can write to"
+            remedy = ". It must be a file, or a new one in a directory that you can write to"
         elif isinstance(cause, psycopg.errors.UntranslatableCharacter):
-            remedy = "; use one whose encoding is UTF8: `createdb -T template0 -E UTF8 batches`"
+            remedy = ". Use one whose encoding is UTF8: `createdb -T template0 -E UTF8 batches`"
         return ConfigurationError(
-            f"the database {self._shown} cannot be used: {reason_of(error):.300}{remedy}"
+            f"cannot use the database {self._shown}: {reason_of(error):.300}{remedy}"
         )
 
 

@@ -15,7 +15,7 @@ from promptlayer_exec._doctor.report import Finding, skipped
 
 
 async def _no_run(_: Examination) -> Finding:
-    return skipped("no --workflow, so nothing was started or paid for")
+    return skipped("no --workflow, so doctor starts no run, and you pay nothing")
 
 
 _READING = (

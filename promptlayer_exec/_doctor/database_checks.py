@@ -55,9 +55,9 @@ def _judge_new_file(url: sa.URL, place: str) -> Finding | None:
 
     directory = path.absolute().parent
     if directory.is_dir() and os.access(directory, os.W_OK):
-        return ok("SQLite, no file yet: it is created on first use", place=place)
+        return ok("SQLite, no file yet: the first use creates it", place=place)
     return failed(
-        "SQLite, no file yet, and its directory cannot be written",
+        "SQLite, no file yet, and its directory is not writable",
         "Make the directory, or name another file with --db.",
         place=place,
     )
@@ -75,7 +75,7 @@ async def _look_into(url: sa.URL, place: str) -> Finding:
 
     limits = DatabaseLimits(retry_for=_PATIENCE, locked_file=2.0, connections=1, threads=1)
     database = Database(url, limits)
-    advice = "Check --db, and that the database server runs and can be reached from here."
+    advice = "Check --db, and that the database server is running and reachable from here."
     try:
         async with asyncio.timeout(_PATIENCE):
             system, encoding, tables = await database.in_thread(_read, database)
@@ -85,15 +85,15 @@ async def _look_into(url: sa.URL, place: str) -> Finding:
         # The quoted parts are names of users and databases. Hosts come before the last "failed".
         reason = re.sub(r".* failed: | Is the server running.*", "", reason_of(error))
         reason = re.sub(r"([\"']).*?\1", "...", reason)
-        return failed(f"cannot be used: {reason[:200]}", advice, place=place)
+        return failed(f"could not use it: {reason[:200]}", advice, place=place)
     finally:
         database.close()
 
     if encoding != "UTF8":
-        remedy = "`createdb -T template0 -E UTF8` makes one that can be used."
+        remedy = "`createdb -T template0 -E UTF8` makes a usable one."
         return differs("a database with the encoding UTF8", encoding, remedy)
     present = [what for table, what in _TABLES.items() if table in tables]
-    text = "no tables yet: they are created on first use"
+    text = "no tables yet: the first use creates them"
     if present:
         text = f"with the tables of {' and '.join(present)}"
     return ok(f"{system}, {text}", place=place)
@@ -129,7 +129,7 @@ async def check_redis(examination: Examination) -> Finding:
     try:
         client: Any = Redis.from_url(given, retry=Retry(NoBackoff(), 0), **waits)
     except ValueError:
-        return failed("the URL cannot be used", "Write it like redis://host:6379/0.")
+        return failed("not a Redis URL", "Write it like redis://host:6379/0.")
 
     options = client.connection_pool.connection_kwargs
     host, password = options.get("host"), options.get("password")
@@ -149,8 +149,8 @@ async def check_redis(examination: Examination) -> Finding:
             server = await client.info("server")
     except RedisError as error:
         return failed(
-            f"cannot be used: {_redis_reason(error)}",
-            "Check --redis, and that Redis runs and can be reached from here.",
+            f"could not use it: {_redis_reason(error)}",
+            "Check --redis, and that Redis is running and reachable from here.",
             place=place,
         )
     finally:

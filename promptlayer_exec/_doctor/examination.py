@@ -138,7 +138,7 @@ async def _look(check: Check, examination: Examination) -> Finding:
     try:
         return await check.look(examination)
     except NoResponse as error:
-        return failed(f"could not reach the server: {error}", "Try again; check the network.")
+        return failed(f"could not reach the server: {error}", "Check the network, and try again.")
     except asyncio.CancelledError:
         raise
     except Exception as error:  # noqa: BLE001 - the other checks are still of use

@@ -108,8 +108,8 @@ async def check_name(examination: Examination) -> Finding:
             )
     except OSError as error:
         return failed(
-            f"the host's name cannot be resolved: {_reason(error)}",
-            "Check --base-url, the network and its DNS; behind a proxy, set HTTPS_PROXY.",
+            f"cannot resolve the host's name: {_reason(error)}",
+            "Check --base-url, the network and its DNS. Behind a proxy, set HTTPS_PROXY.",
             place=url.host or "",
         )
 
@@ -155,7 +155,7 @@ def _refused_tls(reason: str) -> Finding:
         advice = "Check this machine's clock. If it is right, the server needs a new certificate."
     elif "ismatch" in found:
         advice = "Check --base-url: this certificate belongs to another host."
-    elif "handshake" in found or "speak TLS" in found:
+    elif "handshake" in found or "not use TLS" in found:
         advice = "Check the scheme and the port of --base-url."
     return failed(f"no TLS connection: {found}", advice)
 
@@ -201,8 +201,8 @@ async def check_response(examination: Examination) -> Finding:
     ]
     latency = min(exchange.duration for exchange in later)
     return ok(
-        f"{first.status_name} to a request without the key; {brief(first.duration)} with a"
-        f" new connection, {brief(latency)} with an open one"
+        f"{first.status_name} to a request without the key, after {brief(first.duration)} with a"
+        f" new connection and {brief(latency)} with an open one"
     )
 
 
@@ -212,7 +212,7 @@ _PROXY_ADVICE = "Check the user and the password in HTTPS_PROXY, and what the pr
 def _advice(found: str) -> str:
     if "proxy refused" in found:
         return _PROXY_ADVICE
-    return "Check the network and --base-url; if you need a proxy, set HTTPS_PROXY."
+    return "Check the network and --base-url. If you need a proxy, set HTTPS_PROXY."
 
 
 def brief(seconds: float) -> str:

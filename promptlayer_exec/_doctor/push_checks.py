@@ -14,7 +14,7 @@ from promptlayer_exec._doctor.workflow_checks import REPORT_IT
 from promptlayer_exec._errors import InvalidResponse, RequestError
 from promptlayer_exec._push.channels import read_token, token_request
 
-_POLLED = "Runs are polled instead; `push=False` or PROMPTLAYER_EXEC_PUSH=0 saves the attempts."
+_POLLED = "Sessions poll instead. `push=False` or PROMPTLAYER_EXEC_PUSH=0 saves the attempts."
 
 
 async def check_token(examination: Examination) -> Finding:  # noqa: PLR0911 - a table
@@ -49,7 +49,7 @@ async def check_websocket(examination: Examination) -> Finding:
         socket = await examination.wire.open_websocket("/connection/websocket")
     except NoResponse as error:
         return failed(
-            f"push unavailable: the WebSocket could not be opened: {error}",
+            f"push unavailable: could not open the WebSocket: {error}",
             f"A proxy or a firewall may block WebSockets. {_POLLED}",
         )
     examination.socket = socket
@@ -65,7 +65,7 @@ async def check_subscription(examination: Examination) -> Finding:
     try:
         await listener.subscribe(examination.socket, examination.token, REQUEST_TIMEOUT)
     except NotSubscribed as error:
-        return failed(f"push unavailable: the subscription was not accepted: {error}", _POLLED)
+        return failed(f"push unavailable: could not subscribe: {error}", _POLLED)
 
     examination.listener = listener
     examination.resources.push_async_callback(listener.aclose)

@@ -53,8 +53,8 @@ async def check_start(examination: Examination) -> Finding:
             await receiver.listen(scope.callback_port)
         except OSError as error:
             return failed(
-                f"cannot listen on port {scope.callback_port}: {error.strerror}; no run was"
-                " started",
+                f"cannot listen on port {scope.callback_port}: {error.strerror}, so no"
+                " run was started",
                 "Choose another --callback-port.",
             )
 
@@ -98,8 +98,8 @@ def _judge_failed_start(error: Exception, exchange: Exchange | None) -> Finding:
     match error:
         case InvalidInputs():
             return failed(
-                f"missing: {counted(len(error.missing), 'required input')}; no run was started",
-                "Give them with -i; `promptlayer-exec workflow` lists them.",
+                f"missing: {counted(len(error.missing), 'required input')}, so no run was started",
+                "Give them with -i. `promptlayer-exec workflow` lists them.",
             )
 
         # The only case in which a run may exist, so trying again could cost twice.
@@ -108,21 +108,23 @@ def _judge_failed_start(error: Exception, exchange: Exchange | None) -> Finding:
             if exchange is not None:
                 what = f"{exchange.status_name} without a usable {_ID_FIELD}"
             return failed(
-                f"{what}; the run may have started",
+                f"{what}, but the run may have started",
                 f"Check in PromptLayer whether it is running. {REPORT_IT}",
             )
 
         case StatusError():
             return failed(
-                f"PromptLayer refused the start: {status_name(error.status)}",
-                "Check --workflow, its inputs, and what the key is allowed to do.",
+                f"PromptLayer refused to start a run: {status_name(error.status)}",
+                "Check --workflow, its inputs, and what the key may do.",
             )
         case ConnectionFailed():
-            return failed("the server became unreachable; no run was started", "Try again.")
+            return failed("the server became unreachable, so no run was started", "Try again.")
         case ConfigurationError():
-            return failed("a setting is malformed; no run was started", "Check --callback-url.")
+            return failed("a setting is malformed, so no run was started", "Check --callback-url.")
 
-    return failed(f"{type(error).__name__}; no run was started", "Check --workflow and the inputs.")
+    return failed(
+        f"{type(error).__name__}, so no run was started", "Check --workflow and the inputs."
+    )
 
 
 def _judge_start(exchange: Exchange, *, has_callback: bool) -> Finding:
@@ -210,15 +212,15 @@ def judge_first_polls(run: ObservedRun) -> Finding:
 
     if run.polls[: len(missing)] != missing:
         return differs(
-            "404 only right after the start",
+            "404 only right after the run started",
             "404 after the run had been found",
             f"Sessions raise `NotFound` then. {REPORT_IT}",
         )
     seconds = missing[-1].sent_at - run.started_at
-    found = f"404 for {seconds:.1f} s after the start"
+    found = f"404 for {seconds:.1f} s after the run started"
     if seconds >= run.policy.grace:
         return differs(
-            f"404 for less than {run.policy.grace:g} s after the start",
+            f"404 for less than {run.policy.grace:g} s after the run started",
             found,
             f"Set RetryPolicy(not_found_grace=...) to more. {REPORT_IT}",
         )
@@ -237,7 +239,7 @@ async def check_node_map(examination: Examination) -> Finding:
             return differs(
                 "a map of nodes",
                 f"{_kind(poll.body)} with {poll.status_name}",
-                f"A session ends the watch with `InvalidResponse`. {REPORT_IT}",
+                f"A session stops watching with `InvalidResponse`. {REPORT_IT}",
             )
 
         missing = sorted({it for it in _NODE_FIELDS for node in nodes.values() if it not in node})
@@ -278,7 +280,9 @@ async def check_statuses(examination: Examination) -> Finding:
         )
 
     last = Counter(node["status"] for node in run.last_nodes().values())
-    return ok(", ".join(f"{count} {status}" for status, count in last.items()) + " at the end")
+    return ok(
+        ", ".join(f"{count} {status}" for status, count in last.items()) + " in the last poll"
+    )
 
 
 async def check_running_output(examination: Examination) -> Finding:
@@ -334,7 +338,7 @@ def judge_output(body: Any, nodes: dict[str, Any]) -> Finding:
     return differs(
         "the value of an output node that succeeded",
         "the node map in its place" if is_map else f"another value, {_kind_of(body)}",
-        f"`output()` reads the node map; `get_results` returns this body as it is. {REPORT_IT}",
+        f"`output()` reads the node map. `get_results` returns this body as it is. {REPORT_IT}",
     )
 
 
@@ -378,7 +382,7 @@ def _judge_message(run: ObservedRun, message: Message, *, is_on_both: bool) -> F
 
     if any(poll.status == 202 and poll.sent_at > message.at for poll in run.polls):
         return differs(
-            "200 to a poll once the completion was pushed",
+            "200 to each poll after the message",
             "202 after the message",
             f"Sessions then poll this run without push. {REPORT_IT}",
         )
@@ -401,8 +405,8 @@ async def check_callback(examination: Examination) -> Finding:  # noqa: PLR0911 
         return skipped("no --callback-url")
     if examination.receiver is None:
         return ok(
-            f"PromptLayer accepted the URL ({run.start.status_name}). Whether the callback arrives"
-            " cannot be seen from here: look at your server's log, or use --callback-port"
+            f"PromptLayer accepted the URL ({run.start.status_name}). doctor cannot see whether the"
+            " callback arrives: look at your server's log, or use --callback-port"
         )
     if run.completed_at is None:
         return skipped("no poll saw the run complete")

@@ -57,7 +57,7 @@ async def check_key(examination: Examination) -> Finding:  # noqa: PLR0911 - a t
         case 403:
             return failed(
                 f"PromptLayer refused to list workflows: {listed.status_name}",
-                "Check what the key is allowed to do in its workspace.",
+                "Check what the key may do in its workspace.",
             )
         case 429:
             return failed(f"the server responded {listed.status_name}", "Try again in a minute.")
@@ -99,10 +99,10 @@ async def check_definition(examination: Examination) -> Finding:
     if exchange.status == 404 and examination.scope.workflow is not None:
         return failed(
             f"there is no workflow of this name: {exchange.status_name}",
-            "Check --workflow; `promptlayer-exec workflows` lists the names.",
+            "Check --workflow. `promptlayer-exec workflows` lists the names.",
         )
     if exchange.status != 200:
-        return failed(f"could not be read: {exchange.status_name}", _UNCHECKED)
+        return failed(f"could not read it: {exchange.status_name}", _UNCHECKED)
 
     try:
         workflow = read_workflow(exchange.response)
@@ -126,7 +126,7 @@ def _judge_definition(exchange: Exchange, workflow: Workflow) -> Finding:
         return differs(
             "the inputs in required_input_variables",
             f"no inputs: the field is {state}",
-            "If the workflow has inputs, a missing one is noticed only in the run.",
+            "If the workflow has inputs, you notice a missing one only in the run.",
         )
     if not workflow.nodes:
         return differs("nodes", "none", f"There is no graph to show. {REPORT_IT}")

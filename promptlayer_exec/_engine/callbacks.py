@@ -39,13 +39,13 @@ def recoverable_token(error: StartUnknown, callbacks: Callbacks | None) -> str:
     token = error.callback_token
     if token is None:
         raise ValueError(
-            "this start cannot be recovered, because it did not have its own callback URL. Pass"
-            " callbacks= to Session, and no callback_url= to the start"
+            "cannot recover this run, because its start request did not have its own callback URL."
+            " Pass callbacks= to Session, and no callback_url= to start()"
         )
     if callbacks is not None and not callbacks.is_genuine(token):
         raise ValueError(
-            "this start was sent with a different secret. Recover it in a session whose callbacks="
-            " has that secret"
+            "this start request has a different secret. Recover its run in a session whose"
+            " callbacks= has that secret"
         )
     return token
 
@@ -147,7 +147,7 @@ class CallbackLog:
         execution_id, start = self.execution_id(token), self._lost.get(token)
         if execution_id is not None and start is not None:
             logger.warning(
-                "execution %d of workflow %.100r did start, although the response was lost;"
+                "execution %d of workflow %.100r did start, although the response was lost."
                 " session.execution(%d) picks it up",
                 execution_id,
                 start.request.workflow,

@@ -337,9 +337,9 @@ class Client:
             since = f", and no callback came within {deadline.timeout or 0.0:g} s"
             if self._settings.callbacks is None:
                 since += " (this session has no callbacks=)"
-            raise start_unknown(
-                error.workflow, error.reason, token, since, key=error.key
-            ) from error
+            unknown = start_unknown(error.workflow, error.reason, token, since, key=error.key)
+            unknown._is_recorded = error._is_recorded
+            raise unknown from error
 
         self._recent_starts.add(execution_id, error.workflow, now=clock())
         return execution_id

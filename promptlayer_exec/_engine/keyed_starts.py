@@ -59,7 +59,7 @@ class _RecordPolicy:
 
 _RECORD = _RecordPolicy()
 _OTHER_CALL = "another call is starting the run for key {key}, and got no response"
-_SILENT_STORE = "the store of starts did not respond for key {key}"
+_SILENT_STORE = "the store did not respond for key {key}"
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -219,13 +219,15 @@ class KeyedStarts:
             )
 
         if stored.state == "unknown" and not stored.replaceable:
-            raise start_unknown(
+            error = start_unknown(
                 stored.workflow,
-                "an earlier call got no response, or was killed before it could record one, so this"
-                " call sent nothing",
+                "an earlier call got no response, or its process died before it could record one,"
+                " so this call sent nothing",
                 stored.token if self._is_recoverable(stored.token) else None,
                 key=claim.key,
             )
+            error._is_recorded = True
+            raise error
 
     async def _send_one(
         self, claim: StartClaim, send: Callable[[SendHooks, str], Awaitable[T]]
@@ -287,6 +289,7 @@ class _ClaimedStart:
             execution_id = outcome.execution_id
             await self._persist(lambda: self._record(execution_id), execution_id)
         elif isinstance(outcome, StartUnknown):
+            outcome._is_recorded = True
             await self._persist(lambda: self._record(None))
         elif self._may_be_claimed:
             # If the claim failed, the caller has already waited for the store long enough.
@@ -300,7 +303,7 @@ class _ClaimedStart:
             return
         await asyncio.wait([self._writing], timeout=patience)
         if not self._writing.done():
-            late = ConfigurationError("the record of starts is unavailable")
+            late = ConfigurationError("the store is unavailable")
             raise _nothing_started(late)
 
     async def _persist(
@@ -327,7 +330,7 @@ class _ClaimedStart:
         )
         if not recorded and execution_id is not None:
             logger.warning(
-                "execution %d was started for the key %.100r, which now belongs to another run;"
+                "execution %d started for the key %.100r, which now belongs to another run."
                 " session.execution(%d) picks it up",
                 execution_id,
                 claim.key,
@@ -386,7 +389,7 @@ class _Write:
                 error = SessionClosed()
 
             if is_last:
-                text = "key %.100r stays taken until you forget it: its record was not updated: %s"
+                text = "key %.100r stays taken until you forget it: could not update its record: %s"
                 logger.error(text, self._key, error)
                 self._report()
                 return

@@ -109,7 +109,7 @@ class OutageLog:
             if error.execution_id is not None:
                 subject = f"execution {error.execution_id}"
             # Not the whole error, because its text also quotes the body and has advice.
-            logger.warning("%s: %s; trying again%s", subject, printable(str(error.args[0])), limit)
+            logger.warning("%s: %s. Trying again%s", subject, printable(str(error.args[0])), limit)
         self._failing.add(state)
 
     def end(self, state: RetryState, *, answered: bool) -> None:

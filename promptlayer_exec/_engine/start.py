@@ -147,7 +147,7 @@ class Start:
                 it or it was already sent.
         """
         if self.sent:  # a middleware of http= is repeating it
-            raise ConnectionAbortedError("a start must not be sent twice")
+            raise ConnectionAbortedError("cannot send a start request twice")
         if self.cancelled:
             raise ConnectionAbortedError("cancelled before it was sent")
         self.sent = True
@@ -180,7 +180,7 @@ class Start:
                 await asyncio.wait([telling])
 
         if not telling.cancelled() and (error := telling.exception()) is not None:
-            logger.error("could not record how a start ended", exc_info=error)
+            logger.error("could not record the result of a start request", exc_info=error)
 
     def _cancel(self) -> None:
         if not self.sent:
@@ -290,7 +290,7 @@ class Start:
     def _report(self, response: StartResponse, *, abandoned: bool) -> None:
         if abandoned:
             logger.warning(
-                "execution %d of workflow %.100r%s started, but its caller was gone;"
+                "execution %d of workflow %.100r%s started, but its caller was gone."
                 " session.execution(%d) picks it up",
                 response.execution_id,
                 self._request.workflow,
@@ -314,7 +314,7 @@ def log_unknown(error: StartUnknown) -> None:
 def report_unrecorded(execution_id: int, subject: str) -> None:
     """Log and print the id of a run that the database cannot record yet, so it is not lost."""
     text = (
-        f"execution {execution_id} was started for {subject}, but the database could not record"
+        f"execution {execution_id} started for {subject}, but the database could not record"
         " it yet: keep this line"
     )
     logger.error("%s", text)

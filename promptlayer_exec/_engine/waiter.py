@@ -37,7 +37,7 @@ def timed_out(
         what = f"still running after {timeout:g} s ({_progress(seen)})"
 
     if cause is not None and cause.args:
-        what += f"; last failure: {cause.args[0]}"
+        what += f". Last failure: {cause.args[0]}"
     return ExecutionTimeout(what, timeout=timeout, execution_id=execution_id, last_snapshot=seen)
 
 

@@ -89,7 +89,7 @@ def _tls_reason(error: BaseException) -> str:
 
     name = getattr(cause, "reason", None) or str(cause)
     if name == "WRONG_VERSION_NUMBER":
-        return f"the server does not speak TLS on this port ({name}): check base_url"
+        return f"the server does not use TLS on this port ({name}): check base_url"
     return (
         f"the handshake failed: {name} (for a client certificate or another TLS version, pass"
         " http= with an SSL context)"
@@ -101,7 +101,7 @@ def _connect_reason(error: aiohttp.ClientConnectorError) -> str:
     if isinstance(error, aiohttp.ClientConnectorDNSError):  # the host may be a proxy
         return f"cannot resolve the host name {error.host}: {error.os_error.strerror}"
     if error.errno is None:
-        return str(error.os_error) or "the server closed the connection before it was established"
+        return str(error.os_error) or "the server closed the connection before it opened"
     if error.errno > 0:
         return os.strerror(error.errno)
     return str(error.strerror)

@@ -279,8 +279,8 @@ class Transport:
             error = ConnectionFailed(f"{what} {self.base_url}: {reason}", reason=reason)
         else:
             error = InvalidResponse(
-                f"the {response.status} response broke off or could not be decoded after"
-                f" {len(body)} bytes ({reason})",
+                f"could not read the {response.status} response beyond {len(body)} bytes"
+                f" ({reason})",
                 status=response.status,
                 excerpt=redactor.redact(excerpt(body)),
                 reason=reason,

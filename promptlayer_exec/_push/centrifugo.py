@@ -115,7 +115,7 @@ class Subscription:
         try:
             await self._socket.send_str(json.dumps(frame))
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise SubscriptionLost("the connection was closed") from error
+            raise SubscriptionLost("the connection is closed") from error
 
     async def _read(self) -> NoReturn:
         while True:
@@ -147,7 +147,7 @@ class Subscription:
             case {"push": {"channel": self.channel, "pub": {"data": data}}}:
                 self.on_message(data)
             case {"push": {"channel": self.channel, "unsubscribe": {"code": int(code), **more}}}:
-                text = f"the server ended the subscription: {more.get('reason')} ({code})"
+                text = f"the server stopped the subscription: {more.get('reason')} ({code})"
                 if code >= 2500:  # the client may subscribe again
                     raise SubscriptionLost(text)
                 raise SubscriptionRefused(text)
@@ -158,7 +158,7 @@ class Subscription:
         if frame.type is aiohttp.WSMsgType.ERROR:
             raise SubscriptionLost(f"the connection broke: {frame.data}")
         code = self._socket.close_code or 0
-        text = f"the server ended the connection: {frame.extra or 'no reason'} ({code})"
+        text = f"the server closed the connection: {frame.extra or 'no reason'} ({code})"
         if 3500 <= code < 4000 or 4500 <= code < 5000:  # the client must not reconnect
             raise SubscriptionRefused(text)
         raise SubscriptionLost(text)

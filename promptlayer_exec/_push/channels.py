@@ -291,7 +291,7 @@ class Channel:
             except (RequestError, SubscriptionLost) as error:
                 if isinstance(error, RequestError) and not is_transient(error):
                     raise
-                self._last_error = f"; last failure: {_describe(error)}"
+                self._last_error = f", last failure: {_describe(error)}"
 
             # The first poll of a run waits for the first attempt, but not for more.
             if self.is_starting:

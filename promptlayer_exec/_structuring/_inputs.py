@@ -76,7 +76,7 @@ class _Encoder:
                 return value.model_dump(mode="json")
         except Exception as error:
             reason = f"{type(error).__name__}: {error!s:.150}"
-            what = f"{json_kind(value)} could not be converted ({reason})"
+            what = f"could not convert {json_kind(value)} ({reason})"
             raise self._error(TypeError, what) from error
         return unstructured
 

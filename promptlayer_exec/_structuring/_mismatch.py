@@ -37,7 +37,7 @@ def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[s
     if isinstance(error, KeyError) and isinstance(container, dict) and container.get(key) is None:
         return path, "is missing", error
     if isinstance(error, cattrs.ForbiddenExtraKeysError):
-        return path + step(min(error.extra_fields)), "is not expected", error
+        return path + step(min(error.extra_fields)), "unexpected field", error
 
     with suppress(Exception):  # not a pydantic error
         first = error.errors()[0]  # type: ignore[attr-defined]

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _REFRESH_INTERVAL = 0.25
 _NOTE = "No item is lost: run the same command again to continue."
 _STOPPING = (
-    "stopping; waiting for the ids of runs that may have started (Ctrl-C again stops waiting)"
+    "stopping: waiting for the ids of runs that may have started (Ctrl-C again stops waiting)"
 )
 
 batch_app = Program(help="Run a file of items as a durable, resumable batch.")
@@ -241,8 +241,8 @@ async def _work_on(
     status = await batch.status()
     if status.finished == status.total:
         err(
-            f"all items of batch {printable(name)} have already finished, so none is started again;"
-            " to run them as a new batch, give `batch run` another --name"
+            f"all items of batch {printable(name)} have already finished, so nothing runs again."
+            " To run them as a new batch, give `batch run` another --name"
         )
 
     began = time.monotonic()

@@ -64,14 +64,15 @@ def choose(name: str | None, found: list[str]) -> str:
     if name is not None:
         problem = f"there is no batch '{printable(name)}'"
     known = ", ".join(map(printable, found))
-    raise Misuse(f"{problem}; batches in the database: {known}")
+    raise Misuse(f"{problem}. The batches in the database are: {known}")
 
 
 async def names(database: str | None, *, needed: bool = True) -> list[str]:
     """Return the names of the batches in a database. Print a line if there are none."""
     found: list[str] = await dbos().batch_names(database)
     if not found:
-        problem = f"there is no batch in {shown_database(database)}"
+        where = shown_database(database)
+        problem = f"there is no batch in {where}. Check --db or PROMPTLAYER_EXEC_DB"
         if needed:
             raise Misuse(problem)
         err(problem)
@@ -128,8 +129,8 @@ def hint_lines(status: BatchStatus, flags: str) -> list[str]:
     if status.finished < status.total and not status.workers:
         left = item_count(status.total - status.finished)
         problem = f"{left} not finished, and nobody is working on them"
-        go_on = "repeat its `batch run`, or continue without a results file with"
-        lines.append(hint(f"{problem}; {go_on}:", f"{PROGRAM} batch work{flags}"))
+        go_on = "Repeat its `batch run`, or continue without a results file with"
+        lines.append(hint(f"{problem}. {go_on}:", f"{PROGRAM} batch work{flags}"))
 
     if status.failed:
         lines += [

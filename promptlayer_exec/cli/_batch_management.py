@@ -286,7 +286,7 @@ def _report_requeued(batch: str, count: int, act: str, flags: str) -> None:
         err(f"batch {printable(batch)}: there is no item to {act} again")
         return
     text = f"batch {printable(batch)}: a worker will {act} {lookup.item_count(count)} again"
-    err(hint(f"{text}; start one with:", f"{PROGRAM} batch work{flags}"))
+    err(hint(f"{text}. Start one with:", f"{PROGRAM} batch work{flags}"))
 
 
 def delete(
@@ -330,7 +330,7 @@ def delete(
         try:
             is_confirmed = typer.confirm("Delete this batch with all its results?", err=True)
         except typer.Abort:
-            err("\ninterrupted; nothing was deleted")
+            err("\ninterrupted: nothing was deleted")
             raise typer.Exit(ExitCode.INTERRUPTED) from None
         if not is_confirmed:
             err("nothing was deleted")

@@ -35,7 +35,7 @@ Rate = Annotated[
     float | None,
     typer.Option(
         metavar="PER_SECOND",
-        help="Maximum requests per second; one worker sends at most 100.",
+        help="Maximum requests per second. One worker sends at most 100.",
         show_default="as stored, or 100",
         rich_help_panel=_LIMITS,
     ),

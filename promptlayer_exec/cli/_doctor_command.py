@@ -27,7 +27,7 @@ def doctor(
     *,
     workflow: Annotated[
         str | None,
-        typer.Option(metavar="WORKFLOW", help="Also run this workflow once; you pay for the run."),
+        typer.Option(metavar="WORKFLOW", help="Also run this workflow once, which you pay for."),
     ] = None,
     inputs: Annotated[
         list[str],
@@ -133,10 +133,10 @@ def _ask(workflow: str) -> None:
         question = f"This starts one run of {quoted(workflow)}, which you pay for. Continue?"
         is_confirmed = typer.confirm(question, err=True)
     except typer.Abort:
-        err("\ninterrupted; no run was started")
+        err("\ninterrupted: no run was started")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     if not is_confirmed:
-        err("no run was started; without --workflow, doctor starts none")
+        err("no run was started. Without --workflow, doctor starts none")
         raise typer.Exit(ExitCode.FAILED)
 
 

@@ -49,14 +49,17 @@ _ADVICE = {
 _OPTIONS = {
     "base_url": "--base-url",
     "database_url": "--db",
-    "another name": "--name",
-    "another batch": "--name",
-    "same_server": "--same-server",
     "outage": "--outage",
     "wait_timeout": "--timeout",
     "rate": "--rate",
 }
 _NAMED = re.compile(rf"\b({'|'.join(_OPTIONS)})\b")
+# What a message tells programs to pass, and what commands take in its place.
+_IN_COMMANDS = {
+    "same_server=True": "--same-server",
+    "another name": "another --name",
+    "another batch": "another --name",
+}
 
 
 class ExitCode(IntEnum):
@@ -140,6 +143,8 @@ THIS_SUBJECT: ContextVar[Subject] = ContextVar("subject")
 def describe(error: Exception) -> str:
     """Return the text of an error, with advice for the command line and the options concerned."""
     text = describe_stored(type(error).__name__, str(error))
+    for in_programs, in_commands in _IN_COMMANDS.items():
+        text = text.replace(in_programs, in_commands)
     options = sorted({_OPTIONS[name] for name in _NAMED.findall(text)})
     if options:
         text = f"{text.rstrip('.')} ({', '.join(options)})."
@@ -149,6 +154,8 @@ def describe(error: Exception) -> str:
 def describe_stored(kind: str, message: str) -> str:
     """Return the text of an error of that class, with advice for the command line."""
     problem, advice = split_advice(kind, message)
+    if "store.forget(" in advice:  # no command forgets a key; `run` adds its own advice
+        advice = ""
     return printable(f"{problem} {_ADVICE.get(kind, advice)}".rstrip())
 
 
@@ -264,9 +271,9 @@ def _report(error: Exception, subject: Subject) -> ExitCode:
 
 def _how_it_is(execution_id: int, subject: Subject) -> str:
     if subject.snapshot is None:
-        return f"execution {execution_id} is not affected; follow it with:"
+        return f"execution {execution_id} is not affected. Follow it with:"
     seen = running_line(subject.snapshot)
-    return f"execution {execution_id} continues on PromptLayer, {seen}; follow it with:"
+    return f"execution {execution_id} continues on PromptLayer, {seen}. Follow it with:"
 
 
 def _watch_again(execution_id: int, subject: Subject) -> str:
@@ -314,5 +321,5 @@ def listening(host: str, port: int) -> Iterator[None]:
     except OSError as error:
         # socket.create_server repeats the address after the reason.
         reason = str(error.strerror or error).partition(" (while")[0]
-        advice = "; --port 0 takes a free port" if port else ""
+        advice = ". --port 0 picks a free port" if port else ""
         raise Misuse(f"cannot listen on {host}, port {port}: {reason}{advice}") from None

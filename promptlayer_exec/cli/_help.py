@@ -20,9 +20,9 @@ Exit codes:
   1    the run or an item of the batch failed, or doctor found a problem
   2    wrong usage, or no API key
   3    still running when the time was up
-  4    PromptLayer refused a request or could not be reached
+  4    PromptLayer refused a request or was unreachable
   70   a bug in this program
-  74   the output could not be written
+  74   could not write the output
   130  interrupted (Ctrl-C)
   141  the reader of a pipe closed it
   143  terminated (SIGTERM, or a closed terminal)
@@ -31,10 +31,10 @@ Exit codes:
 Environment variables:
   PROMPTLAYER_API_KEY          API key. No option sets it: every user of the
                                machine can read the arguments of a command.
-  PROMPTLAYER_BASE_URL         server, unless you give --base-url; without it,
-                               https://api.promptlayer.com
-  PROMPTLAYER_EXEC_DB          database, unless you give --db; without it, a
-                               SQLite file in your state directory
+  PROMPTLAYER_BASE_URL         server, unless you give --base-url [default:
+                               https://api.promptlayer.com]
+  PROMPTLAYER_EXEC_DB          database, unless you give --db [default: a
+                               SQLite file in your state directory]
   PROMPTLAYER_EXEC_VIEW_TOKEN  token in the URL of `view`, so that the URL
                                survives a restart
   PROMPTLAYER_EXEC_MCP_TOKEN   token that clients of `mcp --http` send
@@ -43,7 +43,7 @@ Environment variables:
   NO_COLOR                     set it to get no colours
 """,
     "inputs": """\
-Inputs of `run`, where FILE can be - for standard input:
+Inputs of `run`. FILE can be - for standard input:
   -i KEY=VALUE  JSON, or text if VALUE is not valid JSON:
                 -i n=3   -i 'rows=[1, 2]'   -i name=Maria
                 Quote text that would be valid JSON: -i 'zip="12345"'
@@ -51,8 +51,8 @@ Inputs of `run`, where FILE can be - for standard input:
                 pass any text: -i letter@letter.txt
   -i @FILE      a JSON object of inputs: -i @inputs.json
 
-A key ends at the first = or @. If you give a key twice, the last one wins:
-`-i @defaults.json -i n=4` changes one input.
+The key is the text before the first = or @. If you give a key twice, the last
+one wins: `-i @defaults.json -i n=4` changes one input.
 """,
     "items": """\
 Items of `batch run`, one on each line:
@@ -84,12 +84,11 @@ that changed something.
 
 Times are seconds since the first poll: "running" and "final" are when a poll
 first showed the node in that state. In the last line, "complete" is true, and
-"succeeded" is true or false. NaN and Infinity are written as Python writes
-them.
+"succeeded" is true or false. NaN and Infinity look as in Python.
 
 If the command fails before that, its last line is
   {"error": {"type": ..., "message": ..., "execution_id": "787"}}
-with an "execution_id" of null if no run was started.
+with an "execution_id" of null if no run started.
 """,
 }
 
@@ -194,6 +193,6 @@ def show_help(
         found = getattr(page.command, "commands", {}).get(word)
         if found is None:
             topics = ", ".join(_TOPICS)
-            raise typer.BadParameter(f"no command or topic {quoted(word)}; the topics are {topics}")
+            raise typer.BadParameter(f"no command or topic {quoted(word)}. The topics are {topics}")
         page = type(page)(found, info_name=word, parent=page)
     out(page.get_help())

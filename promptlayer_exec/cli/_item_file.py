@@ -85,13 +85,13 @@ class ItemFile:
         if not mistakes:
             return
         if len(mistakes) == 1:
-            raise Misuse(f"{self._name}, {mistakes[0]}; nothing was added")
+            raise Misuse(f"{self._name}, {mistakes[0]}. Nothing was added")
 
         shown, hidden = mistakes[:20], mistakes[20:]
         for mistake in shown:
             err(mistake)
         more = f" ({len(hidden)} more mistakes are not shown)" if hidden else ""
-        raise Misuse(f"{self._name} has {len(problems)} invalid lines{more}; nothing was added")
+        raise Misuse(f"{self._name} has {len(problems)} invalid lines{more}. Nothing was added")
 
     async def check_inputs(self, session: Session, batch: Batch, base_url: str | None) -> None:
         """Refuse lines that cannot run, unless the batch has them already."""
@@ -131,7 +131,7 @@ class ItemFile:
                     not_required |= {*names} - {*(found.required_inputs or names)}
             if not_required:
                 listed = shorten(", ".join(map(quoted, sorted(not_required))), 200)
-                err(f"note: {_named(workflow)} does not require {listed}; sent anyway")
+                err(f"note: {_named(workflow)} does not require {listed} (sent anyway)")
 
         return problems
 
@@ -282,7 +282,7 @@ def _not_found(
     if version is not None:
         which = f" with a version {version}"
     command = suggest("workflows", base_url)
-    return f"there is no {_named(workflow)}{which}; `{command}` lists names and labels"
+    return f"there is no {_named(workflow)}{which}. `{command}` lists names and labels"
 
 
 def _named(workflow: str | int) -> str:

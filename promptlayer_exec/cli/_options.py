@@ -123,7 +123,7 @@ Database = Annotated[
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")]
 Port = Annotated[
     int,
-    typer.Option(metavar="PORT", min=0, max=65535, help="Port to listen on; 0 picks a free one."),
+    typer.Option(metavar="PORT", min=0, max=65535, help="Port to listen on, 0 for a free one."),
 ]
 
 
@@ -163,7 +163,7 @@ def _parse_value(key: str, text: str) -> Any:
     except json.JSONDecodeError as error:
         if text.lstrip().startswith(("[", "{", '"')):
             err(
-                f"warning: the value of {quoted(key)} looks like JSON but is not valid ({error});"
+                f"warning: the value of {quoted(key)} looks like JSON but is not valid ({error}):"
                 " sending it as text"
             )
         return text
@@ -202,7 +202,7 @@ def _refuse(message: str, option: str = "--input") -> NoReturn:
 def needs(error: ValueError, workflow: str | int, base_url: str | None) -> str:
     """Return the message that inputs are missing, with the command that lists them."""
     command = suggest(f"workflow {shlex.quote(str(workflow))}", base_url)
-    return f"{error}; see its inputs with `{command}`"
+    return f"{error}. See its inputs with `{command}`"
 
 
 def start_store(database: str | None, needed_by: str) -> StartStore:

@@ -100,7 +100,7 @@ class LineFile:
                     key, finished = str(fields["key"]), str(fields["finished"])
                     result = Result(key, finished, fields["succeeded"])
                 except (ValueError, TypeError, KeyError) as error:
-                    problem = f"line {number} of {name} is not a result; the file is unchanged"
+                    problem = f"line {number} of {name} is not a result. The file is unchanged"
                     raise Misuse(problem) from error
                 if is_whole:
                     self.results.add(result)

@@ -52,12 +52,12 @@ from promptlayer_exec.cli._sentences import (
 )
 from promptlayer_exec.cli._watch_display import Display, choose_display
 
-_MAY_HAVE_STARTED = "the run may have started; waiting for its id (Ctrl-C again stops waiting)"
+_MAY_HAVE_STARTED = "the run may have started: waiting for its id (Ctrl-C again stops waiting)"
 # The messages of these already include whether a run was started.
 _START_ERRORS = (RequestError, StartUnknown, ExecutionTimeout, KeyConflict)
 _UNKNOWN = (
     "This --key starts nothing now. If PromptLayer shows the run, follow it by its id with"
-    " `promptlayer-exec watch ID`; if not, use another --key."
+    " `promptlayer-exec watch ID`. If not, use another --key."
 )
 
 
@@ -68,14 +68,14 @@ def run(
     inputs: Annotated[
         list[str],
         typer.Option(
-            "--input", "-i", metavar="KEY=VALUE", help="Input of the workflow; repeatable."
+            "--input", "-i", metavar="KEY=VALUE", help="Input of the workflow. Repeatable."
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
     label: options.Label = None,
     version: options.Version = None,
     metadata: Annotated[
         list[str],
-        typer.Option(metavar="KEY=TEXT", help="Text to store with the run; repeatable."),
+        typer.Option(metavar="KEY=TEXT", help="Text to store with the run. Repeatable."),
     ] = [],  # noqa: B006 - Typer's way to declare a list
     key: options.StartKey = None,
     database: options.Database = None,
@@ -177,7 +177,7 @@ def _report_start(execution: Execution) -> None:
     if execution.warning:
         err(f"warning: {printable(execution.warning)}")
     if is_repeated(execution):
-        err(f"execution {execution.id} was started by an earlier command with this key")
+        err(f"an earlier command with this key started execution {execution.id}")
     else:
         err(f"execution {execution.id} started")
 
@@ -290,7 +290,7 @@ async def results(
 
         if not snapshot.complete:
             state = f"execution {execution_id} is still running, {final_count(snapshot)} nodes done"
-            err(hint(f"{state}; follow it with:", suggest(f"watch {execution_id}", base_url)))
+            err(hint(f"{state}. Follow it with:", suggest(f"watch {execution_id}", base_url)))
             return ExitCode.TIMED_OUT
 
         if not snapshot.succeeded:

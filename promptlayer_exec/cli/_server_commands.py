@@ -70,7 +70,7 @@ async def view(
     started on the page. With --no-history, the file is neither read nor written.
     """
     if is_demo and (execution_ids or base_url is not None):
-        raise Misuse("--demo cannot be combined with ID or --base-url")
+        raise Misuse("cannot combine --demo with ID or --base-url")
 
     try:
         import platformdirs  # noqa: PLC0415 - an extra
@@ -144,7 +144,7 @@ def _print_url(url: str, *, is_loopback: bool) -> None:
             "warning: other machines can reach this page over plain http: anyone who reads the"
             " traffic gets its token, and with it access to your executions"
         )
-    err("Open this page; keep its URL to yourself (Ctrl-C stops the server):")
+    err("Open this page, and keep its URL to yourself (Ctrl-C stops the server):")
     out(url)
 
 
@@ -173,7 +173,7 @@ def mcp(
         typer.Option(
             "--workflow",
             metavar="NAME",
-            help="Workflow that agents may start; repeatable.",
+            help="Workflow that agents may start. Repeatable.",
             show_default="all",
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
@@ -194,7 +194,7 @@ def mcp(
             metavar="PORT",
             min=0,
             max=65535,
-            help="Port to listen on; 0 picks a free one.",
+            help="Port to listen on, 0 for a free one.",
             rich_help_panel=_HTTP,
         ),
     ] = 8788,
@@ -203,7 +203,7 @@ def mcp(
         typer.Option(
             "--allow-host",
             metavar="NAME",
-            help="Host in the URL that clients use, such as mcp.example.com; repeatable.",
+            help="Host in the URL that clients use, such as mcp.example.com. Repeatable.",
             rich_help_panel=_HTTP,
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
@@ -213,7 +213,7 @@ def mcp(
     outage: Annotated[
         float,
         options.seconds(
-            "How long to retry failing requests; MCP clients wait about a minute.",
+            "How long to retry failing requests. MCP clients wait about a minute.",
             heading=options.CONNECTION,
         ),
     ] = 10,
@@ -261,8 +261,8 @@ def mcp(
             if token is None:
                 if sys.stdin.isatty():
                     err(
-                        "this server is for MCP clients, which start it themselves;"
-                        " press Ctrl-C to stop it"
+                        "this server is for MCP clients, which start it themselves."
+                        " Press Ctrl-C to stop it"
                     )
                 await serve_stdio(session, workflows=workflows)
                 return

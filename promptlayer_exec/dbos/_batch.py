@@ -183,8 +183,8 @@ class Batch:
         replaced = await store.run_in_thread(store.store_settings, self._name, self._settings)
         for name, before in replaced.items():
             logger.warning(
-                "batch %r: %s is now %g for all its workers; it was %g",
-                *(self._name, name, self._settings[name], before),
+                "batch %r: %s changed from %g to %g for all its workers",
+                *(self._name, name, before, self._settings[name]),
             )
 
         settings = await store.run_in_thread(reports.settings, store, self._name)
@@ -356,7 +356,7 @@ class Batch:
         async with self._open() as store:
             if await store.run_in_thread(count_workers, store, self._name):
                 raise RuntimeError(
-                    f"a worker works on batch {self._name!r}: stop it first; nothing was deleted"
+                    f"a worker works on batch {self._name!r}, so nothing was deleted. Stop it first"
                 )
             return await store.run_in_thread(store.delete, self._name)
 

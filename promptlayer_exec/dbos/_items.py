@@ -197,7 +197,7 @@ class Items:
         if item.intent is not None:  # of a worker that may have sent the request
             if item.called_back is not None:  # it has
                 return await self._record(item, item.intent, item.called_back)
-            text = "the worker that sent the start stopped before it recorded the response"
+            text = "the worker that sent the start request stopped before it recorded the response"
             workflow = json.loads(item.request)["workflow"]
             return start_record(error=StartUnknown(text, workflow=workflow, reason=text))
 
@@ -231,8 +231,8 @@ class Items:
             )
             if is_followed:
                 text = (
-                    "execution %d was started for item %.100r while another worker took over the"
-                    " item, which now follows this execution"
+                    "execution %d started for item %.100r while another worker took over the item,"
+                    " which now follows this execution"
                 )
                 logger.warning(text, execution_id, item.key)
                 return None
@@ -293,7 +293,7 @@ class Items:
         """Handle a request that the session could not send within its `wait_timeout`."""
         if not self._has_warned:  # all may have to wait for the rate
             self._has_warned = True
-            text = "could not start item %.100r in time; trying again, as for later ones: %s"
+            text = "could not start item %.100r in time, trying again, as for later ones: %s"
             logger.warning(text, item.key, integration.log_text(error))
 
         # Otherwise the rate is to blame, or the server asked to wait.
@@ -376,7 +376,7 @@ class Items:
 
     def _wait_for(self, key: str, workflow: str, error: PromptLayerExecError) -> None:
         if workflow not in self.waiting:
-            text = "item %.100r has no outcome yet; still following it: %s"
+            text = "item %.100r has no outcome yet, still following it: %s"
             logger.warning(text, key, integration.log_text(error))
         self.waiting[workflow] = error
 

@@ -73,7 +73,7 @@ class Liveness:
                 await self._store.run_in_thread(self._look, {*self._active})
             except ConfigurationError as error:
                 logger.warning(
-                    "could not check whether other workers are alive; trying again: %.300s", error
+                    "could not check whether other workers are alive, trying again: %.300s", error
                 )
             await asyncio.sleep(PULSE.interval)
             await self._store.run_in_thread(self.record_heartbeat)

@@ -104,7 +104,7 @@ class SharedDatabase(Database):
                 is_late = time.monotonic() - began > self.patience
                 if is_late or not self._pause():
                     raise DatabaseLost(reason_of(error)) from error
-        raise DatabaseLost("the work was stopped")
+        raise DatabaseLost("the work has stopped")
 
     def _translate(self, context: sa.ExceptionContext) -> None:
         if self.ended.is_set():  # DBOS would try again forever

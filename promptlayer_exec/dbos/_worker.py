@@ -68,7 +68,7 @@ class Worker:
         """Work on the batch. Before returning, wait for the responses to requests in flight."""
         global _worker  # noqa: PLW0603 - DBOS is one per process, and so is its worker
         if _worker is not None:
-            raise RuntimeError("this process already works on a batch; work on one batch at a time")
+            raise RuntimeError("this process already works on a batch. Work on one batch at a time")
         _worker = self
         patience, self._store.patience = self._store.patience, float("inf")
         watching: asyncio.Task[None] | None = None

@@ -64,14 +64,14 @@ _STATUSES_AND_TITLES: Mapping[type[Exception], tuple[int, str]] = {
     InvalidSignature: (401, "The webhook's signature is not valid."),
     Unauthorized: (502, _REFUSED),
     Forbidden: (502, _REFUSED),
-    NotFound: (404, "There is no such execution or workflow."),
+    NotFound: (404, "The execution or workflow does not exist."),
     UnprocessableEntity: (422, _INVALID),
-    RateLimited: (503, "PromptLayer's rate limit was exceeded. Try again later."),
+    RateLimited: (503, "This server exceeded PromptLayer's rate limit. Try again later."),
     ServerError: (502, "PromptLayer failed. Try again later."),
     StatusError: (502, "PromptLayer refused the request."),
-    ConnectionFailed: (502, "PromptLayer could not be reached. Try again later."),
+    ConnectionFailed: (502, "This server could not reach PromptLayer. Try again later."),
     RequestTimeout: (504, "PromptLayer did not respond in time. Try again later."),
-    InvalidResponse: (502, "PromptLayer's response could not be read."),
+    InvalidResponse: (502, "This server could not read PromptLayer's response."),
     ResponseTooLarge: (502, "PromptLayer's response is larger than this server accepts."),
     StartUnknown: (
         502,
@@ -130,7 +130,7 @@ def describe(error: Exception) -> tuple[int, str, str]:
     if known is Exception:
         return status, "InternalServerError", title
     if isinstance(error, ExecutionTimeout) and error.execution_id is None:
-        title = "No run was started in time. Try again."
+        title = "The run did not start in time. Try again."
     return status, known.__name__, title
 
 
@@ -138,7 +138,7 @@ def describe_and_log(error: Exception) -> tuple[int, str, str]:
     """Do what `describe` does, and log what the client may not see."""
     status, kind, title = describe(error)
     if kind == "InternalServerError":
-        logger.error("error in a route; the client got no details", exc_info=error)
+        logger.error("error in a route (the client got no details)", exc_info=error)
     elif status >= 500:
         logger.warning("%s", log_text(error))
     return status, kind, title
@@ -147,7 +147,7 @@ def describe_and_log(error: Exception) -> tuple[int, str, str]:
 def store_is_away(error: ConfigurationError, advice: str) -> HTTPException:
     """Return a 503 for an unavailable start store, and log why."""
     logger.warning("%s", log_text(error))
-    detail = f"The store of starts is unavailable. {advice}"
+    detail = f"The store of keys is unavailable. {advice}"
     return HTTPException(503, detail, {"Retry-After": "5"})
 
 

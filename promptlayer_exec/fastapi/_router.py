@@ -70,7 +70,7 @@ def _distinct(ids: list[int]) -> list[int]:
 
 _ExecutionIds = Annotated[
     list[Annotated[int, Field(ge=1, le=MAX_ID)]],
-    Query(alias="id", description="Up to 100 ids; repeated ones count once."),
+    Query(alias="id", description="Up to 100 ids. Repeated ones count once."),
     AfterValidator(_distinct),
 ]
 _SAME = {"description": "The client already has this complete response (`If-None-Match`)"}
@@ -82,9 +82,9 @@ _IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
-        description="Identifies this start: 1 to 255 characters, bare or in double quotes. However"
-        " often you repeat the request with it, only one run is started. A server without a store"
-        " of starts ignores it.",
+        description="Identifies the run: 1 to 255 characters, bare or in double quotes. However"
+        " often you repeat the request with it, only one run starts. A server without a store of"
+        " keys ignores it.",
     ),
 ]
 

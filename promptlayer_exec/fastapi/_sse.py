@@ -194,9 +194,9 @@ def waiting_reason(execution: Execution) -> dict[str, str]:
     kind, message = "NoAnswer", "PromptLayer has not responded yet."
     if (failure := last_failure(execution)) is not None:
         _, kind, title = describe(failure)
-        message = f"{title.partition('.')[0]}; trying again."
+        message = f"{title.partition('.')[0]}. Trying again."
         if isinstance(failure, NotFound):
-            message = "PromptLayer has no results of this new run yet; trying again."
+            message = "PromptLayer has no results of this new run yet. Trying again."
     return {"execution_id": str(execution.id), "type": kind, "message": message}
 
 

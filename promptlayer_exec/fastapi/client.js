@@ -37,7 +37,7 @@ const SLOW = 3_000; // milliseconds until a page gets the message that there is 
 const DEAD = 45_000; // milliseconds without a byte: the server sends a comment every 15 seconds
 const HIDDEN = 20_000; // milliseconds until a hidden page lets go of its connections
 const SLOW_MESSAGE = "There is no connection yet: the server is slow, or other tabs use them all.";
-const FULL_MESSAGE = "The server cannot take another connection now; trying again.";
+const FULL_MESSAGE = "The server cannot take another connection now. Trying again.";
 const TEMPORARY = [408, 425, 429]; // besides each 5xx, which may be a proxy's
 
 /**
@@ -456,5 +456,5 @@ async function* events(body, controller) {
 /** @param {Response | null} response */
 async function problem(response) {
   const { detail, title } = (await response?.json().catch(() => null)) ?? {};
-  return /** @type {string} */ (detail ?? title ?? "The server could not be reached.");
+  return /** @type {string} */ (detail ?? title ?? "Could not reach the server.");
 }

@@ -119,7 +119,7 @@ class _Handlers:
         calls, arguments = self._calls, params.arguments or {}
         known = [*CALLS, *calls.run_tools]
         if params.name not in known:
-            what = f"there is no tool {shown(params.name)}; the tools are: {', '.join(known)}"
+            what = f"there is no tool {shown(params.name)}. The tools are: {', '.join(known)}"
             raise MCPError(types.INVALID_PARAMS, what)
 
         if not (params.name in calls.run_tools and declares_tasks(ctx)):

@@ -53,7 +53,7 @@ def execution_id(arguments: Mapping[str, Any]) -> int:
     parsed = parse_id(value)
     if parsed is None:
         raise CallFailed(
-            "execution_id must be the id that start_workflow returned, such as '787'; got "
+            "execution_id must be the id that start_workflow returned, such as '787', got "
             f"{shown(value)}. Do not guess ids."
         )
     return parsed
@@ -76,4 +76,4 @@ def near(name: str, known: Iterable[str]) -> str:
     likely = near_names(name, known, 3)
     if not likely:
         return "."
-    return f"; did you mean {' or '.join(map(shown, likely))}?"
+    return f". Did you mean {' or '.join(map(shown, likely))}?"

@@ -26,7 +26,13 @@ from promptlayer_exec import (
     Workflow,
     WorkflowSummary,
 )
-from promptlayer_exec._integration import ExpiringDict, definition, is_repeated, settings
+from promptlayer_exec._integration import (
+    ExpiringDict,
+    definition,
+    is_repeated,
+    settings,
+    split_advice,
+)
 from promptlayer_exec.mcp import _tool_arguments as read
 from promptlayer_exec.mcp import _tool_results as results
 from promptlayer_exec.mcp._tool_arguments import CallFailed
@@ -53,7 +59,7 @@ def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(workflows))
     for name in names:
         if not isinstance(name, str) or not name:
-            raise ValueError(f"workflows must be names or ids, as text; got {name!r:.100}")
+            raise ValueError(f"workflows must be names or ids as text, got {name!r:.100}")
     return names
 
 
@@ -146,7 +152,8 @@ class Calls:
             if workflow is not None:
                 which = f" of workflow {workflow!r:.100}"
             _logger.warning(
-                "execution %d%s continues on PromptLayer; follow it: promptlayer-exec watch %d",
+                "execution %d%s continues on PromptLayer. Follow it with:"
+                " promptlayer-exec watch %d",
                 execution_id,
                 which,
                 execution_id,
@@ -200,7 +207,7 @@ class Calls:
         message = f"Execution {execution.id} of workflow {name!r:.200} has started."
         if is_repeated(execution):
             message = f"An earlier call with this idempotency_key started execution {execution.id}"
-            message += f" of workflow {name!r:.200}. This is the same run; nothing new was started."
+            message += f" of workflow {name!r:.200}. This is the same run, not a new one."
         message += f" Call wait_execution with execution_id '{execution.id}' for its output."
         return results.tool_result(
             {"message": message, "execution_id": str(execution.id), **warning}
@@ -221,7 +228,7 @@ class Calls:
         found = {clean(name): known for name, known in snapshot.nodes.items()}.get(node)
         if found is None:
             few = results.names_of(snapshot.nodes.values())
-            what = f"execution {execution_id} has no node {read.shown(node)}; it has: {few}"
+            what = f"execution {execution_id} has no node {read.shown(node)}. It has: {few}"
             raise CallFailed(what + read.near(node, snapshot.nodes))
         return results.tool_result(results.node_fields(snapshot, found, start, length))
 
@@ -278,10 +285,12 @@ class Calls:
         except NotFound as error:
             raise CallFailed(await self._not_found(request)) from error
         except StartUnknown as error:
-            advice = "Do not call this tool again for the same purpose: ask the user."
-            if request.key is not None:
-                advice = "Another call with this idempotency_key starts nothing: ask the user."
-            raise CallFailed(f"{error} {advice}") from error
+            if request.key is None:
+                advice = "Do not call this tool again for the same purpose: ask the user."
+                raise CallFailed(f"{error} {advice}") from error
+            problem, _ = split_advice("StartUnknown", str(error))
+            advice = "Another call with this idempotency_key starts nothing: ask the user."
+            raise CallFailed(f"{problem} {advice}") from error
 
         self.running.add(execution.id, name)
         if not execution.warning:
@@ -323,7 +332,7 @@ class Calls:
             )
         absence = _absence(name, known)
         if name in self.allowed:
-            absence += " This server was started with this name: ask the user to correct it."
+            absence += " The user started this server with this name: ask them to correct it."
         elif not self.allowed:
             absence += " list_workflows shows all workflows."
         return absence
@@ -343,7 +352,7 @@ class Calls:
             snapshot = error.last_snapshot or Snapshot(execution.id, False, {})
             message = f"Execution {execution.id} is not complete after {round(seconds, 2):g} s:"
             message += f" {results.state_text(snapshot)}. It continues. Call wait_execution with"
-            message += f" execution_id '{execution.id}' to wait longer; do not start it again."
+            message += f" execution_id '{execution.id}' to wait longer. Do not start it again."
             return results.execution_fields(snapshot, message, timed_out=True)
 
         return await self.fields(execution, snapshot)
@@ -363,7 +372,7 @@ class Calls:
         except ExecutionFailed as error:
             return results.execution_fields(snapshot, results.failure_text(execution_id, error))
         except (ExecutionTimeout, RequestError) as error:
-            message = f"Execution {execution_id} succeeded, but its output could not be read:"
+            message = f"Execution {execution_id} succeeded. Could not read its output:"
             message += f" {clip(str(error), 1_000)} Call get_execution for it."
             return results.execution_fields(snapshot, message)
 

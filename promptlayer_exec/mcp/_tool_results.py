@@ -102,7 +102,7 @@ def rest_text(shown: dict[str, int] | None, execution_id: int, node: str | None 
     if shown is None or shown["end"] - shown["start"] == shown["size"]:
         return ""
     end, size = shown["end"], shown["size"]
-    text = f" Shown are the characters {shown['start']:,} to {end:,} of {size:,}."
+    text = f" These are the characters {shown['start']:,} to {end:,} of {size:,}."
     if end < size:
         which = ""
         if node is not None:

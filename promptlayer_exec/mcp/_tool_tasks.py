@@ -44,7 +44,7 @@ class Tasks:
     def created(self, execution: Execution) -> dict[str, Any]:
         message = f"execution {execution.id} has started"
         if execution.warning:
-            message += f"; PromptLayer warns: {clip(execution.warning, 1_000)}"
+            message += f". PromptLayer warns: {clip(execution.warning, 1_000)}"
         return _task(execution.id, "working", message, resultType="task")
 
     async def _get(self, ctx: ServerRequestContext[Any], params: TaskParams) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from promptlayer_exec import Workflow
 WAIT = 50.0  # seconds: clients often give up after 60
 
 INSTRUCTIONS = f"""\
-These tools run PromptLayer workflows. A run costs money, and cannot be cancelled.
+These tools run PromptLayer workflows. A run costs money, and you cannot cancel it.
 
 1. start_workflow immediately returns an execution_id. Keep it: nothing else finds the run again.
 2. wait_execution waits until the run is complete, for at most {WAIT:.0f} seconds. If it returns
@@ -21,10 +21,10 @@ These tools run PromptLayer workflows. A run costs money, and cannot be cancelle
 3. If a complete run has succeeded: false, `nodes` shows which node failed, and why.
    get_execution with a node shows its whole value or error.
 
-Never start a run again because a wait timed out, or because the response to a start was lost.
+Never start a run again because a wait timed out, or because a response was lost.
 """
 KEY_INSTRUCTIONS = """
-Give each start a new idempotency_key. If you repeat a call with the same key, for example after a
+Give each new run a new idempotency_key. If you repeat a call with the same key, for example after a
 timeout, you get the same run, and it costs nothing.
 """
 
@@ -78,15 +78,15 @@ _EXECUTION = _schema(
     timed_out={"type": "boolean", "description": "Whether the wait timed out first."},
     nodes={"type": "object", "description": "Status and error of each node by name."},
     nodes_left_out={"type": "integer", "description": "How many nodes had no space here."},
-    output={"description": "The output; with output_range, characters of its text."},
+    output={"description": "The output, or with output_range, characters of its text."},
     output_range={"type": "object", "description": "`start` and `end`, and `size` of the whole."},
-    warning={"type": "string", "description": "PromptLayer's warning about the start."},
+    warning={"type": "string", "description": "PromptLayer's warning about the run."},
 )
 _STARTED = _schema(
     ("message", "execution_id"),
     message=_MESSAGE,
     execution_id={"type": "string"},
-    warning={"type": "string", "description": "PromptLayer's warning about the start."},
+    warning={"type": "string", "description": "PromptLayer's warning about the run."},
 )
 
 
@@ -125,7 +125,7 @@ def common_tools(allowed: tuple[str, ...], keys: Mapping[str, Any]) -> list[Tool
             name="start_workflow",
             title="Start a run of a workflow (paid)",
             description="Start a run of a workflow, which costs money, and immediately return its"
-            " execution_id. Then call wait_execution. If inputs are missing, nothing is started.",
+            " execution_id. Then call wait_execution. If inputs are missing, it starts nothing.",
             input_schema=_arguments(["workflow"], **version, inputs=_INPUTS, **keys),
             output_schema=_STARTED,
             annotations=_STARTS,

@@ -124,10 +124,10 @@ class SimulatedRun:
         node = next((node for node in self.scenario.nodes if node.name == name), None)
         if node is None:
             names = ", ".join(repr(node.name) for node in self.scenario.nodes)
-            raise LookupError(f"the execution has no node {name!r}; its nodes are: {names}")
+            raise LookupError(f"the execution has no node {name!r}. Its nodes are: {names}")
         if node.duration is not None:
             raise ValueError(
-                f"node {name!r} finishes by itself: only one with duration=None can be finished"
+                f"node {name!r} finishes by itself: you can finish only one with duration=None"
             )
 
         state = self.results(now).states[name]

@@ -169,7 +169,7 @@ class Board:
                 workflow, inputs, label=label, version=version, metadata=metadata
             )
         except (StartUnknown, asyncio.CancelledError) as error:
-            problem = "the viewer was stopped before PromptLayer responded to the start"
+            problem = "the viewer stopped before PromptLayer responded to the start request"
             if isinstance(error, StartUnknown):
                 problem = str(error)
             self._record(**row, outcome="unknown", problem=problem)

@@ -59,7 +59,7 @@ class WorkflowList:
             kind, reason = explain(error)
             raise NoDefinition(reason, kind) from error
         except TimeoutError:
-            raise NoDefinition(f"it was not sent within {_LIST_TIMEOUT:.0f} s.") from None
+            raise NoDefinition(f"it did not arrive within {_LIST_TIMEOUT:.0f} s.") from None
 
         self._kept.add(None, found)
         return found

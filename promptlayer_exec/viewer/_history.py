@@ -148,7 +148,7 @@ class History:
     def _report(self, future: Future[Any]) -> None:
         error = future.exception()
         if error is not None and not self._is_failing:
-            _logger.warning("the history %s cannot be used: %s", self._path, error)
+            _logger.warning("cannot use the history %s: %s", self._path, error)
         self._is_failing = error is not None
 
     # What follows runs in the thread.

@@ -35,7 +35,7 @@ def explain(error: Exception) -> tuple[str, str]:
         case Unauthorized():
             kind = "refused"
             text = f"PromptLayer refuses the API key ({answer}). Check PROMPTLAYER_API_KEY where"
-            text += " the viewer was started, and start it again."
+            text += " you started the viewer, and start it again."
 
         case Forbidden():
             kind = "refused"
@@ -58,13 +58,13 @@ def explain(error: Exception) -> tuple[str, str]:
 
         case ConnectionFailed():
             reason = str(error.reason or error.args[0]).rstrip(".")
-            kind, text = "unreachable", f"PromptLayer cannot be reached: {reason}."
+            kind, text = "unreachable", f"PromptLayer is unreachable: {reason}."
 
         case RequestTimeout():
             kind, text = "slow", "PromptLayer did not respond in time."
 
         case InvalidResponse():
             reason = str(error.args[0]).rstrip(".")
-            kind, text = "unreadable", f"PromptLayer's response cannot be read: {reason}."
+            kind, text = "unreadable", f"PromptLayer's response is unreadable: {reason}."
 
     return kind, text

@@ -81,7 +81,7 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
     async def get_snapshot(execution_id: int) -> Response:
         card = board.cards.get(execution_id)
         if card is None or card.snapshot is None:
-            return refuse("This execution is not followed.", 404)
+            return refuse("The viewer does not follow this execution.", 404)
         return _json(card.snapshot.to_dict())
 
     @app.get("/api/executions/{execution_id}/inputs")
@@ -95,7 +95,7 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
     async def compare(left: int, right: int) -> Response:
         one, other = board.cards.get(left), board.cards.get(right)
         if one is None or one.snapshot is None or other is None or other.snapshot is None:
-            return refuse("One of these executions is not followed.", 404)
+            return refuse("The viewer does not follow both of these executions.", 404)
 
         changed = [change.node.name for change in other.snapshot.diff(one.snapshot)]
         is_known = one.inputs is not None and other.inputs is not None
@@ -136,7 +136,7 @@ def _add_graph_routes(app: FastAPI, board: Board, listed: WorkflowList) -> None:
     async def get_graph(execution_id: int) -> Response:
         card = board.cards.get(execution_id)
         if card is None:
-            return refuse("This execution is not followed.", 404)
+            return refuse("The viewer does not follow this execution.", 404)
         return await _find_graph(board.session, card)
 
     @app.get("/api/executions/{execution_id}/suggestion")
@@ -172,7 +172,7 @@ def _add_key_route(app: FastAPI, board: Board) -> None:
 
 async def _find_graph(session: Session, card: Card) -> Response:
     if card.workflow is None:
-        return _graph(None, "PromptLayer does not say which workflow this is a run of.")
+        return _graph(None, "PromptLayer does not report which workflow this is a run of.")
     try:
         found = await find_definition(session, card.workflow, card.label, card.version)
     except NoDefinition as error:
@@ -279,7 +279,7 @@ def add_history_routes(app: FastAPI, history: History) -> None:
         return Response(status_code=204)
 
     async def report(_: Request, error: Exception) -> Response:
-        return refuse(f"The history cannot be used: {error}.", 503)
+        return refuse(f"Could not use the history: {error}.", 503)
 
     app.add_exception_handler(sqlite3.Error, report)
     app.add_exception_handler(OSError, report)

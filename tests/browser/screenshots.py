@@ -52,7 +52,7 @@ async def main() -> None:
         await asyncio.sleep(4)
         sim.inject(Fault.disconnect(times=None))
         await page.goto(f"{address.base_url}/#/")
-        await expect(page.locator("#connection")).to_contain_text("cannot be reached")
+        await expect(page.locator("#connection")).to_contain_text("is unreachable")
         await asyncio.sleep(2)
         await _take(page, "unreachable")
         await _web_app(browser, directory)

@@ -197,7 +197,7 @@ async def test_a_run_is_shown_after_a_proxy_s_error(
 
     await page.route("**/events?*", proxy, times=2)
     await page.get_by_role("button").click()
-    await expect(page.locator("#state")).to_have_text("The server could not be reached.")
+    await expect(page.locator("#state")).to_have_text("Could not reach the server.")
     await expect(page.locator("#state")).to_have_text("50 %")
     assert answers == []
 
@@ -209,11 +209,11 @@ async def test_the_page_says_why_it_waits_and_fails(
     browser_errors.expected = ("404 (Not Found)", "422 (")
     state = page.locator("#state")
     await page.goto(f"{app.url}?id=77")
-    await expect(state).to_have_text("There is no such execution or workflow.")
+    await expect(state).to_have_text("The execution or workflow does not exist.")
     results = "/workflow-version-execution-results"
     sim.inject(Fault.status(503, times=None), path=results)
     await page.get_by_role("button").click()
-    await expect(state).to_have_text("PromptLayer failed; trying again.")
+    await expect(state).to_have_text("PromptLayer failed. Trying again.")
     sim.clear_faults()
     await expect(state).to_have_text("50 %", timeout=20_000)
     sim.inject(Fault.status(403), path=results)
@@ -374,7 +374,7 @@ async def test_a_run_is_added_to_a_page_that_has_the_last_place(sim: Simulator, 
     await second.follow(ids, ticket_for(sim, ids))
     await second.until("waiting", 2)
     message = await second.page.evaluate("Object.values(rows)[0].message")
-    assert message == "The server cannot take another connection now; trying again."
+    assert message == "The server cannot take another connection now. Trying again."
     await second.page.close()
     await first.follow(ids, ticket_for(sim, ids))
     await first.until("running", 2)

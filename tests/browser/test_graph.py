@@ -243,7 +243,7 @@ async def test_the_workflow_of_an_id_is_asked_once(sim: Simulator, ui: Any, page
     for name in ("first", "second"):
         sim.add_workflow(name, PAIR)
     await ui.open_run(sim.add_execution(PAIR))
-    await expect(ui.part("graph-note")).to_contain_text("does not say which workflow")
+    await expect(ui.part("graph-note")).to_contain_text("does not report which workflow")
     await expect(ui.part("graph")).to_be_hidden()
     await expect(ui.part("rerun")).to_be_hidden()  # nobody knows what would run
     field = page.get_by_label("Which workflow is this a run of?")

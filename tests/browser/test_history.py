@@ -125,7 +125,7 @@ async def test_one_and_all_can_be_deleted(viewer: Any, ui: Any, page: Page) -> N
     await expect(page.locator(".entry")).to_have_count(3)
     await page.get_by_role("button", name="Delete all").click()
     await dialog.get_by_role("button", name="Delete all").click()
-    await expect(page.locator("#history-empty")).to_contain_text("Nothing is remembered yet.")
+    await expect(page.locator("#history-empty")).to_contain_text("The history is empty.")
 
 
 async def test_a_run_is_remembered_between_visits(
@@ -165,7 +165,7 @@ async def test_the_list_follows_what_happens(
     held = Scenario([SimNode("answer", "Otters are fine.", None, is_output_node=True)])
     sim.add_workflow("report", held)
     await ui.open("#/history")
-    await expect(page.locator("#history-empty")).to_contain_text("Nothing is remembered yet.")
+    await expect(page.locator("#history-empty")).to_contain_text("The history is empty.")
     execution = await viewer.board.start("report", {})
     line = entry(page, execution.id)
     await expect(line).to_have_attribute("data-state", "running")

@@ -168,7 +168,7 @@ async def test_what_is_wrong_at_promptlayer_is_said_where_the_run_is(
     await expect(state(page, other)).to_have_text("No longer followed")
     await expect(page.locator("#connection")).to_have_text("PromptLayer refuses the key")
     await expect(line(page, other).locator('[data-part="sentence"]')).to_contain_text(
-        "Check PROMPTLAYER_API_KEY where the viewer was started"
+        "Check PROMPTLAYER_API_KEY where you started the viewer"
     )
     await expect(page.get_by_role("radio", name="Failed 0")).to_be_attached()
     await expect(page.get_by_role("radio", name="No longer followed 1")).to_be_attached()
@@ -753,7 +753,9 @@ async def test_the_demonstration_runs_and_stops_with_a_page_open(
         async with asyncio.timeout(5):
             _, errors = await process.communicate()
         assert process.returncode == 0
-        assert errors == b"Open this page; keep its URL to yourself (Ctrl-C stops the server):\n"
+        assert (
+            errors == b"Open this page, and keep its URL to yourself (Ctrl-C stops the server):\n"
+        )
         await expect(page.locator("#connection")).to_contain_text("The viewer has stopped")
         await page.close()
     finally:

@@ -171,7 +171,7 @@ async def test_a_running_run_names_its_node_and_what_is_usual(
     held = await start(sim, viewer, forty())
     sentence = page.locator(f'.line[data-id="{held}"] [data-part="sentence"]')
     words = re.compile(
-        r"^Running in call the model for [\d.]+ s; usually 0\.1 s\."
+        r"^Running in call the model for [\d.]+ s \(usually 0\.1 s\)\."
         r" The last success was 20 minutes ago: Compare\.$"
     )
     await expect(sentence).to_have_text(words)
@@ -267,7 +267,7 @@ async def test_a_wrong_key_shows_on_the_empty_board(
     await page.goto("about:blank")
     await page.goto(viewer.url)
     banner = page.locator("#outage")
-    await expect(banner).to_contain_text("Check PROMPTLAYER_API_KEY where the viewer was started")
+    await expect(banner).to_contain_text("Check PROMPTLAYER_API_KEY where you started the viewer")
     await in_sight(banner)
     await expect(page.locator("#connection")).to_have_text("PromptLayer refuses the key")
 

@@ -175,7 +175,7 @@ def test_an_interrupted_run_says_how_to_continue(
         "see how far it is with:\n  promptlayer-exec batch status --name night\n"
     )
     assert run("status")[2] == (
-        "1 item not finished, and nobody is working on them; repeat its `batch run`,"
+        "1 item not finished, and nobody is working on them. Repeat its `batch run`,"
         " or continue without a results file with:\n"
         "  promptlayer-exec batch work --name night\n"
     )
@@ -207,7 +207,7 @@ def test_an_interrupt_says_what_is_awaited(start: Start, gate: Any, tmp_path: Pa
         assert gate.reached.wait(TIMEOUT)
         command.process.send_signal(signal.SIGINT)
         assert command.error_line() == "batch night: 1 item\n"
-        said = "stopping; waiting for the ids of runs that may have started (Ctrl-C again stops"
+        said = "stopping: waiting for the ids of runs that may have started (Ctrl-C again stops"
         assert command.error_line().startswith(said)
         gate.opened.set()
         code, _, err = command.end()
@@ -241,24 +241,24 @@ def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path)
     lines = err.splitlines()
     assert lines[:14] == [f"line {number}: {why}" for number, why in enumerate(bad.values(), 1)]
     assert lines[14] == "line 16: the key 'x' is already used in line 15"
-    assert lines[15].endswith("bad.jsonl has 15 invalid lines; nothing was added")
+    assert lines[15].endswith("bad.jsonl has 15 invalid lines. Nothing was added")
     assert not list(tmp_path.rglob("*.sqlite"))
     (tmp_path / "latin").write_bytes(b"".join(b" " * n + b"\xff\n" for n in range(30)))
     _, _, err = run("run", "latin", "--workflow", "w")
     assert "line 1: not UTF-8 text: byte 1 is invalid" in err
-    assert "has 30 invalid lines (10 more mistakes are not shown); nothing was added" in err
+    assert "has 30 invalid lines (10 more mistakes are not shown). Nothing was added" in err
 
 
 def test_a_mistake_in_the_options_is_one_line(run: Run, tmp_path: Path) -> None:
     """Whether --workflow is missing, or names none that exists; no file for results is made."""
     file = write(tmp_path / "night.jsonl", *({"inputs": {"n": n}} for n in range(30)))
-    hint = 'give --workflow NAME, or add a "workflow" to the line; nothing was added'
+    hint = 'give --workflow NAME, or add a "workflow" to the line. Nothing was added'
     lines = "night.jsonl, lines 1, 2, 3 and 27 more: "
     command = ("run", "night.jsonl", "--out", "out.jsonl")
     assert run(*command) == (2, "", f"{lines}no workflow: {hint}\n")
     code, _, err = run(*command, "--workflow", "pear")
     assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith(f"{lines}there is no workflow 'pear'; `promptlayer-exec workflows` lists")
+    assert err.startswith(f"{lines}there is no workflow 'pear'. `promptlayer-exec workflows` lists")
     assert not (tmp_path / "out.jsonl").exists()
     assert run("run", file, "--workflow", "echo", "--out", "out.jsonl")[0] == 0
     assert len(results(tmp_path / "out.jsonl")) == 30
@@ -283,21 +283,21 @@ def test_lines_that_cannot_run_are_reported_before_anything_is_added(
     assert (code, out) == (2, "")
     misspelt = (
         "workflow 'pair' is missing the input 'last' (string). It does not require"
-        " lats (did you mean 'last'?); see its inputs with `promptlayer-exec workflow pair`"
+        " lats (did you mean 'last'?). See its inputs with `promptlayer-exec workflow pair`"
     )
-    hint = "; `promptlayer-exec workflows` lists names and labels"
+    hint = ". `promptlayer-exec workflows` lists names and labels"
     assert err.splitlines() == [
         f"lines 2, 3, 4: {misspelt}",
         f"line 5: there is no workflow 'pair' with the label 'live'{hint}",
         f"line 6: there is no workflow 'pear'{hint}",
         f"line 7: there is no workflow 'pear' with a version 3{hint}",
-        f"{file} has 6 invalid lines; nothing was added",
+        f"{file} has 6 invalid lines. Nothing was added",
     ]
     assert sim.request_count == 4
     assert (run("status")[1], sim.runs) == ("", [])
     write(file, {"key": "a", "inputs": {"first": "x", "last": "y", "more": "z"}})
     code, _, err = run("run", file, "--workflow", "pair", "--out", "out.jsonl")
-    note = "note: workflow 'pair' does not require 'more'; sent anyway"
+    note = "note: workflow 'pair' does not require 'more' (sent anyway)"
     assert (code, err.splitlines()[0]) == (0, note)
     sim.add_version("pair", scenario, inputs={"name": "string"})
     code, _, err = run("run", file, "--workflow", "pair", "--out", "out.jsonl")
@@ -314,7 +314,7 @@ def test_a_file_that_is_refused_leaves_the_results_alone(run: Run, tmp_path: Pat
     before = (tmp_path / "out.jsonl").read_bytes()
     other_server = ("--base-url", "http://127.0.0.1:9")
     for inputs, options, why in (
-        ({"n": 1}, other_server, "was started on"),
+        ({"n": 1}, other_server, "started on"),
         ({"n": 2}, (), "belongs to another request"),
     ):
         write(file, item | {"inputs": inputs})
@@ -334,15 +334,15 @@ def test_a_file_that_is_refused_leaves_the_results_alone(run: Run, tmp_path: Pat
         (("run", "good", "--out", "none/out"), "cannot write to none/out: No such file"),
         (
             ("run", "good", "--out", "other"),
-            "line 1 of other is not a result; the file is unchanged",
+            "line 1 of other is not a result. The file is unchanged",
         ),
         (
             ("run", "good", "--out", "note"),
-            "line 1 of note is not a result; the file is unchanged",
+            "line 1 of note is not a result. The file is unchanged",
         ),
         (
             ("run", "good", "--out", "good"),
-            "line 1 of good is not a result; the file is unchanged",
+            "line 1 of good is not a result. The file is unchanged",
         ),
         (("run", "/dev/null"), "/dev/null is not a regular file: save the items to one first"),
         (("run", "good", "--db", "nothing"), "database_url is not a URL"),
@@ -392,15 +392,15 @@ def test_a_run_with_nothing_to_do_says_so(run: Run, tmp_path: Path) -> None:
     code, out, err = run("run", file)
     assert code == 0
     assert json.loads(out)["output"] == 1
-    ended = "all items of batch night have already finished, so none is started again;"
-    hint = f"{ended} to run them as a new batch, give `batch run` another --name\n"
+    ended = "all items of batch night have already finished, so nothing runs again."
+    hint = f"{ended} To run them as a new batch, give `batch run` another --name\n"
     assert hint in err
     assert run("work")[2].startswith(hint)
     write(tmp_path / "night", {"key": "1", "workflow": "echo", "inputs": {"n": 2}})
     code, out, err = run("run", file)
     assert (code, out) == (2, "")
     what = "the key '1' of batch 'night' belongs to another request, which differs in inputs.n."
-    way = " Nothing was added: use another key, or another batch (--name)"
+    way = " Nothing was added: use another key, or another --name"
     assert what + way in err
 
 
@@ -409,7 +409,7 @@ def test_an_outage_is_reported_once(run: Run, tmp_path: Path) -> None:
     file = write(tmp_path / "night", *({"workflow": "echo", "inputs": {"n": n}} for n in range(10)))
     code, _, err = run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "2")
     assert code == 4
-    assert err.count("trying again for up to 2 s") == 1
+    assert err.count("Trying again for up to 2 s") == 1
     assert err.count("could not check the inputs: workflow 'echo': ") == 1
     assert len(err.splitlines()) == 6
 
@@ -425,7 +425,7 @@ def test_work_without_a_name_takes_the_only_batch(
     assert (tmp_path / "other.sqlite").exists()
     code, _, err = run("work")
     problem = "there are several batches: choose one with --name"
-    assert (code, err) == (2, f"{problem}; batches in the database: one, two\n")
+    assert (code, err) == (2, f"{problem}. The batches in the database are: one, two\n")
     assert run("work", "--name", "two")[0] == 0
     assert len(run("status")[1].splitlines()) == 2
 
@@ -462,11 +462,26 @@ def test_a_batch_of_another_server_is_refused(
         for asked in (running, ["work"], ["recheck"], ["retry", "--failed"], exporting):
             code, out, err = run(*asked)
             assert (code, out) == (2, "")
-            assert f"was started on {sim.base_url}, not on {other.base_url}" in err
-            assert "(--name, --same-server)" in err
+            assert f"started on {sim.base_url}. On {other.base_url}, its ids would" in err
+            assert "choose another --name for a new batch" in err
+            assert err.endswith("under a new address, pass --same-server.\n")
         assert other.requests == []
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_another_key_is_refused_until_you_confirm_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a rotation, `--same-server` continues the batch; the error names this option."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "inputs": {"n": 1}})
+    assert run("run", file, "--workflow", "echo")[0] == 0
+    monkeypatch.setenv("PROMPTLAYER_API_KEY", "pl_rotated")
+    code, _, err = run("work")
+    assert code == 2
+    assert "or choose another --name for a new batch" in err
+    assert err.endswith("belong to the same workspace, pass --same-server.\n")
+    assert run("work", "--same-server")[0] == 0
 
 
 @pytest.mark.parametrize(("options", "suffixes"), [((), 1), (("--no-push",), 0)])
@@ -589,7 +604,7 @@ def test_settings_belong_to_the_batch(run: Run, tmp_path: Path) -> None:
     write(file, {"workflow": "echo", "inputs": {"n": 2}})
     code, _, err = run("run", file, "--max-in-flight", 7, "--rate", 50)
     assert code == 0
-    assert "batch 'night': rate is now 50 for all its workers; it was 100\n" in err
+    assert "batch 'night': rate changed from 100 to 50 for all its workers\n" in err
     write(file, {"workflow": "echo", "inputs": {"n": 3}})
     assert "is now" not in run("run", file)[2]
     (row,) = map(json.loads, run("list", "--json")[1].splitlines())
@@ -645,7 +660,7 @@ def test_failed_and_unknown_items_are_started_again_on_request(
     code, _, err = run("retry", "--unknown")
     assert code == 0
     assert err == (
-        "batch night: a worker will start 1 item again; start one with:\n"
+        "batch night: a worker will start 1 item again. Start one with:\n"
         "  promptlayer-exec batch work --name night\n"
     )
     assert run(*command)[0] == 0
@@ -699,7 +714,7 @@ def test_a_batch_can_be_deleted(sim: Simulator, start: Start, run: Run, tmp_path
         assert process.poll() is None
     code, _, err = run("delete", "--yes")
     assert code == 2
-    assert err == "a worker works on batch 'night': stop it first; nothing was deleted\n"
+    assert err == "a worker works on batch 'night', so nothing was deleted. Stop it first\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(TIMEOUT) == 130
     code, _, err = run("delete")
@@ -711,13 +726,14 @@ def test_a_batch_can_be_deleted(sim: Simulator, start: Start, run: Run, tmp_path
         code, out, err = run(command, "--json")
         assert (code, out) == (0, "")
         assert err.startswith("there is no batch in sqlite:////")
+        assert err.endswith(". Check --db or PROMPTLAYER_EXEC_DB\n")
 
 
 @pytest.mark.parametrize(
     ("typed", "ends_with"),
     [
         (b"n\n", (1, "nothing was deleted")),
-        (b"\x04", (130, "interrupted; nothing was deleted")),
+        (b"\x04", (130, "interrupted: nothing was deleted")),
         (b"y\n", (0, "deleted batch night with 3 items")),
     ],
     ids=["no", "end", "yes"],
@@ -779,7 +795,7 @@ def test_only_the_items_with_these_keys_are_started_again(
         0,
         [
             f"item 'lost' is unknown and stays so: {reason}. To start it again, give --unknown",
-            "batch night: a worker will start 1 item again; start one with:",
+            "batch night: a worker will start 1 item again. Start one with:",
             "  promptlayer-exec batch work --name night",
         ],
     )

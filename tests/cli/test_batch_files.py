@@ -84,7 +84,7 @@ def test_the_separator_is_not_one_in_a_name(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("key,n\na,1\na,2\n", "CSV, line 3: the key 'a' is already used in line 2; nothing"),
+        ("key,n\na,1\na,2\n", "CSV, line 3: the key 'a' is already used in line 2. Nothing"),
         ("n\n1\n2\n1\n", "CSV, line 4: this line equals line 2: give it a"),
         ('n,m\n"1\n",2\n1\n', "CSV, line 4: must have as many cells as the"),
         ("version\nx\n", 'CSV, line 2: "version" must be a number'),

@@ -182,7 +182,7 @@ class TestWatch:
         code, out, err = start("watch", execution_id, "--json", "--timeout", "0.3").end()
         assert code == 3
         assert f"execution {execution_id}: still running after 0.3 s" in err
-        where = "last seen running in think (0 of 2 nodes done); follow it with"
+        where = "last seen running in think (0 of 2 nodes done). Follow it with"
         assert err.endswith(f", {where}:\n  promptlayer-exec watch {execution_id}\n")
         error = json.loads(out.splitlines()[-1])["error"]
         assert (error["type"], error["execution_id"]) == ("ExecutionTimeout", str(execution_id))
@@ -195,7 +195,7 @@ class TestWatch:
         code, out, err = wrong_key
         assert (code, out) == (4, "")
         assert "Invalid or missing API key" in err
-        assert "follow it with" not in err
+        assert "Follow it with" not in err
         code, out, err = unknown_id
         assert (code, out) == (4, "")
         assert f"execution {2**63 - 1}: " in err
@@ -216,7 +216,7 @@ class TestWatch:
         code, out, err = call("watch", execution_id)
         assert code == 0
         assert "succeeded" in out
-        assert re.fullmatch(r"execution \d+: the server returned 503 .*; trying again .*\n", err)
+        assert re.fullmatch(r"execution \d+: the server returned 503 .*\. Trying again .*\n", err)
 
     def test_an_interrupt_is_exit_code_130(self, sim: Simulator, start: Start) -> None:
         """Ctrl-C prints the command that picks the execution up again, and so does SIGTERM."""
@@ -232,7 +232,7 @@ class TestWatch:
         assert code == 130
         assert err == (
             f"interrupted\nexecution {execution_id} continues on PromptLayer, last seen running in"
-            " think (0 of 2 nodes done); follow it with:\n"
+            " think (0 of 2 nodes done). Follow it with:\n"
             f"  promptlayer-exec watch {execution_id}\n"
         )
         code, out, _ = commands[1].end()
@@ -274,7 +274,7 @@ class TestWatch:
         for (code, out, err), message in cases.items():
             assert (code, out) == (2, "")
             assert message in err
-            assert "follow it with" not in err
+            assert "Follow it with" not in err
 
 
 class TestRun:
@@ -365,7 +365,7 @@ class TestRun:
         assert code == 4
         assert "may have started" in err
         assert "no run was started" not in err
-        assert "follow it with" not in err
+        assert "Follow it with" not in err
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("StartUnknown", None)
         assert len(sim.runs) == before + 1
@@ -382,7 +382,7 @@ class TestRun:
         code, _, err = never.end()
         assert code == 3
         assert "could not send the start request within 0.5 s, so no run was started" in err
-        assert "follow it with" not in err
+        assert "Follow it with" not in err
 
     def test_usage_errors_are_exit_code_2(self, sim: Simulator, call: Call) -> None:
         """Arguments that cannot be sent are reported, and nothing is sent."""
@@ -421,7 +421,7 @@ class TestRun:
         execution_id = sim.runs[-1].execution_id
         assert (first.code, again.code) == (0, 0)
         assert first.err.startswith(f"execution {execution_id} started\n")
-        known = f"execution {execution_id} was started by an earlier command with this key\n"
+        known = f"an earlier command with this key started execution {execution_id}\n"
         assert again.err.startswith(known)
         assert again.out.splitlines()[-1].startswith(f"execution {execution_id} succeeded")
 
@@ -447,9 +447,10 @@ class TestRun:
             assert code == 4
             assert "with the key 'order-43'" in err
             assert "no run was started" not in err
+            assert "forget" not in err  # no command does this
             assert err.endswith(
                 "This --key starts nothing now. If PromptLayer shows the run, follow it by its id"
-                " with `promptlayer-exec watch ID`; if not, use another --key.\n"
+                " with `promptlayer-exec watch ID`. If not, use another --key.\n"
             )
         assert len(sim.runs) == before + 1
 
@@ -489,7 +490,7 @@ class TestRun:
             "interrupted",
             (
                 f"execution {execution_id} continues on PromptLayer, last seen running in think"
-                " (0 of 2 nodes done); follow it with:"
+                " (0 of 2 nodes done). Follow it with:"
             ),
             f"  promptlayer-exec watch {execution_id} --base-url {sim.base_url}",
         ]
@@ -497,7 +498,7 @@ class TestRun:
     def test_an_interrupt_before_the_start_is_sent(self, start: Start) -> None:
         """The error says that no run was started, and the command ends at once."""
         command = start("run", "x", "--json", "--base-url", UNREACHABLE)
-        assert "trying again" in command.error_line()
+        assert "Trying again" in command.error_line()
         command.process.send_signal(signal.SIGINT)
         code, out, err = command.end()
         assert code == 130
@@ -527,13 +528,13 @@ class TestRun:
             command = start("run", "held", PROMPTLAYER_BASE_URL=sim.base_url)
             assert gate.reached.wait(TIMEOUT)
             command.process.send_signal(signals[0])
-            assert "the run may have started; waiting for its id" in command.error_line()
+            assert "the run may have started: waiting for its id" in command.error_line()
             for other in signals[1:]:
                 command.process.send_signal(other)
             gate.opened.set()
             command.process.wait(TIMEOUT)
             execution_id = sim.runs[0].execution_id
-        pick_up = "is not affected; follow it with:\n  promptlayer-exec watch"
+        pick_up = "is not affected. Follow it with:\n  promptlayer-exec watch"
         message = f"{word}\nexecution {execution_id} {pick_up} {execution_id}\n"
         assert command.end() == (code, "", message)
 
@@ -557,7 +558,7 @@ class TestRun:
             code, _, err = command.end()
             execution_id = sim.runs[0].execution_id
         assert code == 143
-        assert err.endswith(f"follow it with:\n  promptlayer-exec watch {execution_id}\n")
+        assert err.endswith(f"Follow it with:\n  promptlayer-exec watch {execution_id}\n")
 
     @pytest.mark.parametrize(
         ("faults", "message"),
@@ -652,7 +653,7 @@ class TestTerminal:
         screen.read_until("the server returned 503")
         screen.read_until("RUNNING")
         frame = screen.text[screen.text.rindex("0 of 2") :]
-        assert "trying again" not in frame
+        assert "Trying again" not in frame
         sim.inject(Fault.disconnect(execution_id=execution_id))
         screen.read_until("no usable response")
         os.kill(screen.process.pid, signal.SIGINT)
@@ -660,7 +661,7 @@ class TestTerminal:
         assert code == 130
         end = shown(text[text.index("0 of 2", text.rindex("━")) :])
         assert "RUNNING" in end
-        assert "trying again" not in end
+        assert "Trying again" not in end
         assert end.endswith(f"promptlayer-exec watch {execution_id}\n")
 
     def test_a_run(self, sim: Simulator, terminal: Callable[..., Any]) -> None:
@@ -681,7 +682,7 @@ class TestTerminal:
         assert f"warning: no letter\nexecution {execution_id} started\n" in shown(text)
         assert "\x1b[32m━" in text  # the bar of a run that succeeded is green
         end = shown(text[text.rindex("Status") :])
-        assert "trying again" not in end
+        assert "Trying again" not in end
         assert end.endswith(f"  promptlayer-exec results {execution_id}\n")
 
     def test_a_refusal_prints_no_table(self, terminal: Callable[..., Any]) -> None:
@@ -758,7 +759,7 @@ class TestResults:
         plain, nodes = start("results", execution_id), start("results", execution_id, "--all")
         code, out, err = plain.end()
         assert (code, out) == (3, "")
-        assert "is still running, 0 of 2 nodes done; follow it with:" in err
+        assert "is still running, 0 of 2 nodes done. Follow it with:" in err
         assert f"promptlayer-exec watch {execution_id}\n" in err
         code, out, err = nodes.end()
         assert code == 3
@@ -820,7 +821,7 @@ class TestSimulate:
         code, out, err = call("simulate", "--port", port)
         assert (code, out) == (2, "")
         assert err.startswith(f"cannot listen on 127.0.0.1, port {port}: ")
-        assert err.endswith("; --port 0 takes a free port\n")
+        assert err.endswith(". --port 0 picks a free port\n")
         assert err.count("\n") == 1
 
 
@@ -905,7 +906,7 @@ class TestProgram:
             assert max(map(len, out.splitlines())) <= 80
         code, _, err = call("help", "batch", "ruin")
         assert code == 2
-        assert f"no command or topic 'ruin'; the topics are {', '.join(topics)}" in err
+        assert f"no command or topic 'ruin'. The topics are {', '.join(topics)}" in err
 
     def test_help_shows_the_json_that_is_written(self, sim: Simulator, call: Call) -> None:
         """The example in `help json` has the fields of a line of `watch --json`."""
@@ -928,10 +929,10 @@ class TestExit:
         """An outage is one line, however many retries there are; the error says what to check."""
         code, out, err = call(*command, "--outage", "0.1", "--base-url", UNREACHABLE)
         assert (code, out) == (4, "")
-        assert re.match(r".*could not reach .* refused; trying again for up to 0.1 s\n", err)
+        assert re.match(r".*could not reach .* refused\. Trying again for up to 0.1 s\n", err)
         assert "Check the network and --base-url.\n" in err
-        assert err.count("trying again") == 1
-        again = f"follow it with:\n  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n"
+        assert err.count("Trying again") == 1
+        again = f"Follow it with:\n  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n"
         assert err.endswith(again) is (command[0] == "watch")
 
     def test_a_full_disk_is_exit_code_74(self, sim: Simulator, start: Start) -> None:

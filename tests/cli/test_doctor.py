@@ -202,7 +202,7 @@ class TestHealthy:
         assert found["completion"].startswith("complete after ")
         assert found["first polls"] == "no 404: the first poll got 202 Accepted"
         assert found["node map"].startswith("2 nodes in the documented shape (")
-        assert found["statuses"] == "2 SUCCESS at the end"
+        assert found["statuses"] == "2 SUCCESS in the last poll"
         assert found["running output"] == "the node map with 202 (3 polls)"
         assert found["main output"] == "the value of the output node"
         assert found["pushed message"].startswith("on the run's own channel, ")
@@ -239,7 +239,7 @@ class TestHealthy:
         sim.add_workflow(name, Scenario([SimNode("Plan", "", 0.1), node]), inputs={})
         code, _, checks = examine("--workflow", name, "--yes")
         assert code == 0
-        assert checks["statuses"]["found"] == "1 SUCCESS, 1 FAILED at the end"
+        assert checks["statuses"]["found"] == "1 SUCCESS, 1 FAILED in the last poll"
         found = "the node map, because no output node succeeded"
         assert checks["main output"]["found"] == found
 
@@ -487,7 +487,7 @@ class TestDefinitions:
         for path in ("/1", "/2"):
             sim.inject(Fault.status(404, times=None), path=path)
         report = examine()
-        found = "failed: could not be read: 404 Not Found"
+        found = "failed: could not read it: 404 Not Found"
         assert report.deviations == {"definition": found}
         assert report.checks["subscription"]["verdict"] == "ok"
 
@@ -496,7 +496,7 @@ class TestDefinitions:
         report = examine("--workflow", "no-such-workflow", "--yes")
         assert report.deviations == {
             "definition": "failed: there is no workflow of this name: 404 Not Found",
-            "start": "failed: PromptLayer refused the start: 404 Not Found",
+            "start": "failed: PromptLayer refused to start a run: 404 Not Found",
         }
 
 
@@ -510,13 +510,13 @@ class TestPush:
         report = examine(*RUN)
         name = {404: "404 Not Found", 403: "403 Forbidden"}[status]
         assert report.deviations == {"token": f"failed: push unavailable ({name})"}
-        assert "Runs are polled instead" in report.checks["token"]["advice"]
+        assert "Sessions poll instead" in report.checks["token"]["advice"]
         assert report.checks["pushed message"]["found"] == "the check 'subscription' did not pass"
 
     def test_no_websocket(self, sim: Simulator, examine: Examine) -> None:
         """A proxy that knows no WebSockets refuses the handshake."""
         sim.inject(Fault.status(403, times=None), path=WEBSOCKET)
-        found = "failed: push unavailable: the WebSocket could not be opened: 403 Forbidden"
+        found = "failed: push unavailable: could not open the WebSocket: 403 Forbidden"
         assert examine().deviations == {"WebSocket": found}
 
     def test_no_connection(self, sim: Simulator, examine: Examine) -> None:
@@ -524,8 +524,8 @@ class TestPush:
         details = {"token_details": {"token": "unknown"}, "messaging_backend": "centrifugo"}
         sim.inject(Fault.status(201, times=None, body=json.dumps(details).encode()), path=TOKENS)
         assert examine().deviations == {
-            "subscription": "failed: push unavailable: the subscription was not accepted: the"
-            " server ended the connection (3500)"
+            "subscription": "failed: push unavailable: could not subscribe: the"
+            " server closed the connection (3500)"
         }
 
     def test_no_subscription(self, sim: Simulator, examine: Examine) -> None:
@@ -542,7 +542,7 @@ class TestPush:
 
         sim.inject(Fault(refuse, None), path=WEBSOCKET)
         assert examine().deviations == {
-            "subscription": "failed: push unavailable: the subscription was not accepted: the"
+            "subscription": "failed: push unavailable: could not subscribe: the"
             " server refused to connect (103)"
         }
 
@@ -614,12 +614,12 @@ class TestRun:
     @pytest.mark.parametrize(
         ("fault", "found"),
         [
-            (Fault.disconnect(None), "the response was lost; the run may have started"),
+            (Fault.disconnect(None), "the response was lost, but the run may have started"),
             (
                 Fault.status(201, times=None, body=b'{"success": true}'),
-                "201 Created without a usable workflow_version_execution_id; the run may",
+                "201 Created without a usable workflow_version_execution_id, but the run may",
             ),
-            (Fault.status(422, times=None), "PromptLayer refused the start: 422"),
+            (Fault.status(422, times=None), "PromptLayer refused to start a run: 422"),
         ],
         ids=["lost", "no id", "refused"],
     )
@@ -636,7 +636,7 @@ class TestRun:
         """Nothing is paid for, and the input is not named."""
         runs = len(sim.runs)
         report = examine("--workflow", WORKFLOW, "--yes")
-        found = "failed: missing: 1 required input; no run was started"
+        found = "failed: missing: 1 required input, so no run was started"
         assert report.deviations == {"start": found}
         assert len(sim.runs) == runs
 
@@ -799,7 +799,7 @@ class TestCallback:
         """Then the report says so."""
         report = examine(*RUN, "--callback-url", f"http://{CLOSED}/")
         assert report.code == 0
-        assert "cannot be seen from here" in report.checks["callback"]["found"]
+        assert "cannot see whether the callback arrives" in report.checks["callback"]["found"]
 
     def test_the_port_is_taken(self, sim: Simulator, examine: Examine) -> None:
         """Nothing is paid for."""
@@ -820,15 +820,15 @@ class TestDatabases:
         database = f"postgresql://jane:{PASSWORD}@{CLOSED}/private"
         report = examine("--db", database, "--redis", f"redis://:{PASSWORD}@{CLOSED}")
         assert report.deviations == {
-            "database": "failed: cannot be used: Connection refused",
-            "Redis": "failed: cannot be used: Connection refused",
+            "database": "failed: could not use it: Connection refused",
+            "Redis": "failed: could not use it: Connection refused",
         }
         assert not [text for text in ("jane", "private", "127.0.0.1") if text in report.text]
 
     def test_a_host_that_is_not_known(self, examine: Examine) -> None:
         """What psycopg quotes is left out."""
         (found,) = examine("--db", "postgresql://jane@private.invalid/x").deviations.values()
-        assert found.startswith("failed: cannot be used: failed to resolve host ...: ")
+        assert found.startswith("failed: could not use it: failed to resolve host ...: ")
 
     def test_the_text_shows_where_they_are(self, call: Callable[..., Any]) -> None:
         """Without the password."""
@@ -852,17 +852,17 @@ class TestDatabases:
         other = tmp_path / "other.txt"
         other.write_text("no database" * 100)
         report = examine("--db", f"sqlite:///{other}")
-        found = "failed: cannot be used: file is not a database"
+        found = "failed: could not use it: file is not a database"
         assert report.deviations == {"database": found}
         report = examine("--db", f"sqlite:///{tmp_path}/missing/batches.sqlite")
-        assert report.deviations["database"].endswith("its directory cannot be written")
+        assert report.deviations["database"].endswith("its directory is not writable")
 
     def test_unusable_urls(self, examine: Examine) -> None:
         """They are not shown."""
         report = examine("--db", f"mysql://{PASSWORD}", "--redis", f"http://{PASSWORD}")
         assert report.deviations == {
             "database": "failed: database_url must be sqlite or postgresql",
-            "Redis": "failed: the URL cannot be used",
+            "Redis": "failed: not a Redis URL",
         }
 
     def test_a_broken_rule_is_one_sentence(self, examine: Examine) -> None:
@@ -894,7 +894,7 @@ class TestDatabases:
             finally:
                 process.kill()
         assert good.checks["Redis"]["found"].startswith(("Redis ", "Valkey "))
-        found = "failed: cannot be used: it refused the user or the password"
+        found = "failed: could not use it: it refused the user or the password"
         assert bad.deviations == {"Redis": found}
 
 

@@ -372,7 +372,7 @@ def test_a_small_terminal_keeps_failed_and_running_nodes_in_sight() -> None:
 def test_a_warning_takes_the_place_of_nodes() -> None:
     """The display never gets higher than the terminal."""
     lines = show(
-        large({}), height=24, warning="could not reach it; trying again for up to 60 s " * 3
+        large({}), height=24, warning="could not reach it. Trying again for up to 60 s " * 3
     )
     assert len(lines) <= 23
     assert lines[-1].startswith("… 43 more: 43 SUCCESS")

@@ -66,7 +66,7 @@ async def test_a_start_whose_item_was_taken_over_is_followed(
     await working
     assert (await batch.work()).succeeded == 1
     (run,) = sim.runs
-    text = f"execution {run.execution_id} was started for item 'a' while another worker took"
+    text = f"execution {run.execution_id} started for item 'a' while another worker took"
     assert text in caplog.text
     assert (await outcomes(batch))["a"].output == 5
 
@@ -83,7 +83,7 @@ async def test_the_id_of_a_start_that_cannot_be_followed_is_logged(
     async with asyncio.timeout(20):
         while "keep this line" not in caplog.text:  # noqa: ASYNC110 - the log has no event
             await asyncio.sleep(0.01)
-    assert "was started for item 'a' of batch 'nightly'" in caplog.text
+    assert "started for item 'a' of batch 'nightly'" in caplog.text
     working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working

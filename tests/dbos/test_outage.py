@@ -181,7 +181,7 @@ async def test_an_execution_that_takes_too_long_is_not_given_up(
     await batch_of().add([StartRequest("held", {"n": "0"}, key="0")])
     with pytest.raises(ExecutionTimeout):
         await batch_of(wait_timeout=0.05).work()
-    assert "item '0' has no outcome yet; still following it: ExecutionTimeout" in caplog.text
+    assert "item '0' has no outcome yet, still following it: ExecutionTimeout" in caplog.text
     sim.finish(sim.runs[0].execution_id, "Answer")
     assert (await batch_of().work()).succeeded == 1
     assert len(sim.runs) == 1
@@ -544,14 +544,14 @@ async def test_a_shared_rate_without_its_database_ends_the_work_with_the_databas
     def reserve(store: Store, batch: str, slots: int, rate: float) -> float:
         reserved.append(slots)
         if len(reserved) > good:
-            raise ConfigurationError("the database cannot be used: away")
+            raise ConfigurationError("cannot use the database: away")
         return 0.0
 
     monkeypatch.setattr(Store, "reserve", reserve)
     monkeypatch.setattr(rates, "RESERVATION", rates.Reservation(reserved=0.0))
     batch = batch_of(rate=50.0)
     await batch.add(requests(2))
-    with pytest.raises(ConfigurationError, match="the database cannot be used: away"):
+    with pytest.raises(ConfigurationError, match="cannot use the database: away"):
         await batch.work()
 
 
@@ -592,7 +592,7 @@ async def test_an_id_that_is_not_stored_soon_is_logged_and_printed(
             working.cancel()
             await asyncio.wait([working])
     (run,) = sim.runs
-    text = f"execution {run.execution_id} was started for item '0' of batch 'nightly', but"
+    text = f"execution {run.execution_id} started for item '0' of batch 'nightly', but"
     assert [message.startswith(text) for message in caplog.messages].count(True) == 1
     assert text in capsys.readouterr().err
     assert is_interrupted or (await working).succeeded == 1
@@ -633,9 +633,9 @@ async def test_work_goes_on_when_the_file_is_unlocked(
     working = asyncio.create_task(batch.work())
     await until(lambda: len(sim.runs) >= 5)
     with locked(url):
-        await until(lambda: "cannot be used: database is locked; trying again" in caplog.text)
+        await until(lambda: ", trying again: database is locked" in caplog.text)
     assert (await working).succeeded == 20
-    assert "can be used again" in caplog.text
+    assert "works again" in caplog.text
     assert most_starts(sim) == 1
 
 
@@ -686,7 +686,7 @@ def test_no_raw_error_of_sqlalchemy_comes_out(url: str, failure: Any) -> None:
         raise failure
 
     with closing(Store(check_url(url))) as store:
-        with pytest.raises(ConfigurationError, match="cannot be used: no"):
+        with pytest.raises(ConfigurationError, match=r"cannot use the database .*: no"):
             store.retry(work)
         explained = store.explain(failure)
         assert isinstance(explained, ConfigurationError)

@@ -294,7 +294,7 @@ async def test_what_cannot_be_recovered_is_named(sim: Simulator, session: Sessio
     with pytest.raises(TypeError, match="must be a StartUnknown"):
         await session.recover(ValueError("x"))  # type: ignore[arg-type]
     error.callback_token = Callbacks(CALLBACKS.url, secret="other").new_token()
-    with pytest.raises(ValueError, match="with a different secret"):
+    with pytest.raises(ValueError, match="has a different secret"):
         await session.recover(error)
 
 

@@ -81,7 +81,7 @@ async def test_an_outage_is_two_lines_however_many_requests_fail(
     (line,) = lines(caplog, logging.WARNING)
     assert line.startswith("execution ")
     assert "the server returned 503 Service Unavailable" in line
-    assert line.endswith("; trying again for up to 5 s")
+    assert line.endswith(". Trying again for up to 5 s")
     said = lines(caplog, logging.INFO)
     assert said.count("PromptLayer is reachable again") == 1
     assert len([line for line in said if ": complete (1 poll in " in line]) == 200
@@ -109,7 +109,7 @@ async def test_an_abandoned_outage_is_not_logged_as_ended(
     with pytest.raises(ExecutionTimeout):
         await session.execution(6).wait(timeout=0.05)
     await session.aclose()
-    why = f"could not reach {dead}: Connection refused; trying again"
+    why = f"could not reach {dead}: Connection refused. Trying again"
     assert lines(caplog, logging.WARNING) == [
         f"execution 5: {why} for up to 0.02 s",
         f"execution 6: {why}",
@@ -128,7 +128,7 @@ async def test_a_start_is_named_as_a_start(
     with pytest.raises(SessionClosed):
         await starting
     assert caplog.messages == [
-        f"starting a run: could not reach {dead}: Connection refused; trying again for up to 60 s"
+        f"starting a run: could not reach {dead}: Connection refused. Trying again for up to 60 s"
     ]
 
 
@@ -155,7 +155,7 @@ async def test_no_answer_is_quoted(
     first, second = lines(caplog, logging.WARNING)
     assert "the 200 response is not JSON" in first
     assert "confidential" not in caplog.text
-    assert "503 Service Unavailable: down \\x1b[2J; trying again" in second
+    assert "503 Service Unavailable: down \\x1b[2J. Trying again" in second
 
 
 # Retry states and recent starts: arithmetic, with time and chance as arguments
@@ -277,6 +277,6 @@ def test_the_first_failure_of_an_outage_is_shown_without_a_logging_setup(dead: s
     command = [sys.executable, "-c", program, dead]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert ran.stderr == (
-        f"execution 787: could not reach {dead}: Connection refused;"
-        " trying again for up to 0.05 s\n"
+        f"execution 787: could not reach {dead}: Connection refused."
+        " Trying again for up to 0.05 s\n"
     )

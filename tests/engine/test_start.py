@@ -800,5 +800,5 @@ async def test_hooks_that_fail_at_the_end_change_no_outcome(
 
     execution = await integration.start(session, StartRequest(NAME), hooks=Failing())
     assert [execution.id] == [run.execution_id for run in sim.runs]
-    assert "could not record how a start ended" in caplog.text
+    assert "could not record the result of a start request" in caplog.text
     assert "a bug of the hooks" in caplog.text

@@ -25,7 +25,7 @@ class StoreThatIsAway:
     """A record of starts whose database cannot be reached."""
 
     async def _fail(self, *_: Any, **__: Any) -> NoReturn:
-        raise ConfigurationError("the database db.internal cannot be used")
+        raise ConfigurationError("cannot use the database db.internal")
 
     find = claim = record = release = resolve = _fail
 

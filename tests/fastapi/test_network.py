@@ -139,7 +139,7 @@ async def test_a_browser_that_came_too_early_waits(
         assert json.loads(lines[1].removeprefix("data: ")) == {
             "execution_id": str(held),
             "type": "ServerError",
-            "message": "PromptLayer failed; trying again.",
+            "message": "PromptLayer failed. Trying again.",
         }
         assert 1000 <= int(lines[2].removeprefix("retry: ")) <= 4000
         sim.clear_faults()

@@ -115,7 +115,7 @@ async def test_the_runs_of_a_list_share_one_stream(sim: Simulator, session: Sess
     assert failure == {
         "execution_id": "77",
         "type": "NotFound",
-        "message": "There is no such execution or workflow.",
+        "message": "The execution or workflow does not exist.",
         "status": 404,
         "last": None,
     }
@@ -274,7 +274,7 @@ async def test_an_error_of_promptlayer_in_authorize_is_a_refusal(
     async with connect(make_app(session, authorize)) as client:
         (event,) = read((await client.get(query(7))).text)
     assert (event.data["type"], event.data["status"]) == ("Refused", 404)
-    assert event.data["message"] == "There is no such execution or workflow."
+    assert event.data["message"] == "The execution or workflow does not exist."
 
 
 async def test_a_ticket_may_be_for_many_runs(sim: Simulator, session: Session) -> None:
@@ -369,7 +369,7 @@ async def test_runs_without_an_answer_say_why(
         assert (await anext(events)).run == held
         waiting = await anext(events)
         assert (waiting.kind, waiting.run, waiting.id) == ("waiting", stalled, None)
-        assert waiting.data["message"] == "PromptLayer failed; trying again."
+        assert waiting.data["message"] == "PromptLayer failed. Trying again."
         sim.clear_faults()
         snapshot = await anext(events)
         assert (snapshot.kind, snapshot.run) == ("snapshot", stalled)

@@ -272,7 +272,7 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         record.getMessage()
         for record in records
-        if record.levelno == logging.WARNING and "; trying again" not in record.getMessage()
+        if record.levelno == logging.WARNING and ". Trying again" not in record.getMessage()
     ]
 
 

@@ -102,7 +102,7 @@ def check_ids(scene: Any, sim: Simulator, err: str) -> None:
     stored = scene.recorded_ids()
     for run in sim.runs:
         key, execution_id = run.inputs["key"], run.execution_id
-        line = f"execution {execution_id} was started for item {key!r} of batch 'nightly'"
+        line = f"execution {execution_id} started for item {key!r} of batch 'nightly'"
         assert stored.get(key) == execution_id or line in err, key
 
 
@@ -125,7 +125,7 @@ def test_the_encoding_of_the_database_does_not_matter_if_it_has_the_keys(
     for batch in (ascii_batch, utf8_batch):
         assert asyncio.run(batch.add([request])) == 1
         assert asyncio.run(batch.kinds([request.key])) == {request.key: None}
-    with pytest.raises(ConfigurationError, match=r"in encoding .LATIN1.*; use one whose encoding"):
+    with pytest.raises(ConfigurationError, match=r"in encoding .LATIN1.*\. Use one whose encoding"):
         asyncio.run(latin_batch.add([request]))
 
 

@@ -345,7 +345,7 @@ async def test_near_names_are_suggested(workspace: Simulator, connect: Connect) 
     async with connect() as client:
         for tool in ("describe_workflow", "start_workflow"):
             text = await refused(client, tool, workflow="write_report")
-            assert "no workflow is named 'write_report'; did you mean 'write report'?" in text
+            assert "no workflow is named 'write_report'. Did you mean 'write report'?" in text
         text = await refused(
             client, "start_workflow", workflow="write report", inputs={"Topik": 1, "rows": []}
         )
@@ -362,7 +362,7 @@ async def test_near_names_are_suggested(workspace: Simulator, connect: Connect) 
         workspace.clear_faults()
         execution_id = workspace.add_execution(write_report({}))
         text = await refused(client, "get_execution", execution_id=execution_id, node="report")
-        assert "it has: 'Plan', 'Report'; did you mean 'Report'?" in text
+        assert "It has: 'Plan', 'Report'. Did you mean 'Report'?" in text
 
 
 async def test_a_number_is_no_string(workspace: Simulator, connect: Connect) -> None:
@@ -428,7 +428,7 @@ async def test_a_call_that_is_repeated_with_its_key_gets_the_same_run(
         assert "has started. Call wait_execution" in first["message"]
     async with connect_keyed("other", "write report") as client:
         again = await call(client, "start_workflow", **asked)
-        assert "nothing new was started. Call wait_execution" in again["message"]
+        assert "the same run, not a new one. Call wait_execution" in again["message"]
         assert again["execution_id"] == first["execution_id"] == "1001"
         result = await call(client, "run_other", inputs={"n": 1}, idempotency_key="a")
         assert (result["execution_id"], result["succeeded"]) == ("1001", True)
@@ -458,6 +458,7 @@ async def test_another_call_under_a_key_starts_nothing(
         for _ in range(2):
             error = await refused(client, "start_workflow", **{**asked, "idempotency_key": "b"})
             assert "Another call with this idempotency_key starts nothing: ask the user." in error
+            assert "forget" not in error  # no tool does this
     assert len(workspace.runs) == 2
 
 
@@ -519,7 +520,7 @@ async def test_only_named_workflows_are_known(workspace: Simulator, connect: Con
         for tool in ("start_workflow", "describe_workflow"):
             text = await refused(client, tool, workflow="other")
             assert text.startswith("workflow: 'other' is not one of ['write report']")
-        with pytest.raises(MCPError, match="there is no tool 'run_other'; the tools are: list_"):
+        with pytest.raises(MCPError, match=r"no tool 'run_other'\. The tools are: list_"):
             await client.call_tool("run_other", {})
     assert workspace.runs == []
 
@@ -529,7 +530,7 @@ async def test_a_name_that_the_server_was_started_with_may_be_misspelt(
     workspace: Simulator, connect: Connect, mode: str
 ) -> None:
     """Each tool says so, and which name was perhaps meant; an id can be wrong, too."""
-    problem = "no workflow is named 'write-reprot'; did you mean 'write report'?"
+    problem = "no workflow is named 'write-reprot'. Did you mean 'write report'?"
     async with connect("write-reprot", "77", mode=mode) as client:
         listed = await call(client, "list_workflows")
         assert listed["workflows"] == []
@@ -541,7 +542,7 @@ async def test_a_name_that_the_server_was_started_with_may_be_misspelt(
         ):
             text = await refused(client, tool, **arguments)
             assert text.startswith(problem)
-            assert text.endswith("started with this name: ask the user to correct it.")
+            assert text.endswith("started this server with this name: ask them to correct it.")
     assert workspace.runs == []
 
 
@@ -640,7 +641,7 @@ async def test_tools_have_names_that_clients_accept(connect: Connect) -> None:
 def test_a_workflow_has_a_name(session: Session) -> None:
     """An empty one would allow nothing, or everything; a single string would be its letters."""
     for name in ("", 7):
-        with pytest.raises(ValueError, match=f"as text; got {name!r}"):
+        with pytest.raises(ValueError, match=f"as text, got {name!r}"):
             create_server(session, workflows=["a", name])
     with pytest.raises(TypeError, match=r"write \['report'\]"):
         create_server(session, workflows="report")
@@ -718,7 +719,7 @@ async def test_a_run_may_be_a_task(workspace: Simulator, connect: Connect) -> No
         task = await client.session.call_tool("run_slow", {}, allow_claimed=True)
         assert isinstance(task, TaskResult)
         assert (task.task_id, task.status, task.ttl_ms) == ("1001", "working", None)
-        assert task.status_message.endswith("has started; PromptLayer warns: old model")
+        assert task.status_message.endswith("has started. PromptLayer warns: old model")
         working = await request(client, "tasks/get", "1001")
         assert working["status"] == "working"
         assert working["statusMessage"] == "0 of 1 nodes are final, running: 'Answer'"
@@ -792,7 +793,7 @@ async def test_an_output_that_cannot_be_read_is_no_failure(
         sim.inject(Fault.status(403))
         result = await reading
         assert (result["succeeded"], "output" in result) == (True, False)
-        assert "its output could not be read" in result["message"]
+        assert "Could not read its output" in result["message"]
         assert (await call(client, "get_execution", execution_id=execution_id))["output"] == 1
 
 
@@ -884,7 +885,7 @@ async def test_the_process_ends_with_its_client_or_by_a_signal(
         waiting.cancel()
         await asyncio.wait([waiting])
     assert state.read_text() == f"exit {0 if end is None else 128 + end}"
-    assert f"execution {held} continues on PromptLayer; follow it: promptlayer-exec watch" in (
+    assert f"execution {held} continues on PromptLayer. Follow it with: promptlayer-exec watch" in (
         log.read_text()
     )
 

@@ -319,7 +319,7 @@ async def test_a_signal_ends_the_command_while_a_call_waits(
     assert (process.returncode, out) == (0, b"")
     lines = errors.decode().splitlines()
     assert lines[0] == "Agents reach this MCP server, with the token, at (Ctrl-C stops it):"
-    assert lines[1].startswith("execution 1001 of workflow 'slow' continues on PromptLayer;")
+    assert lines[1].startswith("execution 1001 of workflow 'slow' continues on PromptLayer.")
     assert lines[2:] == []
 
 

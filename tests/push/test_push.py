@@ -1030,7 +1030,7 @@ class TestFaults:
         """Centrifugo says with such a code that the client must not come back."""
         await server.drop(code)
         await log.given_up()
-        assert "the server ended the connection: " in log.warnings[0]
+        assert "the server closed the connection: " in log.warnings[0]
         assert str(code) in log.warnings[0]
         await polled_to_the_end(server, execution)
 
@@ -1086,7 +1086,7 @@ class TestFaults:
         server.statuses[WEBSOCKET] = 500
         await server.drop()
         await log.given_up()
-        assert "no subscription within 0.3 s; last failure: " in log.warnings[0]
+        assert "no subscription within 0.3 s, last failure: " in log.warnings[0]
         await polled_to_the_end(server, execution)
 
 

@@ -126,8 +126,8 @@ async def test_the_log_names_the_grace_for_a_404_after_the_start(
     await execution.wait()
     sim.inject(Fault.status(503))
     await open_session(retry=RetryPolicy(base=0.001)).execution(execution.id).wait()
-    told = [text.rsplit("; ", 1)[1] for text in caplog.messages]
-    assert told == ["trying again for up to 10 s", "trying again for up to 600 s"]
+    told = [text.rsplit(". ", 1)[1] for text in caplog.messages]
+    assert told == ["Trying again for up to 10 s", "Trying again for up to 600 s"]
 
 
 def test_a_session_is_asynchronous() -> None:
@@ -493,7 +493,7 @@ def test_a_session_neither_pickles_nor_shows_its_key() -> None:
     """The key is in no repr, and a pickle is refused."""
     session = Session("secret-key")
     assert "secret" not in repr(session)
-    with pytest.raises(TypeError, match="cannot be pickled"):
+    with pytest.raises(TypeError, match="cannot pickle"):
         pickle.dumps(session)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import pickle
 import sqlite3
 import subprocess
 import sys
@@ -208,6 +209,11 @@ def hold(sim: Simulator, gate: Gate, *, before: bool = False) -> None:
 def start(session: Session, flow: str, key: str = "order") -> asyncio.Task[Execution]:
     """Begin a start."""
     return asyncio.create_task(session.start(flow, INPUTS, key=key))
+
+
+FORGET = (
+    "Look for it in PromptLayer. If it is not there, await store.forget(key), and start it again."
+)
 
 
 async def lose(session: Session, sim: Simulator, flow: str, key: str = "order") -> StartUnknown:
@@ -535,8 +541,21 @@ async def test_a_lost_response_stays_unknown(
     assert {error.callback_token for error in errors} == {errors[0].callback_token}
     assert errors[0].callback_token is not None
     assert "so this call sent nothing" in str(errors[1])
+    for error in errors:
+        assert str(error).endswith(FORGET)
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert posts(sim) == 1
     assert rows(url) == [("order", "unknown", None, 1)]
+
+
+async def test_a_key_that_no_store_keeps_cannot_be_forgotten(
+    open_session: Callable[..., Session], sim: Simulator, flow: str
+) -> None:
+    """Without `starts=`, the key of a request is only a label."""
+    sim.inject(Fault.disconnect(), path="/run")
+    (outcome,) = await open_session().collect([StartRequest(flow, INPUTS, key="order")])
+    assert isinstance(outcome.error, StartUnknown)
+    assert str(outcome.error).endswith("before you start it again, or you may pay twice.")
 
 
 async def test_a_callback_says_which_run_it_was(
@@ -638,7 +657,7 @@ async def test_a_process_that_was_killed_leaves_an_unknown_start(
     age(url, 34.0)  # as if its process had vanished
     other = Session(sim.api_key, base_url=sim.base_url, starts=SQLStartStore(url))
     async with other:
-        with pytest.raises(StartUnknown, match="was killed before it could record"):
+        with pytest.raises(StartUnknown, match="its process died before it could record"):
             await other.start(flow, INPUTS, key="order")
     gate.opened.set()  # but it was only asleep
     run = await first
@@ -712,7 +731,7 @@ async def test_a_key_that_is_forgotten_while_its_start_is_in_flight(
     await store.forget("order")
     gate.opened.set()
     run = await starting
-    assert f"execution {run.id} was started for the key 'order'" in caplog.text
+    assert f"execution {run.id} started for the key 'order'" in caplog.text
 
 
 # Run and fan-outs
@@ -805,7 +824,7 @@ async def test_without_its_database_nothing_is_sent(
     await store.find("order")
     with locked(url):
         began = time.monotonic()
-        nothing = "this call started nothing: the database"
+        nothing = "this call started nothing: cannot use the database"
         with pytest.raises(ConfigurationError, match=nothing) as error:
             await session.start(flow, INPUTS, key="order")
         assert time.monotonic() - began < 0.4 + 0.5
@@ -828,7 +847,7 @@ async def test_a_database_that_is_away_when_the_key_is_claimed(
     session = open_session(starts=store, request_timeout=1.2)
     with Lock(url) as locks:
         store.before["claim"] = locks.lock
-        with pytest.raises(ConfigurationError, match="this call started nothing: the database"):
+        with pytest.raises(ConfigurationError, match="started nothing: cannot use the database"):
             await session.start(flow, INPUTS, key="order")
     assert [type(event.error) for event in recorder.of(StartFailed)] == [ConfigurationError]
     await session.aclose()
@@ -866,7 +885,7 @@ async def test_a_database_that_is_away_after_the_start(
     with Lock(url) as locks:
         store.before["record"] = locks.lock
         run = await session.start(flow, INPUTS, key="order")
-        line = f"execution {run.id} was started for the key 'order', but the database could not"
+        line = f"execution {run.id} started for the key 'order', but the database could not"
         assert line in capfd.readouterr().err
         assert line in caplog.text
         del store.before["record"]
@@ -880,7 +899,7 @@ async def test_a_database_that_is_away_after_the_start(
         async with asyncio.timeout(LONG):
             await recorded.wait()
     assert rows(url) == [("order", "started", run.id, 1)]
-    assert caplog.text.count("was started for the key") == 1
+    assert caplog.text.count("started for the key") == 1
     assert (await session.start(flow, INPUTS, key="order")).id == run.id
     assert posts(sim) == 1
 
@@ -947,7 +966,7 @@ async def test_closing_gives_up_after_one_more_try(
     with pytest.raises(SessionClosed) as error:
         await starting
     assert error.value.execution_id == sim.runs[0].execution_id
-    line = f"execution {sim.runs[0].execution_id} was started for the key 'order', but"
+    line = f"execution {sim.runs[0].execution_id} started for the key 'order', but"
     assert line in capfd.readouterr().err
     assert line in caplog.text
     assert "key 'order' stays taken until you forget it" in caplog.text
@@ -965,7 +984,7 @@ async def test_a_store_with_a_bug_loses_no_id(
     store.before["record"] = fail
     run = await session.start(flow, INPUTS, key="order")
     assert run.id == sim.runs[0].execution_id
-    assert f"execution {run.id} was started" in capfd.readouterr().err
+    assert f"execution {run.id} started" in capfd.readouterr().err
     await session.aclose()
     gc.collect()  # an error that nobody has retrieved would warn
 

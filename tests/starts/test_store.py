@@ -340,7 +340,7 @@ async def test_a_call_gives_up_in_time(store: SQLStartStore, url: str) -> None:
     await store.find("order")
     with locked(url):
         began = time.monotonic()
-        with pytest.raises(ConfigurationError, match="cannot be used: no response within"):
+        with pytest.raises(ConfigurationError, match=r"cannot use .*: no response within"):
             await store.claim(CLAIM, patience=0.1)
         assert time.monotonic() - began < 0.9
 
@@ -374,7 +374,7 @@ async def test_an_unusable_database_is_an_error_that_says_why() -> None:
     assert errors[0] is not errors[1]
     for error in errors:
         assert isinstance(error, ConfigurationError)
-        assert "cannot be used: unable to open database file; it must be a file" in str(error)
+        assert ": unable to open database file. It must be a file" in str(error)
     await store.aclose()
 
 
@@ -468,4 +468,4 @@ async def test_the_callback_of_another_attempt_is_logged(
     assert await store.claim(AGAIN) is None
     assert await store.record("order", "second", 8)
     assert not await store.resolve("first", 7)
-    assert "execution 7 was also started for the key 'order'" in caplog.text
+    assert "execution 7 also started for the key 'order'" in caplog.text

@@ -226,9 +226,9 @@ _EXPECTED = "expected a mapping, or an attrs, dataclass or pydantic instance, go
         (
             {"a": Broken()},
             TypeError,
-            "inputs.a: a Broken could not be converted (PydanticSerializationError: ",
+            "inputs.a: could not convert a Broken (PydanticSerializationError: ",
         ),
-        ({"a": Table(5)}, TypeError, "inputs.a: a Table could not be converted (TypeError: 'int'"),  # type: ignore[arg-type]
+        ({"a": Table(5)}, TypeError, "inputs.a: could not convert a Table (TypeError: 'int'"),  # type: ignore[arg-type]
     ],
 )  # fmt: skip
 def test_a_value_that_json_does_not_have_is_refused(
@@ -315,7 +315,7 @@ def test_any_converter_takes_named_tuples() -> None:
         (
             lambda value: 1 / 0,
             TypeError,
-            r"inputs\.a\[0\]: an object could not be converted \(Zero",
+            r"inputs\.a\[0\]: could not convert an object \(Zero",
         ),
         (lambda value: {"b": b""}, TypeError, r"inputs\.a\[0\]\.b: a bytes is not a JSON value"),
         (lambda value: object(), TypeError, r"inputs\.a\[0\]: an object is not a JSON value"),

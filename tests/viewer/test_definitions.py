@@ -35,7 +35,7 @@ async def test_the_workflow_of_an_id_is_asked_and_never_guessed(
     answer = await _graph(viewer, execution_id)
     assert sim.request_count == before + 1  # the poll
     assert answer["definition"] is None
-    assert "does not say which workflow" in answer["reason"]
+    assert "does not report which workflow" in answer["reason"]
     path = f"executions/{execution_id}/workflow"
     assert (await viewer.send("PUT", path, {"workflow": "none"}))[0] == 502
     status, chosen = await viewer.send("PUT", path, {"workflow": "1"})
@@ -154,7 +154,7 @@ async def test_a_workflow_that_does_not_come_is_given_up(
     _, answer = await viewer.send("GET", "definition?workflow=report")
     assert answer["reason"] == "PromptLayer did not respond in time."
     _, answer = await viewer.send("GET", "workflows")
-    assert "was not sent within" in answer["reason"]
+    assert "did not arrive within" in answer["reason"]
 
 
 def test_a_definition_has_an_edge_for_each_dependency() -> None:

@@ -150,7 +150,7 @@ async def test_a_history_that_cannot_be_used_stops_nothing(
         while any(card.state != "succeeded" for card in board.cards.values()):
             await board.changed.wait()
     warnings = [one.getMessage() for one in caplog.records if "history" in one.getMessage()]
-    assert warnings == [f"the history {path} cannot be used: file is not a database"]
+    assert warnings == [f"cannot use the history {path}: file is not a database"]
 
 
 async def test_the_board_remembers_what_it_followed(
@@ -256,7 +256,7 @@ async def test_an_error_of_the_file_is_an_answer(viewer: Any, tmp_path: Path) ->
     (tmp_path / "history.sqlite").mkdir()
     status, answer = await viewer.send("GET", "history")
     assert status == 503
-    assert "The history cannot be used" in answer["message"]
+    assert "Could not use the history" in answer["message"]
 
 
 async def test_a_lost_execution_is_remembered_as_such(

@@ -366,10 +366,10 @@ async def test_a_watch_that_failed_keeps_its_last_snapshot(
 @pytest.mark.parametrize(
     ("fault", "problem"),
     [
-        (Fault.disconnect(), ("unreachable", "PromptLayer cannot be reached: ")),
+        (Fault.disconnect(), ("unreachable", "PromptLayer is unreachable: ")),
         (Fault.status(503), ("failing", "PromptLayer responded with 503 Service Unavailable.")),
         (Fault.status(429, retry_after=0.2), ("waiting", "PromptLayer asks to wait (429 ")),
-        (Fault.truncate(), ("unreadable", "PromptLayer's response cannot be read: ")),
+        (Fault.truncate(), ("unreadable", "PromptLayer's response is unreadable: ")),
     ],
 )
 async def test_a_poll_that_is_tried_again_says_why(
@@ -448,7 +448,7 @@ def test_usage_errors_of_the_command(
     assert "PROMPTLAYER_API_KEY" in error_of(is_demo=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         in_use = error_of(taken.getsockname()[1])
-    assert re.match(r"cannot listen on .* in use; .*--port 0", in_use)
+    assert re.match(r"cannot listen on .* in use\. .*--port 0", in_use)
     assert error_of(host="192.0.2.1").startswith("cannot listen on 192.0.2.1, port 0: ")
     monkeypatch.setenv(TOKEN, "guess me")
     assert error_of().startswith(f"{TOKEN} is too weak")
@@ -565,7 +565,7 @@ async def test_sigterm_stops_the_command_with_a_page_open(sim: Simulator, held: 
             await process.wait()
     assert rest.endswith(b"event: end\ndata: {}\n\n")
     assert process.returncode == 0
-    assert errors == b"Open this page; keep its URL to yourself (Ctrl-C stops the server):\n"
+    assert errors == b"Open this page, and keep its URL to yourself (Ctrl-C stops the server):\n"
 
 
 async def test_a_start_that_is_answered_after_the_end_is_reported(

@@ -23,7 +23,7 @@ const CONNECTIONS = {
   connecting: "Connecting",
   live: "Connected",
   reconnecting: "Connection lost, reconnecting",
-  ended: "The viewer has stopped; waiting for it to start again",
+  ended: "The viewer has stopped. Waiting for it to start again",
   refused: "Refused",
 };
 const VIEWS = {
@@ -205,7 +205,7 @@ async function addAgain(missing) {
     try {
       await api.call("POST", "api/executions", { execution_id: id, is_listed: isListed });
     } catch (error) {
-      notify(`Execution ${id} could not be followed again. ${error.message}`);
+      notify(`Could not follow execution ${id} again. ${error.message}`);
       board.returning.delete(id);
     }
   }

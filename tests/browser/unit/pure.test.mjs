@@ -115,7 +115,7 @@ test("the sentence of a running run says whether it is stuck", () => {
   ];
   const usual = { duration: 40, nodes: { rank: 8.4 }, successes: [] };
   const slow = sentenceOf(runOf({ state: "running", nodes, time: 26 }), usual);
-  assert.equal(textOf(slow), "Running in rank for 26 s; usually 8.4 s. No change for 22 s.");
+  assert.equal(textOf(slow), "Running in rank for 26 s (usually 8.4 s). No change for 22 s.");
   assert.equal(slow.isSlow, true);
   const known = { ...usual, successes: [{ execution_id: "7", ended: Date.now() / 1000 - 90 }] };
   const next = textOf(sentenceOf(runOf({ state: "running", nodes, time: 26 }), known));
@@ -124,9 +124,9 @@ test("the sentence of a running run says whether it is stuck", () => {
   const brief = sentenceOf(runOf({ state: "failed", nodes: [long], workflow: null }), NOTHING, 100);
   assert.equal(textOf(brief), `Failed in plan: ${"x".repeat(100)}…`);
   const soon = sentenceOf(runOf({ state: "running", nodes, time: 9 }), usual);
-  assert.deepEqual([textOf(soon), soon.isSlow], ["Running in rank for 9.0 s; usually 8.4 s.", false]);
+  assert.deepEqual([textOf(soon), soon.isSlow], ["Running in rank for 9.0 s (usually 8.4 s).", false]);
   const whole = sentenceOf(runOf({ state: "running", nodes, time: 130 }), { ...usual, nodes: {} });
-  assert.match(textOf(whole), /^Running in rank for 2 min 10 s; the whole run usually takes 40 s\./);
+  assert.match(textOf(whole), /^Running in rank for 2 min 10 s. The whole run usually takes 40 s\./);
   assert.equal(whole.isSlow, true);
   // As long as the node usually takes, and since the node began, no change says nothing.
   const usually = { ...usual, nodes: { rank: 60 } };
@@ -154,7 +154,7 @@ test("the sentence of a run that ended says why, and what is next", () => {
   assert.equal(textOf(sentenceOf(unknown, NOTHING)), "Failed: no output node succeeded.");
   const fine = runOf({ state: "succeeded", nodes: [], time: 30, ended: now - 5 });
   const slow = sentenceOf(fine, { ...NOTHING, duration: 8 });
-  assert.deepEqual([textOf(slow), slow.isSlow], ["Succeeded just now after 30 s; usually 8.0 s.", true]);
+  assert.deepEqual([textOf(slow), slow.isSlow], ["Succeeded just now after 30 s (usually 8.0 s).", true]);
 });
 
 const folder = new URL("../../../promptlayer_exec/viewer/page/", import.meta.url);

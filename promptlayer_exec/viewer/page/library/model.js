@@ -181,10 +181,10 @@ export function settingsOf({ data: { version, label, metadata } }) {
   return words;
 }
 
-const GOES_ON = "Runs continue on PromptLayer; the page shows what was last seen.";
+const GOES_ON = "Runs continue on PromptLayer. The page shows what it last saw.";
 // By kind of problem: a few words, and what to do.
 const SERVER = {
-  unreachable: ["PromptLayer cannot be reached", `Check the network of the machine that runs the viewer. ${GOES_ON}`],
+  unreachable: ["PromptLayer is unreachable", `Check the network of the machine that runs the viewer. ${GOES_ON}`],
   slow: ["PromptLayer does not respond", GOES_ON],
   stale: ["PromptLayer does not respond", GOES_ON],
   failing: ["PromptLayer has errors", `There is nothing to do but wait. ${GOES_ON}`],

@@ -66,8 +66,8 @@ function runningSentence(run, usual) {
   const length = time - node.running;
   const normal = usual.nodes[node.name] ?? null;
   let rest = node.running === null ? "" : ` for ${duration(length, true)}`;
-  if (normal !== null) rest += `; usually ${duration(normal, true)}`;
-  else if (usual.duration !== null) rest += `; the whole run usually takes ${duration(usual.duration, true)}`;
+  if (normal !== null) rest += ` (usually ${duration(normal, true)})`;
+  else if (usual.duration !== null) rest += `. The whole run usually takes ${duration(usual.duration, true)}`;
   const isSlow = isLate || (normal !== null && length > SLOW * normal);
   // The latest change may be that the node began, and the node may usually take that long.
   const isQuiet = quiet >= Math.max(QUIET, normal ?? 0) && (node.running === null || quiet < length - 1);
@@ -122,7 +122,7 @@ function succeededSentence(run, usual, longest) {
   const length = run.length();
   let text = `Succeeded${when}`;
   if (length !== null) text += ` after ${duration(length, true)}`;
-  if (usual.duration !== null && length !== null) text += `; usually ${duration(usual.duration, true)}`;
+  if (usual.duration !== null && length !== null) text += ` (usually ${duration(usual.duration, true)})`;
   const isSlow = length !== null && usual.duration !== null && length > SLOW * usual.duration;
   const [node] = run.failed();
   if (node === undefined) return { pieces: [say(`${text}.`)], isSlow };

@@ -7,7 +7,7 @@ import { announce, notify } from "../library/dom.js";
 export async function remove(id) {
   try {
     await call("DELETE", `api/executions/${id}`);
-    announce(`Execution ${id} was removed from this page; it continues on PromptLayer.`);
+    announce(`Execution ${id} was removed from this page. It continues on PromptLayer.`);
     return true;
   } catch (error) {
     notify(error.message);

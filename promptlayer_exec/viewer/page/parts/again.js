@@ -5,7 +5,7 @@ import { call, getInputs } from "../library/api.js";
 import { announce, confirmIn, notify } from "../library/dom.js";
 import { addressOf, go } from "../library/router.js";
 
-const COST = "It costs what a run of this workflow costs, and cannot be cancelled.";
+const COST = "It costs what a run of this workflow costs, and you cannot cancel it.";
 const LOST = "The run may have started: look in PromptLayer before you start it again.";
 
 export async function startRun(content) {

@@ -43,8 +43,8 @@ function showBell() {
   bell.hidden = false;
   bell.setAttribute("aria-pressed", String(isOn));
   bell.title = isOn
-    ? "A notification is shown when a run ends, unless you are looking at this page"
-    : "Show a notification when a run ends";
+    ? "You get a notification when a run finishes, unless you are looking at this page"
+    : "Show a notification when a run finishes";
   if (Notification.permission === "denied") {
     bell.title = "This browser does not allow notifications for this page";
     bell.disabled = true;

@@ -97,11 +97,11 @@ export class Detail {
     if (running !== null) {
       const isUnseen = final === null && isFinal(this.node);
       const end = final === null ? "." : `, and final at ${after(final)}.`;
-      text = `First seen running at ${after(running)}${isUnseen ? "; its end was not seen." : end}`;
+      text = `First seen running at ${after(running)}${isUnseen ? ". The viewer did not see it finish." : end}`;
     } else if (final !== null) {
       text = `First seen at ${after(final)}, already final.`;
     } else if (isFinal(this.node)) {
-      text = "It was over before this viewer saw the run, so its times are not known.";
+      text = "It was over before this viewer saw the run, so its times are unknown.";
     }
     if (this.node.status === "SKIPPED") text = this.run.whySkipped(this.node.name);
     write(times, text);

@@ -50,12 +50,12 @@ export function showTime(root, run) {
 
 function problemText({ data }, { text, since, until }) {
   if (data.state === "lost") {
-    const ends = "The viewer has given up; the run itself continues on PromptLayer.";
+    const ends = "The viewer has given up. The run itself continues on PromptLayer.";
     return `${text} ${ends} Noticed at ${clock(since)}.`;
   }
   const wait = until === null ? 0 : until - Date.now() / 1000;
   const next = wait > 5 ? `the next attempt is at ${clock(until)}` : "the viewer keeps trying";
-  return `${text} Since ${sinceText(since)}; ${next}.`;
+  return `${text} Since ${sinceText(since)}, ${next}.`;
 }
 
 // Writes the sentence. Its links stay the same elements while only words change, and so keep the

@@ -221,7 +221,7 @@ function commandsOf({ name, waiting, running, workers, failed, unknown }) {
     [waiting + running > 0 && workers === 0, "work", "Nobody works on it now. Continue it with:"],
     [failed > 0, "retry --failed", "Start the failed items again, which costs again:"],
     [failed > 0, "recheck", "Follow the runs without an output again, and start none:"],
-    [unknown > 0, "retry --unknown", "Start the unknown items again; you may pay for them twice:"],
+    [unknown > 0, "retry --unknown", "Start the unknown items again, which may cost twice:"],
   ];
   const wanted = all.filter(([isWanted]) => isWanted);
   return wanted.map(([, verb, what]) => ({ what, command: `promptlayer-exec batch ${verb} --name ${quoted}` }));

@@ -90,7 +90,7 @@ async function load(isMore = false) {
   try {
     found = await get(`api/history?${params}`);
   } catch (error) {
-    const off = "There is no history: the viewer was started with --no-history.";
+    const off = "There is no history: the viewer runs with --no-history.";
     return show(byId("history-problem"), error.status === 404 ? off : error.message);
   }
   if (number !== asked) return; // the filters have changed in the meantime
@@ -113,7 +113,7 @@ function showCounts(counts) {
   const isFiltered = filters().size > 0;
   const nothing = isFiltered
     ? "No remembered execution matches."
-    : "Nothing is remembered yet.\nExecutions that are followed or started here appear in this list.";
+    : "The history is empty.\nExecutions that you follow or start here appear in this list.";
   write(byId("history-empty"), entries.length === 0 ? nothing : "");
   const rest = matching - entries.length;
   byId("history-more").hidden = rest <= 0;
@@ -205,7 +205,7 @@ async function forget(entry, root) {
 byId("forget-all").addEventListener("click", async () => {
   const answer = await confirmIn({
     title: "Delete the whole history?",
-    text: "All executions, with their inputs, are deleted from this machine. They stay on PromptLayer.",
+    text: "This deletes all executions, with their inputs, from this machine. They stay on PromptLayer.",
     yes: "Delete all",
   });
   if (answer !== "yes") return;

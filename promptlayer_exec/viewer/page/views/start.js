@@ -88,7 +88,7 @@ function showDefinition(workflow, found, reason, inputs = null, release = "") {
   const fields = names.map(([name, type], index) => fieldOf(name, type, index));
   byId("fields").replaceChildren(byId("fields").firstElementChild, ...fields);
   let text = "";
-  if (found === null && reason) text = `Its definition is not available, so inputs are not checked: ${reason}`;
+  if (found === null && reason) text = `Its definition is unavailable, so the page cannot check inputs: ${reason}`;
   if (found !== null && names.length === 0) text = "It has no required inputs.";
   write(byId("definition"), text);
   if (inputs !== null) {
