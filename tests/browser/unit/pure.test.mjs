@@ -130,7 +130,7 @@ test("the sentence of a running run says whether it is stuck", () => {
   assert.equal(whole.isSlow, true);
   // As long as the node usually takes, and since the node began, no change says nothing.
   const usually = { ...usual, nodes: { rank: 60 } };
-  assert.equal(textOf(sentenceOf(runOf({ state: "running", nodes, time: 26 }), usually)), "Running in rank for 26 s; usually 1 min 00 s.");
+  assert.equal(textOf(sentenceOf(runOf({ state: "running", nodes, time: 26 }), usually)), "Running in rank for 26 s (usually 1 min 00 s).");
   const alone = [{ name: "rank", status: "RUNNING", running: 0, final: null }];
   assert.equal(textOf(sentenceOf(runOf({ state: "running", nodes: alone, time: 26 }), NOTHING)), "Running in rank for 26 s.");
   const two = [...nodes, { name: "grade", status: "RUNNING", running: 1, final: null }];
