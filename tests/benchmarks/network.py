@@ -36,6 +36,7 @@ _SIZE = "select pg_database_size(current_database())"
 
 PROXY = """
 import asyncio, sys
+from contextlib import suppress
 
 path, delay = sys.argv[1], float(sys.argv[2]) / 2
 
@@ -61,7 +62,8 @@ async def pump(reader, writer):
 
 async def serve(reader, writer):
     server_reader, server_writer = await asyncio.open_unix_connection(path)
-    await asyncio.gather(pump(reader, server_writer), pump(server_reader, writer))
+    with suppress(asyncio.CancelledError):  # the proxy is over
+        await asyncio.gather(pump(reader, server_writer), pump(server_reader, writer))
 
 async def main():
     server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=1000)

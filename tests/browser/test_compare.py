@@ -56,13 +56,13 @@ async def test_differences_are_marked(sim: Simulator, viewer: Any, ui: Any, page
     """Statuses, durations and values; nodes that only one has; lines that differ."""
     await compare(sim, viewer, ui)
     await expect(page.locator("#compare-summary")).to_have_text(
-        "The inputs and 3 of 5 nodes differ."
+        "The release, the inputs, and 3 of 5 nodes differ."
     )
     await expect(page.locator(".pair-head .side")).to_contain_text(["release: 41", "release: 42"])
     await expect(pair(page, "review").locator("details")).to_have_attribute("open", "")
     await page.get_by_label("Compare durations").check()
     await expect(page.locator("#compare-summary")).to_have_text(
-        "The inputs and 4 of 5 nodes differ."
+        "The release, the inputs, and 4 of 5 nodes differ."
     )
     await expect(pair(page, "same").locator(".tag")).to_have_count(0)
     for name, tags in (

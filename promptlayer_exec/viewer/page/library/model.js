@@ -181,6 +181,15 @@ export function settingsOf({ data: { version, label, metadata } }) {
   return words;
 }
 
+// The names of those settings that two runs do not share. Nothing is known of a run without a workflow.
+export function differingSettings({ data: left }, { data: right }) {
+  if (left.workflow === null || right.workflow === null) return [];
+  const names = ["version", "label"].filter((name) => left[name] !== right[name]);
+  const [one, other] = [left.metadata ?? {}, right.metadata ?? {}];
+  const all = new Set([...Object.keys(one), ...Object.keys(other)]);
+  return [...names, ...[...all].filter((name) => one[name] !== other[name])];
+}
+
 const GOES_ON = "Runs continue on PromptLayer. The page shows what it last saw.";
 // By kind of problem: a few words, and what to do.
 const SERVER = {

@@ -4,7 +4,7 @@
 import { call, get, getInputs, getText } from "../library/api.js";
 import { byId, findAll, iconOf, make, show, write } from "../library/dom.js";
 import { diffLines, diffWords } from "../library/diff.js";
-import { board, runs, settingsOf, spanOf, STATES, statusOf, wordOf } from "../library/model.js";
+import { board, differingSettings, runs, settingsOf, spanOf, STATES, statusOf, wordOf } from "../library/model.js";
 import { addressOf, go, replace } from "../library/router.js";
 import { clock, duration } from "../library/times.js";
 
@@ -110,12 +110,20 @@ function render(left, right) {
   }
   const isOther = left.data.workflow && right.data.workflow && left.data.workflow !== right.data.workflow;
   const other = isOther ? " These are runs of different workflows." : "";
-  write(byId("compare-summary"), summaryOf(differing.length, names.length) + other);
+  const settings = differingSettings(left, right);
+  write(byId("compare-summary"), summaryOf(differing.length, names.length, settings) + other);
 }
 
-function summaryOf(differing, all) {
-  if (differing === 0) return hasOtherInputs ? "Only the inputs differ." : "No node differs.";
-  return `${hasOtherInputs ? "The inputs and " : ""}${differing} of ${all} nodes differ.`;
+// What differs, that with which the runs were started before what came of it.
+function summaryOf(differing, all, settings) {
+  const found = settings.map((name) => `the ${name}`);
+  if (hasOtherInputs) found.push("the inputs");
+  if (differing === 0 && found.length === 0) return "No node differs.";
+  if (differing > 0) found.push(`${differing} of ${all} nodes`);
+  const words = new Intl.ListFormat("en").format(found);
+  const isOne = found.length === 1 && settings.length === 1;
+  const only = differing === 0 ? `Only ${words}` : words[0].toUpperCase() + words.slice(1);
+  return `${only} ${isOne ? "differs" : "differ"}.`;
 }
 
 function headOf(left, right) {
