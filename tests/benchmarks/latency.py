@@ -206,7 +206,7 @@ def draw(file: str, results: Mapping[str, Measured]) -> None:
     colors = ["#9aa0a6", "#8ab4f8", "#1a73e8"][-len(names) :]
     columns = list(zip(*results.values(), strict=True))
     for axis, title, values, text in (
-        (axes[0], "result after the end of a run", [p50 * 1e3 for p50 in columns[0]], "{:,.0f} ms"),
+        (axes[0], "delay of the result", [p50 * 1e3 for p50 in columns[0]], "{:,.0f} ms"),
         (axes[1], "requests per run", columns[2], "{:.1f}"),
         (axes[2], "CPU per run", [cpu * 1e3 for cpu in columns[3]], "{:.1f} ms"),
     ):
