@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -149,6 +150,14 @@ class BrowserErrors:
     def unexpected(self) -> list[str]:
         """The recorded errors that the test did not expect."""
         return [one for one in self.recorded if not any(word in one for word in self.expected)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Let the commands receive SIGINT even if the tests run in the background of a script."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.fixture
