@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import signal
 import shutil
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
