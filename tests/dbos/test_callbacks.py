@@ -133,7 +133,7 @@ async def test_a_callback_may_come_before_its_item_is_unknown(world: World) -> N
     """As when a worker died: the same `work` that finds the item unknown then follows it."""
     await world.batch().add([StartRequest("echo", key="a")])
     world.sim.inject(Fault.stall())
-    working = asyncio.create_task(world.batch(request_timeout=0.3).work())
+    working = asyncio.create_task(world.batch(request_timeout=1.5).work())
     await world.sim.wait_for_requests(1)
     execution_id = world.sim.add_execution(Scenario([SimNode("A", "found", is_output_node=True)]))
     token = world.row()[2]
