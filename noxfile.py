@@ -362,7 +362,7 @@ def bench(session: nox.Session) -> None:
     # Two programs also measure the vendor's SDK, and one this package with msgspec.
     others = {"speed": ".[speed]", "vendor": SDK}
     pythons = {name: _make_venv(session, name, package) for name, package in others.items()}
-    session.install(".[dbos,fastapi,redis,starts]", "httpx", "matplotlib", "uvicorn>=0.35")
+    session.install(".[cli,dbos,fastapi,redis,starts]", "httpx", "matplotlib", "uvicorn>=0.35")
     _install_postgresql(session)
     _install_redis(session)
     if shutil.which("valgrind") is None:
@@ -375,6 +375,7 @@ def bench(session: nox.Session) -> None:
         ("bucket.py",),
         ("durable.py",),
         ("network.py",),
+        ("night.py",),
         ("starts.py",),
         ("backplane.py",),
         ("streams.py",),

@@ -123,6 +123,8 @@ test("the sentence of a running run says whether it is stuck", () => {
   const long = { ...nodes[0], status: "FAILED", error_message: "x".repeat(300) };
   const brief = sentenceOf(runOf({ state: "failed", nodes: [long], workflow: null }), NOTHING, 100);
   assert.equal(textOf(brief), `Failed in plan: ${"x".repeat(100)}…`);
+  const early = textOf(sentenceOf(runOf({ state: "running", nodes, time: 9 }), known));
+  assert.equal(early, "Running in rank for 9.0 s (usually 8.4 s). The last success was 1 minute ago: Compare.");
   const soon = sentenceOf(runOf({ state: "running", nodes, time: 9 }), usual);
   assert.deepEqual([textOf(soon), soon.isSlow], ["Running in rank for 9.0 s (usually 8.4 s).", false]);
   const whole = sentenceOf(runOf({ state: "running", nodes, time: 130 }), { ...usual, nodes: {} });

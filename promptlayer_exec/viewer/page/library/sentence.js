@@ -71,7 +71,7 @@ function runningSentence(run, usual) {
   const isSlow = isLate || (normal !== null && length > SLOW * normal);
   // The latest change may be that the node began, and the node may usually take that long.
   const isQuiet = quiet >= Math.max(QUIET, normal ?? 0) && (node.running === null || quiet < length - 1);
-  const next = isSlow ? lastSuccess(run, usual) : [];
+  const next = lastSuccess(run, usual);
   return { pieces: [say(`${verb} in `), naming(node), say(`${others}${rest}.${isQuiet ? change : ""}`), ...next], isSlow };
 }
 
