@@ -29,6 +29,7 @@ ITEMS = 2_000
 OUTAGE = 60.0
 TIMEOUT = 900.0
 RUN = "batch run night.jsonl --workflow grade --out results.jsonl --name tonight --outage 300"
+GRADED: set[str] = set()  # the essays whose first run failed
 
 
 def grade(inputs: Mapping[str, Any]) -> Scenario:
@@ -38,9 +39,6 @@ def grade(inputs: Mapping[str, Any]) -> Scenario:
         GRADED.add(essay)
         return Scenario([SimNode("Grade", None, 2.0, status="FAILED", error_message="no grade")])
     return Scenario([SimNode("Grade", f"grade of {essay}", 2.0, is_output_node=True)])
-
-
-GRADED: set[str] = set()
 
 
 class Night:

@@ -42,7 +42,7 @@ def blocks(language: str, page: str = PAGE) -> list[str]:
 
 APP, RENEW, OWNERS = blocks("python")
 (HTML,) = blocks("html")
-_, SERVE, START, FOLLOW = blocks("sh")
+SERVE, START, FOLLOW = blocks("sh")
 
 
 def app_in_production() -> str:
@@ -364,7 +364,8 @@ class Orders:
 
     def start(self) -> None:
         """Start the app, and wait until it listens."""
-        command = shlex.split(blocks("sh", ONCE)[1].splitlines()[-1])
+        (script,) = blocks("sh", ONCE)
+        command = shlex.split(script.splitlines()[-1])
         with (self._folder / "log").open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "error", "-m", *command, "--port", str(self.port)],

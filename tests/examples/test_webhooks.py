@@ -36,7 +36,7 @@ def blocks(language: str) -> list[str]:
 
 
 APP, OTHER_FRAMEWORK, _, TEST = blocks("python")
-_, SERVE, RIGHT, _ = blocks("sh")
+SERVE, RIGHT, _ = blocks("sh")
 CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="the docs' commands use curl")
 
 

@@ -172,7 +172,7 @@ export class Run {
   }
 }
 
-// With what a run was started, beside its inputs: version, label, metadata.
+// The settings of a run besides its inputs: version, label, metadata.
 export function settingsOf({ data: { version, label, metadata } }) {
   const words = [];
   if (version !== null) words.push(`version ${version}`);

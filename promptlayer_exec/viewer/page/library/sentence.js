@@ -4,10 +4,13 @@
 
 import { ago, counted, duration } from "./times.js";
 
-const QUIET = 10; // seconds without a change from which the sentence has them
+const QUIET = 10; // seconds without a change from which the sentence mentions them
 const SLOW = 3; // times the usual time, from which a run may be stuck
-const FEW = 4; // runs, below which it is not told how many of them failed
+const FEW = 4; // runs, from which the sentence counts those that failed
 const REASON = 220; // characters of a reason, unless a view needs fewer
+
+// What is usual for a workflow of which the history has nothing.
+export const NOTHING_USUAL = { duration: null, nodes: {}, successes: [], failed: 0, total: 0 };
 
 /** @typedef {{ kind: "text" | "node" | "compare" | "again", text: string, id?: string }} Piece */
 
@@ -18,7 +21,7 @@ export function sentenceOf(run, usual, longest = REASON) {
   const { state } = run.data;
   if (state === "waiting") return plain("Waiting for the first response from PromptLayer.");
   if (state === "running") return runningSentence(run, usual);
-  if (state === "failed") return plain(...failedPieces(run, longest), ...oftenOf(usual), ...nextOf(run, usual));
+  if (state === "failed") return plain(...failedPieces(run, whenOf(run), longest), ...oftenOf(usual), ...nextOf(run, usual));
   if (state === "lost") return plain(...lostPieces(run));
   return succeededSentence(run, usual, longest);
 }
@@ -27,8 +30,8 @@ export const textOf = ({ pieces }) => pieces.map((piece) => piece.text).join("")
 
 // For a notification: without what needs a click, and without a moment, because it may be read later.
 export function tellingOf(run) {
-  if (run.data.state === "failed") return textOf(plain(...failedPieces(run, REASON, false)));
-  return textOf(sentenceOf(run, { duration: null, nodes: {}, successes: [], failed: 0, total: 0 }));
+  if (run.data.state === "failed") return textOf(plain(...failedPieces(run, "")));
+  return textOf(sentenceOf(run, NOTHING_USUAL));
 }
 
 /** @type {(text: string) => Piece} */
@@ -72,11 +75,12 @@ function runningSentence(run, usual) {
   // The latest change may be that the node began, and the node may usually take that long.
   const isQuiet = quiet >= Math.max(QUIET, normal ?? 0) && (node.running === null || quiet < length - 1);
   const next = lastSuccess(run, usual);
-  return { pieces: [say(`${verb} in `), naming(node), say(`${others}${rest}.${isQuiet ? change : ""}`), ...next], isSlow };
+  return { pieces: [say("Running in "), naming(node), say(`${others}${rest}.${isQuiet ? change : ""}`), ...next], isSlow };
 }
 
-function failedPieces(run, longest = REASON, isDated = true) {
-  const when = run.endedAt() === null || !isDated ? "" : ` ${ago(run.endedAt())}`;
+const whenOf = (run) => (run.endedAt() === null ? "" : ` ${ago(run.endedAt())}`);
+
+function failedPieces(run, when, longest = REASON) {
   const nodes = run.failed();
   const [node] = nodes;
   if (node === undefined) return [say(`Failed${when}: no output node succeeded.`)];
@@ -118,9 +122,8 @@ function lostPieces(run) {
 }
 
 function succeededSentence(run, usual, longest) {
-  const when = run.endedAt() === null ? "" : ` ${ago(run.endedAt())}`;
   const length = run.length();
-  let text = `Succeeded${when}`;
+  let text = `Succeeded${whenOf(run)}`;
   if (length !== null) text += ` after ${duration(length, true)}`;
   if (usual.duration !== null && length !== null) text += ` (usually ${duration(usual.duration, true)})`;
   const isSlow = length !== null && usual.duration !== null && length > SLOW * usual.duration;

@@ -4,9 +4,9 @@
 
 import { get } from "./api.js";
 import { board } from "./model.js";
+import { NOTHING_USUAL } from "./sentence.js";
 
 const PAUSE = 500; // milliseconds in which the viewer records a finished run
-const NONE = { duration: null, nodes: {}, successes: [], failed: 0, total: 0 };
 
 const known = new Map(); // by workflow
 const awaited = new Set(); // workflows to request again soon
@@ -21,9 +21,9 @@ export function whenUsualIsKnown(callback) {
 // of which the last two are numbers of the latest runs.
 export function usualOf(run) {
   const { workflow } = run.data;
-  if (workflow === null || !board.hasHistory) return NONE;
+  if (workflow === null || !board.hasHistory) return NOTHING_USUAL;
   if (!known.has(workflow)) {
-    known.set(workflow, NONE);
+    known.set(workflow, NOTHING_USUAL);
     load(workflow);
   }
   return known.get(workflow);

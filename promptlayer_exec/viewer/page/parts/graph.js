@@ -11,8 +11,8 @@ const WIDTH = 176;
 const HEIGHT = 54;
 const MARGIN = 14;
 const NARROW = 640;
-const READABLE = 0.75; // the scale that is chosen at first for what does not fit
-const SMALL = 0.62; // the smallest one at which all of it is shown at first
+const READABLE = 0.75; // the first scale of a graph that does not fit
+const SMALL = 0.62; // the smallest first scale that shows all of a graph
 const LEAST = 0.1;
 const NAME_WIDTH = WIDTH - 44;
 

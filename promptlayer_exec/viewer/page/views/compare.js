@@ -114,7 +114,7 @@ function render(left, right) {
   write(byId("compare-summary"), summaryOf(differing.length, names.length, settings) + other);
 }
 
-// What differs, that with which the runs were started before what came of it.
+// What differs: settings and inputs first, then nodes.
 function summaryOf(differing, all, settings) {
   const found = settings.map((name) => `the ${name}`);
   if (hasOtherInputs) found.push("the inputs");
