@@ -320,7 +320,7 @@ class StartUnknown(PromptLayerExecError):
         "Look for it in PromptLayer. If it is not there, await store.forget(key), and start it"
         " again."
     )
-    _is_recorded = False  # whether the session's store keeps the key
+    _is_key_stored = False  # whether the session's store keeps the key
 
     def __init__(
         self,
@@ -345,7 +345,7 @@ class StartUnknown(PromptLayerExecError):
         return f"{what}. Session.recover(error) waits for its callback"
 
     def _next_step(self) -> str:
-        return self._advice_with_record if self._is_recorded else super()._next_step()
+        return self._advice_with_record if self._is_key_stored else super()._next_step()
 
 
 class ExecutionTimeout(PromptLayerExecError, TimeoutError):

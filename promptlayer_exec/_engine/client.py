@@ -338,7 +338,7 @@ class Client:
             if self._settings.callbacks is None:
                 since += " (this session has no callbacks=)"
             unknown = start_unknown(error.workflow, error.reason, token, since, key=error.key)
-            unknown._is_recorded = error._is_recorded
+            unknown._is_key_stored = error._is_key_stored
             raise unknown from error
 
         self._recent_starts.add(execution_id, error.workflow, now=clock())

@@ -226,7 +226,7 @@ class KeyedStarts:
                 stored.token if self._is_recoverable(stored.token) else None,
                 key=claim.key,
             )
-            error._is_recorded = True
+            error._is_key_stored = True
             raise error
 
     async def _send_one(
@@ -289,7 +289,7 @@ class _ClaimedStart:
             execution_id = outcome.execution_id
             await self._persist(lambda: self._record(execution_id), execution_id)
         elif isinstance(outcome, StartUnknown):
-            outcome._is_recorded = True
+            outcome._is_key_stored = True
             await self._persist(lambda: self._record(None))
         elif self._may_be_claimed:
             # If the claim failed, the caller has already waited for the store long enough.
