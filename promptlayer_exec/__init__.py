@@ -1,7 +1,11 @@
 """The asyncio client for PromptLayer workflow executions."""
 
-from promptlayer_exec._backplane import Backplane
-from promptlayer_exec._errors import (
+from promptlayer_exec._engine.backplane import Backplane
+from promptlayer_exec._session.execution import Execution
+from promptlayer_exec._session.fanout import Outcome
+from promptlayer_exec._session.session import Session
+from promptlayer_exec._structuring import strict_converter
+from promptlayer_exec._values.errors import (
     BadRequest,
     ConfigurationError,
     ConnectionFailed,
@@ -26,7 +30,7 @@ from promptlayer_exec._errors import (
     Unauthorized,
     UnprocessableEntity,
 )
-from promptlayer_exec._events import (
+from promptlayer_exec._values.events import (
     Event,
     ExecutionStarted,
     Observer,
@@ -38,9 +42,7 @@ from promptlayer_exec._events import (
     WatchStarted,
     WatchWoken,
 )
-from promptlayer_exec._execution import Execution
-from promptlayer_exec._fanout import Outcome
-from promptlayer_exec._models import (
+from promptlayer_exec._values.models import (
     MainOutput,
     Node,
     NodeChange,
@@ -49,12 +51,10 @@ from promptlayer_exec._models import (
     Snapshot,
     StartRequest,
 )
-from promptlayer_exec._policies import Limiter, PollPolicy, RetryPolicy
-from promptlayer_exec._session import Session
-from promptlayer_exec._start_records import StartStore
-from promptlayer_exec._structuring import strict_converter
+from promptlayer_exec._values.policies import Limiter, PollPolicy, RetryPolicy
+from promptlayer_exec._values.start_records import StartStore
+from promptlayer_exec._values.workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
 from promptlayer_exec._version import __version__
-from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
 
 __all__ = [
     "Backplane",

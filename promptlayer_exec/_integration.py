@@ -14,11 +14,10 @@ from typing import Any
 
 from promptlayer_exec._api.messages import Reply, Response, oversize_reason
 from promptlayer_exec._api.runs import NodeMap, StartResponse, run_request
-from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
-from promptlayer_exec._backplane import OpenSession, Poll
-from promptlayer_exec._combined_stream import CombinedStream
-from promptlayer_exec._display import error_details, error_text
+from promptlayer_exec._engine.backplane import OpenSession, Poll
+from promptlayer_exec._engine.expiring import ExpiringDict
 from promptlayer_exec._engine.keyed_starts import store_patience
+from promptlayer_exec._engine.settings import Settings, find_api_key, find_base_url
 from promptlayer_exec._engine.start import (
     SendHooks,
     StartOutcome,
@@ -26,17 +25,18 @@ from promptlayer_exec._engine.start import (
     report_unrecorded,
 )
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
-from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, split_advice
-from promptlayer_exec._events import WakeSource
-from promptlayer_exec._execution import Execution
-from promptlayer_exec._expiring import ExpiringDict
-from promptlayer_exec._fanout import each
 from promptlayer_exec._install import install_hint
-from promptlayer_exec._models import StartRequest, node_dict
-from promptlayer_exec._policies import Limiter, check_seconds
-from promptlayer_exec._session import Session
-from promptlayer_exec._settings import Settings, find_api_key, find_base_url
-from promptlayer_exec._start_records import (
+from promptlayer_exec._session.combined_stream import CombinedStream
+from promptlayer_exec._session.execution import Execution
+from promptlayer_exec._session.fanout import each
+from promptlayer_exec._session.session import Session
+from promptlayer_exec._values.arguments import MAX_ID, check_count, check_execution_id
+from promptlayer_exec._values.display import error_details, error_text
+from promptlayer_exec._values.errors import InvalidOutput, PromptLayerExecError, split_advice
+from promptlayer_exec._values.events import WakeSource
+from promptlayer_exec._values.models import StartRequest, node_dict
+from promptlayer_exec._values.policies import Limiter, check_seconds
+from promptlayer_exec._values.start_records import (
     PATIENCE,
     StartClaim,
     StartStore,
@@ -44,9 +44,9 @@ from promptlayer_exec._start_records import (
     check_key,
     workflow_of,
 )
-from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
-from promptlayer_exec._text import indented, printable, short_repr
-from promptlayer_exec._workflows import Workflow, near
+from promptlayer_exec._values.statuses import UNKNOWN_STATUS, status_entry
+from promptlayer_exec._values.text import indented, printable, short_repr
+from promptlayer_exec._values.workflows import Workflow, near
 
 # These come from other modules. The functions below are part of the interface as well.
 __all__ = [

@@ -20,9 +20,9 @@ from yarl import URL
 
 from promptlayer_exec._api.json import loads
 from promptlayer_exec._api.redaction import CREDENTIALS
-from promptlayer_exec._arguments import MAX_ID
-from promptlayer_exec._errors import ConfigurationError, InvalidSignature
-from promptlayer_exec._text import json_kind
+from promptlayer_exec._values.arguments import MAX_ID
+from promptlayer_exec._values.errors import ConfigurationError, InvalidSignature
+from promptlayer_exec._values.text import json_kind
 
 __all__ = ["Callback", "Callbacks", "InvalidSignature", "Webhook", "read_callback", "read_webhook"]
 

@@ -68,7 +68,7 @@ def test_a_planted_private_name_is_found(planted: str, name: str) -> None:
 @pytest.mark.parametrize(
     "allowed",
     [
-        "from promptlayer_exec._session import Session, _ours",
+        "from promptlayer_exec._session.session import Session, _ours",
         "from ._session import _ours",
         "import os; os._exit(0)",
         "def f(it): it._asdict(), it.__class__, it._value_, it._ours",

@@ -1,1 +1,4 @@
-"""Requests to the server and its responses, as plain data without I/O."""
+"""Requests to PromptLayer and its responses, as plain data without I/O.
+
+Only `webhooks`, and the layers of an open session, import it.
+"""

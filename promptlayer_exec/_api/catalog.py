@@ -20,9 +20,9 @@ from promptlayer_exec._api.messages import Request, Response, decode, invalid_sh
 from promptlayer_exec._api.runs import path_segment, version_selection
 from promptlayer_exec._api.status import check_status
 from promptlayer_exec._api.structuring import documented, structured
-from promptlayer_exec._arguments import optional_str
 from promptlayer_exec._structuring._mismatch import exact
-from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
+from promptlayer_exec._values.arguments import optional_str
+from promptlayer_exec._values.workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
 
 
 def workflow_request(workflow: Any, label: Any, version: Any) -> Request:

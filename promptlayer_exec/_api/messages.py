@@ -12,7 +12,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import attrs
 
 from promptlayer_exec._api.json import loads
-from promptlayer_exec._errors import InvalidResponse
+from promptlayer_exec._values.errors import InvalidResponse
 
 T = TypeVar("T")
 

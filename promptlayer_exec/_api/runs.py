@@ -17,19 +17,19 @@ from cattrs import override
 from promptlayer_exec._api.messages import Request, Response, decode, invalid_shape
 from promptlayer_exec._api.status import check_status
 from promptlayer_exec._api.structuring import documented, structured
-from promptlayer_exec._arguments import MAX_ID, optional_str, positive_int64
-from promptlayer_exec._errors import InvalidResponse
-from promptlayer_exec._events import logger
-from promptlayer_exec._models import (
+from promptlayer_exec._structuring._mismatch import exact
+from promptlayer_exec._values.arguments import MAX_ID, optional_str, positive_int64
+from promptlayer_exec._values.errors import InvalidResponse
+from promptlayer_exec._values.events import logger
+from promptlayer_exec._values.models import (
     FrozenMap,
     MainOutput,
     Node,
     StartRequest,
     same_json,
 )
-from promptlayer_exec._statuses import STATUSES
-from promptlayer_exec._structuring._mismatch import exact
-from promptlayer_exec._text import json_kind
+from promptlayer_exec._values.statuses import STATUSES
+from promptlayer_exec._values.text import json_kind
 
 _ID_FIELD = "workflow_version_execution_id"
 

@@ -6,17 +6,17 @@ import json
 from http.client import responses
 from typing import Any
 
-from promptlayer_exec import _errors
 from promptlayer_exec._api.messages import Response, invalid
-from promptlayer_exec._errors import FieldError, StatusError
+from promptlayer_exec._values import errors
+from promptlayer_exec._values.errors import FieldError, StatusError
 
 _CLASSES: dict[int, type[StatusError]] = {
-    400: _errors.BadRequest,
-    401: _errors.Unauthorized,
-    403: _errors.Forbidden,
-    404: _errors.NotFound,
-    422: _errors.UnprocessableEntity,
-    429: _errors.RateLimited,
+    400: errors.BadRequest,
+    401: errors.Unauthorized,
+    403: errors.Forbidden,
+    404: errors.NotFound,
+    422: errors.UnprocessableEntity,
+    429: errors.RateLimited,
 }
 
 
@@ -48,9 +48,9 @@ def status_error(response: Response) -> StatusError:
 
     cls = _CLASSES.get(status, StatusError)
     if status >= 500:
-        cls = _errors.ServerError
+        cls = errors.ServerError
     extra: dict[str, Any] = {}
-    if cls is _errors.UnprocessableEntity:
+    if cls is errors.UnprocessableEntity:
         extra["details"] = _details(body)
 
     return cls(

@@ -1,4 +1,4 @@
-"""The database of batches and of the start store: SQLite or PostgreSQL.
+"""Connections to SQLite and PostgreSQL, retries and grouped writes.
 
-It needs an extra, so the core never imports it.
+It needs an extra, so the core never imports it: only `dbos`, `starts`, and who uses their tables.
 """

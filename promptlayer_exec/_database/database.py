@@ -22,7 +22,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from promptlayer_exec._database.location import shown
 from promptlayer_exec._database.threads import finished
-from promptlayer_exec._errors import ConfigurationError
+from promptlayer_exec._values.errors import ConfigurationError
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import platformdirs
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from promptlayer_exec._errors import ConfigurationError
+from promptlayer_exec._values.errors import ConfigurationError
 
 _VARIABLE = "PROMPTLAYER_EXEC_DB"
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.network_checks import brief
 from promptlayer_exec._doctor.report import Finding, broken_rule, differs, failed, ok, skipped
-from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._install import install_hint
+from promptlayer_exec._values.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

@@ -17,7 +17,7 @@ from promptlayer_exec._doctor.exchanges import Exchange, NoResponse, Wire
 from promptlayer_exec._doctor.listener import Listener
 from promptlayer_exec._doctor.observed_run import CallbackReceiver, ObservedRun
 from promptlayer_exec._doctor.report import Finding, Secrets, Verdict, failed, skipped
-from promptlayer_exec._settings import Settings
+from promptlayer_exec._engine.settings import Settings
 
 
 @attrs.frozen(kw_only=True)

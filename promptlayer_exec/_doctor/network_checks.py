@@ -16,13 +16,13 @@ from yarl import URL
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.exchanges import Exchange, NoResponse, Wire
 from promptlayer_exec._doctor.report import Finding, broken_rule, differs, failed, ok, skipped
-from promptlayer_exec._errors import ConfigurationError
-from promptlayer_exec._settings import (
+from promptlayer_exec._engine.settings import (
     DEFAULT_BASE_URL,
     find_base_url,
     find_proxy,
     sends_in_the_clear,
 )
+from promptlayer_exec._values.errors import ConfigurationError
 
 REQUEST_TIMEOUT = 10.0
 _LIST = "/workflows?page=1&per_page=1"

@@ -14,7 +14,7 @@ from promptlayer_exec._api.json import loads
 from promptlayer_exec._api.runs import results_request
 from promptlayer_exec._doctor.exchanges import Exchange, NoResponse, Wire
 from promptlayer_exec._doctor.listener import Listener
-from promptlayer_exec._policies import RetryPolicy
+from promptlayer_exec._values.policies import RetryPolicy
 
 
 @attrs.frozen

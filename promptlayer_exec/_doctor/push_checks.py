@@ -11,8 +11,8 @@ from promptlayer_exec._doctor.listener import Listener, NotSubscribed
 from promptlayer_exec._doctor.network_checks import REQUEST_TIMEOUT, brief
 from promptlayer_exec._doctor.report import Finding, differs, failed, ok, skipped
 from promptlayer_exec._doctor.workflow_checks import REPORT_IT
-from promptlayer_exec._errors import InvalidResponse, RequestError
 from promptlayer_exec._push.channels import read_token, token_request
+from promptlayer_exec._values.errors import InvalidResponse, RequestError
 
 _POLLED = "Sessions poll instead. `push=False` or PROMPTLAYER_EXEC_PUSH=0 saves the attempts."
 

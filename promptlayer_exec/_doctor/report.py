@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 import attrs
 
-from promptlayer_exec._errors import ConfigurationError
-from promptlayer_exec._text import printable
+from promptlayer_exec._values.errors import ConfigurationError
+from promptlayer_exec._values.text import printable
 from promptlayer_exec._version import __version__
 
 

@@ -22,7 +22,9 @@ from promptlayer_exec._doctor.observed_run import (
 from promptlayer_exec._doctor.push_checks import listen_to_updates
 from promptlayer_exec._doctor.report import Finding, counted, differs, failed, ok, skipped
 from promptlayer_exec._doctor.workflow_checks import REPORT_IT
-from promptlayer_exec._errors import (
+from promptlayer_exec._integration import share_channel
+from promptlayer_exec._session.session import Session
+from promptlayer_exec._values.errors import (
     ConfigurationError,
     ConnectionFailed,
     InvalidInputs,
@@ -30,13 +32,11 @@ from promptlayer_exec._errors import (
     StartUnknown,
     StatusError,
 )
-from promptlayer_exec._events import Event, ExecutionStarted
-from promptlayer_exec._integration import share_channel
-from promptlayer_exec._models import same_json
-from promptlayer_exec._policies import RetryPolicy
-from promptlayer_exec._session import Session
-from promptlayer_exec._statuses import FINAL, STATUSES
-from promptlayer_exec._text import JSON_KINDS
+from promptlayer_exec._values.events import Event, ExecutionStarted
+from promptlayer_exec._values.models import same_json
+from promptlayer_exec._values.policies import RetryPolicy
+from promptlayer_exec._values.statuses import FINAL, STATUSES
+from promptlayer_exec._values.text import JSON_KINDS
 
 _POLICY = ObservationPolicy()
 _ID_FIELD = "workflow_version_execution_id"

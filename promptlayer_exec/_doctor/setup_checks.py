@@ -8,10 +8,10 @@ from importlib import metadata
 
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.report import Finding, broken_rule, failed, ok
-from promptlayer_exec._errors import ConfigurationError
+from promptlayer_exec._engine.settings import DEFAULT_BASE_URL
 from promptlayer_exec._integration import settings
-from promptlayer_exec._session import Session
-from promptlayer_exec._settings import DEFAULT_BASE_URL
+from promptlayer_exec._session.session import Session
+from promptlayer_exec._values.errors import ConfigurationError
 from promptlayer_exec._version import __version__
 
 # For each extra, what it needs beyond the core. The report shows the version of the first one.

@@ -23,9 +23,9 @@ from promptlayer_exec._doctor.report import (
     ok,
     skipped,
 )
-from promptlayer_exec._errors import ConfigurationError, InvalidResponse
-from promptlayer_exec._settings import find_api_key
-from promptlayer_exec._workflows import Workflow
+from promptlayer_exec._engine.settings import find_api_key
+from promptlayer_exec._values.errors import ConfigurationError, InvalidResponse
+from promptlayer_exec._values.workflows import Workflow
 
 REPORT_IT = "Please report it."
 _UNCHECKED = f"Runs start without a check of their inputs. {REPORT_IT}"

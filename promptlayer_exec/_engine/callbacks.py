@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from promptlayer_exec._engine.expiring import ExpiringDict
 from promptlayer_exec._engine.retry import RecentStarts
 from promptlayer_exec._engine.tasks import resolve
-from promptlayer_exec._errors import StartUnknown
-from promptlayer_exec._events import Emit, ExecutionStarted, logger
-from promptlayer_exec._expiring import ExpiringDict
-from promptlayer_exec._models import StartRequest
+from promptlayer_exec._values.errors import StartUnknown
+from promptlayer_exec._values.events import Emit, ExecutionStarted, logger
+from promptlayer_exec._values.models import StartRequest
 
 if TYPE_CHECKING:
     from promptlayer_exec.webhooks import Callbacks

@@ -22,29 +22,29 @@ from promptlayer_exec._api.runs import (
     read_started,
     results_request,
 )
-from promptlayer_exec._backplane import BackplaneConnection
+from promptlayer_exec._engine.backplane import BackplaneConnection
 from promptlayer_exec._engine.callbacks import CallbackLog
 from promptlayer_exec._engine.definitions import Definitions
+from promptlayer_exec._engine.expiring import ExpiringDict
 from promptlayer_exec._engine.keyed_starts import KeyedStarts
 from promptlayer_exec._engine.lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._engine.retry import RecentStarts, Retrying, RetryState
+from promptlayer_exec._engine.settings import Settings
 from promptlayer_exec._engine.snapshots import take_snapshot
 from promptlayer_exec._engine.start import SendHooks, Start, start_unknown
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._engine.waiter import timed_out
 from promptlayer_exec._engine.watch import Watch
-from promptlayer_exec._errors import (
+from promptlayer_exec._values.errors import (
     ExecutionTimeout,
     PromptLayerExecError,
     RequestError,
     StartUnknown,
 )
-from promptlayer_exec._events import Emit, WakeSource
-from promptlayer_exec._expiring import ExpiringDict
-from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
-from promptlayer_exec._policies import Deadline
-from promptlayer_exec._settings import Settings
-from promptlayer_exec._workflows import Workflow, WorkflowSummary
+from promptlayer_exec._values.events import Emit, WakeSource
+from promptlayer_exec._values.models import MainOutput, Snapshot, StartRequest
+from promptlayer_exec._values.policies import Deadline
+from promptlayer_exec._values.workflows import Workflow, WorkflowSummary
 
 if TYPE_CHECKING:
     from promptlayer_exec._push.channels import Push

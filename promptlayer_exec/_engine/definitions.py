@@ -11,12 +11,12 @@ import attrs
 
 from promptlayer_exec._api.attempt import SendControlRequest
 from promptlayer_exec._api.catalog import read_workflow, workflow_request
-from promptlayer_exec._errors import RequestTimeout, SessionClosed, copy_error
-from promptlayer_exec._events import logger
-from promptlayer_exec._expiring import ExpiringDict
-from promptlayer_exec._models import StartRequest
-from promptlayer_exec._text import printable
-from promptlayer_exec._workflows import Workflow
+from promptlayer_exec._engine.expiring import ExpiringDict
+from promptlayer_exec._values.errors import RequestTimeout, SessionClosed, copy_error
+from promptlayer_exec._values.events import logger
+from promptlayer_exec._values.models import StartRequest
+from promptlayer_exec._values.text import printable
+from promptlayer_exec._values.workflows import Workflow
 
 # A workflow's name or id, a label and a version.
 _Key: TypeAlias = tuple[str | int, str | None, int | None]

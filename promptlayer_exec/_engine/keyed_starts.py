@@ -20,24 +20,24 @@ from promptlayer_exec._engine.start import (
     start_unknown,
 )
 from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._errors import (
+from promptlayer_exec._values.errors import (
     ConfigurationError,
     ExecutionTimeout,
     KeyConflict,
     SessionClosed,
     StartUnknown,
 )
-from promptlayer_exec._events import Emit, StartFailed, logger
-from promptlayer_exec._models import StartRequest
-from promptlayer_exec._policies import Deadline
-from promptlayer_exec._start_records import (
+from promptlayer_exec._values.events import Emit, StartFailed, logger
+from promptlayer_exec._values.models import StartRequest
+from promptlayer_exec._values.policies import Deadline
+from promptlayer_exec._values.start_records import (
     StartClaim,
     StartStore,
     StoredStart,
     differences,
     fingerprint,
 )
-from promptlayer_exec._text import short_repr
+from promptlayer_exec._values.text import short_repr
 
 T = TypeVar("T")
 

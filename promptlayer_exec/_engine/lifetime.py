@@ -9,8 +9,8 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, TypeVar
 
-from promptlayer_exec._errors import SessionClosed
-from promptlayer_exec._policies import Deadline
+from promptlayer_exec._values.errors import SessionClosed
+from promptlayer_exec._values.policies import Deadline
 
 T = TypeVar("T")
 

@@ -11,12 +11,12 @@ import attrs
 
 from promptlayer_exec._api.attempt import AtMostOnce, Attempt, Priority, Send
 from promptlayer_exec._api.messages import Reply, Request, Response
+from promptlayer_exec._engine.expiring import ExpiringDict
 from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._errors import NotFound, RateLimited, RequestError, StatusError
-from promptlayer_exec._events import Emit, RequestRetried, logger
-from promptlayer_exec._expiring import ExpiringDict
-from promptlayer_exec._policies import RetryPolicy, is_transient, or_infinity
-from promptlayer_exec._text import printable
+from promptlayer_exec._values.errors import NotFound, RateLimited, RequestError, StatusError
+from promptlayer_exec._values.events import Emit, RequestRetried, logger
+from promptlayer_exec._values.policies import RetryPolicy, is_transient, or_infinity
+from promptlayer_exec._values.text import printable
 
 T = TypeVar("T")
 

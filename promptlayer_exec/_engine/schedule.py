@@ -11,9 +11,9 @@ import attrs
 
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._engine.waiter import Waiter
-from promptlayer_exec._events import WakeSource
-from promptlayer_exec._models import NodeStatus, Snapshot
-from promptlayer_exec._policies import PollPolicy
+from promptlayer_exec._values.events import WakeSource
+from promptlayer_exec._values.models import NodeStatus, Snapshot
+from promptlayer_exec._values.policies import PollPolicy
 
 if TYPE_CHECKING:
     from promptlayer_exec._push.channels import PushedRun

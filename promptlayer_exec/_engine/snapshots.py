@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from promptlayer_exec._api.messages import Reply
 from promptlayer_exec._api.runs import NodeMap
-from promptlayer_exec._models import FINAL, FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
+from promptlayer_exec._values.models import FINAL, FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
 
 
 def take_snapshot(

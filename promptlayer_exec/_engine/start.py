@@ -17,7 +17,7 @@ from promptlayer_exec._api.runs import StartResponse
 from promptlayer_exec._engine.lifetime import Lifetime
 from promptlayer_exec._engine.retry import RetryState
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
-from promptlayer_exec._errors import (
+from promptlayer_exec._values.errors import (
     ExecutionTimeout,
     RateLimited,
     RequestError,
@@ -25,10 +25,10 @@ from promptlayer_exec._errors import (
     StartUnknown,
     StatusError,
 )
-from promptlayer_exec._events import Emit, ExecutionStarted, StartFailed, logger
-from promptlayer_exec._models import StartRequest
-from promptlayer_exec._policies import Deadline
-from promptlayer_exec._text import short_repr, shown_key
+from promptlayer_exec._values.events import Emit, ExecutionStarted, StartFailed, logger
+from promptlayer_exec._values.models import StartRequest
+from promptlayer_exec._values.policies import Deadline
+from promptlayer_exec._values.text import short_repr, shown_key
 
 StartOutcome = StartResponse | BaseException
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import attrs
 
-from promptlayer_exec._errors import ExecutionTimeout
-from promptlayer_exec._models import NodeStatus, Snapshot
-from promptlayer_exec._policies import Deadline
+from promptlayer_exec._values.errors import ExecutionTimeout
+from promptlayer_exec._values.models import NodeStatus, Snapshot
+from promptlayer_exec._values.policies import Deadline
 
 
 @attrs.define(eq=False)

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Protocol
 from promptlayer_exec._api.attempt import Priority
 from promptlayer_exec._api.messages import Reply
 from promptlayer_exec._api.runs import NodeMap
-from promptlayer_exec._backplane import SharedPolls
+from promptlayer_exec._engine.backplane import SharedPolls
 from promptlayer_exec._engine.lifetime import Lifetime
 from promptlayer_exec._engine.retry import RetryState
 from promptlayer_exec._engine.schedule import Schedule
 from promptlayer_exec._engine.snapshots import take_snapshot
 from promptlayer_exec._engine.tasks import Alarm, clock, resolve
 from promptlayer_exec._engine.waiter import Waiter, timed_out
-from promptlayer_exec._errors import PromptLayerExecError, SessionClosed, copy_error
-from promptlayer_exec._events import (
+from promptlayer_exec._values.errors import PromptLayerExecError, SessionClosed, copy_error
+from promptlayer_exec._values.events import (
     Emit,
     Polled,
     WakeSource,
@@ -28,8 +28,8 @@ from promptlayer_exec._events import (
     WatchWoken,
     logger,
 )
-from promptlayer_exec._models import Snapshot
-from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy
+from promptlayer_exec._values.models import Snapshot
+from promptlayer_exec._values.policies import Deadline, PollPolicy, RetryPolicy
 
 if TYPE_CHECKING:
     from promptlayer_exec._push.channels import PushedRun

@@ -1,1 +1,4 @@
-"""The only package that sends requests: aiohttp, its connections, and their rate."""
+"""The only package that sends requests and opens WebSockets: aiohttp, connections and their rate.
+
+Only `_session` imports it, and gives the engine one function of it: `Transport.send`.
+"""

@@ -15,9 +15,9 @@ import attrs
 from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
 
-from promptlayer_exec._errors import SessionClosed
 from promptlayer_exec._http.failures import reason_of
 from promptlayer_exec._http.throttle import Queues
+from promptlayer_exec._values.errors import SessionClosed
 from promptlayer_exec._version import __version__
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiohttp.tracing import Trace
 
     from promptlayer_exec._api.attempt import AtMostOnce, Priority
-    from promptlayer_exec._settings import Settings
+    from promptlayer_exec._engine.settings import Settings
 
 _HEADERS = {
     "Accept": "application/json",

@@ -11,7 +11,7 @@ import anyio
 import attrs
 
 from promptlayer_exec._api.attempt import Priority
-from promptlayer_exec._policies import Limiter, or_infinity
+from promptlayer_exec._values.policies import Limiter, or_infinity
 
 
 @attrs.frozen

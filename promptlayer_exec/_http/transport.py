@@ -24,15 +24,7 @@ from promptlayer_exec._api.messages import (
 )
 from promptlayer_exec._api.redaction import Redactor
 from promptlayer_exec._api.status import check_status
-from promptlayer_exec._errors import (
-    ConfigurationError,
-    ConnectionFailed,
-    InvalidResponse,
-    RequestError,
-    RequestTimeout,
-    ResponseTooLarge,
-)
-from promptlayer_exec._events import Emit, Throttled
+from promptlayer_exec._engine.settings import Settings
 from promptlayer_exec._http.connections import Pool, Pools, StartBody, StartTimeout
 from promptlayer_exec._http.failures import (
     is_permanent,
@@ -42,7 +34,15 @@ from promptlayer_exec._http.failures import (
     tls_peer,
 )
 from promptlayer_exec._http.throttle import Throttle
-from promptlayer_exec._settings import Settings
+from promptlayer_exec._values.errors import (
+    ConfigurationError,
+    ConnectionFailed,
+    InvalidResponse,
+    RequestError,
+    RequestTimeout,
+    ResponseTooLarge,
+)
+from promptlayer_exec._values.events import Emit, Throttled
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import aiohttp
 import attrs
 
-from promptlayer_exec._events import logger
+from promptlayer_exec._values.events import logger
 
 
 @attrs.frozen

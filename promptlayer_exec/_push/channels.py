@@ -23,14 +23,14 @@ import attrs
 from promptlayer_exec._api.attempt import SendControlRequest
 from promptlayer_exec._api.messages import Request, Response, decode, invalid_shape
 from promptlayer_exec._api.status import check_status
-from promptlayer_exec._arguments import check_execution_id
-from promptlayer_exec._errors import RequestError
-from promptlayer_exec._events import WakeSource, logger
-from promptlayer_exec._expiring import ExpiringDict
-from promptlayer_exec._policies import Deadline, is_transient
+from promptlayer_exec._engine.expiring import ExpiringDict
 from promptlayer_exec._push.centrifugo import Subscription, SubscriptionLost, SubscriptionRefused
 from promptlayer_exec._push.fallback import FallbackPolicy
-from promptlayer_exec._text import printable
+from promptlayer_exec._values.arguments import check_execution_id
+from promptlayer_exec._values.errors import RequestError
+from promptlayer_exec._values.events import WakeSource, logger
+from promptlayer_exec._values.policies import Deadline, is_transient
+from promptlayer_exec._values.text import printable
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import attrs
 
-from promptlayer_exec._policies import Deadline
+from promptlayer_exec._values.policies import Deadline
 
 
 @attrs.frozen

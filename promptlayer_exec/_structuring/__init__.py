@@ -1,6 +1,7 @@
 """Structures outputs into your types, strictly, and encodes inputs as JSON.
 
-It imports its modules at first use, to keep importing the package cheap.
+`_values`, `_api` and `_session` import it. It imports its modules at first use, to keep importing
+the package cheap.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from cattrs.cols import is_namedtuple
 
 from promptlayer_exec._structuring._mismatch import step
 from promptlayer_exec._structuring._rules import STRICT
-from promptlayer_exec._text import json_kind
+from promptlayer_exec._values.text import json_kind
 
 
 def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dict[str, Any]:

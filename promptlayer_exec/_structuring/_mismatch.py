@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import cattrs
 
-from promptlayer_exec._text import JSON_KINDS, json_kind
+from promptlayer_exec._values.text import JSON_KINDS, json_kind
 
 T = TypeVar("T")
 

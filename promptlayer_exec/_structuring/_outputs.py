@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import cattrs
 
-from promptlayer_exec._errors import InvalidOutput
 from promptlayer_exec._structuring._mismatch import locate
 from promptlayer_exec._structuring._rules import STRICT, Hook, UnionHook
+from promptlayer_exec._values.errors import InvalidOutput
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
 
-    from promptlayer_exec._models import Snapshot
+    from promptlayer_exec._values.models import Snapshot
 
 T = TypeVar("T")
 

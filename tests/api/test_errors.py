@@ -7,12 +7,12 @@ import traceback
 
 import pytest
 
-from promptlayer_exec import _errors
-from promptlayer_exec._models import Node, Snapshot
+from promptlayer_exec._values import errors
+from promptlayer_exec._values.models import Node, Snapshot
 
 NODE = Node("Node 1", "FAILED", error_message="boom")
 SNAPSHOT = Snapshot(787, True, {"Node 1": NODE}, raw={"Node 1": {"status": "FAILED"}}, poll=3)
-DETAILS = (_errors.FieldError(("query", "n", 0), "too large", "int_parsing"),)
+DETAILS = (errors.FieldError(("query", "n", 0), "too large", "int_parsing"),)
 
 CONTEXT = {"execution_id": 787, "last_snapshot": SNAPSHOT}
 REQUEST = {"attempts": 3, "reason": "what the cause said"}
@@ -58,7 +58,7 @@ FIELDS = {
 def every_error():
     """Return each error class of the package, including those of other modules."""
     found = []
-    queue = [_errors.PromptLayerExecError]
+    queue = [errors.PromptLayerExecError]
     while queue:
         cls = queue.pop(0)
         found.append(cls)
@@ -103,7 +103,7 @@ def test_fields(cls):
 
 MAKERS = {
     "pickle": lambda error: pickle.loads(pickle.dumps(error)),
-    "own-copy": _errors.copy_error,
+    "own-copy": errors.copy_error,
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
 }
@@ -129,10 +129,10 @@ def test_copies(cls, make):
 def test_own_copy_has_its_own_traceback():
     """Raising a copy does not change the original's traceback; the copy has the cause."""
     cause = KeyError("root")
-    error = build(_errors.NotFound)
+    error = build(errors.NotFound)
     error.__cause__ = cause
-    duplicate = _errors.copy_error(error)
-    with pytest.raises(_errors.NotFound) as caught:
+    duplicate = errors.copy_error(error)
+    with pytest.raises(errors.NotFound) as caught:
         raise duplicate
     assert caught.value is duplicate
     assert duplicate.__cause__ is cause
@@ -151,11 +151,11 @@ def test_another_library_s_error_that_cannot_be_copied_is_returned_as_it_is():
             return str, ()
 
     for error in (Refusing(), Changing()):
-        assert _errors.copy_error(error) is error
+        assert errors.copy_error(error) is error
 
 
 # Callers add to their texts.
-_OPEN_ENDED = {_errors.InvalidInputs, _errors.KeyConflict}
+_OPEN_ENDED = {errors.InvalidInputs, errors.KeyConflict}
 
 
 @each_error
@@ -195,7 +195,7 @@ def test_punctuation(ending, attempts):
 @pytest.mark.parametrize(("attempts", "shown"), [(1, False), (2, True)], ids=["once", "repeatedly"])
 def test_attempts_are_shown(attempts, shown):
     """The number of attempts is shown if there was more than one."""
-    text = str(_errors.ConnectionFailed("no response", attempts=attempts))
+    text = str(errors.ConnectionFailed("no response", attempts=attempts))
     assert (f"({attempts} attempts)" in text) is shown
 
 
@@ -206,7 +206,7 @@ def test_attempts_are_shown(attempts, shown):
 )
 def test_excerpt_is_shown(excerpt, shown):
     """The start of an invalid body is shown on one line, or that the body is empty."""
-    assert shown in str(_errors.InvalidResponse("not JSON", status=200, excerpt=excerpt))
+    assert shown in str(errors.InvalidResponse("not JSON", status=200, excerpt=excerpt))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_oserrors_keep_one_argument(cls):
     assert error.errno is None
     assert error.strerror is None
     assert traceback.format_exception_only(error) == [
-        f"promptlayer_exec._errors.{cls.__name__}: {error}\n"
+        f"promptlayer_exec._values.errors.{cls.__name__}: {error}\n"
     ]
 
 
@@ -248,16 +248,14 @@ def test_advice(cls):
 )
 def test_what_does_not_print_is_escaped(said, shown):
     """A server's text cannot steer a terminal or forge a log line; the attributes keep it."""
-    error = _errors.BadRequest(
-        f"the server said {said}", status=400, server_message=said, body=said
-    )
+    error = errors.BadRequest(f"the server said {said}", status=400, server_message=said, body=said)
     assert str(error).startswith(f"the server said {shown}.")
     assert (error.message, error.body) == (said, said)
 
 
 def test_a_timeout_after_the_execution_completed_does_not_say_that_it_continues():
     """Only its output is late."""
-    text = str(build(_errors.ExecutionTimeout))
+    text = str(build(errors.ExecutionTimeout))
     assert text == "execution 787: it went wrong. session.execution(787) picks it up."
 
 
@@ -266,15 +264,15 @@ def test_a_timeout_after_the_execution_completed_does_not_say_that_it_continues(
 def test_the_advice_can_be_split_off(cls, execution_id):
     """A stored text is divided into the problem and the advice, by the name of its class."""
     error = cls("it", **FIELDS[cls.__name__], execution_id=execution_id)
-    problem, advice = _errors.split_advice(cls.__name__, str(error))
+    problem, advice = errors.split_advice(cls.__name__, str(error))
     assert f"{problem} {advice}".rstrip() == str(error)
     assert bool(advice) == bool(error._next_step())
-    assert _errors.split_advice("KeyError", "it. Try again.") == ("it. Try again.", "")
+    assert errors.split_advice("KeyError", "it. Try again.") == ("it. Try again.", "")
 
 
 def test_a_start_that_can_be_recovered_says_so_without_its_token():
     """The token is only in the attribute: whoever has it can forge the start's callback."""
-    error = build(_errors.StartUnknown)
+    error = build(errors.StartUnknown)
     assert "it went wrong. Session.recover(error) waits for its callback. Look" in str(error)
     assert error.callback_token not in str(error) + repr(error)
     error.callback_token = None
@@ -283,10 +281,10 @@ def test_a_start_that_can_be_recovered_says_so_without_its_token():
 
 def test_a_closed_session_names_an_execution_only_if_there_is_one():
     """A start that was refused started nothing."""
-    assert str(_errors.SessionClosed()) == (
+    assert str(errors.SessionClosed()) == (
         "the session is closed. Make the call while the session is open."
     )
-    assert str(_errors.SessionClosed(execution_id=787)) == (
+    assert str(errors.SessionClosed(execution_id=787)) == (
         "execution 787: the session is closed. It continues on PromptLayer;"
         " session.execution(787) in an open session picks it up."
     )

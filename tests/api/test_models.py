@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promptlayer_exec._errors import ExecutionFailed, NotFound
-from promptlayer_exec._execution import Execution
-from promptlayer_exec._fanout import Outcome
-from promptlayer_exec._models import (
+from promptlayer_exec._session.execution import Execution
+from promptlayer_exec._session.fanout import Outcome
+from promptlayer_exec._values.errors import ExecutionFailed, NotFound
+from promptlayer_exec._values.models import (
     FrozenMap,
     MainOutput,
     Node,

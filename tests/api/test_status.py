@@ -7,23 +7,23 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from promptlayer_exec import _errors
 from promptlayer_exec._api.messages import Response
 from promptlayer_exec._api.status import status_error, status_name
-from promptlayer_exec._errors import FieldError, StatusError
+from promptlayer_exec._values import errors
+from promptlayer_exec._values.errors import FieldError, StatusError
 
 STATUSES = {
-    400: _errors.BadRequest,
-    401: _errors.Unauthorized,
+    400: errors.BadRequest,
+    401: errors.Unauthorized,
     402: StatusError,
-    403: _errors.Forbidden,
-    404: _errors.NotFound,
-    422: _errors.UnprocessableEntity,
-    429: _errors.RateLimited,
-    500: _errors.ServerError,
-    503: _errors.ServerError,
-    520: _errors.ServerError,
-    599: _errors.ServerError,
+    403: errors.Forbidden,
+    404: errors.NotFound,
+    422: errors.UnprocessableEntity,
+    429: errors.RateLimited,
+    500: errors.ServerError,
+    503: errors.ServerError,
+    520: errors.ServerError,
+    599: errors.ServerError,
 }
 
 
@@ -195,7 +195,7 @@ def test_details_of_another_shape(detail, details):
 def test_only_422_has_details():
     """For another status, FastAPI's list gives the message alone."""
     error = refused(400, json.dumps(FASTAPI).encode())
-    assert type(error) is _errors.BadRequest
+    assert type(error) is errors.BadRequest
     assert "Field required" in error.message
 
 

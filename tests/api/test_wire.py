@@ -19,9 +19,9 @@ from promptlayer_exec._api.runs import (
     run_request,
 )
 from promptlayer_exec._api.status import check_status
-from promptlayer_exec._arguments import check_execution_id
-from promptlayer_exec._errors import InvalidResponse, StatusError
-from promptlayer_exec._models import FrozenMap, MainOutput, Node, StartRequest
+from promptlayer_exec._values.arguments import check_execution_id
+from promptlayer_exec._values.errors import InvalidResponse, StatusError
+from promptlayer_exec._values.models import FrozenMap, MainOutput, Node, StartRequest
 
 RECORDED = (
     b'{"Node 1":{"status":"SUCCESS","value":"AAA","error_message":null,'

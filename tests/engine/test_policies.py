@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from promptlayer_exec._errors import ConfigurationError
-from promptlayer_exec._policies import (
+from promptlayer_exec._values.errors import ConfigurationError
+from promptlayer_exec._values.policies import (
     TRANSIENT_STATUSES,
     Deadline,
     PollPolicy,

@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from promptlayer_exec._start_records import fingerprint
+from promptlayer_exec._values.start_records import fingerprint
 from promptlayer_exec.simulator import Simulator
 from promptlayer_exec.starts import SQLStartStore, StartClaim
 

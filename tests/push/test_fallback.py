@@ -7,9 +7,9 @@ from typing import Any
 import attrs
 import pytest
 
-from promptlayer_exec._policies import Deadline
 from promptlayer_exec._push.channels import PushedRun
 from promptlayer_exec._push.fallback import FallbackPolicy
+from promptlayer_exec._values.policies import Deadline
 
 LATER = Deadline(90.0, 190.0)
 # The run was known to go on at 100, the floor is 0.5, and the subscription has stood since 0.

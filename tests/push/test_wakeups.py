@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from promptlayer_exec import Polled, PollPolicy, Session, SessionClosed, WatchWoken, _integration
-from promptlayer_exec._expiring import ExpiringDict
+from promptlayer_exec._engine.expiring import ExpiringDict
 from promptlayer_exec.simulator import Fault, Simulator
 
 NEVER = PollPolicy.fixed(3600.0)

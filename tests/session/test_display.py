@@ -27,7 +27,7 @@ from promptlayer_exec import (
     WorkflowNode,
 )
 from promptlayer_exec._integration import error_details, error_text, printable
-from promptlayer_exec._statuses import STATUS_TABLE, UNKNOWN_STATUS, status_entry
+from promptlayer_exec._values.statuses import STATUS_TABLE, UNKNOWN_STATUS, status_entry
 from promptlayer_exec.cli._live import node_table
 from promptlayer_exec.dbos import StoredOutcome
 

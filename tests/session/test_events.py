@@ -6,7 +6,7 @@ import pickle
 import attrs
 import pytest
 
-from promptlayer_exec._events import (
+from promptlayer_exec._values.events import (
     Event,
     ExecutionStarted,
     Polled,
@@ -19,7 +19,7 @@ from promptlayer_exec._events import (
     broadcast,
     logger,
 )
-from promptlayer_exec._models import Node, Snapshot, StartRequest
+from promptlayer_exec._values.models import Node, Snapshot, StartRequest
 
 EVENTS = [
     WatchStarted(787),

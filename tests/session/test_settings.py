@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from promptlayer_exec import ConfigurationError, PollPolicy, Session, StartRequest
-from promptlayer_exec._settings import find_api_key, find_base_url
+from promptlayer_exec._engine.settings import find_api_key, find_base_url
 
 KEY, URL = "PROMPTLAYER_API_KEY", "PROMPTLAYER_BASE_URL"
 

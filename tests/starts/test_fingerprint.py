@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from promptlayer_exec._start_records import differences, fingerprint, workflow_of
+from promptlayer_exec._values.start_records import differences, fingerprint, workflow_of
 
 INPUTS = {"topic": "otters", "options": {"b": 1, "a": [True, None]}}
 

@@ -18,7 +18,7 @@ from promptlayer_exec import (
     Session,
     SessionClosed,
 )
-from promptlayer_exec._start_records import workflow_of
+from promptlayer_exec._values.start_records import workflow_of
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.starts import SQLStartStore, StartClaim, StoredStart
 

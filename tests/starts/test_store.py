@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec._database.location import check_url
-from promptlayer_exec._start_records import fingerprint
+from promptlayer_exec._values.start_records import fingerprint
 from promptlayer_exec.starts import SQLStartStore, StartClaim
 
 REQUEST = fingerprint("order", workflow="write", inputs={"topic": "otters"})

@@ -30,7 +30,7 @@ from aiohttp import web
 import promptlayer_exec.viewer
 from promptlayer_exec import Node, NodeStatus, Session, Snapshot
 from promptlayer_exec._install import install_hint
-from promptlayer_exec._statuses import STATUS_TABLE, UNKNOWN_STATUS, status_entry
+from promptlayer_exec._values.statuses import STATUS_TABLE, UNKNOWN_STATUS, status_entry
 from promptlayer_exec.cli._server_commands import TOKEN, _print_url, open_in_browser, view
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Address, Board, History, listen, serve

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import attrs
 
 from promptlayer_exec import _structuring
-from promptlayer_exec._arguments import naming_arguments
-from promptlayer_exec._display import error_text, snapshot_html
-from promptlayer_exec._errors import ExecutionFailed
-from promptlayer_exec._statuses import FINAL as FINAL  # noqa: PLC0414 - re-exported
-from promptlayer_exec._statuses import STATUSES
-from promptlayer_exec._statuses import NodeStatus as NodeStatus  # noqa: PLC0414 - re-exported
-from promptlayer_exec._text import counts_repr, short_repr
+from promptlayer_exec._values.arguments import naming_arguments
+from promptlayer_exec._values.display import error_text, snapshot_html
+from promptlayer_exec._values.errors import ExecutionFailed
+from promptlayer_exec._values.statuses import FINAL as FINAL  # noqa: PLC0414 - re-exported
+from promptlayer_exec._values.statuses import STATUSES
+from promptlayer_exec._values.statuses import NodeStatus as NodeStatus  # noqa: PLC0414 - re-exported
+from promptlayer_exec._values.text import counts_repr, short_repr
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm

@@ -14,14 +14,14 @@ import attrs
 from promptlayer_exec._engine.tasks import clock, resolve
 from promptlayer_exec._engine.waiter import Waiter
 from promptlayer_exec._engine.watch import Watch
-from promptlayer_exec._errors import PromptLayerExecError, SessionClosed, Unauthorized
-from promptlayer_exec._execution import Execution
-from promptlayer_exec._fanout import handle_of
-from promptlayer_exec._models import Snapshot, StartRequest
-from promptlayer_exec._policies import check_timeout
+from promptlayer_exec._session.execution import Execution
+from promptlayer_exec._session.fanout import handle_of
+from promptlayer_exec._values.errors import PromptLayerExecError, SessionClosed, Unauthorized
+from promptlayer_exec._values.models import Snapshot, StartRequest
+from promptlayer_exec._values.policies import check_timeout
 
 if TYPE_CHECKING:
-    from promptlayer_exec._session import Session
+    from promptlayer_exec._session.session import Session
 
 
 @attrs.define(eq=False)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from promptlayer_exec._text import printable
+from promptlayer_exec._values.text import printable
 
 if TYPE_CHECKING:
-    from promptlayer_exec._models import Node, Snapshot
+    from promptlayer_exec._values.models import Node, Snapshot
 
 
 class PromptLayerExecError(Exception):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from promptlayer_exec._statuses import NodeStatus, status_entry
-from promptlayer_exec._text import printable, short_repr
+from promptlayer_exec._values.statuses import NodeStatus, status_entry
+from promptlayer_exec._values.text import printable, short_repr
 
 if TYPE_CHECKING:
-    from promptlayer_exec._models import Node, Snapshot
-    from promptlayer_exec._workflows import Workflow
+    from promptlayer_exec._values.models import Node, Snapshot
+    from promptlayer_exec._values.workflows import Workflow
 
 
 def error_text(node: Node) -> str | None:

@@ -8,7 +8,7 @@ from functools import wraps
 from inspect import iscoroutinefunction
 from typing import Any, TypeVar, cast
 
-from promptlayer_exec._errors import ConfigurationError
+from promptlayer_exec._values.errors import ConfigurationError
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -23,44 +23,50 @@ from promptlayer_exec._api.catalog import workflow_request, workflows_filter
 from promptlayer_exec._api.messages import Request, Response
 from promptlayer_exec._api.redaction import Redactor
 from promptlayer_exec._api.runs import NodeMapReader, run_request
-from promptlayer_exec._arguments import check_execution_id, naming_arguments
-from promptlayer_exec._combined_stream import snapshots_of
 from promptlayer_exec._engine.callbacks import CallbackLog, recoverable_token, with_callback_url
 from promptlayer_exec._engine.client import Client, list_workflows
 from promptlayer_exec._engine.definitions import Definitions
+from promptlayer_exec._engine.expiring import ExpiringDict
 from promptlayer_exec._engine.keyed_starts import KeyedStarts
 from promptlayer_exec._engine.lifetime import Lifetime
 from promptlayer_exec._engine.retry import RecentStarts, Retrying
-from promptlayer_exec._engine.start import SendHooks
-from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._errors import (
-    ConfigurationError,
-    SessionClosed,
-    StartUnknown,
-)
-from promptlayer_exec._events import Observer, StartFailed, WakeSource, broadcast
-from promptlayer_exec._execution import Execution
-from promptlayer_exec._expiring import ExpiringDict
-from promptlayer_exec._fanout import Outcome, collected, outcomes_of
-from promptlayer_exec._http.throttle import Throttle
-from promptlayer_exec._install import install_hint
-from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
-from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_timeout
-from promptlayer_exec._settings import (
+from promptlayer_exec._engine.settings import (
     Settings,
     find_api_key,
     find_base_url,
     find_proxy,
     sends_in_the_clear,
 )
-from promptlayer_exec._start_records import StartStore, check_key
-from promptlayer_exec._workflows import Workflow, WorkflowSummary
+from promptlayer_exec._engine.start import SendHooks
+from promptlayer_exec._engine.tasks import clock
+from promptlayer_exec._http.throttle import Throttle
+from promptlayer_exec._install import install_hint
+from promptlayer_exec._session.combined_stream import snapshots_of
+from promptlayer_exec._session.execution import Execution
+from promptlayer_exec._session.fanout import Outcome, collected, outcomes_of
+from promptlayer_exec._values.arguments import check_execution_id, naming_arguments
+from promptlayer_exec._values.errors import (
+    ConfigurationError,
+    SessionClosed,
+    StartUnknown,
+)
+from promptlayer_exec._values.events import Observer, StartFailed, WakeSource, broadcast
+from promptlayer_exec._values.models import MainOutput, Snapshot, StartRequest
+from promptlayer_exec._values.policies import (
+    Deadline,
+    Limiter,
+    PollPolicy,
+    RetryPolicy,
+    check_timeout,
+)
+from promptlayer_exec._values.start_records import StartStore, check_key
+from promptlayer_exec._values.workflows import Workflow, WorkflowSummary
 
 if TYPE_CHECKING:
     import aiohttp
     from typing_extensions import TypeForm
 
-    from promptlayer_exec._backplane import Backplane
+    from promptlayer_exec._engine.backplane import Backplane
     from promptlayer_exec.webhooks import Callbacks
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 import attrs
 
 if TYPE_CHECKING:
-    from promptlayer_exec._models import Snapshot, StartRequest
+    from promptlayer_exec._values.models import Snapshot, StartRequest
 
 
 # It has no NullHandler: without a logging configuration, Python prints warnings to standard error,

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from promptlayer_exec._api.messages import Reply, Response
 from promptlayer_exec._api.runs import NodeMap
-from promptlayer_exec._events import WakeSource
+from promptlayer_exec._values.events import WakeSource
 
 T = TypeVar("T")
 

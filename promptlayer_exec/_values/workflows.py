@@ -9,10 +9,10 @@ from typing import Any
 import attrs
 
 from promptlayer_exec import _structuring
-from promptlayer_exec._display import workflow_html
-from promptlayer_exec._errors import InvalidInputs
-from promptlayer_exec._models import FrozenMap, Snapshot, frozen_map
-from promptlayer_exec._text import printable
+from promptlayer_exec._values.display import workflow_html
+from promptlayer_exec._values.errors import InvalidInputs
+from promptlayer_exec._values.models import FrozenMap, Snapshot, frozen_map
+from promptlayer_exec._values.text import printable
 
 
 @attrs.frozen

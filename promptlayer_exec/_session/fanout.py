@@ -14,23 +14,23 @@ import anyio
 import attrs
 
 from promptlayer_exec import _structuring
-from promptlayer_exec._arguments import check_count
 from promptlayer_exec._engine.start import log_unknown
 from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._errors import (
+from promptlayer_exec._session.execution import Execution
+from promptlayer_exec._values.arguments import check_count
+from promptlayer_exec._values.errors import (
     PromptLayerExecError,
     SessionClosed,
     StartUnknown,
     Unauthorized,
     copy_error,
 )
-from promptlayer_exec._execution import Execution
-from promptlayer_exec._models import Snapshot, StartRequest
-from promptlayer_exec._policies import check_timeout
-from promptlayer_exec._text import short_repr
+from promptlayer_exec._values.models import Snapshot, StartRequest
+from promptlayer_exec._values.policies import check_timeout
+from promptlayer_exec._values.text import short_repr
 
 if TYPE_CHECKING:
-    from promptlayer_exec._session import Session
+    from promptlayer_exec._session.session import Session
 
 ItemT = TypeVar("ItemT")
 OutputT = TypeVar("OutputT")

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 
 import attrs
 
-from promptlayer_exec._errors import (
+from promptlayer_exec._values.errors import (
     ConfigurationError,
     InvalidResponse,
     RequestError,

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from promptlayer_exec import _structuring
 from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._errors import ExecutionFailed, PromptLayerExecError
-from promptlayer_exec._events import logger
-from promptlayer_exec._models import same_json
-from promptlayer_exec._policies import Deadline, check_timeout
-from promptlayer_exec._text import printable, shown_key
+from promptlayer_exec._values.errors import ExecutionFailed, PromptLayerExecError
+from promptlayer_exec._values.events import logger
+from promptlayer_exec._values.models import same_json
+from promptlayer_exec._values.policies import Deadline, check_timeout
+from promptlayer_exec._values.text import printable, shown_key
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
 
     from promptlayer_exec._engine.client import Client
-    from promptlayer_exec._models import Node, Snapshot
-    from promptlayer_exec._session import Session
+    from promptlayer_exec._session.session import Session
+    from promptlayer_exec._values.models import Node, Snapshot
 
 T = TypeVar("T")
 

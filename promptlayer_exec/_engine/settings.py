@@ -16,17 +16,23 @@ import attrs
 import cattrs
 from yarl import URL
 
-from promptlayer_exec._arguments import check_count
-from promptlayer_exec._errors import ConfigurationError
-from promptlayer_exec._events import Observer
-from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_seconds
-from promptlayer_exec._start_records import StartStore
+from promptlayer_exec._values.arguments import check_count
+from promptlayer_exec._values.errors import ConfigurationError
+from promptlayer_exec._values.events import Observer
+from promptlayer_exec._values.policies import (
+    Deadline,
+    Limiter,
+    PollPolicy,
+    RetryPolicy,
+    check_seconds,
+)
+from promptlayer_exec._values.start_records import StartStore
 from promptlayer_exec.webhooks import Callbacks
 
 if TYPE_CHECKING:
     import aiohttp
 
-    from promptlayer_exec._backplane import Backplane
+    from promptlayer_exec._engine.backplane import Backplane
 
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
 
