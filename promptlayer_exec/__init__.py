@@ -53,7 +53,12 @@ from promptlayer_exec._values.models import (
 )
 from promptlayer_exec._values.policies import Limiter, PollPolicy, RetryPolicy
 from promptlayer_exec._values.start_records import StartStore
-from promptlayer_exec._values.workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
+from promptlayer_exec._values.workflow_definition import (
+    WorkflowDefinition,
+    WorkflowEdge,
+    WorkflowNode,
+    WorkflowSummary,
+)
 from promptlayer_exec._version import __version__
 
 __all__ = [
@@ -105,7 +110,7 @@ __all__ = [
     "WatchEnded",
     "WatchStarted",
     "WatchWoken",
-    "Workflow",
+    "WorkflowDefinition",
     "WorkflowEdge",
     "WorkflowNode",
     "WorkflowSummary",

@@ -46,7 +46,7 @@ from promptlayer_exec._values.start_records import (
 )
 from promptlayer_exec._values.statuses import UNKNOWN_STATUS, status_entry
 from promptlayer_exec._values.text import indented, printable, short_repr
-from promptlayer_exec._values.workflows import Workflow, near
+from promptlayer_exec._values.workflow_definition import WorkflowDefinition, near
 
 # These come from other modules. The functions below are part of the interface as well.
 __all__ = [
@@ -158,7 +158,7 @@ async def definition(
     label: str | None = None,
     version: int | None = None,
     fresh: bool = False,
-) -> Workflow:
+) -> WorkflowDefinition:
     """Return a workflow's definition, at most five minutes old, without `raw`.
 
     `Session.start` checks inputs with the same one. All parts of the session share one GET for each

@@ -11,7 +11,7 @@ import tempfile
 from contextlib import aclosing
 from pathlib import Path
 
-from promptlayer_exec import PollPolicy, Session, Snapshot, Workflow
+from promptlayer_exec import PollPolicy, Session, Snapshot, WorkflowDefinition
 from promptlayer_exec.simulator import Simulator, examples
 
 PAGE = """\
@@ -23,14 +23,14 @@ tr:nth-child(even) { background: #f5f5f5; }
 </style>"""
 
 
-async def shown() -> tuple[Workflow, Snapshot]:
+async def shown() -> tuple[WorkflowDefinition, Snapshot]:
     """Return the workflow of that page, and a snapshot of a run whose last node is running."""
     async with (
         Simulator() as sim,
         Session(sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.1)) as session,
     ):
         examples.add_workflows(sim)
-        workflow = await session.workflow("write-report")
+        workflow = await session.definition("write-report")
         execution = await session.start("write-report", {"topic": "otters"})
         async with aclosing(execution.stream(timeout=30)) as snapshots:
             async for snapshot in snapshots:

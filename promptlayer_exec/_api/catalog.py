@@ -22,7 +22,12 @@ from promptlayer_exec._api.status import check_status
 from promptlayer_exec._api.structuring import documented, structured
 from promptlayer_exec._structuring._mismatch import exact
 from promptlayer_exec._values.arguments import optional_str
-from promptlayer_exec._values.workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
+from promptlayer_exec._values.workflow_definition import (
+    WorkflowDefinition,
+    WorkflowEdge,
+    WorkflowNode,
+    WorkflowSummary,
+)
 
 
 def workflow_request(workflow: Any, label: Any, version: Any) -> Request:
@@ -116,7 +121,7 @@ documented(
 )
 
 
-def read_workflow(response: Response) -> Workflow:
+def read_workflow(response: Response) -> WorkflowDefinition:
     """Read one version of a workflow. Documented fields take precedence over `workflow`."""
     check_status(response)
     raw = decode(response)
@@ -127,7 +132,7 @@ def read_workflow(response: Response) -> Workflow:
     if version is None:
         version = body.version_number
 
-    return Workflow(
+    return WorkflowDefinition(
         id=names.id,
         name=names.name,
         version=version,

@@ -25,7 +25,7 @@ from promptlayer_exec._doctor.report import (
 )
 from promptlayer_exec._engine.settings import find_api_key
 from promptlayer_exec._values.errors import ConfigurationError, InvalidResponse
-from promptlayer_exec._values.workflows import Workflow
+from promptlayer_exec._values.workflow_definition import WorkflowDefinition
 
 REPORT_IT = "Please report it."
 _UNCHECKED = f"Runs start without a check of their inputs. {REPORT_IT}"
@@ -112,7 +112,7 @@ async def check_definition(examination: Examination) -> Finding:
     return _judge_definition(exchange, workflow)
 
 
-def _judge_definition(exchange: Exchange, workflow: Workflow) -> Finding:
+def _judge_definition(exchange: Exchange, workflow: WorkflowDefinition) -> Finding:
     body: Any = decode(exchange.response)
 
     if body.get("workflow_id") is None or body.get("workflow_name") is None:

@@ -44,7 +44,7 @@ from promptlayer_exec._values.errors import (
 from promptlayer_exec._values.events import Emit, WakeSource
 from promptlayer_exec._values.models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._values.policies import Deadline
-from promptlayer_exec._values.workflows import Workflow, WorkflowSummary
+from promptlayer_exec._values.workflow_definition import WorkflowDefinition, WorkflowSummary
 
 if TYPE_CHECKING:
     from promptlayer_exec._push.channels import Push
@@ -208,7 +208,9 @@ class Client:
         read = partial(read_main_output, execution_id=execution_id)
         return (await self._call(request, read, deadline)).value
 
-    async def workflow(self, name: str | int, request: Request, deadline: Deadline) -> Workflow:
+    async def read_definition(
+        self, name: str | int, request: Request, deadline: Deadline
+    ) -> WorkflowDefinition:
         try:
             return (await self._call(request, read_workflow, deadline)).value
         except RequestError as error:
@@ -217,7 +219,7 @@ class Client:
 
     async def definition(
         self, workflow: str | int, label: str | None, version: int | None, *, fresh: bool
-    ) -> Workflow:
+    ) -> WorkflowDefinition:
         """Return a definition, from the cache that all parts of the session share."""
         try:
             async with self.lifetime.call(self.deadline(None)):

@@ -16,7 +16,7 @@ from promptlayer_exec._values.errors import RequestTimeout, SessionClosed, copy_
 from promptlayer_exec._values.events import logger
 from promptlayer_exec._values.models import StartRequest
 from promptlayer_exec._values.text import printable
-from promptlayer_exec._values.workflows import Workflow
+from promptlayer_exec._values.workflow_definition import WorkflowDefinition
 
 # A workflow's name or id, a label and a version.
 _Key: TypeAlias = tuple[str | int, str | None, int | None]
@@ -50,16 +50,19 @@ class Definitions:
 
     _call: SendControlRequest
     _spawn: Callable[
-        [Coroutine[Any, Any, Workflow | Exception]], asyncio.Task[Workflow | Exception]
+        [Coroutine[Any, Any, WorkflowDefinition | Exception]],
+        asyncio.Task[WorkflowDefinition | Exception],
     ]
     # Without nodes. None if there is no definition, so that no start waits for it again.
-    _kept: ExpiringDict[_Key, tuple[Workflow | None]] = attrs.field(
+    _kept: ExpiringDict[_Key, tuple[WorkflowDefinition | None]] = attrs.field(
         init=False, factory=lambda: ExpiringDict(_LIMITS.kept_for, _LIMITS.most)
     )
-    _kept_with_nodes: ExpiringDict[_Key, Workflow] = attrs.field(
+    _kept_with_nodes: ExpiringDict[_Key, WorkflowDefinition] = attrs.field(
         init=False, factory=lambda: ExpiringDict(_LIMITS.kept_for, _LIMITS.most_with_nodes)
     )
-    _reading: dict[_Key, asyncio.Task[Workflow | Exception]] = attrs.field(init=False, factory=dict)
+    _reading: dict[_Key, asyncio.Task[WorkflowDefinition | Exception]] = attrs.field(
+        init=False, factory=dict
+    )
     _warned: set[tuple[int, str]] = attrs.field(init=False, factory=set)
 
     async def check(self, request: StartRequest, inputs: Mapping[str, Any]) -> None:
@@ -73,13 +76,13 @@ class Definitions:
                 return
 
         found = await self._read(key)
-        if isinstance(found, Workflow):
+        if isinstance(found, WorkflowDefinition):
             self._check(found, inputs)
         else:  # the request itself will report the reason
             name, why = request.workflow, type(found).__name__
             logger.debug("workflow %.100r: inputs not checked, no definition (%s)", name, why)
 
-    def _check(self, workflow: Workflow | None, inputs: Mapping[str, Any]) -> None:
+    def _check(self, workflow: WorkflowDefinition | None, inputs: Mapping[str, Any]) -> None:
         if workflow is None:
             return
 
@@ -108,7 +111,7 @@ class Definitions:
         version: int | None = None,
         *,
         fresh: bool = False,
-    ) -> Workflow:
+    ) -> WorkflowDefinition:
         """Return a definition with its nodes, but without `raw`.
 
         A cached one will do, unless it must be `fresh`. It does not cache a failure: before you ask
@@ -128,7 +131,7 @@ class Definitions:
             raise copy_error(found)
         return found
 
-    async def _read(self, key: _Key) -> Workflow | Exception:
+    async def _read(self, key: _Key) -> WorkflowDefinition | Exception:
         """Return a definition, or why it did not arrive. All callers share one request."""
         reading = self._reading.get(key)
         if reading is None:
@@ -140,7 +143,7 @@ class Definitions:
             return SessionClosed()
         return reading.result()
 
-    async def _request(self, key: _Key) -> Workflow | Exception:
+    async def _request(self, key: _Key) -> WorkflowDefinition | Exception:
         limit = asyncio.timeout(_LIMITS.timeout)
         try:
             async with limit:

@@ -60,7 +60,7 @@ from promptlayer_exec._values.policies import (
     check_timeout,
 )
 from promptlayer_exec._values.start_records import StartStore, check_key
-from promptlayer_exec._values.workflows import Workflow, WorkflowSummary
+from promptlayer_exec._values.workflow_definition import WorkflowDefinition, WorkflowSummary
 
 if TYPE_CHECKING:
     import aiohttp
@@ -552,9 +552,9 @@ class Session:
         return await execution._deliver(deadline, into)
 
     @naming_arguments
-    async def workflow(
+    async def definition(
         self, workflow: str | int, *, label: str | None = None, version: int | None = None
-    ) -> Workflow:
+    ) -> WorkflowDefinition:
         """Return one version of a workflow: its required inputs, nodes and edges.
 
         https://docs.promptlayer.com/reference/get-workflow
@@ -572,7 +572,7 @@ class Session:
         """
         request = workflow_request(workflow, label, version)
         client = self._open()
-        return await client.workflow(workflow, request, client.deadline())
+        return await client.read_definition(workflow, request, client.deadline())
 
     def workflows(
         self,

@@ -16,7 +16,7 @@ from promptlayer_exec._values.text import printable, short_repr
 
 if TYPE_CHECKING:
     from promptlayer_exec._values.models import Node, Snapshot
-    from promptlayer_exec._values.workflows import Workflow
+    from promptlayer_exec._values.workflow_definition import WorkflowDefinition
 
 
 def error_text(node: Node) -> str | None:
@@ -140,7 +140,7 @@ def _row(snapshot: Snapshot, node: Node, *, is_watched: bool) -> str:
     return "<tr>" + "".join(f'<td style="{_LAYOUT.cell}">{cell}</td>' for cell in cells) + "</tr>"
 
 
-def workflow_html(workflow: Workflow) -> str:
+def workflow_html(workflow: WorkflowDefinition) -> str:
     """Return the required inputs, the state of the run and the graph of a workflow."""
     name = _name(workflow.name)
     facts = [f"<b>{name}</b> · workflow {workflow.id}"]
@@ -173,7 +173,7 @@ def workflow_html(workflow: Workflow) -> str:
     return f"<div>{heads}{graph}</div>"
 
 
-def _graph(workflow: Workflow, title: str) -> str:
+def _graph(workflow: WorkflowDefinition, title: str) -> str:
     """Draw the layers as columns, from left to right."""
     layers = workflow.layers()
     rows = max(map(len, layers))
@@ -241,7 +241,7 @@ def _arrow(x: float, y: float, left: float, top: float, *, lane: float | None, d
     )
 
 
-def _box(workflow: Workflow, name: str, x: float, y: float) -> str:
+def _box(workflow: WorkflowDefinition, name: str, x: float, y: float) -> str:
     node = workflow.nodes[name]
     kind = _text(node.node_type, 24)
     thickness = 1

@@ -10,13 +10,13 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import count
 from typing import TypeAlias
 
-from promptlayer_exec import Workflow
+from promptlayer_exec import WorkflowDefinition
 
 # Edges of the same origin share a lane: all nodes that depend on the same nodes hang off one.
 _Lane: TypeAlias = frozenset[str]
 
 
-def draw(workflow: Workflow) -> list[tuple[str, str | None]]:
+def draw(workflow: WorkflowDefinition) -> list[tuple[str, str | None]]:
     """Return the lines of the graph, each with the name of the node that is in it, if one is.
 
     They are drawn from top to bottom. Nodes in a cycle, and those after them, are left out.
@@ -36,7 +36,7 @@ def in_encoding(line: str) -> str:
     return line
 
 
-def _in_depth_order(workflow: Workflow) -> Iterator[str]:
+def _in_depth_order(workflow: WorkflowDefinition) -> Iterator[str]:
     """Yield each node after all that it depends on, and soon after the last of them."""
     sorter = TopologicalSorter(dict.fromkeys(workflow.nodes, ()))
     for name, node in workflow.nodes.items():
@@ -54,7 +54,7 @@ def _in_depth_order(workflow: Workflow) -> Iterator[str]:
 class _Drawing:
     """The lines so far, and the columns of the lanes that are open below the last one."""
 
-    def __init__(self, workflow: Workflow) -> None:
+    def __init__(self, workflow: WorkflowDefinition) -> None:
         self.lanes_into: dict[str, _Lane] = {
             name: frozenset(workflow.nodes[name].dependencies).intersection(workflow.nodes)
             for name in _in_depth_order(workflow)

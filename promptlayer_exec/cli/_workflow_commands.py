@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from promptlayer_exec import Workflow, WorkflowNode, WorkflowSummary
+from promptlayer_exec import WorkflowDefinition, WorkflowNode, WorkflowSummary
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli import _options as options
 from promptlayer_exec.cli._exit import Misuse, command
@@ -97,7 +97,7 @@ async def workflow(
     """
     async with options.open_session(base_url, outage, err) as session:
         try:
-            found = await session.workflow(workflow, label=label, version=version)
+            found = await session.definition(workflow, label=label, version=version)
         except (TypeError, ValueError) as error:
             raise Misuse(str(error)) from error
 
@@ -111,7 +111,7 @@ async def workflow(
             out(line.plain)
 
 
-def _fields(found: Workflow) -> dict[str, Any]:
+def _fields(found: WorkflowDefinition) -> dict[str, Any]:
     inputs = found.required_inputs
     return {
         "id": found.id,
@@ -125,7 +125,7 @@ def _fields(found: Workflow) -> dict[str, Any]:
     }
 
 
-def _description(found: Workflow) -> Iterator[Text]:
+def _description(found: WorkflowDefinition) -> Iterator[Text]:
     version = "" if found.version is None else f", version {found.version}"
     yield Text.assemble((printable(found.name), "bold"), f" (workflow {found.id}{version})")
     if found.labels:
@@ -145,7 +145,7 @@ def _description(found: Workflow) -> Iterator[Text]:
         yield Text("PromptLayer did not describe its nodes.")
 
 
-def _graph(found: Workflow) -> Iterator[Text]:
+def _graph(found: WorkflowDefinition) -> Iterator[Text]:
     lines = draw(found)
     width = max((len(line) for line, _ in lines), default=0)
 
@@ -167,14 +167,14 @@ def _graph(found: Workflow) -> Iterator[Text]:
         yield from _list(found, cycle)
 
 
-def _list(found: Workflow, names: list[str]) -> Iterator[Text]:
+def _list(found: WorkflowDefinition, names: list[str]) -> Iterator[Text]:
     """Yield a line for each node that cannot be drawn, or that this terminal has no room for."""
     for name in names:
         after = ", ".join(map(printable, found.nodes[name].dependencies))
         yield _details(found, name) + Text(f"  after {shorten(after, 60)}" if after else "")
 
 
-def _details(found: Workflow, name: str) -> Text:
+def _details(found: WorkflowDefinition, name: str) -> Text:
     node: WorkflowNode = found.nodes[name]
     facts = []
     if node.node_type:

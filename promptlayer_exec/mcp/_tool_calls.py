@@ -23,7 +23,7 @@ from promptlayer_exec import (
     Snapshot,
     StartRequest,
     StartUnknown,
-    Workflow,
+    WorkflowDefinition,
     WorkflowSummary,
 )
 from promptlayer_exec._integration import (
@@ -76,7 +76,7 @@ def _absence(name: str, known: Iterable[str]) -> str:
     return f"no workflow {which} {read.shown(name)}{read.near(name, known)}"
 
 
-def _strings_among(names: Iterable[str], workflow: Workflow | None) -> list[str]:
+def _strings_among(names: Iterable[str], workflow: WorkflowDefinition | None) -> list[str]:
     """Return the names of inputs that a workflow requires as strings."""
     if workflow is None or workflow.required_inputs is None:
         return []
@@ -113,7 +113,9 @@ class Calls:
         ]
         return [*common_tools(self.allowed, self.keys), *own]
 
-    async def _definition(self, request: StartRequest, *, fresh: bool = False) -> Workflow | None:
+    async def _definition(
+        self, request: StartRequest, *, fresh: bool = False
+    ) -> WorkflowDefinition | None:
         """Return the definition of what to run, or None, after a warning, if reading it fails."""
         name, label, version = request.workflow, request.label, request.version
         try:

@@ -8,7 +8,14 @@ from typing import Any
 
 from mcp.types import CallToolResult, TextContent
 
-from promptlayer_exec import ExecutionFailed, Node, NodeStatus, NotFound, Snapshot, Workflow
+from promptlayer_exec import (
+    ExecutionFailed,
+    Node,
+    NodeStatus,
+    NotFound,
+    Snapshot,
+    WorkflowDefinition,
+)
 from promptlayer_exec._integration import error_details
 from promptlayer_exec.mcp._tool_values import clean, clip, fitting, show
 
@@ -131,7 +138,7 @@ def _nodes(snapshot: Snapshot) -> dict[str, Any]:
     return {name: fits[name] for name in map(clean, snapshot.nodes) if name in fits}
 
 
-def workflow_fields(workflow: Workflow) -> dict[str, Any]:
+def workflow_fields(workflow: WorkflowDefinition) -> dict[str, Any]:
     inputs = workflow.required_inputs
     if inputs is None:
         needs = "PromptLayer does not list its inputs."

@@ -8,7 +8,7 @@ from typing import Any
 
 from mcp.types import Tool, ToolAnnotations
 
-from promptlayer_exec import Workflow
+from promptlayer_exec import WorkflowDefinition
 
 WAIT = 50.0  # seconds: clients often give up after 60
 
@@ -160,7 +160,7 @@ def common_tools(allowed: tuple[str, ...], keys: Mapping[str, Any]) -> list[Tool
 
 
 def run_tool(
-    name: str, workflow: str, definition: Workflow | None, keys: Mapping[str, Any]
+    name: str, workflow: str, definition: WorkflowDefinition | None, keys: Mapping[str, Any]
 ) -> Tool:
     """Return the tool that runs one workflow, with its required inputs as arguments."""
     if definition is None or definition.required_inputs is None:

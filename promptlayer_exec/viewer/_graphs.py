@@ -7,7 +7,7 @@ import sqlite3
 from contextlib import suppress
 from typing import Any
 
-from promptlayer_exec import PromptLayerExecError, Session, Workflow, WorkflowSummary
+from promptlayer_exec import PromptLayerExecError, Session, WorkflowDefinition, WorkflowSummary
 from promptlayer_exec._integration import ExpiringDict, definition
 from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._problems import explain
@@ -30,7 +30,7 @@ class NoDefinition(Exception):
 
 async def find_definition(
     session: Session, workflow: str, label: str | None = None, version: int | None = None
-) -> Workflow:
+) -> WorkflowDefinition:
     """Return a definition, that of a label or version or the latest. Raises `NoDefinition`."""
     try:
         return await definition(session, workflow, label=label, version=version)
@@ -101,7 +101,7 @@ async def _node_names(session: Session, workflow: str) -> set[str]:
         return set()
 
 
-def graph_view(workflow: Workflow) -> dict[str, Any]:
+def graph_view(workflow: WorkflowDefinition) -> dict[str, Any]:
     """Return a workflow as the page draws it, with an edge for each dependency."""
     conditional = {
         (source, node.name): False

@@ -19,7 +19,7 @@ from promptlayer_exec import (
     PromptLayerExecError,
     Session,
     StartUnknown,
-    Workflow,
+    WorkflowDefinition,
 )
 from promptlayer_exec._integration import MAX_ID
 from promptlayer_exec.viewer._board import Board, Card
@@ -180,7 +180,7 @@ async def _find_graph(session: Session, card: Card) -> Response:
     return _graph(found)
 
 
-async def _labels(listed: WorkflowList, workflow: Workflow) -> list[str]:
+async def _labels(listed: WorkflowList, workflow: WorkflowDefinition) -> list[str]:
     """Return the labels of all versions of a workflow, or at least those of this one."""
     with suppress(NoDefinition):
         for summary in await listed.get():
@@ -189,7 +189,7 @@ async def _labels(listed: WorkflowList, workflow: Workflow) -> list[str]:
     return list(workflow.labels)
 
 
-def _graph(found: Workflow | None, reason: str | None = None) -> Response:
+def _graph(found: WorkflowDefinition | None, reason: str | None = None) -> Response:
     if found is None:
         return _json({"definition": None, "reason": reason})
     if not found.nodes:

@@ -18,7 +18,7 @@ from promptlayer_exec import (
     NotFound,
     Session,
     SessionClosed,
-    Workflow,
+    WorkflowDefinition,
     WorkflowEdge,
     WorkflowNode,
     WorkflowSummary,
@@ -100,14 +100,14 @@ RECORDED = (
 )
 
 
-def read(body: Any) -> Workflow:
+def read(body: Any) -> WorkflowDefinition:
     """Read a workflow in a 200."""
     return read_workflow(Response(200, json.dumps(body).encode()))
 
 
-def chain(*names: str, **dependencies: tuple[str, ...]) -> Workflow:
+def chain(*names: str, **dependencies: tuple[str, ...]) -> WorkflowDefinition:
     """Return a workflow of nodes without edges."""
-    return Workflow(
+    return WorkflowDefinition(
         1, "w", nodes={it: WorkflowNode(it, dependencies=dependencies.get(it, ())) for it in names}
     )
 
@@ -346,9 +346,9 @@ def test_a_cycle_is_one_last_layer() -> None:
     assert chain("a", a=("a",)).layers() == (("a",),)
 
 
-def requires(**required: str) -> Workflow:
+def requires(**required: str) -> WorkflowDefinition:
     """Return a workflow with required inputs."""
-    return Workflow(1, "analyze", required_inputs=required)
+    return WorkflowDefinition(1, "analyze", required_inputs=required)
 
 
 @attrs.frozen
@@ -383,7 +383,7 @@ def test_inputs_with_all_that_is_required_pass(inputs: Any) -> None:
 
 def test_without_required_inputs_nothing_is_checked() -> None:
     """They may be unknown, or none."""
-    Workflow(1, "a").check_inputs({"x": 1})
+    WorkflowDefinition(1, "a").check_inputs({"x": 1})
     requires().check_inputs(None)
 
 
@@ -402,8 +402,8 @@ def test_a_workflow_is_a_value() -> None:
     for mapping in (workflow.nodes, workflow.required_inputs):
         with pytest.raises(TypeError):
             mapping["x"] = 1  # type: ignore[index]
-    assert repr(workflow) == "<Workflow 123 'a/b' version 3, 3 nodes>"
-    assert len(repr(Workflow(1, "x" * 1000))) < 200
+    assert repr(workflow) == "<WorkflowDefinition 123 'a/b' version 3, 3 nodes>"
+    assert len(repr(WorkflowDefinition(1, "x" * 1000))) < 200
 
 
 PLAN = Scenario([SimNode("plan"), SimNode("write", after=["plan"], is_output_node=True)])
@@ -414,11 +414,11 @@ async def test_a_session_describes_a_workflow(sim: Simulator, session: Session) 
     workflow_id = sim.add_workflow("a/b", PLAN, inputs={"topic": "string"}, labels=["prod"])
     sim.add_version("a/b", Scenario([]), labels=["staging"])
     for options in ({"label": "prod"}, {"version": 1}):
-        workflow = await session.workflow("a/b", **options)  # type: ignore[arg-type]
+        workflow = await session.definition("a/b", **options)  # type: ignore[arg-type]
         assert (workflow.id, workflow.name, workflow.version) == (workflow_id, "a/b", 1)
         assert workflow.layers() == (("plan",), ("write",))
         assert workflow.required_inputs == {"topic": "string"}
-    latest = await session.workflow(workflow_id)
+    latest = await session.definition(workflow_id)
     assert (latest.version, latest.labels, latest.required_inputs) == (2, ("staging",), None)
 
 
@@ -429,20 +429,20 @@ async def test_the_errors_of_a_description(
     session = open_session(wait_timeout=0.05)
     sim.add_workflow("w", PLAN)
     sim.inject(Fault.status(503))
-    assert (await session.workflow("w")).name == "w"
+    assert (await session.definition("w")).name == "w"
     with pytest.raises(
         NotFound, match=r"^workflow 'x': the server returned 404 Not Found: Workflow not found"
     ):
-        await session.workflow("x")
+        await session.definition("x")
     with pytest.raises(TypeError, match="unexpected argument workflow_version=: it is version="):
-        await session.workflow("w", workflow_version=1)  # type: ignore[call-arg]
+        await session.definition("w", workflow_version=1)  # type: ignore[call-arg]
     sim.inject(Fault.stall())
     with pytest.raises(ExecutionTimeout, match=r"^no response within 0\.05 s") as caught:
-        await session.workflow("w")
+        await session.definition("w")
     assert caught.value.execution_id is None
     await session.aclose()
     with pytest.raises(SessionClosed):
-        await session.workflow("w")
+        await session.definition("w")
 
 
 async def test_a_session_lists_all_workflows(sim: Simulator, session: Session) -> None:

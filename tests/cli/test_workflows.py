@@ -13,7 +13,14 @@ import pytest
 import typer
 from rich.console import Console
 
-from promptlayer_exec import Node, NodeTimes, Snapshot, Workflow, WorkflowNode, __version__
+from promptlayer_exec import (
+    Node,
+    NodeTimes,
+    Snapshot,
+    WorkflowDefinition,
+    WorkflowNode,
+    __version__,
+)
 from promptlayer_exec.cli import app
 from promptlayer_exec.cli._graph_drawing import draw
 from promptlayer_exec.cli._live import LiveDisplay
@@ -281,7 +288,7 @@ TANGLED: dict[str, tuple[str, ...]] = {
 def graph(**dependencies: tuple[str, ...]) -> list[str]:
     """Return the lines of the graph of nodes with dependencies."""
     nodes = {it: WorkflowNode(it, dependencies=after) for it, after in dependencies.items()}
-    lines = draw(Workflow(1, "w", nodes=nodes))
+    lines = draw(WorkflowDefinition(1, "w", nodes=nodes))
     return [f"{line:<8} {name or ''}".rstrip() for line, name in lines]
 
 

@@ -101,7 +101,7 @@ async def test_adding_uses_the_session_that_works(
     batch = checking(session=session)
     assert await batch.add([GOOD]) == 1
     assert (await batch.work()).succeeded == 1
-    assert (await session.workflow("typed")).name == "typed"
+    assert (await session.definition("typed")).name == "typed"
 
 
 async def test_requests_are_encoded_outside_the_event_loop(batch: Batch) -> None:

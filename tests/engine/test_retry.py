@@ -138,7 +138,7 @@ async def test_a_request_for_a_workflow_is_not_named_as_a_start(
     """It has no execution id either, but nobody should look for a run."""
     sim.add_workflow("w", Scenario([]))
     sim.inject(Fault.status(503))
-    await session.workflow("w")
+    await session.definition("w")
     (line,) = lines(caplog, logging.WARNING)
     assert line.startswith("a request: the server returned 503")
 

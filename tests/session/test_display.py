@@ -22,7 +22,7 @@ from promptlayer_exec import (
     Outcome,
     Snapshot,
     StartRequest,
-    Workflow,
+    WorkflowDefinition,
     WorkflowEdge,
     WorkflowNode,
 )
@@ -54,7 +54,7 @@ class Page:
         self.text = " ".join(" ".join(self.elements[0].itertext()).split())
 
 
-def svg(shown: Workflow) -> ElementTree.Element:
+def svg(shown: WorkflowDefinition) -> ElementTree.Element:
     """Return the graph of a workflow."""
     return next(it for it in Page(shown).elements if it.tag.endswith("svg"))
 
@@ -69,9 +69,11 @@ def snapshot(*nodes: Node, **fields: Any) -> Snapshot:
     return Snapshot(787, fields.pop("complete", False), {it.name: it for it in nodes}, **fields)
 
 
-def workflow(*nodes: WorkflowNode, **fields: Any) -> Workflow:
+def workflow(*nodes: WorkflowNode, **fields: Any) -> WorkflowDefinition:
     """Return a workflow named `w`."""
-    return Workflow(3, fields.pop("name", "w"), nodes={it.name: it for it in nodes}, **fields)
+    return WorkflowDefinition(
+        3, fields.pop("name", "w"), nodes={it.name: it for it in nodes}, **fields
+    )
 
 
 def test_every_status_has_an_entry() -> None:

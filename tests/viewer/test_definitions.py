@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from promptlayer_exec import Session, Workflow, WorkflowEdge, WorkflowNode
+from promptlayer_exec import Session, WorkflowDefinition, WorkflowEdge, WorkflowNode
 from promptlayer_exec._engine import definitions
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Board, History
@@ -166,7 +166,7 @@ def test_a_definition_has_an_edge_for_each_dependency() -> None:
         "d": WorkflowNode("d", dependencies=("c",)),
     }
     edges = (WorkflowEdge("a", "b", True), WorkflowEdge("a", "c"), WorkflowEdge("a", "gone"))
-    view = graph_view(Workflow(1, "w", nodes=nodes, edges=edges))
+    view = graph_view(WorkflowDefinition(1, "w", nodes=nodes, edges=edges))
     assert view["layers"] == (("a",), ("b",), ("c", "d"))
     assert [(one["source"], one["target"], one["conditional"]) for one in view["edges"]] == [
         ("a", "b", True),

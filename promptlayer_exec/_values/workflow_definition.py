@@ -69,7 +69,7 @@ class WorkflowSummary:
 
 
 @attrs.frozen(repr=False)
-class Workflow:
+class WorkflowDefinition:
     """One version of a workflow: its required inputs, nodes and edges.
 
     https://docs.promptlayer.com/reference/get-workflow
@@ -99,11 +99,11 @@ class Workflow:
     raw: Any = None
     run: Snapshot | None = None
 
-    def with_run(self, snapshot: Snapshot) -> Workflow:
+    def with_run(self, snapshot: Snapshot) -> WorkflowDefinition:
         """Return the workflow with the state of a run, which a notebook draws into the graph.
 
         ```python
-        workflow = await session.workflow("research-report")
+        workflow = await session.definition("research-report")
         workflow.with_run(await execution.snapshot())
         ```
 
@@ -183,7 +183,8 @@ class Workflow:
         version = ""
         if self.version is not None:
             version = f" version {self.version}"
-        return f"<Workflow {self.id} {self.name!r:.100}{version}, {len(self.nodes)} nodes>"
+        nodes = f"{len(self.nodes)} nodes"
+        return f"<WorkflowDefinition {self.id} {self.name!r:.100}{version}, {nodes}>"
 
 
 def _names(inputs: Any) -> set[str]:
