@@ -127,12 +127,13 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, formatting, workflows, private names of other packages and caps on them."""
+    """Check style, layers, workflows, private names of other packages and caps on them."""
     _install(session, "lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("zizmor", "--offline", "--persona=pedantic", ".")
-    session.run("python", "tests/figures.py")
+    session.run("lint-imports", "--no-logo", "--no-cache")
+    session.run("python", "tests/dependencies.py")
 
 
 @nox.session

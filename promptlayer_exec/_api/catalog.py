@@ -20,7 +20,7 @@ from promptlayer_exec._api.messages import Request, Response, decode, invalid_sh
 from promptlayer_exec._api.runs import path_segment, version_selection
 from promptlayer_exec._api.status import check_status
 from promptlayer_exec._api.structuring import documented, structured
-from promptlayer_exec._structuring._mismatch import exact
+from promptlayer_exec._structuring.mismatch import exact
 from promptlayer_exec._values.arguments import optional_str
 from promptlayer_exec._values.workflow_definition import (
     WorkflowDefinition,

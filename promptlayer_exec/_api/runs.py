@@ -17,7 +17,7 @@ from cattrs import override
 from promptlayer_exec._api.messages import Request, Response, decode, invalid_shape
 from promptlayer_exec._api.status import check_status
 from promptlayer_exec._api.structuring import documented, structured
-from promptlayer_exec._structuring._mismatch import exact
+from promptlayer_exec._structuring.mismatch import exact
 from promptlayer_exec._values.arguments import MAX_ID, optional_str, positive_int64
 from promptlayer_exec._values.errors import InvalidResponse
 from promptlayer_exec._values.events import logger

@@ -15,10 +15,10 @@ import cattrs
 from cattrs.gen import make_dict_structure_fn
 
 from promptlayer_exec._api.messages import Response, invalid_shape
-from promptlayer_exec._structuring._mismatch import exact, locate, step
+from promptlayer_exec._structuring.mismatch import exact, locate, step
 
 if TYPE_CHECKING:
-    from promptlayer_exec._structuring._rules import Hook
+    from promptlayer_exec._structuring.rules import Hook
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def structured(response: Response, value: Any, kind: type[T], *keys: str) -> T:
 @cache
 def _wire_converter() -> cattrs.Converter:
     # Imported with the first response, to keep importing the package cheap.
-    from promptlayer_exec._structuring._rules import is_union, strict_converter  # noqa: PLC0415
+    from promptlayer_exec._structuring.rules import is_union, strict_converter  # noqa: PLC0415
 
     converter = strict_converter()
     # The strict rules for these support subclasses, and are slower.

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import cattrs
 
-    from promptlayer_exec._structuring._inputs import encode_inputs
-    from promptlayer_exec._structuring._outputs import check_type, structure_output
+    from promptlayer_exec._structuring.inputs import encode_inputs
+    from promptlayer_exec._structuring.outputs import check_type, structure_output
 else:
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module = "_inputs" if name == "encode_inputs" else "_outputs"
+        module = "inputs" if name == "encode_inputs" else "outputs"
         return getattr(import_module(f"{__name__}.{module}"), name)
 
 
@@ -33,6 +33,6 @@ def strict_converter() -> cattrs.Converter:
     hook takes precedence over earlier ones. To change settings of the converter, use its `copy`
     method: `strict_converter().copy(forbid_extra_keys=True)`.
     """
-    from promptlayer_exec._structuring import _rules  # noqa: PLC0415
+    from promptlayer_exec._structuring import rules  # noqa: PLC0415
 
-    return _rules.strict_converter()
+    return rules.strict_converter()

@@ -730,7 +730,7 @@ def test_the_rules_are_imported_at_the_first_use() -> None:
     """Importing the package does not import them."""
     program = (
         "import sys, promptlayer_exec\n"
-        "rules = 'promptlayer_exec._structuring._rules'\n"
+        "rules = 'promptlayer_exec._structuring.rules'\n"
         "assert rules not in sys.modules\n"
         "promptlayer_exec.strict_converter()\n"
         "assert rules in sys.modules\n"

@@ -13,8 +13,8 @@ import attrs
 import cattrs
 from cattrs.cols import is_namedtuple
 
-from promptlayer_exec._structuring._mismatch import step
-from promptlayer_exec._structuring._rules import STRICT
+from promptlayer_exec._structuring.mismatch import step
+from promptlayer_exec._structuring.rules import STRICT
 from promptlayer_exec._values.text import json_kind
 
 
@@ -84,7 +84,7 @@ class _Encoder:
         try:
             return self._converter.get_unstructure_hook(kind)
         except NameError:
-            # The user's converter lacks our rule for named tuples: see `_rules`.
+            # The user's converter lacks our rule for named tuples: see `rules`.
             if is_namedtuple(kind):
                 return tuple
             raise

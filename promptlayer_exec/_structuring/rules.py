@@ -24,7 +24,7 @@ import cattrs
 from cattrs.cols import is_namedtuple, mapping_structure_factory
 from cattrs.disambiguators import create_default_dis_func
 
-from promptlayer_exec._structuring._mismatch import WrongKind, exact, locate
+from promptlayer_exec._structuring.mismatch import WrongKind, exact, locate
 from promptlayer_exec._values.text import json_kind
 
 Hook = Callable[[Any, Any], Any]

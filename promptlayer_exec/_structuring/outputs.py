@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import cattrs
 
-from promptlayer_exec._structuring._mismatch import locate
-from promptlayer_exec._structuring._rules import STRICT, Hook, UnionHook
+from promptlayer_exec._structuring.mismatch import locate
+from promptlayer_exec._structuring.rules import STRICT, Hook, UnionHook
 from promptlayer_exec._values.errors import InvalidOutput
 
 if TYPE_CHECKING:
