@@ -22,7 +22,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from typing import Any, cast
 
@@ -199,7 +199,8 @@ class Items:
                 return await self._record(item, item.intent, item.called_back)
             text = "the worker that sent the start request stopped before it recorded the response"
             workflow = json.loads(item.request)["workflow"]
-            return start_record(error=StartUnknown(text, workflow=workflow, reason=text))
+            error = StartUnknown(text, workflow=workflow, reason=text)
+            return start_record(self._store.moment(), error=error)
 
         token = integration.start_token(self._session)
         intent = Intent(item.key, item.attempt, token)
@@ -213,7 +214,7 @@ class Items:
 
     async def _record(self, item: Item, token: str, execution_id: int) -> StartRecord | None:
         """Record the id of a run. Return None if the item continues with another one."""
-        result = start_record(execution_id)
+        result = start_record(self._store.moment(), execution_id)
         row = StartResult(item.key, item.attempt, token, json.dumps(result))
         recording = asyncio.ensure_future(self._started.add(row))
         try:
@@ -271,7 +272,7 @@ class Items:
         if isinstance(error, StartUnknown):
             cause = error.__cause__
             self._starts.failed(cause if isinstance(cause, RequestError) else error, since=since)
-            return start_record(error=error)
+            return start_record(self._store.moment(), error=error)
 
         # From here on, nothing was started.
         if isinstance(error, ExecutionTimeout):
@@ -287,7 +288,7 @@ class Items:
             self._starts.succeeded()
         elif not isinstance(error, InvalidInputs):
             raise error
-        return start_record(error=error)
+        return start_record(self._store.moment(), error=error)
 
     def _note_late_start(self, item: Item, error: ExecutionTimeout, since: float) -> None:
         """Handle a request that the session could not send within its `wait_timeout`."""
@@ -324,11 +325,13 @@ class Items:
         self._check_open()
         try:
             output = await self._output(item, execution_id)
-            outcome = StoredOutcome(key, execution_id, True, output, None, at, datetime.now(UTC))
+            outcome = StoredOutcome(key, execution_id, True, output, None, at, self._store.moment())
             outcome.to_json()  # an output that cannot be stored is an error of the item
         except (ExecutionFailed, NotFound, RecursionError) as failure:
             stored = stored_error(failure)
-            outcome = StoredOutcome(key, execution_id, False, None, stored, at, datetime.now(UTC))
+            outcome = StoredOutcome(
+                key, execution_id, False, None, stored, at, self._store.moment()
+            )
         self._answered_at = asyncio.get_running_loop().time()
         return outcome
 

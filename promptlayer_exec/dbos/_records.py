@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import attrs
@@ -170,16 +170,16 @@ class StartRecord(TypedDict):
 
 
 def start_record(
+    at: datetime,
     execution_id: int | None = None,
     error: Exception | None = None,
-    at: datetime | None = None,
     *,
     is_recheck: bool = False,
 ) -> StartRecord:
-    """Return the result of a start request, decided at `at` or just now."""
+    """Return the result of a start request, which was known at `at`."""
     return {
         "execution_id": execution_id,
-        "at": (at or datetime.now(UTC)).isoformat(),
+        "at": at.isoformat(),
         "error": None if error is None else [*stored_error(error)],
         "is_recheck": is_recheck,
     }

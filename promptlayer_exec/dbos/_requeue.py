@@ -15,7 +15,7 @@ import enum
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -104,8 +104,10 @@ def requeue(
 
     ended = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome, _item.history)
     ended = ended.add_columns(_callback_id).select_from(items.outerjoin(callbacks, called_back))
-    # Clocks of workers may differ, so without a limit no times are compared.
-    unknown_before = datetime.now(UTC) - timedelta(seconds=unknown_for) if unknown_for else None
+    unknown_before = None
+    if unknown_for:
+        ((latest,),) = store.rows(sa.select(store.now - unknown_for))
+        unknown_before = datetime.fromtimestamp(latest, UTC)
     choose = partial(_next_attempt, reason, unknown_before)
 
     count = 0
@@ -177,7 +179,7 @@ def _start_to_follow(
     if execution_id is None or (reason is Reason.RETRY and has_failed):
         return None
     started_at = outcome.started or outcome.finished
-    record = start_record(execution_id, at=started_at, is_recheck=reason is Reason.RECHECK)
+    record = start_record(started_at, execution_id, is_recheck=reason is Reason.RECHECK)
     return json.dumps(record)
 
 

@@ -16,6 +16,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -89,6 +90,9 @@ _NOWHERE = "[null, null, 0]"
 class Store(SharedDatabase):
     """The database of batches. `Database` retries each method."""
 
+    # The database's clock minus this process's monotonic one, since the first heartbeat.
+    _ahead: float
+
     def __init__(self, url: sa.URL) -> None:
         super().__init__(url)
         # JSON, because DBOS's default is pickle: with it, write access to the database would be
@@ -114,7 +118,7 @@ class Store(SharedDatabase):
         self.execute(self._insert_batch(batch, settings))
 
     def _insert_batch(self, name: str, settings: Mapping[str, float]) -> Any:
-        row = {"name": name, "last_seq": 0, "next_request": 0.0, "created": time.time()}
+        row = {"name": name, "last_seq": 0, "next_request": 0.0, "created": self.now}
         row |= dict.fromkeys(COUNTS, 0) | {"channel_suffix": secrets.token_hex(16)}
         return self.insert(_batches).values(row | dict(settings)).on_conflict_do_nothing()
 
@@ -314,22 +318,27 @@ class Store(SharedDatabase):
 
     def record_heartbeat(self, batch: str, executor: str, process: str) -> None:
         row = {"executor": executor, "beat": 1, "process": process, "batch": batch}
-        insert = self.insert(_workers).values(**row, seen_at=self._now)
+        insert = self.insert(_workers).values(**row, seen_at=self.now)
         insert = insert.on_conflict_do_update(
-            index_elements=["executor"], set_={"beat": _workers.c.beat + 1, "seen_at": self._now}
+            index_elements=["executor"], set_={"beat": _workers.c.beat + 1, "seen_at": self.now}
         )
-        self.execute(insert)
 
-    @property
-    def _now(self) -> sa.ColumnElement[float]:
-        """The time on the database's clock, in seconds since the epoch."""
-        if self.is_sqlite:
-            return sa.literal(time.time())
-        return sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()), sa.Double)
+        def work(connection: sa.Connection) -> None:
+            seen_at = connection.execute(insert.returning(_workers.c.seen_at)).scalar_one()
+            self._ahead = seen_at - time.monotonic()
+
+        self.transact(work)
+
+    def moment(self) -> datetime:
+        """Return the time on the database's clock (UTC), reckoned from the last heartbeat.
+
+        What other workers compare must not depend on the clock of this machine.
+        """
+        return datetime.fromtimestamp(time.monotonic() + self._ahead, UTC)
 
     def processes(self, batch: str, within: float) -> list[str]:
         """Return the processes of a batch's workers with a heartbeat within that many seconds."""
-        is_recent = _workers.c.seen_at > self._now - within
+        is_recent = _workers.c.seen_at > self.now - within
         query = sa.select(_workers.c.process).where(_workers.c.batch == batch, is_recent)
         return [row.process for row in self.rows(query)]
 
@@ -350,12 +359,12 @@ class Store(SharedDatabase):
         is_free = sa.or_(
             _workers.c.rescuer.is_(None),
             _workers.c.rescuer == executor,
-            _workers.c.rescued_at < self._now - within,
+            _workers.c.rescued_at < self.now - within,
         )
         claim = (
             sa.update(_workers)
             .where(_workers.c.executor == dead, is_free)
-            .values(rescuer=executor, rescued_at=self._now)
+            .values(rescuer=executor, rescued_at=self.now)
         )
 
         def work(connection: sa.Connection) -> bool:
@@ -387,7 +396,7 @@ class Store(SharedDatabase):
 
     def reserve(self, batch: str, slots: int, rate: float) -> float:
         """Reserve the next slots of a rate per second. Return the seconds until the first one."""
-        now = self._now
+        now = self.now
         latest: Any = sa.func.max if self.is_sqlite else sa.func.greatest
         # Somebody may have replaced the rate since it was read.
         length = float(slots) / sa.func.coalesce(_batches.c.rate, rate)
@@ -415,6 +424,7 @@ class Store(SharedDatabase):
         """Enqueue attempts of items, given as key and number. Workers take them after a pause."""
         queue = queue_name(batch)
         if not self.is_sqlite:  # all in one round trip
+            # DBOS compares it with the clock of a worker's machine, not with the database's.
             ready_at = int((time.time() + pause) * 1000) if pause else None
             rows = [
                 {

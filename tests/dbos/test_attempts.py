@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from promptlayer_exec import ConfigurationError, Forbidden, StartRequest
+from promptlayer_exec._database.database import Database
 from promptlayer_exec.dbos import Batch, BatchStatus, StoredOutcome
 from promptlayer_exec.dbos import _requeue as requeue
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -176,6 +178,35 @@ async def test_only_what_has_been_unknown_for_long_is_retried(batch: Batch, end:
     assert await batch.retry(unknown=True, unknown_for=60.0) == 0
     assert await batch.retry(unknown=True, failed=True, unknown_for=60.0) == 1
     assert await batch.retry(unknown=True, unknown_for=0.0) == 1
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
+async def test_moments_are_those_of_the_database(
+    batch: Batch, flaky: Counter[str], monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    """The clock of each machine may differ from it, and from that of other machines."""
+    now = Database.now.fget
+    monkeypatch.setattr(Database, "now", property(lambda database: now(database) + ahead))
+    flaky.update(b=1)
+    await batch.add(map(request, "ab"))
+    await batch.work()
+    moments = [(await batch.settings()).created]
+    for outcome in await all_outcomes(batch):
+        moments += [outcome.started, outcome.finished]
+    here = time.time()
+    assert [moment.timestamp() - here for moment in moments] == [pytest.approx(ahead, abs=60.0)] * 5
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
+async def test_how_long_an_item_has_been_unknown_is_measured_by_the_database(
+    batch: Batch, end: End, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    """This machine's clock has no part in it."""
+    await batch.add([request("a")])
+    end("a", None, "StartUnknown")
+    now = Database.now.fget
+    monkeypatch.setattr(Database, "now", property(lambda database: now(database) + ahead))
+    assert await batch.retry(unknown=True, unknown_for=60.0) == (ahead > 0)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ from contextlib import closing
 
 import attrs
 import pytest
+import sqlalchemy as sa
 
 from promptlayer_exec import KeyConflict, StartRequest
+from promptlayer_exec._database.database import Database
 from promptlayer_exec._database.location import check_url
 from promptlayer_exec.dbos import Batch
-from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Simulator
 
@@ -105,10 +106,10 @@ async def test_each_start_carries_its_batch_and_key(batch: Batch, sim: Simulator
 async def test_a_clock_that_jumps_stalls_nothing(
     batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
-    """On SQLite, the next slot of the shared rate is a time on the machine's clock."""
+    """The next slot of the shared rate is a time on the database's clock."""
     await batch.add([REQUEST])
     now = 1_000_000.0
-    monkeypatch.setattr(stores.time, "time", lambda: now)
+    monkeypatch.setattr(Database, "now", property(lambda _: sa.literal(now)))
     with closing(Store(check_url(url))) as store:
         waits = [await asyncio.to_thread(store.reserve, "nightly", 10, 10.0) for _ in range(2)]
         now += jump
