@@ -16,6 +16,9 @@ from promptlayer_exec._values.errors import InvalidResponse
 
 T = TypeVar("T")
 
+# How much of an error's body is kept, because only people read it.
+ERROR_BODY_BYTES = 64 * 1024
+
 
 @attrs.frozen
 class Request:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 import attrs
 from cattrs import override
 
+from promptlayer_exec._api.json import loads
 from promptlayer_exec._api.messages import Request, Response, decode, invalid_shape
 from promptlayer_exec._api.status import check_status
 from promptlayer_exec._api.structuring import documented, structured
@@ -26,12 +27,14 @@ from promptlayer_exec._values.models import (
     MainOutput,
     Node,
     StartRequest,
+    contradicts_completion,
     same_json,
 )
-from promptlayer_exec._values.statuses import STATUSES
-from promptlayer_exec._values.text import json_kind
+from promptlayer_exec._values.statuses import FINAL, STATUSES
+from promptlayer_exec._values.text import json_kind, message_text, short_repr
 
 _ID_FIELD = "workflow_version_execution_id"
+_STATUSES_WITH_NODES = (400, 500)
 
 
 def results_request(execution_id: int, *, return_all_outputs: bool) -> Request:
@@ -137,12 +140,28 @@ def _read_status(value: Any, _: Any) -> str:
     return exact(value, str)  # `Node` itself makes it a `NodeStatus`, if it is a known one
 
 
+# Only the status decides about a run. Nothing else may make one that you paid for unreadable.
+
+
+def _read_message(value: Any, _: Any) -> str | None:
+    return message_text(value)
+
+
+def _read_mark(value: Any, _: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
 documented(
     StartResponse,
     execution_id=override(rename=_ID_FIELD, struct_hook=_read_id),
     warning=override(struct_hook=_read_warning),
 )
-documented(Node, status=override(struct_hook=_read_status))
+documented(
+    Node,
+    status=override(struct_hook=_read_status),
+    error_message=override(struct_hook=_read_message),
+    is_output_node=override(struct_hook=_read_mark),
+)
 
 
 def read_started(response: Response) -> StartResponse:
@@ -150,6 +169,46 @@ def read_started(response: Response) -> StartResponse:
     if response.status >= 300:
         check_status(response)
     return structured(response, decode(response), StartResponse)
+
+
+def may_have_nodes(request: Request, status: int) -> bool:
+    """Return True if the nodes of a complete run may stand behind an error status."""
+    return request.execution_id is not None and status in _STATUSES_WITH_NODES
+
+
+def nodes_behind_error(response: Response) -> dict[str, Any] | None:
+    """Return the nodes of a complete run from the body of a 400 or 500, or None.
+
+    For a workflow without an output node, PromptLayer has described such responses instead of the
+    documented 200, first with 500 and then with 400: `{"success": false, "message": "No output node
+    found for this workflow", "output": nodes}`.
+    """
+    if response.status not in _STATUSES_WITH_NODES:
+        return None
+    try:
+        body = loads(response.body)
+    except (ValueError, RecursionError):
+        return None
+
+    nodes = body.get("output") if isinstance(body, dict) else None
+    if not isinstance(nodes, dict) or not nodes or not all(map(_is_final, nodes.values())):
+        return None
+    return nodes
+
+
+def _is_final(node: Any) -> bool:
+    status = node.get("status") if isinstance(node, dict) else None
+    return isinstance(status, str) and STATUSES.get(status) in FINAL
+
+
+def _as_documented(response: Response) -> Response:
+    """Return the documented 200 instead of an error status with the nodes of a complete run."""
+    if (nodes := nodes_behind_error(response)) is None:
+        return response
+    try:
+        return Response(200, json.dumps(nodes).encode())
+    except RecursionError:
+        return response
 
 
 @attrs.define
@@ -161,12 +220,17 @@ class NodeMap:
     raw: Any
     source: tuple[int, bytes] | None = None
 
+    @property
+    def is_early(self) -> bool:
+        """Whether the server reports the run as complete, but its nodes contradict that."""
+        return self.complete and contradicts_completion(self.nodes.values())
+
 
 @attrs.define(eq=False)
 class NodeMapReader:
-    """Reads node maps, and logs each unknown status once."""
+    """Reads node maps, and logs each unknown status and each unknown output mark once."""
 
-    _reported: set[str] = attrs.field(factory=set)
+    _reported: set[tuple[str, str]] = attrs.field(factory=set)
 
     def read(self, response: Response, execution_id: int, before: NodeMap | None = None) -> NodeMap:
         """Read the node map in a response, and reuse the unchanged nodes of the map `before`.
@@ -176,6 +240,7 @@ class NodeMapReader:
         if before is not None and before.source == (response.status, response.body):
             return before
 
+        response = _as_documented(response)
         check_status(response)
         raw = decode(response)
         if not isinstance(raw, dict):
@@ -196,7 +261,10 @@ class NodeMapReader:
                 named = {**body, "name": name}
             nodes[name] = node = structured(response, named, Node, name)
             if node.status not in STATUSES:
-                self._report(execution_id, node)
+                self._report(execution_id, node, "status", node.status, "is not final")
+            mark = named.get("is_output_node")
+            if mark is not None and not isinstance(mark, bool):
+                self._report(execution_id, node, "is_output_node", mark, "counts as null")
 
         # Snapshots share unchanged nodes, so that a watch does not keep every body in memory.
         if before is not None:
@@ -206,19 +274,25 @@ class NodeMapReader:
         source = (response.status, response.body)
         return NodeMap(response.status == 200, FrozenMap(nodes), raw, source)
 
-    def _report(self, execution_id: int, node: Node) -> None:
-        if node.status not in self._reported:
-            self._reported.add(node.status)
+    def _report(
+        self, execution_id: int, node: Node, field: str, value: Any, consequence: str
+    ) -> None:
+        shown = short_repr(value)
+        if (field, shown) not in self._reported:
+            self._reported.add((field, shown))
             logger.warning(
-                "execution %d: node %.100r has the unknown status %.100r, which is not final",
+                "execution %d: node %.100r has the unknown %s %s, which %s",
                 execution_id,
                 node.name,
-                node.status,
+                field,
+                shown,
+                consequence,
             )
 
 
 def read_main_output(response: Response, execution_id: int) -> MainOutput:
     """Read the main output in a response. A 202 may have any body."""
+    response = _as_documented(response)
     check_status(response)
     try:
         value = decode(response)

@@ -6,7 +6,7 @@ import json
 from http.client import responses
 from typing import Any
 
-from promptlayer_exec._api.messages import Response, invalid
+from promptlayer_exec._api.messages import ERROR_BODY_BYTES, Response, invalid
 from promptlayer_exec._values import errors
 from promptlayer_exec._values.errors import FieldError, StatusError
 
@@ -34,7 +34,7 @@ def status_error(response: Response) -> StatusError:
     """Return the error for a redirect or an error status, of a subclass if it is documented."""
     status = response.status
     name = status_name(status)
-    body = _decoded(response.body)
+    body = _decoded(response.body[:ERROR_BODY_BYTES])
     message = _server_message(body)
 
     shown = message

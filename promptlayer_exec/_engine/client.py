@@ -18,6 +18,7 @@ from promptlayer_exec._api.runs import (
     NodeMap,
     NodeMapReader,
     StartResponse,
+    nodes_behind_error,
     read_main_output,
     read_started,
     results_request,
@@ -60,6 +61,7 @@ class _Fetch:
     _request: Request
     _node_maps: NodeMapReader
     _latest: NodeMap | None = None
+    _early: int = 0  # how many responses were complete too early
 
     async def __call__(
         self,
@@ -80,8 +82,15 @@ class _Fetch:
 
     def read(self, response: Response) -> NodeMap:
         execution_id = cast(int, self._request.execution_id)
-        self._latest = self._node_maps.read(response, execution_id, self._latest)
-        return self._latest
+        latest = self._node_maps.read(response, execution_id, self._latest)
+
+        # The server may report a run as complete too early. Believe it the third time.
+        if latest.is_early and latest.source is not None and self._early < 2:
+            self._early += 1
+            latest = attrs.evolve(latest, complete=False, source=(202, latest.source[1]))
+
+        self._latest = latest
+        return latest
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -185,15 +194,26 @@ class Client:
         if self._watches.get(watch.execution_id) is watch:
             del self._watches[watch.execution_id]
 
-    async def ask_main_output(self, snapshot: Snapshot, deadline: Deadline) -> Any:
-        """Request the main output of a complete execution until the server returns it."""
+    async def ask_main_output(self, snapshot: Snapshot, deadline: Deadline) -> tuple[Any, ...]:
+        """Request the main output of a complete execution until the server returns it.
+
+        Returns:
+            A tuple of it, or an empty tuple if the server finds none.
+        """
         request = results_request(snapshot.execution_id, return_all_outputs=False)
-        read = partial(read_main_output, execution_id=snapshot.execution_id)
+
+        def read(response: Response) -> MainOutput | None:
+            if nodes_behind_error(response) is not None:
+                return None
+            return read_main_output(response, snapshot.execution_id)
+
         due = clock()
         while True:
             reply = await self._call(request, read, deadline, due=due, seen=snapshot)
+            if reply.value is None:
+                return ()
             if reply.value.complete:
-                return reply.value.value
+                return (reply.value.value,)
             announced = self._settings.retry.announced(reply.retry_after)
             due = clock() + max(self._settings.poll.floor, announced)
 

@@ -14,6 +14,7 @@ from yarl import URL
 
 from promptlayer_exec._api.attempt import AtMostOnce, Attempt, Priority
 from promptlayer_exec._api.messages import (
+    ERROR_BODY_BYTES,
     Reply,
     Request,
     Response,
@@ -23,6 +24,7 @@ from promptlayer_exec._api.messages import (
     read_retry_after,
 )
 from promptlayer_exec._api.redaction import Redactor
+from promptlayer_exec._api.runs import may_have_nodes
 from promptlayer_exec._api.status import check_status
 from promptlayer_exec._engine.settings import Settings
 from promptlayer_exec._http.connections import Pool, Pools, StartBody, StartTimeout
@@ -52,15 +54,17 @@ T = TypeVar("T")
 _FAILURES = (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError)
 # aiohttp's timeout is off: ours limits the whole attempt, including the body.
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
-# Only people read the body of an error.
-_ERROR_BODY_BYTES = 64 * 1024
 
 
 @attrs.define(eq=False)
 class _Received:
-    """The result of one attempt, and why it stopped early, if it did."""
+    """The result of one attempt, and why it stopped early, if it did.
+
+    Of most errors, a part of the body is enough. Otherwise, `needs_whole_body`.
+    """
 
     response: aiohttp.ClientResponse | None = None
+    needs_whole_body: bool = False
     pieces: list[bytes] = attrs.field(factory=list)
     failure: Exception | None = None
 
@@ -180,8 +184,9 @@ class Transport:
                     # A mock has responded, or a middleware of http= has replaced the body.
                     start.mark_sent()
 
-                limit = _ERROR_BODY_BYTES
-                if received.response.status < 300:
+                status, limit = received.response.status, ERROR_BODY_BYTES
+                if status < 300 or may_have_nodes(request, status):
+                    received.needs_whole_body = True
                     limit = self._settings.max_response_bytes
                 await _read_body(received.response, received.pieces, limit)
         except _FAILURES as error:
@@ -228,7 +233,7 @@ class Transport:
         body = b"".join(received.pieces)
         response, failure = received.response, received.failure
 
-        is_cut = failure is not None and response is not None and response.status < 300
+        is_cut = failure is not None and received.needs_whole_body
         if is_cut and start is not None and is_object(body):
             is_cut = False  # keep the id of a paid run, even if the connection broke later
         if response is None or is_cut:
@@ -237,10 +242,12 @@ class Transport:
             raise self._failure(failure or TimeoutError(), response, body, redactor)
 
         location = None
-        if response.status >= 300:  # the status matters, so a part of the body is enough
-            body = redactor.redact_bytes(body[:_ERROR_BODY_BYTES])
+        too_large = oversize_reason(body, self._settings.max_response_bytes)
+        if response.status >= 300:
+            if too_large:
+                body = body[:ERROR_BODY_BYTES]
             location = redactor.redact(response.headers.get("Location", ""))
-        elif too_large := oversize_reason(body, self._settings.max_response_bytes):
+        elif too_large:
             raise ResponseTooLarge(
                 f"the {response.status} response {too_large}",
                 limit=self._settings.max_response_bytes,

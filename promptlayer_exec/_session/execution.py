@@ -11,7 +11,7 @@ from promptlayer_exec import _structuring
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._values.errors import ExecutionFailed, PromptLayerExecError
 from promptlayer_exec._values.events import logger
-from promptlayer_exec._values.models import same_json
+from promptlayer_exec._values.models import contradicts_completion, same_json
 from promptlayer_exec._values.policies import Deadline, check_timeout
 from promptlayer_exec._values.text import printable, shown_key
 
@@ -57,7 +57,7 @@ class Execution:
         # Whether an earlier call with the same key started the run, so that this one cost nothing.
         self._is_repeated = False
         self._last: Snapshot | None = None
-        self._main_output: tuple[Any] | None = None  # what the server returned, once asked
+        self._main_output: tuple[Any, ...] | None = None  # as from `Client.ask_main_output`
         self.id = execution_id
         self.workflow = workflow
         self.warning = warning
@@ -72,10 +72,14 @@ class Execution:
             return self._last
         client = self._client()
         try:
-            return self._remember(await client.snapshot(self.id, client.deadline()))
+            snapshot = await client.snapshot(self.id, client.deadline())
         except PromptLayerExecError as error:
             self._recall(error)
             raise
+
+        if snapshot.complete and contradicts_completion(snapshot.nodes.values()):
+            return snapshot  # but a watch asks again
+        return self._remember(snapshot)
 
     def stream(
         self, *, timeout: float | EllipsisType | None = ...
@@ -172,18 +176,23 @@ class Execution:
             return succeeded[0].value
 
         if self._main_output is None:
-            self._main_output = (await self._client().ask_main_output(snapshot, deadline),)
-        (value,) = self._main_output
+            self._main_output = await self._client().ask_main_output(snapshot, deadline)
 
-        # The server sends the node map if there is no main output.
-        if not succeeded and same_json(value, snapshot.raw):
+        # Without a main output, the server sends the node map, or an error status with it.
+        has_output = self._main_output != ()
+        if has_output and not succeeded:
+            has_output = not same_json(self._main_output[0], snapshot.raw)
+        if not has_output:
+            why = "no node is marked as output"
+            if succeeded:
+                why = "PromptLayer found no output node"
             raise ExecutionFailed(
-                "completed without a main output: no node is marked as output",
+                f"completed without a main output: {why}",
                 failed=(),
                 execution_id=self.id,
                 last_snapshot=snapshot,
             )
-        return value
+        return self._main_output[0]
 
     async def _completed(self, deadline: Deadline) -> Snapshot:
         if self._last is not None and self._last.complete:

@@ -6,13 +6,12 @@ except for the statuses.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import attrs
 
 from promptlayer_exec._values.statuses import NodeStatus, status_entry
-from promptlayer_exec._values.text import printable, short_repr
+from promptlayer_exec._values.text import message_text, printable, short_repr
 
 if TYPE_CHECKING:
     from promptlayer_exec._values.models import Node, Snapshot
@@ -29,15 +28,7 @@ def error_text(node: Node) -> str | None:
 
 def error_details(node: Node) -> str | None:
     """Return the details of a node's error as text, for example a traceback."""
-    raw = node.raw_error_message
-    if isinstance(raw, dict):
-        raw = raw.get("raw", raw)
-
-    if not raw:
-        return None
-    if isinstance(raw, str):
-        return raw
-    return json.dumps(raw, ensure_ascii=False)
+    return message_text(node.raw_error_message) or None
 
 
 @attrs.frozen

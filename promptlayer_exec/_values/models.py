@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import attrs
@@ -65,7 +65,7 @@ class Node:
         name: the node's name in the workflow.
         status: a `NodeStatus`. An unknown status stays a plain string and counts as not final.
         value: the node's output, any JSON value, or None until there is one.
-        error_message: why the node failed.
+        error_message: why the node failed, as text. PromptLayer may send other JSON: see `raw`.
         raw_error_message: the error with details: a string, or an object such as `{"raw": "..."}`.
         is_output_node: whether the workflow marks this node as an output.
     """
@@ -110,6 +110,17 @@ class NodeChange:
 
     node: Node
     before: NodeStatus | str | None
+
+
+def contradicts_completion(nodes: Iterable[Node]) -> bool:
+    """Return True if a node still runs and no output node succeeded.
+
+    PromptLayer once reported runs as complete too early. A node with an unknown status proves
+    nothing, nor does one that outlasts the output.
+    """
+    nodes = tuple(nodes)
+    still_runs = any(node.status in (NodeStatus.QUEUED, NodeStatus.RUNNING) for node in nodes)
+    return still_runs and not any(node.is_output_node and node.succeeded for node in nodes)
 
 
 def frozen_map(items: Any) -> Any:

@@ -34,6 +34,23 @@ def counts_repr(counts: Mapping[str, int]) -> str:
     return f"<{', '.join(shown) or 'no nodes'}>"
 
 
+def message_text(value: Any) -> str | None:
+    """Return an error message as text. PromptLayer sends a string, `{"raw": text}` or other JSON.
+
+    Empty objects, arrays and the like are no message.
+    """
+    if isinstance(value, dict):
+        value = value.get("raw", value)
+    if isinstance(value, str):
+        return value
+    if not value:
+        return None
+
+    with suppress(RecursionError):
+        return json.dumps(value, ensure_ascii=False)
+    return short_repr(value)
+
+
 JSON_KINDS: dict[type, str] = {
     NoneType: "null",
     bool: "true or false",

@@ -22,6 +22,7 @@ from promptlayer_exec._api.status import check_status
 from promptlayer_exec._values.arguments import check_execution_id
 from promptlayer_exec._values.errors import InvalidResponse, StatusError
 from promptlayer_exec._values.models import FrozenMap, MainOutput, Node, StartRequest
+from promptlayer_exec._values.text import message_text
 
 RECORDED = (
     b'{"Node 1":{"status":"SUCCESS","value":"AAA","error_message":null,'
@@ -126,10 +127,6 @@ INVALID_NODES = [
     ({"status": True}, ".status", "expected a string, got true"),
     ({"status": {}}, ".status", "expected a string, got an object"),
     ({"status": []}, ".status", "expected a string, got an array"),
-    ({"error_message": 1.5}, ".error_message", "expected a string, got a number"),
-    ({"error_message": {"raw": 1}}, ".error_message", "expected a string, got an object"),
-    ({"is_output_node": "false"}, ".is_output_node", "expected true or false, got a string"),
-    ({"is_output_node": 1}, ".is_output_node", "expected true or false, got an integer"),
     (None, "", "expected an object, got null"),
     ("SUCCESS", "", "expected an object, got a string"),
     ([], "", "expected an object, got an array"),
@@ -163,6 +160,66 @@ def test_top_level_is_not_an_object(body, kind):
     """A body that is not an object is not a node map; the error has a path, so it is permanent."""
     error = refusal(body)
     assert (error.path, error.reason) == ("$", f"expected an object of nodes, got {kind}")
+
+
+@pytest.mark.parametrize(
+    ("sent", "text"),
+    [
+        *[("no", "no"), ("", ""), ({"raw": "no"}, "no"), ({"raw": {"a": "é"}}, '{"a": "é"}')],
+        *[({"code": 5}, '{"code": 5}'), (["a"], '["a"]'), (1.5, "1.5"), (True, "true")],
+        *[({}, None), ([], None), (False, None), (0, None), ({"raw": None}, None)],
+    ],
+)
+def test_a_message_of_any_kind_is_text(sent, text):
+    """Only the status decides about a run: no message makes it unreadable."""
+    result = read({"a": {"status": "FAILED", "error_message": sent}})
+    assert result.nodes["a"].error_message == text
+    assert result.raw["a"]["error_message"] == sent
+
+
+def test_a_message_that_is_too_deep_for_json_is_still_text():
+    """Its repr takes the place of its JSON."""
+    value = "end"
+    for _ in range(100_000):
+        value = [value]
+    assert message_text(value) == "[[[[...]]]]"
+
+
+@pytest.mark.parametrize("mark", [0, 1, "false", "true", [], {}, 1.5])
+def test_an_output_mark_of_another_kind_is_none_and_logged_once(mark, caplog):
+    """Then the server decides about the main output, whatever the mark means."""
+    nodes = {"a": {"status": "SUCCESS", "is_output_node": mark}, "b": {"status": "SUCCESS"}}
+    assert read({**nodes, "c": nodes["a"]}).nodes["a"].is_output_node is None
+    (record,) = caplog.records
+    assert "'a' has the unknown is_output_node" in record.getMessage()
+
+
+NODES = {"A": {"status": "SUCCESS", "value": "x" * 100_000}, "B": {"status": "FAILURE"}}
+ENDED = {"success": False, "message": "No output node found for this workflow", "output": NODES}
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_complete_run_behind_an_error_status(status):
+    """With all nodes in its body, all of them final, a 400 or 500 is the documented 200."""
+    result = read(ENDED, status)
+    assert (result.complete, result.raw, result.source[0]) == (True, NODES, 200)
+    assert main_output(json.dumps(ENDED).encode(), status) == MainOutput(787, True, NODES)
+
+
+@pytest.mark.parametrize(
+    ("status", "output"),
+    [
+        *[(code, NODES) for code in (401, 403, 404, 422, 429, 502, 503, 504)],
+        *[(400, nodes) for nodes in ({}, [], None, "x", {"A": 1}, {"A": {}}, {"A": {"status": 1}})],
+        *[(500, {**NODES, "C": {"status": word}}) for word in ("RUNNING", "QUEUED", "PAUSED")],
+    ],
+)
+def test_any_other_error_status_is_an_error(status, output):
+    """Another status, no nodes, or a node that is not final: the run may not be over."""
+    with pytest.raises(StatusError) as caught:
+        read({**ENDED, "output": output}, status)
+    assert caught.value.status == status
+    assert len(str(caught.value.body)) <= 64 * 1024
 
 
 def test_unknown_status_is_logged_once_per_reader(caplog):
@@ -521,7 +578,11 @@ def test_a_node_is_what_its_body_says(body):
         node = read({"a": body}).nodes["a"]
     except InvalidResponse:
         return
-    expected = Node("a", *(body.get(field.name) for field in attrs.fields(Node)[1:]))
+    sent = {field.name: body.get(field.name) for field in attrs.fields(Node)[1:]}
+    sent["error_message"] = message_text(sent["error_message"])
+    if not isinstance(sent["is_output_node"], bool):
+        sent["is_output_node"] = None
+    expected = Node("a", **sent)
     # By their reprs, 1 differs from 1.0, and NaN does not differ from itself.
     assert type(node) is Node
     assert repr(attrs.astuple(node, recurse=False)) == repr(attrs.astuple(expected, recurse=False))

@@ -325,7 +325,7 @@ async def test_finished_nodes_yields_the_rest_at_completion(
 ) -> None:
     """A node that is not final in a complete execution is yielded, too."""
     body = b'{"A":{"status":"SUCCESS"},"B":{"status":"RUNNING"},"C":{"status":"PAUSED"}}'
-    sim.inject(Fault.status(200, body=body))
+    sim.inject(Fault.status(200, body=body, times=3))
     async with aclosing(session.execution(1).finished_nodes()) as nodes:
         assert [node.name async for node in nodes] == ["A", "B", "C"]
 
@@ -358,15 +358,61 @@ async def test_finished_nodes_keeps_the_deadline_between_two_nodes_of_one_poll(
     assert caught.value.last_snapshot.nodes["B"].final
 
 
-async def test_the_status_code_alone_says_whether_an_execution_is_complete(
+async def test_a_202_with_only_final_nodes_is_polled_again(
     sim: Simulator, session: Session
 ) -> None:
-    """A 202 with only final nodes is polled again, and a 200 with a running node is complete."""
+    """The status code decides whether an execution is complete."""
     sim.inject(Fault.status(202, body=b'{"A":{"status":"SUCCESS"}}'))
-    sim.inject(Fault.status(200, body=b'{"A":{"status":"RUNNING"}}'))
+    sim.inject(Fault.status(200, body=b'{"A":{"status":"SUCCESS"}}'))
     async with aclosing(session.execution(1).stream()) as snapshots:
         seen = [(snapshot.complete, snapshot.progress) async for snapshot in snapshots]
     assert seen == [(False, 1.0), (True, 1.0)]
+
+
+EARLY = b'{"A":{"status":"RUNNING"},"B":{"status":"SUCCESS","is_output_node":false}}'
+
+
+@pytest.mark.parametrize("early", [1, 2, 3])
+async def test_a_200_that_contradicts_its_nodes_is_believed_the_third_time(
+    sim: Simulator, session: Session, early: int
+) -> None:
+    """Until then, the execution counts as running, because the server may be too early."""
+    sim.inject(Fault.status(200, body=EARLY, times=early))
+    sim.inject(Fault.status(200, body=b'{"A":{"status":"SUCCESS"}}'))
+    async with aclosing(session.execution(1).stream()) as snapshots:
+        *running, last = [snapshot async for snapshot in snapshots]
+    assert [snapshot.complete for snapshot in running] == [False] * min(early, 2)
+    assert last.complete
+    assert last.nodes["A"].succeeded is (early < 3)
+
+
+async def test_a_single_read_shows_a_200_that_contradicts_its_nodes(
+    sim: Simulator, session: Session
+) -> None:
+    """The handle does not keep it: a wait asks again."""
+    sim.inject(Fault.status(200, body=EARLY, times=2))
+    sim.inject(Fault.status(200, body=b'{"A":{"status":"SUCCESS"}}'))
+    assert (await session.get_results(1, return_all_outputs=True)).complete
+    execution = session.execution(1)
+    assert (await execution.snapshot()).complete
+    assert (await execution.wait()).nodes["A"].succeeded
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"A":{"status":"PAUSED"}}',
+        b'{"A":{"status":"SUCCESS","is_output_node":true},"B":{"status":"RUNNING"}}',
+        b"{}",
+    ],
+)
+async def test_a_200_without_a_contradiction_is_believed_immediately(
+    sim: Simulator, session: Session, body: bytes
+) -> None:
+    """An unknown status may be final, and a node may outlast the output."""
+    sim.inject(Fault.status(200, body=body))
+    snapshot = await session.execution(1).wait()
+    assert (snapshot.complete, snapshot.poll) == (True, 1)
 
 
 async def test_every_follower_gets_its_own_copy_of_the_error(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import logging
 import pickle
 import re
@@ -185,6 +186,33 @@ async def test_a_refusal_s_body_is_read_to_64_kib(raw_server: Any) -> None:
     error = await failure_of(raw_server, http(b"x" * 1_000_000, status="403 No"))
     assert type(error) is Forbidden
     assert error.body == "x" * 65536
+
+
+@pytest.mark.parametrize("status", ["400 Bad Request", "500 Oops"])
+@pytest.mark.parametrize("limit", [65536, 4_000_000])
+async def test_an_error_keeps_64_kib_of_a_body_that_may_have_nodes(
+    raw_server: Any, status: str, limit: int
+) -> None:
+    """The session reads the whole body, up to its limit, and the error is small all the same."""
+    body = http(b"x" * 1_000_000, status=status)
+    error = await failure_of(raw_server, body, max_response_bytes=limit)
+    assert error.body == "x" * 65536
+
+
+async def test_a_complete_run_behind_a_400_is_read_whole(raw_server: Any) -> None:
+    """It may be larger than other errors, and is requested again if the connection breaks."""
+    node = {"status": "SUCCESS", "value": "x" * 200_000, "is_output_node": True}
+    whole = http(json.dumps({"output": {"A": node}}).encode(), status="400 Bad Request")
+    answers = [whole[:-50], whole]
+
+    async def respond(request: Any) -> None:
+        await request.send(answers.pop(0))
+        request.close()
+
+    raw_server.respond = respond
+    async with Session("key", base_url=raw_server.url, retry=AT_ONCE) as session:
+        assert await session.execution(1).output() == node["value"]
+    assert answers == []
 
 
 @pytest.mark.parametrize("compressed", [False, True])

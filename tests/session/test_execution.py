@@ -54,6 +54,23 @@ async def test_the_server_decides_once_which_output_it_is(sim: Simulator, sessio
     assert sim.request_count == sent
 
 
+@pytest.mark.parametrize("status", [400, 500])
+@pytest.mark.parametrize("marked", [(), ("A", "B")])
+async def test_an_error_with_all_nodes_is_no_main_output(
+    sim: Simulator, session: Session, status: int, marked: tuple[str, ...]
+) -> None:
+    """It has none, even if its nodes differ from those of the snapshot."""
+    nodes = [SimNode(name, name, is_output_node=name in marked) for name in "AB"]
+    execution = session.execution(sim.add_execution(Scenario(nodes)))
+    await execution.wait()
+    body = json.dumps({"message": "No output node", "output": {"A": {"status": "SUCCESS"}}})
+    sim.inject(Fault.status(status, body=body.encode()))
+    for _ in range(2):
+        with pytest.raises(ExecutionFailed, match="completed without a main output"):
+            await execution.output()
+    assert sim.request_count == 2
+
+
 async def test_a_complete_failure_is_raised_from_memory(sim: Simulator, session: Session) -> None:
     """The error has the snapshot."""
     execution = session.execution(sim.add_execution(FAILED))
