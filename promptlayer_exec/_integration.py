@@ -13,17 +13,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from promptlayer_exec._api.messages import Reply, Response, oversize_reason
-from promptlayer_exec._api.runs import NodeMap, StartResponse, run_request
+from promptlayer_exec._api.runs import NewRun, NodeMap, run_request
 from promptlayer_exec._engine.backplane import OpenSession, Poll
 from promptlayer_exec._engine.expiring import ExpiringDict
-from promptlayer_exec._engine.keyed_starts import store_patience
-from promptlayer_exec._engine.settings import Settings, find_api_key, find_base_url
-from promptlayer_exec._engine.start import (
+from promptlayer_exec._engine.recorded_sends import store_patience
+from promptlayer_exec._engine.send import (
+    AlreadyClaimed,
     SendHooks,
-    StartOutcome,
-    StartTaken,
+    SendOutcome,
     report_unrecorded,
 )
+from promptlayer_exec._engine.settings import Settings, find_api_key, find_base_url
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._session.combined_stream import CombinedStream
@@ -53,19 +53,19 @@ __all__ = [
     "MAX_ID",
     "PATIENCE",
     "UNKNOWN_STATUS",
+    "AlreadyClaimed",
     "CombinedStream",
     "ExpiringDict",
+    "NewRun",
     "NodeMap",
     "OpenSession",
     "Poll",
     "Reply",
     "Response",
     "SendHooks",
+    "SendOutcome",
     "StartClaim",
-    "StartOutcome",
-    "StartResponse",
     "StartStore",
-    "StartTaken",
     "StoredStart",
     "WakeSource",
     "check_count",
@@ -118,7 +118,7 @@ def last_failure(execution: Execution) -> Exception | None:
 
 def note_start(session: Session, workflow: str | int, execution_id: int, *, age: float) -> None:
     """Make a session retry 404s for a run that another process started `age` seconds ago."""
-    session._recent_starts.add(execution_id, workflow, now=clock() - age)
+    session._memory.recent_runs.add(execution_id, workflow, now=clock() - age)
 
 
 def base_url(session: Session) -> str:
@@ -226,7 +226,7 @@ def receive_callback(session: Session, token: str, execution_id: int) -> None:
 
     `token` must be genuine. The session need not be open.
     """
-    session._callbacks.receive(token, execution_id)
+    session._memory.callbacks.receive(token, execution_id)
 
 
 def settings(session: Session) -> Settings:

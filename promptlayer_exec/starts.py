@@ -97,7 +97,7 @@ class _StoreCall:
         return not self.is_abandoned and time.monotonic() < self.give_up
 
 
-class _StartsTable:
+class _RecordTable:
     """The statements. Each takes the arguments of many calls, and returns a result for each.
 
     Args:
@@ -318,7 +318,7 @@ class _OpenStore:
         self._is_prepared = False
         self._running: set[Future[Any]] = set()
 
-        table = _StartsTable(self.database, restart_after)
+        table = _RecordTable(self.database, restart_after)
         works = [
             (table.find, table.forget, table.prune),
             (table.claim, table.release),

@@ -14,7 +14,7 @@ import promptlayer_exec
 
 PACKAGE = Path(promptlayer_exec.__file__).parent
 SCOPE_CALL = re.compile(
-    r"\b(CancelScope|fail_after|move_on_after|timeout|timeout_at|StartTimeout|_?lifetime\.call|Call"
+    r"\b(CancelScope|fail_after|move_on_after|timeout|timeout_at|ResponseTimeout|_?lifetime\.call|Call"
     r"|create_task_group|TaskGroup)\("
 )
 ENTER_OTHER = {"enter_context", "enter_async_context", "push", "push_async_exit"}

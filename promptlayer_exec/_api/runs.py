@@ -117,7 +117,7 @@ def _metadata(metadata: Any) -> dict[str, str] | None:
 
 
 @attrs.define
-class StartResponse:
+class NewRun:
     """The response to a start request."""
 
     execution_id: int
@@ -152,7 +152,7 @@ def _read_mark(value: Any, _: Any) -> bool | None:
 
 
 documented(
-    StartResponse,
+    NewRun,
     execution_id=override(rename=_ID_FIELD, struct_hook=_read_id),
     warning=override(struct_hook=_read_warning),
 )
@@ -164,11 +164,11 @@ documented(
 )
 
 
-def read_started(response: Response) -> StartResponse:
+def read_new_run(response: Response) -> NewRun:
     """Read the response to a start request. Every 2xx must contain an execution id."""
     if response.status >= 300:
         check_status(response)
-    return structured(response, decode(response), StartResponse)
+    return structured(response, decode(response), NewRun)
 
 
 def may_have_nodes(request: Request, status: int) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from promptlayer_exec._engine.expiring import ExpiringDict
-from promptlayer_exec._engine.retry import RecentStarts
+from promptlayer_exec._engine.retry import RecentRuns
 from promptlayer_exec._engine.tasks import resolve
 from promptlayer_exec._values.errors import StartUnknown
 from promptlayer_exec._values.events import Emit, ExecutionStarted, logger
@@ -51,7 +51,7 @@ def recoverable_token(error: StartUnknown, callbacks: Callbacks | None) -> str:
 
 
 @attrs.frozen
-class _LostStart:
+class _LostResponse:
     """A request whose response was lost, without its inputs, because they may be large."""
 
     request: StartRequest
@@ -68,13 +68,13 @@ class CallbackLog:
     """
 
     _emit: Emit
-    _recent_starts: RecentStarts
+    _recent_runs: RecentRuns
     # Passes a callback on to other processes.
     share: Callable[[str, int], object] = attrs.field(init=False, default=lambda *_: None)
     _callbacks: ExpiringDict[str, int] = attrs.field(
         init=False, factory=partial(ExpiringDict, 3600.0)
     )
-    _lost: ExpiringDict[str, _LostStart] = attrs.field(init=False, factory=ExpiringDict)
+    _lost: ExpiringDict[str, _LostResponse] = attrs.field(init=False, factory=ExpiringDict)
     _waiters: dict[str, set[asyncio.Future[None]]] = attrs.field(init=False, factory=dict)
 
     def lost_tokens(self) -> list[str]:
@@ -95,7 +95,7 @@ class CallbackLog:
         """Record that the response to a request was lost, `elapsed` seconds after its call."""
         if self._lost.get(token) is None:
             request = attrs.evolve(request, inputs={})
-            self._lost.add(token, _LostStart(request, base_url, time.monotonic() - elapsed))
+            self._lost.add(token, _LostResponse(request, base_url, time.monotonic() - elapsed))
             self._report(token)
 
     def execution_id(self, token: str) -> int | None:
@@ -128,7 +128,7 @@ class CallbackLog:
             return
 
         # The server may still return 404 for it.
-        self._recent_starts.add(execution_id, start.request.workflow, now=time.monotonic())
+        self._recent_runs.add(execution_id, start.request.workflow, now=time.monotonic())
         if token not in self._waiters:
             self._warn(token)
 

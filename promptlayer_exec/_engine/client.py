@@ -6,33 +6,32 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from functools import partial
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import attrs
 
-from promptlayer_exec._api.attempt import AtMostOnce, Priority
+from promptlayer_exec._api.attempt import AtMostOnce, Attempt, Priority
 from promptlayer_exec._api.catalog import WorkflowsPage, read_workflow, workflows_request
 from promptlayer_exec._api.messages import Reply, Request, Response
-from promptlayer_exec._api.redaction import Redactor
 from promptlayer_exec._api.runs import (
+    NewRun,
     NodeMap,
     NodeMapReader,
-    StartResponse,
     nodes_behind_error,
     read_main_output,
-    read_started,
+    read_new_run,
     results_request,
 )
 from promptlayer_exec._engine.backplane import BackplaneConnection
-from promptlayer_exec._engine.callbacks import CallbackLog
 from promptlayer_exec._engine.definitions import Definitions
-from promptlayer_exec._engine.expiring import ExpiringDict
-from promptlayer_exec._engine.keyed_starts import KeyedStarts
 from promptlayer_exec._engine.lifetime import DeadlinePassed, Lifetime
-from promptlayer_exec._engine.retry import RecentStarts, Retrying, RetryState
+from promptlayer_exec._engine.memory import Memory
+from promptlayer_exec._engine.network import Network
+from promptlayer_exec._engine.recorded_sends import RecordedSends
+from promptlayer_exec._engine.retry import Retrying, RetryState
+from promptlayer_exec._engine.send import PreparedSend, SendHooks, SendOnce, start_unknown
 from promptlayer_exec._engine.settings import Settings
 from promptlayer_exec._engine.snapshots import take_snapshot
-from promptlayer_exec._engine.start import SendHooks, Start, start_unknown
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._engine.waiter import timed_out
 from promptlayer_exec._engine.watch import Watch
@@ -46,9 +45,6 @@ from promptlayer_exec._values.events import Emit, WakeSource
 from promptlayer_exec._values.models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._values.policies import Deadline
 from promptlayer_exec._values.workflow_definition import WorkflowDefinition, WorkflowSummary
-
-if TYPE_CHECKING:
-    from promptlayer_exec._push.channels import Push
 
 T = TypeVar("T")
 
@@ -93,25 +89,72 @@ class _Fetch:
         return latest
 
 
-@attrs.define(eq=False, kw_only=True)
 class Client:
-    """The watches, calls and starts of an open session. They stop when it closes."""
+    """The watches, calls and starts of an open session. They stop when it closes.
 
-    _settings: Settings
-    lifetime: Lifetime
-    base_url: str
-    _redactor: Redactor
-    _retrying: Retrying
-    _recent_starts: RecentStarts
-    _node_maps: NodeMapReader
-    _early_wake_ups: ExpiringDict[int, WakeSource]
-    callbacks: CallbackLog
-    _definitions: Definitions
-    _emit: Emit
-    push: Push | None = attrs.field(init=False, default=None)
-    backplane: BackplaneConnection | None = attrs.field(init=False, default=None)
-    keyed_starts: KeyedStarts | None = attrs.field(init=False, default=None)
-    _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
+    Attributes:
+        lifetime: everything that runs in it.
+        base_url: the URL of the server.
+        push: the push channels, None if the session does not use them.
+        backplane: the connection to other processes, None without `Session(backplane=...)`.
+        recorded_sends: the starts with a key, None without `Session(starts=...)`.
+    """
+
+    def __init__(self, settings: Settings, network: Network, memory: Memory, emit: Emit) -> None:
+        self._settings = settings
+        self._network = network
+        self._memory = memory
+        self._emit = emit
+        self._watches: dict[int, Watch] = {}
+
+        self.base_url = network.base_url
+        self.lifetime = Lifetime(network.resources)
+        self._retrying = Retrying(network.send, settings.retry, memory.recent_runs, emit)
+        self._definitions = Definitions(
+            self._send_control_request,
+            partial(self.lifetime.spawn, name="promptlayer_exec.Definition"),
+        )
+
+        self.backplane = self._connect_backplane()
+        self.recorded_sends = self._open_store()
+        self.push = None
+        if network.open_push is not None:
+            self.push = network.open_push(
+                call=self._send_control_request,
+                find_id=self._definitions.find_id,
+                wake=partial(self.wake, source="push"),
+                early_wake_ups=memory.early_wake_ups,
+                spawn=partial(self.lifetime.spawn, name="promptlayer_exec.Push"),
+            )
+
+    def _connect_backplane(self) -> BackplaneConnection | None:
+        if self._settings.backplane is None:
+            return None
+        backplane = self._settings.backplane.connect(self, self._network.namespace)
+        self._network.resources.push_async_callback(backplane.aclose)
+        self._memory.callbacks.share = backplane.called_back
+        return backplane
+
+    def _open_store(self) -> RecordedSends | None:
+        store, callbacks = self._settings.starts, self._settings.callbacks
+        if store is None:
+            return None
+
+        close = getattr(store, "aclose", None)  # an app's own store may have nothing to close
+        if close is not None:
+            self._network.resources.push_async_callback(close)
+
+        return RecordedSends(
+            store=store,
+            server=self.base_url,
+            request_timeout=self._settings.request_timeout,
+            is_recoverable=lambda token: callbacks is not None and callbacks.is_genuine(token),
+            lifetime=self.lifetime,
+        )
+
+    async def _send_control_request(self, request: Request, read: Callable[[Response], T]) -> T:
+        attempt = Attempt(clock(), is_control=True)
+        return (await self._network.send(request, read, attempt)).value
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
         return self._settings.deadline(timeout, now=clock())
@@ -123,7 +166,7 @@ class Client:
             return watch
 
         request = results_request(execution_id, return_all_outputs=True)
-        fetch = _Fetch(self._retrying, request, self._node_maps)
+        fetch = _Fetch(self._retrying, request, self._memory.node_maps)
         pushed, shared = None, None
         if self.push is not None:
             pushed = self.push.runs.get(execution_id)
@@ -140,10 +183,10 @@ class Client:
             shared=shared,
             emit=self._emit,
             on_end=self._forget,
-            workflow=self._recent_starts.workflow(execution_id),
+            workflow=self._memory.recent_runs.workflow(execution_id),
             base_url=self.base_url,
         )
-        if (source := self._early_wake_ups.pop(execution_id)) is not None:
+        if (source := self._memory.early_wake_ups.pop(execution_id)) is not None:
             watch.wake(source)
         return watch
 
@@ -159,16 +202,16 @@ class Client:
         return self.lifetime.spawn(work, name=name)
 
     def lost_tokens(self) -> list[str]:
-        return self.callbacks.lost_tokens()
+        return self._memory.callbacks.lost_tokens()
 
     def called_back_elsewhere(self, token: str, execution_id: int) -> None:
-        self.callbacks.receive(token, execution_id, shared=True)
+        self._memory.callbacks.receive(token, execution_id, shared=True)
 
     def started_elsewhere(self, execution_id: int, left: float) -> None:
         """Record that for `left` seconds, the server may return 404 for another session's run."""
         since = clock() + left - self._settings.retry.not_found_grace
-        workflow = self._recent_starts.workflow(execution_id)
-        self._recent_starts.add(execution_id, workflow, now=since)
+        workflow = self._memory.recent_runs.workflow(execution_id)
+        self._memory.recent_runs.add(execution_id, workflow, now=since)
 
     def stream_elsewhere(self, execution_id: int) -> None:
         """Record that another session streams an execution."""
@@ -185,7 +228,7 @@ class Client:
         """Wake the execution's watch and return True, or remember the wake-up if it has none."""
         watch = self._watches.get(execution_id)
         if watch is None:
-            self._early_wake_ups.add(execution_id, source)
+            self._memory.early_wake_ups.add(execution_id, source)
             return False
         watch.wake(source)
         return True
@@ -219,7 +262,7 @@ class Client:
 
     async def snapshot(self, execution_id: int, deadline: Deadline) -> Snapshot:
         request = results_request(execution_id, return_all_outputs=True)
-        read = partial(self._node_maps.read, execution_id=execution_id)
+        read = partial(self._memory.node_maps.read, execution_id=execution_id)
         reply = await self._call(request, read, deadline)
         return take_snapshot(execution_id, reply, elapsed=reply.duration)
 
@@ -296,55 +339,45 @@ class Client:
                 timeout=timeout,
             ) from None
 
-    async def start(
-        self,
-        request: StartRequest,
-        http_request: Request,
-        deadline: Deadline,
-        *,
-        token: str | None,
-        hooks: SendHooks | None,
-    ) -> StartResponse:
-        """Start a run, sending the request before the deadline.
-
-        The `token` is part of the run's own callback URL, if it has one.
-        """
-        start = Start(
-            request=request,
-            send=partial(self._send_start, request, http_request),
+    async def send(
+        self, prepared: PreparedSend, deadline: Deadline, hooks: SendHooks | None
+    ) -> NewRun:
+        """Send a start request before the deadline, and return its run."""
+        send = SendOnce(
+            request=prepared.request,
+            send=partial(self._send_start, prepared),
             retries=RetryState(self._settings.retry, self._settings.retry.outage),
             lifetime=self.lifetime,
             emit=self._emit,
             base_url=self.base_url,
-            secret=token,
+            secret=prepared.secret,
             hooks=hooks,
             on_lost=self._lost,
         )
-        return await start.run(deadline)
+        return await send.run(deadline)
 
     async def _send_start(
-        self, request: StartRequest, http_request: Request, start: AtMostOnce, retries: RetryState
-    ) -> StartResponse:
-        """Send a start request, and record the run."""
+        self, prepared: PreparedSend, send: AtMostOnce, retries: RetryState
+    ) -> NewRun:
+        """Send a start request, and remember its run."""
         reply = await self._retrying.call(
-            http_request, read_started, retries, due=clock(), start=start
+            prepared.http_request, read_new_run, retries, due=clock(), start=send
         )
         execution_id, warning = reply.value.execution_id, reply.value.warning
 
-        self._recent_starts.add(execution_id, request.workflow, now=clock())
+        workflow = prepared.request.workflow
+        self._memory.recent_runs.add(execution_id, workflow, now=clock())
         if self.backplane is not None:
             self.backplane.started(execution_id, self._settings.retry.not_found_grace)
         if self.push is not None:
-            self.push.started(
-                request.workflow, execution_id, sent_at=reply.sent_at, waited=reply.lateness
-            )
+            self.push.started(workflow, execution_id, sent_at=reply.sent_at, waited=reply.lateness)
 
         if warning is not None:  # it may go to the log
-            warning = self._redactor.also(start.secret).redact(warning)
-        return StartResponse(execution_id, warning)
+            warning = self._network.redactor.also(prepared.secret).redact(warning)
+        return NewRun(execution_id, warning)
 
     def _lost(self, token: str, request: StartRequest, elapsed: float = 0.0) -> None:
-        self.callbacks.lose(token, request, self.base_url, elapsed)
+        self._memory.callbacks.lose(token, request, self.base_url, elapsed)
         if self.backplane is not None:
             self.backplane.find_callbacks()
 
@@ -363,20 +396,20 @@ class Client:
             unknown._is_key_stored = error._is_key_stored
             raise unknown from error
 
-        self._recent_starts.add(execution_id, error.workflow, now=clock())
+        self._memory.recent_runs.add(execution_id, error.workflow, now=clock())
         return execution_id
 
     async def _callback_of(self, error: StartUnknown, token: str) -> int:
         """Return the execution id in a lost start's callback, whichever process received it."""
-        if self.keyed_starts is None or error.key is None:
-            return await self.callbacks.wait(token)
+        if self.recorded_sends is None or error.key is None:
+            return await self._memory.callbacks.wait(token)
 
         looking = self.spawn(
-            self.keyed_starts.wait_for_callback(error.key, token, self.called_back_elsewhere),
-            name="promptlayer_exec.StartLookup",
+            self.recorded_sends.wait_for_callback(error.key, token, self.called_back_elsewhere),
+            name="promptlayer_exec.RecordLookup",
         )
         try:
-            return await self.callbacks.wait(token)
+            return await self._memory.callbacks.wait(token)
         finally:
             looking.cancel()
 

@@ -64,7 +64,7 @@ class RetryState:
 
 
 @attrs.define(eq=False)
-class RecentStarts:
+class RecentRuns:
     """The latest starts: which workflow they run, and whether the server may still return 404.
 
     That can happen for `grace` seconds. The starts stay here for longer.
@@ -128,7 +128,7 @@ class Retrying:
 
     _send: Send
     _policy: RetryPolicy
-    _recent_starts: RecentStarts
+    _recent_runs: RecentRuns
     _emit: Emit
     _outages: OutageLog = attrs.field(init=False, factory=OutageLog)
 
@@ -208,6 +208,6 @@ class Retrying:
 
     def _is_new_run(self, error: RequestError) -> bool:
         """Return True for a 404 on a run that started so recently that it may still appear."""
-        return isinstance(error, NotFound) and self._recent_starts.covers(
+        return isinstance(error, NotFound) and self._recent_runs.covers(
             error.execution_id, now=clock()
         )

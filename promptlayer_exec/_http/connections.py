@@ -222,7 +222,7 @@ def _slots(connections: int) -> tuple[Slots, Slots, Slots]:
     return reads, Slots(starts), Slots(control)
 
 
-class StartBody(aiohttp.Payload):
+class SendOnceBody(aiohttp.Payload):
     """The body of a start request, which reports when aiohttp is about to send it.
 
     aiohttp holds the headers back until it writes the body. Only here is "sent" exact, even with a
@@ -246,7 +246,7 @@ class StartBody(aiohttp.Payload):
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self._body.decode(encoding, errors)
 
-    def __deepcopy__(self, _: object) -> StartBody:
+    def __deepcopy__(self, _: object) -> SendOnceBody:
         return self  # aioresponses copies the requests of a test
 
     async def write(self, writer: AbstractStreamWriter) -> None:
@@ -267,7 +267,7 @@ class StartBody(aiohttp.Payload):
             await asyncio.wait([writing])
 
 
-class StartTimeout:
+class ResponseTimeout:
     """An `asyncio.timeout_at` for a start request, which first reads a response that has arrived.
 
     If something blocked the loop past that time, `asyncio.timeout_at` would cancel the request

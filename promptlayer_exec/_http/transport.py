@@ -27,7 +27,7 @@ from promptlayer_exec._api.redaction import Redactor
 from promptlayer_exec._api.runs import may_have_nodes
 from promptlayer_exec._api.status import check_status
 from promptlayer_exec._engine.settings import Settings
-from promptlayer_exec._http.connections import Pool, Pools, StartBody, StartTimeout
+from promptlayer_exec._http.connections import Pool, Pools, ResponseTimeout, SendOnceBody
 from promptlayer_exec._http.failures import (
     is_permanent,
     is_tls_failure,
@@ -148,14 +148,14 @@ class Transport:
         pool.check_open()
         url = URL(self.base_url + request.target, encoded=True)
 
-        body: StartBody | None = None
+        body: SendOnceBody | None = None
         server_hostname: str | None = None
-        timeout: asyncio.Timeout | StartTimeout
+        timeout: asyncio.Timeout | ResponseTimeout
         if start is None:
             timeout = asyncio.timeout_at(until)
         else:
-            timeout = StartTimeout(until)
-            body = StartBody(request.body or b"", start)
+            timeout = ResponseTimeout(until)
+            body = SendOnceBody(request.body or b"", start)
             if pool.is_borrowed:
                 # aiohttp also pools by this name, so no other request shares the connection.
                 server_hostname = url.raw_host

@@ -14,7 +14,7 @@ import anyio
 import attrs
 
 from promptlayer_exec import _structuring
-from promptlayer_exec._engine.start import log_unknown
+from promptlayer_exec._engine.send import log_unknown
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._session.execution import Execution
 from promptlayer_exec._values.arguments import check_count

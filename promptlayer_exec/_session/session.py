@@ -7,8 +7,8 @@ import hmac
 import secrets
 import threading
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import partial
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, cast, overload
@@ -18,18 +18,15 @@ import cattrs
 from yarl import URL
 
 from promptlayer_exec import _structuring
-from promptlayer_exec._api.attempt import Attempt
 from promptlayer_exec._api.catalog import workflow_request, workflows_filter
-from promptlayer_exec._api.messages import Request, Response
 from promptlayer_exec._api.redaction import Redactor
-from promptlayer_exec._api.runs import NodeMapReader, run_request
-from promptlayer_exec._engine.callbacks import CallbackLog, recoverable_token, with_callback_url
+from promptlayer_exec._api.runs import run_request
+from promptlayer_exec._engine.callbacks import recoverable_token, with_callback_url
 from promptlayer_exec._engine.client import Client, list_workflows
-from promptlayer_exec._engine.definitions import Definitions
-from promptlayer_exec._engine.expiring import ExpiringDict
-from promptlayer_exec._engine.keyed_starts import KeyedStarts
-from promptlayer_exec._engine.lifetime import Lifetime
-from promptlayer_exec._engine.retry import RecentStarts, Retrying
+from promptlayer_exec._engine.memory import Memory
+from promptlayer_exec._engine.network import Network
+from promptlayer_exec._engine.recorded_sends import RecordedSends
+from promptlayer_exec._engine.send import AlreadyClaimed, PreparedSend, SendHooks
 from promptlayer_exec._engine.settings import (
     Settings,
     find_api_key,
@@ -37,7 +34,6 @@ from promptlayer_exec._engine.settings import (
     find_proxy,
     sends_in_the_clear,
 )
-from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._http.throttle import Throttle
 from promptlayer_exec._install import install_hint
@@ -59,7 +55,7 @@ from promptlayer_exec._values.policies import (
     RetryPolicy,
     check_timeout,
 )
-from promptlayer_exec._values.start_records import StartStore, check_key
+from promptlayer_exec._values.start_records import StartStore, StoredStart, check_key
 from promptlayer_exec._values.workflow_definition import WorkflowDefinition, WorkflowSummary
 
 if TYPE_CHECKING:
@@ -185,12 +181,8 @@ class Session:
         self._has_warned = False
 
         # These outlive a client:
-        self._node_maps = NodeMapReader()
-        self._recent_starts = RecentStarts(retry.not_found_grace)
-        # Wake-ups for executions that nobody follows yet, kept for ten minutes.
-        self._early_wake_ups: ExpiringDict[int, WakeSource] = ExpiringDict(600.0)
         self._emit = broadcast(observers)
-        self._callbacks = CallbackLog(self._emit, self._recent_starts)
+        self._memory = Memory.empty(retry, self._emit)
 
         # PromptLayer pushes the completions of this session's runs to the first channel. The
         # session shares the second one with the other workers of a batch.
@@ -265,7 +257,7 @@ class Session:
             )
 
     def _connect(self) -> Client:
-        """Make the parts of an open session, in the running event loop. No I/O."""
+        """Open the network, and make a client of it in the running event loop. No I/O."""
         from promptlayer_exec._http.connections import Pools  # noqa: PLC0415 - aiohttp is slow
         from promptlayer_exec._http.transport import Transport  # noqa: PLC0415
         from promptlayer_exec._push.channels import Push  # noqa: PLC0415
@@ -286,68 +278,28 @@ class Session:
             throttle=Throttle(settings.rate, self._limiters),
             emit=self._emit,
         )
-        lifetime = Lifetime(resources)
 
-        async def send_control_request(request: Request, read: Callable[[Response], T]) -> T:
-            return (await transport.send(request, read, Attempt(clock(), is_control=True))).value
-
-        definitions = Definitions(
-            send_control_request, partial(lifetime.spawn, name="promptlayer_exec.Definition")
-        )
-        client = Client(
-            settings=settings,
-            lifetime=lifetime,
-            base_url=base_url,
-            redactor=transport.redactor,
-            retrying=Retrying(transport.send, settings.retry, self._recent_starts, self._emit),
-            recent_starts=self._recent_starts,
-            node_maps=self._node_maps,
-            early_wake_ups=self._early_wake_ups,
-            callbacks=self._callbacks,
-            definitions=definitions,
-            emit=self._emit,
-        )
-
-        if settings.backplane is not None:
-            namespace = _digest(api_key, f"backplane {base_url}")
-            client.backplane = settings.backplane.connect(client, namespace)
-            resources.push_async_callback(client.backplane.aclose)
-            self._callbacks.share = client.backplane.called_back
-        if settings.starts is not None:
-            client.keyed_starts = self._keyed_starts(settings.starts, lifetime, base_url, resources)
-
+        open_push = None
         suffix = self._push_suffix()
         if suffix is not None:
-            client.push = Push(
+            open_push = partial(
+                Push,
                 suffix=suffix,
                 is_eager=settings.push is True,
                 free_sockets=transport.pools.sockets,
-                call=send_control_request,
                 connect=partial(transport.open_websocket, "/connection/websocket"),
-                find_id=definitions.find_id,
-                wake=partial(client.wake, source="push"),
-                early_wake_ups=self._early_wake_ups,
                 redact=transport.redactor.redact,
-                spawn=partial(lifetime.spawn, name="promptlayer_exec.Push"),
             )
-        return client
 
-    def _keyed_starts(
-        self, store: StartStore, lifetime: Lifetime, base_url: str, resources: AsyncExitStack
-    ) -> KeyedStarts:
-        close = getattr(store, "aclose", None)  # an app's own store may have nothing to close
-        if close is not None:
-            resources.push_async_callback(close)
-
-        callbacks = self._settings.callbacks
-        return KeyedStarts(
-            store=store,
-            server=base_url,
-            request_timeout=self._settings.request_timeout,
-            is_recoverable=lambda token: callbacks is not None and callbacks.is_genuine(token),
-            lifetime=lifetime,
-            emit=self._emit,
+        network = Network(
+            base_url=base_url,
+            namespace=_digest(api_key, f"backplane {base_url}"),
+            redactor=transport.redactor,
+            send=transport.send,
+            open_push=open_push,
+            resources=resources,
         )
+        return Client(settings, network, self._memory, self._emit)
 
     def _api_key(self) -> str:
         api_key = find_api_key(self._settings.api_key)
@@ -602,57 +554,70 @@ class Session:
         self,
         request: StartRequest,
         deadline: Deadline | None = None,
+        *,
         hooks: SendHooks | None = None,
         token: str | None = None,
     ) -> Execution:
-        """Start a run. With `hooks`, the caller records it instead of the start store."""
-        if request.key is not None and hooks is None and self._settings.starts is not None:
-            return await self._start_once(request, deadline)
+        """Start a run, or return the handle of the run that its key has already started.
 
-        try:
-            posted, token = with_callback_url(request, self._settings.callbacks, token)
-            inputs = self._encode_inputs(posted)
-            http_request = run_request(posted, inputs, self._push_suffix())
+        With `hooks`, the caller records the run instead of the start store.
+        """
+        has_record = request.key is not None and self._settings.starts is not None and hooks is None
+
+        with self._reporting(request):
+            if has_record:
+                check_key(request.key)
+            prepared = self._prepare(request, token)
             client = self._open()
             deadline = deadline or client.deadline()
-            if self._settings.check_inputs:
-                await client.check_inputs(request, inputs, deadline)
+
+        if not has_record:
+            return await self._send(client, prepared, deadline, hooks)
+
+        sends = cast(RecordedSends, client.recorded_sends)
+        claim = sends.claim(prepared)
+        while True:
+            with self._reporting(request):
+                record = await sends.settled(claim, deadline)
+            if record is not None:
+                return self._repeated(request, record)
+            with suppress(AlreadyClaimed), sends.sending(claim) as recording:
+                return await self._send(client, prepared, deadline, recording)
+
+    def _prepare(self, request: StartRequest, token: str | None) -> PreparedSend:
+        """Check a request, and encode it once for everything that needs it."""
+        posted, secret = with_callback_url(request, self._settings.callbacks, token)
+        inputs = self._encode_inputs(request)
+        http_request = run_request(posted, inputs, self._push_suffix())
+        return PreparedSend(request, inputs, http_request, secret)
+
+    async def _send(
+        self, client: Client, prepared: PreparedSend, deadline: Deadline, hooks: SendHooks | None
+    ) -> Execution:
+        request = prepared.request
+        if self._settings.check_inputs:
+            with self._reporting(request):
+                await client.check_inputs(request, prepared.inputs, deadline)
+
+        run = await client.send(prepared, deadline, hooks)
+        return Execution(self, run.execution_id, request.workflow, run.warning, request.key)
+
+    @contextmanager
+    def _reporting(self, request: StartRequest) -> Iterator[None]:
+        """Emit `StartFailed` if a request fails before there is anything to send."""
+        try:
+            yield
         except (Exception, asyncio.CancelledError) as error:
             self._emit(StartFailed(None, request, error))
             raise
 
-        response = await client.start(request, http_request, deadline, token=token, hooks=hooks)
-        return Execution(
-            self, response.execution_id, request.workflow, response.warning, request.key
-        )
-
-    async def _start_once(self, request: StartRequest, deadline: Deadline | None) -> Execution:
-        """Start a run with a key, or return the handle of the run that the key already started."""
-        try:
-            key = check_key(request.key)
-            inputs = self._encode_inputs(request)
-            run_request(request, {})  # checks everything but the inputs
-            client = self._open()
-        except Exception as error:
-            self._emit(StartFailed(None, request, error))
-            raise
-
-        deadline = deadline or client.deadline()
-
-        async def send(hooks: SendHooks, token: str) -> Execution:
-            return await self._start(request, deadline, hooks, token)
-
-        keyed_starts = cast(KeyedStarts, client.keyed_starts)
-        # If the caller chose the callback URL, no callback comes to this session.
-        token = self._new_token() if request.callback_url is None else uuid4().hex
-        found = await keyed_starts.start(request, inputs, token, send, deadline)
-        if isinstance(found, Execution):
-            return found
-
+    def _repeated(self, request: StartRequest, record: StoredStart) -> Execution:
+        """Return the handle of the run that a key has already started."""
+        execution_id = cast(int, record.execution_id)
         # The server may still return 404 for it.
-        execution_id = cast(int, found.execution_id)
-        self._recent_starts.add(execution_id, request.workflow, now=clock() - found.age)
-        execution = Execution(self, execution_id, request.workflow, key=key)
+        self._memory.recent_runs.add(execution_id, request.workflow, now=clock() - record.age)
+
+        execution = Execution(self, execution_id, request.workflow, key=request.key)
         execution._is_repeated = True
         return execution
 
@@ -861,7 +826,7 @@ class Session:
         if (client := self._current_client()) is not None:
             client.lifetime.check_loop()
             return client.wake(execution_id, source)
-        self._early_wake_ups.add(execution_id, source)
+        self._memory.early_wake_ups.add(execution_id, source)
         return False
 
     def __repr__(self) -> str:

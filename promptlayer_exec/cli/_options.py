@@ -75,7 +75,7 @@ Version = Annotated[
     int | None,
     typer.Option(metavar="NUMBER", min=1, help="Number of the version, instead of --label."),
 ]
-StartKey = Annotated[
+KeyOption = Annotated[
     str | None,
     typer.Option(
         metavar="KEY",

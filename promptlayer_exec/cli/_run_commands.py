@@ -77,7 +77,7 @@ def run(
         list[str],
         typer.Option(metavar="KEY=TEXT", help="Text to store with the run. Repeatable."),
     ] = [],  # noqa: B006 - Typer's way to declare a list
-    key: options.StartKey = None,
+    key: options.KeyOption = None,
     database: options.Database = None,
     watched: Annotated[
         bool,

@@ -43,7 +43,7 @@ _RECORD_START = (
 _TAKE_BACK = sa.update(items).where(the_attempt, _item.intent == _token).values(intent=None)
 
 
-class StartResult(NamedTuple):
+class SendResult(NamedTuple):
     """The result of the request that a worker sent, as JSON, with the token of its intent."""
 
     key: str
@@ -82,12 +82,12 @@ class Intent:
     is_taken_back: bool = False
 
 
-class IntentRefused(integration.StartTaken):
+class IntentRefused(integration.AlreadyClaimed):
     """Another worker has the item, or it has an outcome."""
 
 
 @attrs.define(eq=False, repr=False)
-class PendingStart:
+class PendingSend:
     """A start to be sent, with the hooks around its sending.
 
     Attributes:
@@ -117,9 +117,9 @@ class PendingStart:
         if self._is_cancelled:
             self.task.cancel()
 
-    async def ended(self, outcome: integration.StartOutcome) -> None:
+    async def ended(self, outcome: integration.SendOutcome) -> None:
         """Begin to record the id of a run, or take the intent back if there is none."""
-        if isinstance(outcome, integration.StartResponse):
+        if isinstance(outcome, integration.NewRun):
             # Not awaited here: while the database is away, other starts continue.
             self.recording = asyncio.create_task(self._record(outcome.execution_id))
         elif not isinstance(outcome, StartUnknown):
@@ -163,7 +163,7 @@ def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
     return [intent.token in recorded for intent in intents]
 
 
-def write_started(store: Store, batch: str, starts: Sequence[StartResult]) -> list[bool]:
+def write_started(store: Store, batch: str, starts: Sequence[SendResult]) -> list[bool]:
     """Record the results of requests, and return for each whether the row has it now.
 
     It is not if the item has an outcome, another worker's intent, or a later attempt.

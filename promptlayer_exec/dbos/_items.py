@@ -5,8 +5,8 @@ DBOS stores which items to run, and which worker runs each:
 1. `Store.add` stores the item and enqueues its DBOS workflow, in one transaction.
 2. DBOS dequeues the workflow in a worker, which calls `Items.run`.
 3. `_send` waits for a slot. When the connection is open, and before the session writes anything to
-   it, `PendingStart.before_send` records the intent in the item's row. Then the session sends the
-   request. `PendingStart.ended` records the execution id in the same row, even if nobody waits for
+   it, `PendingSend.before_send` records the intent in the item's row. Then the session sends the
+   request. `PendingSend.ended` records the execution id in the same row, even if nobody waits for
    it any more. The session resends a request that provably started nothing. Until then, the intent
    is gone from the row.
 4. `_follow` waits until the execution is complete, and `Store.finish` stores the outcome.
@@ -51,7 +51,7 @@ from promptlayer_exec._database.threads import Group
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _requeue as requeue
 from promptlayer_exec.dbos._breaker import Breaker
-from promptlayer_exec.dbos._intents import Intent, IntentRefused, Item, PendingStart, StartResult
+from promptlayer_exec.dbos._intents import Intent, IntentRefused, Item, PendingSend, SendResult
 from promptlayer_exec.dbos._records import (
     Ending,
     StartRecord,
@@ -107,10 +107,10 @@ class Items:
     _stop: Callable[[Exception], None]  # stops the work with an error
     active: dict[str, asyncio.Task[Any]] = attrs.field(init=False, factory=dict)
     waiting: dict[str, Exception] = attrs.field(init=False, factory=dict)
-    _pending: set[PendingStart] = attrs.field(init=False, factory=set)
+    _pending: set[PendingSend] = attrs.field(init=False, factory=set)
     _intents: Group[Intent, bool] = attrs.field(init=False)
     _read: Group[tuple[str, int], Item | None] = attrs.field(init=False)
-    _started: Group[StartResult, bool] = attrs.field(init=False)
+    _started: Group[SendResult, bool] = attrs.field(init=False)
     _endings: Group[Ending, bool] = attrs.field(init=False)
     _starts: Breaker = attrs.field(init=False)
     _patience: float = attrs.field(init=False)
@@ -205,7 +205,7 @@ class Items:
         token = integration.start_token(self._session)
         intent = Intent(item.key, item.attempt, token)
         task = self.active[workflow_id(self._batch, item.key, item.attempt)]
-        pending = PendingStart(intent, self._intents, task, partial(self._record, item, token))
+        pending = PendingSend(intent, self._intents, task, partial(self._record, item, token))
         self._pending.add(pending)
         try:
             return await self._send(item, pending, token)
@@ -215,7 +215,7 @@ class Items:
     async def _record(self, item: Item, token: str, execution_id: int) -> StartRecord | None:
         """Record the id of a run. Return None if the item continues with another one."""
         result = start_record(self._store.moment(), execution_id)
-        row = StartResult(item.key, item.attempt, token, json.dumps(result))
+        row = SendResult(item.key, item.attempt, token, json.dumps(result))
         recording = asyncio.ensure_future(self._started.add(row))
         try:
             await asyncio.wait([recording], timeout=PATIENCE.look_after)
@@ -243,7 +243,7 @@ class Items:
         self._report_unrecorded(item, execution_id)
         return None
 
-    async def _send(self, item: Item, pending: PendingStart, token: str) -> StartRecord | None:
+    async def _send(self, item: Item, pending: PendingSend, token: str) -> StartRecord | None:
         """Send a start request, with a new slot each time, until it has a result."""
         request = self._to_send(item)
 

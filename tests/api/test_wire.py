@@ -11,10 +11,10 @@ from multidict import CIMultiDict
 
 from promptlayer_exec._api.messages import Request, Response, read_retry_after
 from promptlayer_exec._api.runs import (
+    NewRun,
     NodeMapReader,
-    StartResponse,
     read_main_output,
-    read_started,
+    read_new_run,
     results_request,
     run_request,
 )
@@ -519,10 +519,10 @@ def test_run_request_checks_the_fields(given, error, message):
     ("warning", "text"),
     [(None, None), ("", None), ("missing: a", "missing: a"), (["a", "b"], '["a", "b"]')],
 )
-def test_read_started(status, warning, text):
+def test_read_new_run(status, warning, text):
     """Any 2xx with a usable id is a started run; a warning that is no string is shown as JSON."""
     body = json.dumps({"workflow_version_execution_id": 787, "warning": warning}).encode()
-    assert read_started(Response(status, body)) == StartResponse(787, text)
+    assert read_new_run(Response(status, body)) == NewRun(787, text)
 
 
 @pytest.mark.parametrize("value", [None, 0, -1, 2**63, True, "787", 787.0, [787], {}], ids=repr)
@@ -530,7 +530,7 @@ def test_read_started_without_a_usable_id(value):
     """The error has the path to the id, and the start of the body."""
     body = json.dumps({"workflow_version_execution_id": value}).encode()
     with pytest.raises(InvalidResponse) as caught:
-        read_started(Response(201, body))
+        read_new_run(Response(201, body))
     assert caught.value.path == "$.workflow_version_execution_id"
     assert caught.value.excerpt == body.decode()
 
@@ -541,7 +541,7 @@ def test_read_started_without_a_usable_id(value):
 def test_read_started_of_another_shape(body, path):
     """The error for a body that is not JSON has no path."""
     with pytest.raises(InvalidResponse) as caught:
-        read_started(Response(201, body))
+        read_new_run(Response(201, body))
     assert (caught.value.path is None) == (path is None)
 
 

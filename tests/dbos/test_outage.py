@@ -372,7 +372,7 @@ async def test_an_item_whose_ending_is_refused_is_followed_as_it_is_stored(
 
     def record_first(store: Store, batch: str, endings: Any) -> Any:
         monkeypatch.setattr(Store, "finish", finish)
-        intents_.write_started(store, batch, [intents_.StartResult("0", 1, "of another", started)])
+        intents_.write_started(store, batch, [intents_.SendResult("0", 1, "of another", started)])
         return finish(store, batch, endings)
 
     await batch_of().add(requests(1))
@@ -395,7 +395,7 @@ async def test_a_start_that_another_worker_sends_has_not_failed(
     refused: list[bool] = []
 
     def record_first(store: Store, batch: str, rows: Any) -> list[bool]:
-        intents_.write_started(store, batch, [intents_.StartResult("0", 1, "of another", started)])
+        intents_.write_started(store, batch, [intents_.SendResult("0", 1, "of another", started)])
         recorded = write(store, batch, rows)
         refused.extend(recorded)
         return recorded

@@ -23,7 +23,7 @@ from promptlayer_exec import (
     WatchStarted,
 )
 from promptlayer_exec._engine.callbacks import CallbackLog
-from promptlayer_exec._engine.retry import RecentStarts
+from promptlayer_exec._engine.retry import RecentRuns
 from promptlayer_exec._integration import receive_callback
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.webhooks import Callbacks
@@ -314,7 +314,7 @@ def test_a_callback_is_remembered_for_an_hour(monkeypatch: pytest.MonkeyPatch) -
     """A repeat does not prolong it, and the first id counts."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    log = CallbackLog(lambda _: None, RecentStarts(0.0))
+    log = CallbackLog(lambda _: None, RecentRuns(0.0))
     log.receive("a", 1)
     now += 3599
     log.receive("a", 2)

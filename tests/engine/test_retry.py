@@ -26,7 +26,7 @@ from promptlayer_exec import (
     WatchEnded,
     WatchStarted,
 )
-from promptlayer_exec._engine.retry import RecentStarts, RetryState
+from promptlayer_exec._engine.retry import RecentRuns, RetryState
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 
@@ -251,13 +251,13 @@ def test_excused_waits_do_not_count() -> None:
 
 def test_recent_starts_are_covered_for_the_grace() -> None:
     """A start is recent until the grace has passed; other executions never are."""
-    recent_starts = RecentStarts(10.0)
-    recent_starts.add(787, "report", now=100.0)
-    assert recent_starts.covers(787, now=100.0)
-    assert recent_starts.covers(787, now=109.9)
-    assert not recent_starts.covers(787, now=110.0)
-    assert not recent_starts.covers(788, now=100.0)
-    assert not recent_starts.covers(None, now=100.0)
+    recent_runs = RecentRuns(10.0)
+    recent_runs.add(787, "report", now=100.0)
+    assert recent_runs.covers(787, now=100.0)
+    assert recent_runs.covers(787, now=109.9)
+    assert not recent_runs.covers(787, now=110.0)
+    assert not recent_runs.covers(788, now=100.0)
+    assert not recent_runs.covers(None, now=100.0)
 
 
 def test_the_first_failure_of_an_outage_is_shown_without_a_logging_setup(dead: str) -> None:

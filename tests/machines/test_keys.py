@@ -33,9 +33,9 @@ from promptlayer_exec.starts import (
     StartClaim,
     StoredStart,
     _Recorded,
+    _RecordTable,
     _Released,
     _Resolved,
-    _StartsTable,
     _tables,
 )
 from promptlayer_exec.webhooks import Callbacks
@@ -85,7 +85,7 @@ class Records:
     def __init__(self, clock: Callable[[], float], restart_after: float | None) -> None:
         self._directory = tempfile.TemporaryDirectory()
         self.database = VirtualDatabase(Path(self._directory.name, "starts.sqlite"), clock)
-        self.table = _StartsTable(self.database, restart_after)
+        self.table = _RecordTable(self.database, restart_after)
         _tables.create_all(self.database.engine)
         self.is_away = self.has_been_away = False
         self.forgotten = dict.fromkeys(KEYS, 0)

@@ -34,7 +34,7 @@ from promptlayer_exec import (
     StartUnknown,
     StatusError,
 )
-from promptlayer_exec._engine import keyed_starts
+from promptlayer_exec._engine import recorded_sends
 from promptlayer_exec._integration import receive_callback
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -860,14 +860,14 @@ async def test_a_database_that_is_away_when_the_key_is_claimed(
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a start wait for the record of its end for a moment only."""
     policy = attrs.evolve(
-        keyed_starts._RECORD, until_reported=0.1, until_delivered=0.3, between_tries=0.05
+        recorded_sends._RECORD, until_reported=0.1, until_delivered=0.3, between_tries=0.05
     )
-    monkeypatch.setattr(keyed_starts, "_RECORD", policy)
+    monkeypatch.setattr(recorded_sends, "_RECORD", policy)
 
 
 def test_the_times_of_a_record_are_those_that_are_promised() -> None:
     """The id is reported within a second, and the handle comes after five at most."""
-    policy = keyed_starts._RECORD
+    policy = recorded_sends._RECORD
     assert (policy.until_reported, policy.until_delivered, policy.one_try) == (1.0, 5.0, 5.0)
 
 
@@ -910,8 +910,8 @@ async def test_a_deadline_holds_although_the_key_cannot_be_released(
     session: Session, store: Watched, sim: Simulator, flow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The release continues without the caller."""
-    policy = attrs.evolve(keyed_starts._RECORD, until_delivered=LONG)
-    monkeypatch.setattr(keyed_starts, "_RECORD", policy)
+    policy = attrs.evolve(recorded_sends._RECORD, until_delivered=LONG)
+    monkeypatch.setattr(recorded_sends, "_RECORD", policy)
     claiming, releasing = Gate(), Gate()
     store.before["claim"] = claiming.wait
     store.before["release"] = releasing.wait

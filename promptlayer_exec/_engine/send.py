@@ -1,11 +1,11 @@
-"""Starts a run, without HTTP: sends a request at most once, and delivers its response."""
+"""One send, without HTTP: it sends a start request at most once, and delivers its response."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import attrs
 
 from promptlayer_exec._api.attempt import AtMostOnce
-from promptlayer_exec._api.runs import StartResponse
+from promptlayer_exec._api.messages import Request
+from promptlayer_exec._api.runs import NewRun
 from promptlayer_exec._engine.lifetime import Lifetime
 from promptlayer_exec._engine.retry import RetryState
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
@@ -30,10 +31,10 @@ from promptlayer_exec._values.models import StartRequest
 from promptlayer_exec._values.policies import Deadline
 from promptlayer_exec._values.text import short_repr, shown_key
 
-StartOutcome = StartResponse | BaseException
+SendOutcome = NewRun | BaseException
 
 
-class StartTaken(Exception):
+class AlreadyClaimed(Exception):
     """Another call is sending this request, so `SendHooks.before_send` forbids it."""
 
 
@@ -49,13 +50,30 @@ class SendHooks(Protocol):
     async def not_sent(self) -> None:
         """Handle an attempt that started nothing, before the session repeats it."""
 
-    async def ended(self, outcome: StartOutcome) -> None:
+    async def ended(self, outcome: SendOutcome) -> None:
         """Handle the response, or the error that the caller gets, before the caller gets it."""
 
 
+@attrs.frozen
+class PreparedSend:
+    """A start request that was checked and encoded, ready to be sent.
+
+    Attributes:
+        request: what the caller asked for.
+        inputs: its inputs in JSON form.
+        http_request: the request to send.
+        secret: the token in the run's own callback URL, if it has one. No message may show it.
+    """
+
+    request: StartRequest
+    inputs: Mapping[str, Any]
+    http_request: Request
+    secret: str | None
+
+
 @attrs.define(eq=False, kw_only=True)
-class Start:
-    """Starts one run, in its own task: it reads the response even if the caller is gone.
+class SendOnce:
+    """Sends one start request, in its own task: it reads the response even if the caller is gone.
 
     Before it sends the request, the caller, the session or the deadline can cancel it. After that,
     the response goes to the caller if it is still waiting, or else to the observers and the log.
@@ -66,7 +84,7 @@ class Start:
     """
 
     _request: StartRequest
-    _send: Callable[[AtMostOnce, RetryState], Awaitable[StartResponse]]
+    _send: Callable[[AtMostOnce, RetryState], Awaitable[NewRun]]
     _retries: RetryState  # its failed attempts so far
     _lifetime: Lifetime
     _emit: Emit
@@ -76,15 +94,15 @@ class Start:
     _on_lost: Callable[[str, StartRequest, float], object]  # only for a run with a secret
     sent: bool = attrs.field(init=False, default=False)
     _called_at: float = attrs.field(init=False, factory=clock)
-    _task: asyncio.Task[StartOutcome] = attrs.field(init=False)
+    _task: asyncio.Task[SendOutcome] = attrs.field(init=False)
     _expired: Deadline | None = attrs.field(init=False, default=None)
     _is_abandoned: bool = attrs.field(init=False, default=False)
     _hook_error: Exception | None = attrs.field(init=False, default=None)
-    _outcome: asyncio.Future[StartResponse] = attrs.field(
+    _outcome: asyncio.Future[NewRun] = attrs.field(
         init=False, factory=lambda: asyncio.get_running_loop().create_future()
     )
 
-    async def run(self, deadline: Deadline) -> StartResponse:
+    async def run(self, deadline: Deadline) -> NewRun:
         """Send the request, and return the response.
 
         Once it has sent the request, the deadline no longer matters.
@@ -95,7 +113,7 @@ class Start:
             ExecutionTimeout: it could not send the request before the deadline.
             SessionClosed: the session was closed. If the run started, the error has its id.
         """
-        name = f"promptlayer_exec.Start {self._request.workflow!s:.100}"
+        name = f"promptlayer_exec.Send {self._request.workflow!s:.100}"
         self._task = self._lifetime.spawn(self._perform(), name=name, cancel=self._cancel)
         self._task.add_done_callback(self._ended)
 
@@ -158,9 +176,9 @@ class Start:
 
     # The task.
 
-    async def _perform(self) -> StartOutcome:
+    async def _perform(self) -> SendOutcome:
         """Send the request, and return the response or error once the hooks have recorded it."""
-        outcome: StartOutcome
+        outcome: SendOutcome
         try:
             outcome = await self._send(self, self._retries)
         except asyncio.CancelledError:
@@ -172,7 +190,7 @@ class Start:
             await self._tell(self._hooks, outcome)
         return outcome
 
-    async def _tell(self, hooks: SendHooks, outcome: StartOutcome) -> None:
+    async def _tell(self, hooks: SendHooks, outcome: SendOutcome) -> None:
         """Wait until the hooks have recorded the outcome. They cannot change it."""
         telling = asyncio.ensure_future(hooks.ended(outcome))
         while not telling.done():
@@ -194,8 +212,8 @@ class Start:
         else:
             self._report_undelivered(self._outcome.exception() or self._outcome.result())
 
-    def _ended(self, task: asyncio.Task[StartOutcome]) -> None:
-        outcome: StartOutcome
+    def _ended(self, task: asyncio.Task[SendOutcome]) -> None:
+        outcome: SendOutcome
         if task.cancelled():  # before its first step
             outcome = self._judge_cancellation(self._retries.error)
         else:
@@ -207,7 +225,7 @@ class Start:
 
         if isinstance(outcome, BaseException):
             self._outcome.set_exception(outcome)
-            if not isinstance(outcome, StartTaken):  # the caller gets the other call's run
+            if not isinstance(outcome, AlreadyClaimed):  # the caller gets the other call's run
                 self._emit(StartFailed(None, self._request, outcome, duration, self._base_url))
         elif self._lifetime.is_closing() and not self._is_abandoned:
             self._is_abandoned = True
@@ -280,14 +298,14 @@ class Start:
 
     # Reports.
 
-    def _report_undelivered(self, outcome: StartOutcome) -> None:
+    def _report_undelivered(self, outcome: SendOutcome) -> None:
         """Report the outcome of a request whose caller is gone."""
-        if isinstance(outcome, StartResponse):
+        if isinstance(outcome, NewRun):
             self._report(outcome, abandoned=True)
         elif isinstance(outcome, StartUnknown):
             log_unknown(outcome)
 
-    def _report(self, response: StartResponse, *, abandoned: bool) -> None:
+    def _report(self, response: NewRun, *, abandoned: bool) -> None:
         if abandoned:
             logger.warning(
                 "execution %d of workflow %.100r%s started, but its caller was gone."
@@ -301,7 +319,11 @@ class Start:
         duration = clock() - self._called_at
         self._emit(
             ExecutionStarted(
-                response.execution_id, self._request, abandoned, duration, base_url=self._base_url
+                response.execution_id,
+                self._request,
+                abandoned,
+                duration,
+                base_url=self._base_url,
             )
         )
 

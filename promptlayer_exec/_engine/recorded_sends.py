@@ -1,21 +1,23 @@
-"""Starts with a key: each happens once across all processes that share a store. No HTTP."""
+"""Sends with a key: each happens once across all processes that share a store. No HTTP."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
+from uuid import uuid4
 
 import attrs
 
-from promptlayer_exec._api.runs import StartResponse
+from promptlayer_exec._api.runs import NewRun
 from promptlayer_exec._engine.lifetime import DeadlinePassed, Lifetime
-from promptlayer_exec._engine.start import (
+from promptlayer_exec._engine.send import (
+    AlreadyClaimed,
+    PreparedSend,
     SendHooks,
-    StartOutcome,
-    StartTaken,
+    SendOutcome,
     report_unrecorded,
     start_unknown,
 )
@@ -27,8 +29,7 @@ from promptlayer_exec._values.errors import (
     SessionClosed,
     StartUnknown,
 )
-from promptlayer_exec._values.events import Emit, StartFailed, logger
-from promptlayer_exec._values.models import StartRequest
+from promptlayer_exec._values.events import logger
 from promptlayer_exec._values.policies import Deadline
 from promptlayer_exec._values.start_records import (
     StartClaim,
@@ -38,8 +39,6 @@ from promptlayer_exec._values.start_records import (
     fingerprint,
 )
 from promptlayer_exec._values.text import short_repr
-
-T = TypeVar("T")
 
 
 @attrs.frozen
@@ -63,8 +62,8 @@ _SILENT_STORE = "the store did not respond for key {key}"
 
 
 @attrs.define(eq=False, kw_only=True)
-class KeyedStarts:
-    """Starts each key once: it asks the store first, and sends only if nobody else has.
+class RecordedSends:
+    """Sends the request of each key once: it asks the store first, and sends if nobody else has.
 
     The row in the store decides between processes. Within a session, calls with the same key share
     one lookup or one request.
@@ -75,26 +74,29 @@ class KeyedStarts:
     _request_timeout: float
     _is_recoverable: Callable[[str], bool]  # whether a token's callback can reach us
     _lifetime: Lifetime
-    _emit: Emit
     _sending: dict[str, asyncio.Event] = attrs.field(init=False, factory=dict)
     _looking_up: dict[str, asyncio.Task[StoredStart | None]] = attrs.field(init=False, factory=dict)
 
-    async def start(
-        self,
-        request: StartRequest,
-        inputs: Mapping[str, Any],
-        token: str,
-        send: Callable[[SendHooks, str], Awaitable[T]],
-        deadline: Deadline,
-    ) -> T | StoredStart:
-        """Return the result of `send`, or the record of the run that the key already started.
+    def claim(self, prepared: PreparedSend) -> StartClaim:
+        """Return the claim that a request with a key makes."""
+        request = prepared.request
+        key: str = request.key
+        asked_for = fingerprint(
+            key,
+            workflow=request.workflow,
+            inputs=prepared.inputs,
+            label=request.label,
+            version=request.version,
+            metadata=request.metadata,
+        )
+        # If the caller chose the callback URL, no callback comes to this session.
+        token = prepared.secret or uuid4().hex
+        return StartClaim(key, token, self._server, asked_for, self._request_timeout)
 
-        Args:
-            request: the request, with a key.
-            inputs: its inputs in JSON form.
-            token: identifies the request if this call sends it.
-            send: sends the request with hooks and the token.
-            deadline: until when to wait for another call that is sending this request.
+    async def settled(self, claim: StartClaim, deadline: Deadline) -> StoredStart | None:
+        """Return the record of the run that a key has started, or None if nobody has sent it.
+
+        While another call is sending the request, it waits for that call.
 
         Raises:
             KeyConflict: the key belongs to a different request.
@@ -103,29 +105,33 @@ class KeyedStarts:
                 nothing.
             ConfigurationError: the store is unavailable, so no run was started.
         """
-        key: str = request.key
-        asked_for = fingerprint(
-            key,
-            workflow=request.workflow,
-            inputs=inputs,
-            label=request.label,
-            version=request.version,
-            metadata=request.metadata,
-        )
-        claim = StartClaim(key, token, self._server, asked_for, self._request_timeout)
-
+        pause = 0.02
         while True:
-            try:
-                stored = await self._settled(request, claim, deadline)
-            except (Exception, asyncio.CancelledError) as error:
-                self._emit(StartFailed(None, request, error))
-                raise
+            record = await self._find(claim.key, deadline)
+            if record is not None:
+                self._check(record, claim)
 
-            if stored is not None and stored.state == "started":
-                return stored
-            if key not in self._sending:
-                with suppress(StartTaken):  # another process was quicker
-                    return await self._send_one(claim, send)
+            if record is not None and record.state == "started":
+                return record
+            if record is not None and record.state == "sending":
+                await self._wait(claim.key, deadline, asyncio.sleep(pause), _OTHER_CALL)
+                pause = min(2 * pause, 0.5)
+            elif claim.key not in self._sending:  # another call may have begun meanwhile
+                return None
+
+    @contextmanager
+    def sending(self, claim: StartClaim) -> Iterator[SendHooks]:
+        """Yield the hooks that claim a key and record its run, while this session sends it.
+
+        Other calls with the key wait. If another process is quicker, sending raises
+        `AlreadyClaimed`.
+        """
+        sending = self._sending[claim.key] = asyncio.Event()
+        try:
+            yield _RecordedSend(self._store, claim, self._lifetime)
+        finally:
+            del self._sending[claim.key]
+            sending.set()
 
     async def wait_for_callback(
         self, key: str, token: str, receive: Callable[[str, int], object]
@@ -133,43 +139,27 @@ class KeyedStarts:
         """Watch a record until any process has received the callback with the id of its run."""
         while True:
             with suppress(ConfigurationError):  # a store that is unavailable may come back
-                stored = await self._store.find(key)
-                if stored is None or token not in (stored.token, stored.earlier_token):
+                record = await self._store.find(key)
+                if record is None or token not in (record.token, record.earlier_token):
                     return  # somebody forgot it, or started it again
-                if stored.execution_id is not None:
-                    receive(token, stored.execution_id)
+                if record.execution_id is not None:
+                    receive(token, record.execution_id)
                     return
             await asyncio.sleep(0.5)
 
-    async def _settled(
-        self, request: StartRequest, claim: StartClaim, deadline: Deadline
-    ) -> StoredStart | None:
-        """Return the record of a key, once nobody is sending its start."""
-        pause = 0.02
-        while True:
-            stored = await self._find(request, deadline)
-            if stored is None:
-                return None
+    async def _find(self, key: str, deadline: Deadline) -> StoredStart | None:
+        """Return the record of a key, once no call of this session is sending its request."""
+        while (sending := self._sending.get(key)) is not None:
+            await self._wait(key, deadline, sending.wait(), _OTHER_CALL)
 
-            self._check(stored, claim)
-            if stored.state != "sending":
-                return stored
-            await self._wait(request, deadline, asyncio.sleep(pause), _OTHER_CALL)
-            pause = min(2 * pause, 0.5)
-
-    async def _find(self, request: StartRequest, deadline: Deadline) -> StoredStart | None:
-        """Return the record of a key, once no call of this session is sending its start."""
-        while (sending := self._sending.get(request.key)) is not None:
-            await self._wait(request, deadline, sending.wait(), _OTHER_CALL)
-
-        looking_up = self._looking_up.get(request.key)
+        looking_up = self._looking_up.get(key)
         if looking_up is None:
-            find = self._store.find(request.key, patience=self._patience())
-            looking_up = self._lifetime.spawn(find, name="promptlayer_exec.StartLookup")
-            self._looking_up[request.key] = looking_up
-            looking_up.add_done_callback(partial(self._looked_up, request.key))
+            find = self._store.find(key, patience=self._patience())
+            looking_up = self._lifetime.spawn(find, name="promptlayer_exec.RecordLookup")
+            self._looking_up[key] = looking_up
+            looking_up.add_done_callback(partial(self._looked_up, key))
 
-        await self._wait(request, deadline, asyncio.wait([looking_up]), _SILENT_STORE)
+        await self._wait(key, deadline, asyncio.wait([looking_up]), _SILENT_STORE)
         try:
             return looking_up.result()
         except ConfigurationError as error:
@@ -182,7 +172,7 @@ class KeyedStarts:
 
     async def _wait(
         self,
-        request: StartRequest,
+        key: str,
         deadline: Deadline,
         what: Coroutine[Any, Any, object],
         reason_if_late: str,
@@ -193,7 +183,7 @@ class KeyedStarts:
                 await what
         except DeadlinePassed:
             timeout = deadline.timeout or 0.0
-            reason = reason_if_late.format(key=short_repr(request.key))
+            reason = reason_if_late.format(key=short_repr(key))
             raise ExecutionTimeout(
                 f"{reason} within {timeout:g} s, so this call sent nothing",
                 timeout=timeout,
@@ -201,43 +191,33 @@ class KeyedStarts:
         finally:
             what.close()
 
-    def _check(self, stored: StoredStart, claim: StartClaim) -> None:
-        """Raise an error if a record belongs to another start, or to one that may be lost."""
+    def _check(self, record: StoredStart, claim: StartClaim) -> None:
+        """Raise an error if a record belongs to another request, or to one that may be lost."""
         key = short_repr(claim.key)
-        if stored.server != claim.server:
+        if record.server != claim.server:
             raise KeyConflict(
-                f"the key {key} belongs to a run on another server, {stored.server}. Nothing was"
+                f"the key {key} belongs to a run on another server, {record.server}. Nothing was"
                 " sent: use another key",
                 key=claim.key,
             )
 
-        if differing := differences(stored.request, claim.request):
+        if differing := differences(record.request, claim.request):
             raise KeyConflict(
                 f"the key {key} belongs to a different request (changed: {', '.join(differing)})."
                 " Nothing was sent: use another key, or repeat the original request",
                 key=claim.key,
             )
 
-        if stored.state == "unknown" and not stored.replaceable:
+        if record.state == "unknown" and not record.replaceable:
             error = start_unknown(
-                stored.workflow,
+                record.workflow,
                 "an earlier call got no response, or its process died before it could record one,"
                 " so this call sent nothing",
-                stored.token if self._is_recoverable(stored.token) else None,
+                record.token if self._is_recoverable(record.token) else None,
                 key=claim.key,
             )
             error._is_key_stored = True
             raise error
-
-    async def _send_one(
-        self, claim: StartClaim, send: Callable[[SendHooks, str], Awaitable[T]]
-    ) -> T:
-        sending = self._sending[claim.key] = asyncio.Event()
-        try:
-            return await send(_ClaimedStart(self._store, claim, self._lifetime), claim.token)
-        finally:
-            del self._sending[claim.key]
-            sending.set()
 
     def _patience(self) -> float:
         return store_patience(self._request_timeout)
@@ -256,8 +236,8 @@ def _nothing_started(error: ConfigurationError) -> ConfigurationError:
 
 
 @attrs.define(eq=False)
-class _ClaimedStart:
-    """The hooks of one start: they claim its key, and record or release it."""
+class _RecordedSend:
+    """The hooks of one send: they claim its key, and record or release it."""
 
     _store: StartStore
     _claim: StartClaim
@@ -277,15 +257,15 @@ class _ClaimedStart:
 
         if in_the_way is not None:
             self._may_be_claimed = False
-            raise StartTaken
+            raise AlreadyClaimed
 
     async def not_sent(self) -> None:
         if self._may_be_claimed:
             await self._persist(self._release)
 
-    async def ended(self, outcome: StartOutcome) -> None:
+    async def ended(self, outcome: SendOutcome) -> None:
         """Record the result of the request, and return once that is done or takes too long."""
-        if isinstance(outcome, StartResponse):
+        if isinstance(outcome, NewRun):
             execution_id = outcome.execution_id
             await self._persist(lambda: self._record(execution_id), execution_id)
         elif isinstance(outcome, StartUnknown):
@@ -318,7 +298,7 @@ class _ClaimedStart:
         if self._lifetime.is_closing():
             write.close()  # closing the session waits for this one
         self._writing = self._lifetime.spawn(
-            write.run(), name="promptlayer_exec.StartRecord", cancel=write.close
+            write.run(), name="promptlayer_exec.Record", cancel=write.close
         )
         if wait:
             await asyncio.wait([self._writing], timeout=_RECORD.until_delivered)
