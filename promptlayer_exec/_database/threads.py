@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import attrs
 
@@ -19,42 +20,78 @@ V = TypeVar("V")
 # The most rows, and about the most bytes, in one transaction.
 _MOST_ROWS = 500
 _MOST_BYTES = 4 * 1024 * 1024
+# Seconds for which a thread waits for more to do: to start one takes as long as a transaction.
+_LINGER = 0.1
+
+
+class _Waker:
+    """Wakes waiting tasks of one event loop from threads.
+
+    One callback of the loop wakes all that are due. Rows that were written together would otherwise
+    need one each, and the thread and the loop would take turns with the GIL for each.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)
+        self._lock = threading.Lock()
+        self._due: list[asyncio.Event] = []
+
+    def wake(self, done: asyncio.Event) -> None:
+        """Set an event of the loop soon."""
+        with self._lock:
+            self._due.append(done)
+            is_first = len(self._due) == 1
+
+        loop = self._loop()
+        if is_first and loop is not None:
+            with suppress(RuntimeError):  # the loop is closed, so nobody is waiting
+                loop.call_soon_threadsafe(self._set)
+
+    def _set(self) -> None:
+        with self._lock:
+            due, self._due = self._due, []
+        for done in due:
+            done.set()
+
+
+_wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = WeakKeyDictionary()
 
 
 async def finished(future: Future[V]) -> V:
     """Wait for a thread's result, and return it. Cancelling stops only the waiting."""
     loop = asyncio.get_running_loop()
+    waker = _wakers.get(loop)
+    if waker is None:
+        waker = _wakers[loop] = _Waker(loop)
     done = asyncio.Event()
-
-    def wake(_: Future[V]) -> None:
-        with suppress(RuntimeError):  # the loop is closed, so nobody is waiting
-            loop.call_soon_threadsafe(done.set)
-
-    future.add_done_callback(wake)
+    future.add_done_callback(lambda _: waker.wake(done))
     await done.wait()
     return future.result()
 
 
 class OneThread:
-    """Calls functions one after the other, in a thread that exits when it has nothing to do."""
+    """Calls functions one after the other, in a thread that exits soon if it has nothing to do."""
 
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition(threading.Lock())
         self._is_running = False
 
     def submit(self, work: Callable[[], None]) -> None:
         """Call a function, which must not raise, after the waiting ones."""
-        with self._lock:
+        with self._changed:
             if not self._is_running:
                 # No daemon: the program must not exit before everything is written.
                 threading.Thread(target=self._run, name="promptlayer-exec-rows").start()
                 self._is_running = True
             self._waiting.append(work)
+            self._changed.notify()
 
     def _run(self) -> None:
         while True:
-            with self._lock:
+            with self._changed:
+                if not self._waiting:
+                    self._changed.wait(_LINGER)
                 if not self._waiting:
                     self._is_running = False
                     return
@@ -68,11 +105,16 @@ class Group(Generic[R, V]):
 
     A transaction takes several round trips to the database, whether it has one row or a hundred.
     Rows may come from several event loops. Groups with the same thread take turns.
+
+    Args:
+        gather: how many seconds a row waits for others before their transaction. None: a fraction
+            of the time that a transaction takes.
     """
 
     _write: Callable[[list[R]], Sequence[V]]  # returns a value for each row
     _size: Callable[[R], int] = attrs.field(default=lambda _: 200)  # bytes, roughly
     _thread: OneThread = attrs.field(factory=OneThread, kw_only=True)
+    _gather: float | None = attrs.field(default=None, kw_only=True)
     _waiting: deque[tuple[R, Future[V]]] = attrs.field(init=False, factory=deque)
     _lock: threading.Lock = attrs.field(init=False, factory=threading.Lock)
     _is_writing: bool = attrs.field(init=False, default=False)
@@ -98,9 +140,13 @@ class Group(Generic[R, V]):
         return written
 
     def _run(self) -> None:
-        # Rows of tasks that were woken together come within a moment of each other. Behind a
-        # network, a transaction for the first of them alone would keep the others waiting.
-        time.sleep(min(self._transaction_time / 20, 0.005))
+        gather = self._gather
+        if gather is None:
+            # Rows of tasks that were woken together come within a moment of each other. Behind a
+            # network, a transaction for the first of them alone would keep the others waiting.
+            gather = min(self._transaction_time / 20, 0.005)
+        time.sleep(gather)
+
         taken = self._take()
         if taken:
             began = time.perf_counter()

@@ -80,6 +80,9 @@ class Patience:
 
     If an id is not in its row after `recorded_within`, the worker logs it, because the process may
     be killed. If it already noticed that the database is away, it does so after `look_after`.
+
+    Rows wait `gather` for others that join their transaction, three times for each item. Ids of
+    runs do not: they are paid for, and a process that is killed meanwhile would lose them.
     """
 
     not_found_grace: float = 60.0
@@ -87,6 +90,7 @@ class Patience:
     longest_delay: float = 30.0
     recorded_within: float = 10.0
     look_after: float = 0.5
+    gather: float = 0.02
 
 
 PATIENCE = Patience()
@@ -125,11 +129,12 @@ class Items:
         self._starts = Breaker(policy.outage, self._end)
         self._patience = float("inf") if policy.watch_outage is None else policy.watch_outage
 
-        self._intents = Group(partial(intents.write, self._store, self._batch))
-        self._read = Group(partial(intents.read, self._store, self._batch))
-        self._started = Group(partial(intents.write_started, self._store, self._batch))
-        finish = partial(requeue.finish, self._store, self._batch)
-        self._endings = Group(finish, lambda ending: len(ending.outcome))
+        store, batch, gather = self._store, self._batch, PATIENCE.gather
+        self._read = Group(partial(intents.read, store, batch), gather=gather)
+        self._intents = Group(partial(intents.write, store, batch), gather=gather)
+        self._started = Group(partial(intents.write_started, store, batch))
+        finish = partial(requeue.finish, store, batch)
+        self._endings = Group(finish, lambda ending: len(ending.outcome), gather=gather)
 
     async def run(self, key: str, attempt: int) -> bool:
         """Run an attempt of an item. Return False if the next worker must run it again."""

@@ -20,6 +20,7 @@ from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._dbos_calls import log_quietly
 from promptlayer_exec.dbos._items import Items
 from promptlayer_exec.dbos._liveness import Liveness, release
+from promptlayer_exec.dbos._shared_database import CONNECTIONS_OF_DBOS
 from promptlayer_exec.dbos._store import VERSION, Store
 from promptlayer_exec.dbos._tables import APPLICATION, WORKFLOW, queue_name
 
@@ -108,7 +109,7 @@ class Worker:
                 "application_version": VERSION,
                 "executor_id": self._executor,
                 "log_level": "WARNING",
-                "max_executor_threads": 16,
+                "max_executor_threads": CONNECTIONS_OF_DBOS,
                 "notification_listener_polling_interval_sec": TIMES.check_interval,
                 "serializer": DBOSPortableJSONSerializer(),
             }

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
+from types import SimpleNamespace
+from typing import Any
 
 import attrs
 import pytest
 import sqlalchemy as sa
 
 from promptlayer_exec import KeyConflict, StartRequest
+from promptlayer_exec._database import threads
 from promptlayer_exec._database.database import Database
 from promptlayer_exec._database.location import check_url
 from promptlayer_exec.dbos import Batch
+from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Simulator
 
@@ -115,3 +121,32 @@ async def test_a_clock_that_jumps_stalls_nothing(
         now += jump
         waits += [await asyncio.to_thread(store.reserve, "nightly", 10, 10.0) for _ in range(2)]
     assert waits == pytest.approx([0.0, 1.0, 2.0, 3.0] if jump < 0 else [0.0, 1.0, 0.0, 1.0])
+
+
+async def test_the_id_of_a_run_does_not_wait_for_others(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other rows gather for a moment, but the run is paid for: a killed worker would lose it."""
+    waits: dict[str, list[float]] = {"write": [], "write_started": []}
+    latest = threading.local()  # each group has its own thread
+
+    def sleep(seconds: float) -> None:
+        latest.wait = seconds
+
+    def recorded(name: str) -> Callable[..., Any]:
+        function = getattr(intents, name)
+
+        def call(*arguments: Any) -> Any:
+            waits[name].append(latest.wait)
+            return function(*arguments)
+
+        return call
+
+    clock = SimpleNamespace(sleep=sleep, perf_counter=time.perf_counter)
+    monkeypatch.setattr(threads, "time", clock)
+    for name in waits:
+        monkeypatch.setattr(intents, name, recorded(name))
+    await batch.add([REQUEST])
+    assert (await batch.work()).succeeded == 1
+    assert waits["write"] == [0.02]
+    assert waits["write_started"] == [0.0]

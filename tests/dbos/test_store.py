@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from promptlayer_exec._database import threads
 from promptlayer_exec._database.location import check_url
@@ -23,6 +27,15 @@ from promptlayer_exec.dbos._intents import Intent
 from promptlayer_exec.dbos._records import Ending, StoredError, StoredOutcome
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
+
+# The values of SQLite's `PRAGMA synchronous`.
+NORMAL, FULL = 1, 2
+
+
+def synchronous(engine: sa.Engine) -> int:
+    """Return when a new connection flushes its commits."""
+    with engine.connect() as connection:
+        return int(connection.exec_driver_sql("PRAGMA synchronous").scalar_one())
 
 
 @pytest.fixture
@@ -114,6 +127,49 @@ async def test_what_is_added_meanwhile_is_written_together(monkeypatch: pytest.M
     sizes = (1, 2, 3, 4, 60, 60, 5)
     assert await asyncio.gather(*map(group.add, sizes)) == [2 * size for size in sizes]
     assert written == [[1, 2, 3], [4, 60, 60], [5]]
+
+
+async def test_one_callback_of_the_loop_wakes_all_whose_rows_were_written_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise the loop and the thread would take turns for each row."""
+    loop = asyncio.get_running_loop()
+    are_waiting, are_written = threading.Event(), threading.Event()
+
+    def write(rows: list[int]) -> list[int]:
+        assert are_waiting.wait(10.0)
+        return rows
+
+    group = Group(write, gather=0.0)
+    futures = [group.submit(number) for number in range(20)]
+    waiting = [asyncio.create_task(threads.finished(future)) for future in futures]
+    await asyncio.sleep(0)
+    futures[-1].add_done_callback(lambda _: are_written.set())
+
+    calls: list[Callable[..., Any]] = []
+    call_soon = loop.call_soon_threadsafe
+
+    def record(callback: Callable[..., Any]) -> None:
+        calls.append(callback)
+        call_soon(callback)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", record)
+    are_waiting.set()
+    assert are_written.wait(10.0)  # the loop stands still meanwhile
+    assert len(calls) == 1
+    assert await asyncio.gather(*waiting) == [*range(20)]
+
+
+def test_only_dbos_may_flush_later(store: Store) -> None:
+    """A power cut must lose nothing that says what was sent: that we write, and flush at once."""
+    assert synchronous(store.engine) == FULL
+    assert synchronous(store.engine_of_dbos) == NORMAL
+
+
+def test_nobody_flushes_later_without_a_write_ahead_log(tmp_path: Path) -> None:
+    """In another journal mode, a power cut might damage the file."""
+    with closing(Store(check_url(f"sqlite:///{tmp_path / 'old.sqlite'}"))) as store:
+        assert synchronous(store.engine_of_dbos) == FULL
 
 
 async def test_an_error_of_a_write_is_raised_for_each_of_its_rows() -> None:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -18,6 +19,7 @@ import pytest
 import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError
+from promptlayer_exec._database import threads
 from promptlayer_exec._database.location import check_url
 from promptlayer_exec._values.start_records import fingerprint
 from promptlayer_exec.starts import SQLStartStore, StartClaim
@@ -469,3 +471,17 @@ async def test_the_callback_of_another_attempt_is_logged(
     assert await store.record("order", "second", 8)
     assert not await store.resolve("first", 7)
     assert "execution 7 also started for the key 'order'" in caplog.text
+
+
+async def test_nothing_waits_long_for_others(
+    store: SQLStartStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request of a web app must not take longer so that its row can join others."""
+    waits: list[float] = []
+    clock = SimpleNamespace(sleep=waits.append, perf_counter=time.perf_counter)
+    monkeypatch.setattr(threads, "time", clock)
+    await store.claim(CLAIM)
+    await store.record("order", "first", 787)
+    await store.find("order")
+    assert len(waits) >= 3
+    assert max(waits) <= 0.005
