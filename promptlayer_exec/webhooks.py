@@ -187,7 +187,8 @@ class Callbacks:
     """
 
     url: str = attrs.field(repr=lambda url: repr(CREDENTIALS.sub("", url)))
-    _secret: str = attrs.field(kw_only=True, repr=False)
+    # Type checkers that do not know attrs learn the name of the argument from `alias`.
+    _secret: str = attrs.field(alias="secret", kw_only=True, repr=False)
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "url", _callbacks_url(self.url))

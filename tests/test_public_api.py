@@ -120,6 +120,27 @@ def test_every_public_name_is_annotated_and_documented(module: str) -> None:
     assert [flaw for name, it in public(module) for flaw in flaws(name, it)] == []
 
 
+def implied_aliases(it: Any) -> list[str]:
+    """Return the fields of an attrs class whose argument has another name that it does not write.
+
+    attrs drops the underscore of `_secret`, which type checkers do not all know.
+    """
+    if not (inspect.isclass(it) and attrs.has(it)):
+        return []
+    source = inspect.getsource(it)
+    return [
+        field.name
+        for field in attrs.fields(it)
+        if field.init and field.name != field.alias and f'alias="{field.alias}"' not in source
+    ]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_type_checker_knows_the_names_of_arguments(module: str) -> None:
+    """The argument of an attrs class has the name of the attribute, or the `alias` that it names."""
+    assert [(name, field) for name, it in public(module) for field in implied_aliases(it)] == []
+
+
 def test_a_planted_flaw_is_found() -> None:
     """The check above can fail."""
 
