@@ -517,6 +517,8 @@ async def test_the_code_on_outputs_works(
             with pytest.raises(ValueError, match="topik") as caught:
                 await checking.run("write-report", {"topik": "otters"})
         assert blocks("docs/outputs.md", "text") == [f"InvalidInputs: {caught.value}\n"]
+        article = Scenario([SimNode("add links", "see", is_output_node=True)])
+        assert await page["article"](session, sim.add_execution(article)) == "see"
         assert await page["result_so_far"](session, held) == "50% done"
         sim.finish(held, "Answer", value="42")
         assert await page["result_so_far"](session, held) == {"Answer": "42"}

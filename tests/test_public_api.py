@@ -137,7 +137,7 @@ def implied_aliases(it: Any) -> list[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_type_checker_knows_the_names_of_arguments(module: str) -> None:
-    """The argument of an attrs class has the name of the attribute, or the `alias` that it names."""
+    """The argument of an attrs class has the name of the attribute, or an explicit `alias`."""
     assert [(name, field) for name, it in public(module) for field in implied_aliases(it)] == []
 
 

@@ -11,7 +11,7 @@ from promptlayer_exec import _structuring
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._values.errors import ExecutionFailed, PromptLayerExecError
 from promptlayer_exec._values.events import logger
-from promptlayer_exec._values.models import contradicts_completion, same_json
+from promptlayer_exec._values.models import contradicts_completion, named_outputs, same_json
 from promptlayer_exec._values.policies import Deadline, check_timeout
 from promptlayer_exec._values.text import printable, shown_key
 
@@ -157,6 +157,47 @@ class Execution:
         if into is not None:
             _structuring.check_type(into, self._require_session()._settings.converter)
         return await self._output(deadline, into)
+
+    @overload
+    async def outputs(
+        self, *, timeout: float | EllipsisType | None = ..., into: None = None
+    ) -> dict[str, Any]: ...
+
+    @overload
+    async def outputs(
+        self, *, timeout: float | EllipsisType | None = ..., into: TypeForm[T]
+    ) -> T: ...
+
+    async def outputs(self, *, timeout: float | EllipsisType | None = ..., into: Any = None) -> Any:
+        """Wait until the execution is complete, and return its outputs by the names of their nodes.
+
+        With a class, you get the nodes that its fields name, even if they are not output nodes::
+
+            Nodes = TypedDict("Nodes", {"add links": str, "metadata agent": Metadata})
+
+            nodes = await execution.outputs(into=Nodes)
+            nodes["metadata agent"].title
+
+        Args:
+            timeout: as for `stream`.
+            into: a type for the values of all output nodes that succeeded, such as
+                `dict[str, Report]`, or a TypedDict, attrs class, dataclass or pydantic model whose
+                fields have the names of nodes. Each value follows the rules of `output`. A node
+                that did not succeed is missing, so give its field a default, or mark it
+                `NotRequired`, if that may happen. None returns the values of the output nodes
+                unchanged.
+
+        Raises:
+            ExecutionFailed: the execution has no output.
+            InvalidOutput: the outputs do not match `into`.
+            TypeError: `into` is not a type that values can be structured into.
+            PromptLayerExecError: as for `stream`.
+        """
+        deadline = self._deadline(timeout)
+        converter = self._require_session()._settings.converter
+        if into is not None:
+            _structuring.check_type(into, converter)
+        return named_outputs(await self._completed(deadline), into, converter)
 
     async def _output(self, deadline: Deadline, into: Any) -> Any:
         """Do what `output` does, with checked arguments."""

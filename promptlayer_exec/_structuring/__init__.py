@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     import cattrs
 
     from promptlayer_exec._structuring.inputs import encode_inputs
-    from promptlayer_exec._structuring.outputs import check_type, structure_output
+    from promptlayer_exec._structuring.outputs import (
+        check_type,
+        structure_output,
+        structure_outputs,
+    )
 else:
 
     def __getattr__(name: str) -> Any:
@@ -23,7 +27,13 @@ else:
         return getattr(import_module(f"{__name__}.{module}"), name)
 
 
-__all__ = ["check_type", "encode_inputs", "strict_converter", "structure_output"]
+__all__ = [
+    "check_type",
+    "encode_inputs",
+    "strict_converter",
+    "structure_output",
+    "structure_outputs",
+]
 
 
 def strict_converter() -> cattrs.Converter:

@@ -46,6 +46,15 @@ def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[s
     return path, _reason(error), error
 
 
+def failed_keys(error: Exception, converter: cattrs.Converter) -> list[Any]:
+    """Return the keys of the items of an object that do not match, without those inside them."""
+    if isinstance(error, cattrs.BaseValidationError):
+        return [_key(error, it, converter) for it in error.exceptions]
+    with suppress(Exception):  # not a pydantic error
+        return [detail["loc"][0] for detail in error.errors()]  # type: ignore[attr-defined]
+    return []
+
+
 def _key(group: cattrs.BaseValidationError, error: Exception, converter: cattrs.Converter) -> Any:
     """Return the JSON key of a group's first error, or None if it concerns the whole value."""
     for note in reversed(getattr(error, "__notes__", ())):

@@ -1,15 +1,18 @@
-"""Structures a decoded JSON value into a type, with the strict converter or the user's."""
+"""Structures decoded JSON values into types, with the strict converter or the user's."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin, is_typeddict
 
+import attrs
 import cattrs
 
-from promptlayer_exec._structuring.mismatch import locate
+from promptlayer_exec._structuring.mismatch import failed_keys, locate
 from promptlayer_exec._structuring.rules import STRICT, Hook, UnionHook
 from promptlayer_exec._values.errors import InvalidOutput
 
@@ -20,6 +23,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
+# A whole text that is one fenced block of Markdown. The last group is its content.
+_FENCED = re.compile(
+    r"((`|~)\2{2,})[ \t]*(?:json)?[ \t]*\r?\n(.*)\n[ \t]*\1\2*", re.IGNORECASE | re.DOTALL
+)
+
 
 def structure_output(
     value: Any, into: TypeForm[T], converter: cattrs.Converter | None, snapshot: Snapshot
@@ -27,29 +36,52 @@ def structure_output(
     """Structure the main output of an execution into a type, by the rules in `docs/outputs.md`."""
     converter = converter or STRICT
     hook = _find_hook(into, converter)
-    for candidate in _with_json_in(value):
+    for candidate in (value, *_json_in(value)):
         try:
             return hook(candidate, into)  # type: ignore[no-any-return]
         except Exception as error:  # noqa: BLE001 - a hook or class of the user may raise anything
             if candidate is value or isinstance(candidate, (dict, list)):
                 cause, failed = error, candidate
 
-    path, reason, leaf = locate(cause, failed, converter)
-    if isinstance(leaf, cattrs.StructureHandlerNotFoundError):
-        # check_type cannot see types that only this value leads to.
-        place = f"execution {snapshot.execution_id} at {path}"
-        raise TypeError(f"cannot structure the output of {place}: {reason}") from cause
-    if isinstance(leaf, RecursionError):
-        path, reason, cause = "$", "is nested too deeply", leaf
+    raise _misfit(value, failed, locate(cause, failed, converter), cause, snapshot)
 
-    raise InvalidOutput(
-        f"the output does not match into= at {path}: {reason}",
-        path=path,
-        value=value,
-        reason=reason,
-        execution_id=snapshot.execution_id,
-        last_snapshot=snapshot,
-    ) from cause
+
+def structure_outputs(
+    snapshot: Snapshot, into: TypeForm[T], converter: cattrs.Converter | None
+) -> T:
+    """Structure the outputs of an execution by node, each by the rules of a main output."""
+    converter = converter or STRICT
+    if not converter.detailed_validation:  # only detailed errors name the node
+        converter = converter.copy(detailed_validation=True)
+    hook = _find_hook(into, converter)
+
+    outputs = {node.name: node.value for node in snapshot.output_nodes if node.succeeded}
+    names = _field_names(into, hook)
+    if names is not None:
+        succeeded = (node for node in snapshot.nodes.values() if node.succeeded)
+        outputs = {node.name: node.value for node in succeeded if node.name in names}
+
+    given, parsed = dict(outputs), set[str]()
+    while True:
+        try:
+            return hook(given, into)  # type: ignore[no-any-return]
+        except Exception as error:  # noqa: BLE001 - as above
+            cause = error
+
+        misfits = [name for name in failed_keys(cause, converter) if name in given]
+        changed: dict[str, Any] = {}
+        for name in misfits:
+            if name not in parsed:
+                changed.update((name, content) for content in _json_in(given[name]))
+            elif not isinstance(given[name], (dict, list)) and given[name] is not outputs[name]:
+                changed[name] = outputs[name]  # the error is about the text as it came
+        if not changed:
+            break
+        given |= changed
+        parsed.update(misfits)
+
+    failed = given[misfits[0]] if misfits else given
+    raise _misfit(outputs, failed, locate(cause, given, converter), cause, snapshot)
 
 
 def check_type(into: Any, converter: cattrs.Converter | None = None) -> None:
@@ -57,12 +89,74 @@ def check_type(into: Any, converter: cattrs.Converter | None = None) -> None:
     _find_hook(into, converter or STRICT)
 
 
-def _with_json_in(value: Any) -> Iterator[Any]:
-    """Yield the value and then, if it is a string of JSON, its content."""
-    yield value
-    if type(value) is str:
-        with suppress(ValueError, RecursionError):
-            yield json.loads(value)
+def _json_in(value: Any) -> Iterator[Any]:
+    """Yield the content of a string of JSON, which may stand in one fenced block of Markdown."""
+    if type(value) is not str:
+        return
+    fenced = _FENCED.fullmatch(value.strip())
+    with suppress(ValueError, RecursionError):
+        yield json.loads(fenced[3] if fenced else value)
+
+
+def _misfit(
+    value: Any,
+    failed: Any,
+    location: tuple[str, str, Exception],
+    cause: Exception,
+    snapshot: Snapshot,
+) -> Exception:
+    """Return the error for an output or outputs of which one, `failed`, does not fit."""
+    path, reason, leaf = location
+    error: Exception
+
+    if isinstance(leaf, cattrs.StructureHandlerNotFoundError):
+        # check_type cannot see types that only this value leads to.
+        place = f"execution {snapshot.execution_id} at {path}"
+        error = TypeError(f"cannot structure the output of {place}: {reason}")
+    else:
+        if isinstance(leaf, RecursionError):
+            path, reason, cause = "$", "is nested too deeply", leaf
+        elif isinstance(failed, str) and _FENCE.search(failed):
+            reason += ". The text has a fenced block among other text, or one that is not JSON"
+        error = InvalidOutput(
+            f"the output does not match into= at {path}: {reason}",
+            path=path,
+            value=value,
+            reason=reason,
+            execution_id=snapshot.execution_id,
+            last_snapshot=snapshot,
+        )
+
+    error.__cause__ = cause
+    return error
+
+
+def _field_names(into: Any, hook: Hook) -> set[str] | None:
+    """Return the keys that a class with fields reads from an object, or None for another type."""
+    kind = get_origin(into) or into
+    if is_typeddict(kind):
+        names = kind.__required_keys__ | kind.__optional_keys__
+    elif isinstance(kind, type) and attrs.has(kind):
+        names = {field.name for field in attrs.fields(kind)}
+    elif dataclasses.is_dataclass(kind):
+        names = {field.name for field in dataclasses.fields(kind)}
+    elif hasattr(kind, "model_fields"):
+        return _model_keys(kind)
+    else:
+        return None
+
+    overrides = getattr(hook, "overrides", {})
+    renamed = {name: override.rename for name, override in overrides.items() if override.rename}
+    return {renamed.get(name, name) for name in names}
+
+
+def _model_keys(model: Any) -> set[str]:
+    """Return the names and aliases of a pydantic model's fields."""
+    keys = set(model.model_fields)
+    for field in model.model_fields.values():
+        alias = field.validation_alias
+        keys.update(it for it in getattr(alias, "choices", [alias]) if isinstance(it, str))
+    return keys
 
 
 def _find_hook(into: Any, converter: cattrs.Converter) -> Hook:

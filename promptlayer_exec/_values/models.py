@@ -18,6 +18,7 @@ from promptlayer_exec._values.statuses import NodeStatus as NodeStatus  # noqa: 
 from promptlayer_exec._values.text import counts_repr, short_repr
 
 if TYPE_CHECKING:
+    from cattrs import Converter
     from typing_extensions import TypeForm
 
 T = TypeVar("T")
@@ -263,10 +264,7 @@ class Snapshot:
             ValueError: the execution is still running, or the nodes leave the output open, because
                 several output nodes succeeded or none is marked.
         """
-        if not self.complete:
-            raise ValueError(
-                f"execution {self.execution_id} is still running, so it has no output yet"
-            )
+        _check_is_complete(self)
         self.raise_for_failure()
 
         succeeded = [node for node in self.output_nodes if node.succeeded]
@@ -283,6 +281,26 @@ class Snapshot:
         if into is None:
             return value
         return _structuring.structure_output(value, into, None, self)
+
+    @overload
+    def outputs(self, *, into: None = None) -> dict[str, Any]: ...
+
+    @overload
+    def outputs(self, *, into: TypeForm[T]) -> T: ...
+
+    def outputs(self, *, into: Any = None) -> Any:
+        """Return the outputs of a complete execution by the names of their nodes, without I/O.
+
+        Args:
+            into: as for `Execution.outputs`, but always with the default converter.
+
+        Raises:
+            ExecutionFailed: the execution has no output.
+            InvalidOutput: the outputs do not match `into`.
+            TypeError: `into` is not a type that values can be structured into.
+            ValueError: the execution is still running.
+        """
+        return named_outputs(self, into)
 
     def _repr_html_(self) -> str:
         """Return a table of the nodes, for notebooks."""
@@ -307,6 +325,22 @@ class Snapshot:
 
         raise ExecutionFailed(
             f"{what}: {states}", failed=failed, execution_id=self.execution_id, last_snapshot=self
+        )
+
+
+def named_outputs(snapshot: Snapshot, into: Any, converter: Converter | None = None) -> Any:
+    """Do what `Snapshot.outputs` does, with the session's converter."""
+    _check_is_complete(snapshot)
+    snapshot.raise_for_failure()
+    if into is None:
+        return {node.name: node.value for node in snapshot.output_nodes if node.succeeded}
+    return _structuring.structure_outputs(snapshot, into, converter)
+
+
+def _check_is_complete(snapshot: Snapshot) -> None:
+    if not snapshot.complete:
+        raise ValueError(
+            f"execution {snapshot.execution_id} is still running, so it has no output yet"
         )
 
 

@@ -12,6 +12,7 @@ import enum
 import math
 import subprocess
 import sys
+import time
 import typing
 from collections.abc import Mapping, MutableMapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -386,6 +387,63 @@ def test_the_error_is_about_an_object_in_the_string(text: str, path: str, reason
     """If both attempts fail and the string has an object or array, the error is about that."""
     error = error_of(text, Report)
     assert (error.path, error.reason) == (path, reason)
+
+
+REPORT = '{"title": "t"}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"```json\n{REPORT}\n```",
+        f"```\n{REPORT}\n```",
+        f"~~~ JSON \r\n{REPORT}\r\n  ~~~~\n",
+        f" \n````json\n\n{REPORT}\n\n````\n\n",
+    ],
+)
+def test_a_text_that_is_one_fenced_block_is_what_it_holds(text: str) -> None:
+    """Models write JSON as a block of Markdown. If the text itself fits, it stays."""
+    assert structure(text, Report) == Report("t")
+    assert structure(text, Report | str) == text
+    assert structure("```json\n0.5\n```", float) == 0.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Here it is:\n```json\n{REPORT}\n```",
+        f"```json\n{REPORT}\n```\nDone.",
+        f"```json\n{REPORT}\n```\n```json\n{REPORT}\n```",
+        f"```json\n{REPORT}",
+        f"```json\n{REPORT}```",
+        f"````json\n{REPORT}\n```",
+        f"```json\n{REPORT}\n~~~",
+        f"```python\n{REPORT}\n```",
+        f"```json {REPORT}\n```",
+        "```json\n{title}\n```",
+        "```\n```",
+    ],
+)
+def test_no_json_is_searched_in_a_text(text: str) -> None:
+    """The reason points at the block, which a person would take for the output."""
+    error = error_of(text, Report)
+    assert error.path == "$"
+    assert error.reason.startswith("expected an object, got a string. The text has a fenced block")
+    assert error.value == text
+
+
+def test_a_mismatch_within_a_fenced_block_has_its_path() -> None:
+    """The reason is about the object, and says nothing of the block."""
+    error = error_of('```json\n{"title": 1}\n```', Report)
+    assert (error.path, error.reason) == ("$.title", "expected a string, got an integer")
+
+
+@pytest.mark.parametrize("text", ["```json\n" * 100_000, "```\n" + " \n" * 300_000, "`" * 300_000])
+def test_reading_a_fenced_block_takes_linear_time(text: str) -> None:
+    """A long text of fences does not stop the event loop."""
+    began = time.process_time()
+    error_of(text, Report)
+    assert time.process_time() - began < 2.0
 
 
 def test_a_nested_string_is_not_parsed() -> None:
