@@ -9,13 +9,14 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import attrs
 
 from promptlayer_exec import Execution
 from promptlayer_exec._integration import printable
-from promptlayer_exec.cli._exit import PROGRAM, listening
+from promptlayer_exec.cli._exit import PROGRAM, Misuse, listening
 from promptlayer_exec.cli._options import demo_session
 from promptlayer_exec.cli._printing import out
 from promptlayer_exec.simulator import Scenario, SimRequest, Simulator, examples
@@ -92,7 +93,7 @@ async def start_runs(board: Board) -> None:
         await board.start(workflow, examples.WORKFLOWS[workflow].inputs)
 
 
-async def serve(host: str, port: int, webhook_url: str | None) -> None:
+async def serve(host: str, port: int, webhook_url: str | None, recording: Path | None) -> None:
     """Serve the simulator of `simulate`, and print each request."""
     requests: asyncio.Queue[SimRequest] = asyncio.Queue()
     simulator = Simulator(
@@ -105,19 +106,36 @@ async def serve(host: str, port: int, webhook_url: str | None) -> None:
     for execution_id, example in examples.EXECUTIONS.items():
         simulator.add_execution(example.scenario, execution_id=execution_id)
     examples.add_workflows(simulator)
+    recorded = []
+    if recording is not None:
+        recorded = _replay(simulator, recording)
 
     async with AsyncExitStack() as stack:
         with listening(host, port):
             await stack.enter_async_context(simulator)
-        out(_introduction(simulator))
+        out(_introduction(simulator, recorded))
         with suppress(asyncio.CancelledError):
             await _print_requests(simulator, requests)
 
 
-def _introduction(simulator: Simulator) -> str:
+def _replay(simulator: Simulator, recording: Path) -> list[int]:
+    """Replay a recording, and return the ids of its executions."""
+    try:
+        return simulator.replay(recording)
+    except OSError as error:
+        raise Misuse(f"could not read {printable(str(recording))}: {error.strerror}") from error
+    except ValueError as error:
+        raise Misuse(printable(str(error))) from error
+
+
+def _introduction(simulator: Simulator, recorded: list[int]) -> str:
     commands = "\n".join(
-        f"  {PROGRAM} watch {execution_id}   # {example.description}"
-        for execution_id, example in examples.EXECUTIONS.items()
+        [f"  {PROGRAM} watch {execution_id}   # as recorded" for execution_id in recorded]
+        + [
+            f"  {PROGRAM} watch {execution_id}   # {example.description}"
+            for execution_id, example in examples.EXECUTIONS.items()
+            if execution_id not in recorded
+        ]
     )
     workflows = "\n".join(
         f"  {name} ({', '.join(example.inputs)})" for name, example in examples.WORKFLOWS.items()

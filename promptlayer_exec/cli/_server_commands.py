@@ -156,6 +156,14 @@ async def simulate(
         str | None,
         typer.Option(metavar="URL", help="Where to post a signed webhook when a run finishes."),
     ] = None,
+    recording: Annotated[
+        Path | None,
+        typer.Option(
+            "--replay",
+            metavar="FILE",
+            help="Respond as in a recording of `doctor --record`, or in another HAR file.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a simulated PromptLayer for trying things out.
 
@@ -164,7 +172,7 @@ async def simulate(
     """
     from promptlayer_exec.cli._demo import serve  # noqa: PLC0415 - slow to import
 
-    await serve(host, port, webhook_url)
+    await serve(host, port, webhook_url, recording)
 
 
 def mcp(

@@ -34,8 +34,8 @@ class Fault:
 
     All of them take `times`, the number of requests that it affects (None: all until
     `Simulator.clear_faults`), and `execution_id`, which limits it to requests for the results of
-    that execution. `Simulator.inject` can limit it to a path. `repeat_post` and `delay_post` affect
-    the webhooks and callbacks that the simulator posts.
+    that execution. `Simulator.inject` can limit it to a path. `repeat_post`, `delay_post` and
+    `drop_post` affect the webhooks and callbacks that the simulator posts.
     """
 
     effect: Effect
@@ -134,12 +134,43 @@ class Fault:
 
     @staticmethod
     def delay(seconds: float, times: int | None = 1, *, execution_id: int | None = None) -> Fault:
-        """Respond normally, but only after `seconds`."""
+        """Wait for `seconds`, then perform the operation and respond normally.
+
+        A start request starts its run only then, and not at all if its client is gone by that time.
+        """
 
         async def delay(_request: web.BaseRequest, _answer: Answer) -> None:
             await asyncio.sleep(seconds)
 
         return Fault(delay, times, execution_id)
+
+    @staticmethod
+    def delay_response(
+        seconds: float, times: int | None = 1, *, execution_id: int | None = None
+    ) -> Fault:
+        """Perform the operation, then wait for `seconds` before the response."""
+
+        async def delay_response(_request: web.BaseRequest, answer: Answer) -> web.StreamResponse:
+            response = answer()
+            await asyncio.sleep(seconds)
+            return response
+
+        return Fault(delay_response, times, execution_id)
+
+    @staticmethod
+    def early_completion(times: int | None = 1, *, execution_id: int | None = None) -> Fault:
+        """Report an execution as complete (200) although some of its nodes are not final.
+
+        It affects only requests for results.
+        """
+
+        async def complete(_request: web.BaseRequest, answer: Answer) -> web.StreamResponse:
+            response = answer()
+            if response.status == 202:
+                response.set_status(200)
+            return response
+
+        return Fault(complete, times, execution_id, path="/workflow-version-execution-results")
 
     @staticmethod
     def oversize(size: int, times: int | None = 1, *, execution_id: int | None = None) -> Fault:
@@ -190,6 +221,19 @@ class Fault:
             execution_id: only posts about this execution.
         """
         return _post_fault(kind, (seconds,), times, execution_id)
+
+    @staticmethod
+    def drop_post(
+        kind: PostKind, times: int | None = 1, *, execution_id: int | None = None
+    ) -> Fault:
+        """Do not post a webhook or callback.
+
+        Args:
+            kind: `"webhook"` or `"callback"`.
+            times: the number of posts that it affects. None: all until `Simulator.clear_faults`.
+            execution_id: only posts about this execution.
+        """
+        return _post_fault(kind, (), times, execution_id)
 
     def concerns(self, request: web.BaseRequest) -> bool:
         """Return True if it may affect this request."""

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 from urllib.parse import unquote
 
 import attrs
@@ -18,6 +19,9 @@ from promptlayer_exec.simulator._faults import FaultQueue
 from promptlayer_exec.simulator._log import Log, SimRequest
 from promptlayer_exec.simulator._notifications import Notifications
 from promptlayer_exec.simulator._push_server import PushServer
+from promptlayer_exec.simulator._replay import Replay
+
+Operation: TypeAlias = Callable[..., web.Response]
 
 
 @attrs.define
@@ -44,7 +48,7 @@ class TokenBucket:
 class Operations:
     """Responds to every request that reaches the server.
 
-    The order is: log, faults, route, key, rate limit, operation.
+    The order is: log, faults, route, key, rate limit, recorded response, operation.
     """
 
     _api_key: str
@@ -55,6 +59,7 @@ class Operations:
     _notifications: Notifications
     faults: FaultQueue
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
+    replay: Replay = attrs.field(factory=Replay, init=False)
     _created_at: float = attrs.field(
         init=False, default=attrs.Factory(lambda self: self._clock(), takes_self=True)
     )
@@ -90,12 +95,18 @@ class Operations:
                 seconds = f"{math.ceil(wait * 1000) / 1000:.12g}"
                 return wire.error_response(429, "Too Many Requests", **{"Retry-After": seconds})
 
-            try:
-                return operation(self, request, *map(unquote, match.groups()))
-            except wire.RequestValidationError as error:
-                return wire.json_response(422, wire.encode({"detail": error.detail}))
+            response = self.replay.take(method, request.path, request.query)
+            if response is None:
+                response = self._perform(operation, request, *map(unquote, match.groups()))
+            return response
 
         return wire.error_response(404, "Not Found")
+
+    def _perform(self, operation: Operation, request: SimRequest, *names: str) -> web.Response:
+        try:
+            return operation(self, request, *names)
+        except wire.RequestValidationError as error:
+            return wire.json_response(422, wire.encode({"detail": error.detail}))
 
     def _results(self, request: SimRequest) -> web.Response:
         execution_id, all_outputs = wire.parse_results_query(request.query)
@@ -104,8 +115,7 @@ class Operations:
         except LookupError:
             return wire.error_response(404, "Workflow version execution not found")
 
-        body = results.json(all_outputs=all_outputs)
-        return wire.json_response(200 if results.complete else 202, body)
+        return wire.json_response(*results.response(all_outputs=all_outputs))
 
     def _workflow(self, request: SimRequest, id_or_name: str) -> web.Response:
         workflow = self._backend.find_workflow(id_or_name)
@@ -169,7 +179,7 @@ class Operations:
         return wire.json_response(201, wire.encode(answer))
 
 
-_ROUTES: tuple[tuple[re.Pattern[str], str, Callable[..., web.Response]], ...] = (
+_ROUTES: tuple[tuple[re.Pattern[str], str, Operation], ...] = (
     (re.compile("/workflow-version-execution-results"), "GET", Operations._results),
     (re.compile("/workflows"), "GET", Operations._workflows),
     (re.compile("/workflows/([^/]+)"), "GET", Operations._workflow),

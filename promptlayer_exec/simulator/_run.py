@@ -38,10 +38,14 @@ class NodeState:
 
 @attrs.frozen
 class Results:
-    """The states of an execution's nodes at the time `at`, in the scenario's order."""
+    """The states of an execution's nodes at the time `at`, in the scenario's order.
+
+    `no_output_status` is that of the scenario.
+    """
 
     states: Mapping[str, NodeState]
     at: float
+    no_output_status: int | None = None
 
     @property
     def complete(self) -> bool:
@@ -53,8 +57,20 @@ class Results:
         ends = [state.ends - self.at for state in self.states.values() if state.ends is not None]
         return min(ends, default=None)
 
+    def response(self, *, all_outputs: bool) -> tuple[int, str]:
+        """Return the status and the body of the results operation."""
+        if not self.complete:
+            return 202, self.node_map()
+
+        status = self.no_output_status
+        if status in (400, 500) and not self._marked():
+            message = encode("No output node found for this workflow")
+            nodes = self.node_map()
+            return status, f'{{"success":false,"message":{message},"output":{nodes}}}'
+        return 200, self.json(all_outputs=all_outputs)
+
     def json(self, *, all_outputs: bool) -> str:
-        """Return the body of the results operation."""
+        """Return what the messages about a complete run contain."""
         if self.complete and not all_outputs:
             main = self.main_output()
             if main is not None:
@@ -84,9 +100,11 @@ class Results:
         """Return the main output as JSON text, or None if there is none.
 
         It is the value of the output node that succeeded first. If no node is marked as output, it
-        is the value of the node that succeeded last.
+        is the value of the node that succeeded last, unless the scenario has a `no_output_status`.
         """
-        marked = [state for state in self.states.values() if state.node.is_output_node]
+        marked = self._marked()
+        if not marked and self.no_output_status is not None:
+            return None
         candidates = [state for state in marked or self.states.values() if state.status == SUCCESS]
         if not candidates:
             return None
@@ -95,6 +113,9 @@ class Results:
         if marked:
             return min(candidates, key=time).value_json
         return max(reversed(candidates), key=time).value_json
+
+    def _marked(self) -> list[NodeState]:
+        return [state for state in self.states.values() if state.node.is_output_node]
 
 
 @attrs.define
@@ -117,7 +138,8 @@ class SimulatedRun:
                     self._final[node.name] = state
                 states[node.name] = state
 
-        return Results({node.name: states[node.name] for node in self.scenario.nodes}, now)
+        ordered = {node.name: states[node.name] for node in self.scenario.nodes}
+        return Results(ordered, now, self.scenario.no_output_status)
 
     def finish(self, name: str, now: float, **ending: Any) -> None:
         """Finish a held node at `now` or when it starts. `ending` replaces fields of its node."""

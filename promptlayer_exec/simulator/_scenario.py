@@ -43,7 +43,8 @@ class SimNode:
             becomes SKIPPED if one of them failed or all of them are SKIPPED.
         status: its last status. Any other than `SUCCESS`, `FAILED`, `FAILURE` and `SKIPPED` is not
             final: the execution never finishes, nor does any node that depends on this one.
-        error_message: its error message if it fails.
+        error_message: its error message if it fails. PromptLayer documents a string, and may send
+            any JSON value.
         raw_error_message: its raw error if it fails, any JSON value.
         is_output_node: whether it is an output node. None becomes null.
         when: a predicate over `Values`, called once when the node could start. If it returns false,
@@ -60,7 +61,7 @@ class SimNode:
     duration: float | None = attrs.field(default=0.0, validator=_check_duration)
     after: tuple[str, ...] = attrs.field(default=(), converter=_names)
     status: str = "SUCCESS"
-    error_message: str | None = None
+    error_message: Any = None
     raw_error_message: Any = None
     is_output_node: bool | None = False
     when: Callable[[Values], object] | None = None
@@ -83,13 +84,21 @@ class Scenario:
 
     Args:
         nodes: the nodes. There may be none.
+        no_output_status: how the server reports a complete execution if no node is marked as
+            output. 200: the main output is the map of all nodes, as PromptLayer documents. 400 or
+            500: every request for results gets an error with all nodes in its body, which
+            PromptLayer has described as well. None: the node that succeeded last provides the main
+            output.
 
     Raises:
-        ValueError: two nodes share a name, a node comes after an unknown one, or nodes depend on
-            each other in a cycle.
+        ValueError: two nodes share a name, a node comes after an unknown one, nodes depend on each
+            other in a cycle, or `no_output_status` is another number.
     """
 
     nodes: tuple[SimNode, ...] = attrs.field(converter=tuple[SimNode, ...])
+    no_output_status: int | None = attrs.field(
+        default=None, validator=attrs.validators.in_((None, 200, 400, 500)), kw_only=True
+    )
     order: tuple[SimNode, ...] = attrs.field(init=False, repr=False, eq=False)
     upstream: dict[str, tuple[str, ...]] = attrs.field(init=False, repr=False, eq=False)
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any, Self
 
 import attrs
@@ -240,7 +241,7 @@ class Simulator:
         *,
         value: Any = ...,
         status: str = "SUCCESS",
-        error_message: str | None = None,
+        error_message: Any = None,
         raw_error_message: Any = None,
     ) -> None:
         """Finish a node that stays RUNNING (`duration=None`), or a QUEUED one when it starts.
@@ -287,7 +288,28 @@ class Simulator:
             path: the last part of the path of a matching request, such as `/run` for start
                 requests. A client may request the definition of the workflow first.
         """
-        self._faults.add(attrs.evolve(fault, path=path))
+        self._faults.add(attrs.evolve(fault, path=path or fault.path))
+
+    def replay(self, path: str | Path) -> list[int]:
+        """Respond to requests as in a recording, such as one of `promptlayer-exec doctor --record`.
+
+        The responses to the same operation come in the recorded order, and the last one is
+        repeated. A request for results gets the responses for the same execution. The name of the
+        workflow makes no difference. A recorded start request starts no run, so nothing is pushed
+        or posted. Requests without a recorded response get the usual one, and so do those without
+        the API key.
+
+        Args:
+            path: an HTTP Archive (HAR 1.2). Browsers and proxies also write them.
+
+        Returns:
+            The ids of the recorded executions.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not an HTTP Archive.
+        """
+        return self._operations.replay.load(path)
 
     def clear_faults(self) -> None:
         """Remove all faults that have not affected a request or post yet."""

@@ -260,9 +260,13 @@ def test_workers_that_are_killed_between_start_and_result(workers: Workers) -> N
     assert workers.runs("7") == [execution_id]
 
 
-def test_workers_that_are_killed_before_the_response(workers: Workers, sim: Simulator) -> None:
-    """Nobody starts it again; the callback of the run then says which it was."""
-    sim.inject(Fault.delay(3.0), path="/run")
+@pytest.mark.parametrize("is_lost", [False, True], ids=["callback", "lost callback"])
+def test_workers_that_are_killed_before_the_response(
+    workers: Workers, sim: Simulator, *, is_lost: bool
+) -> None:
+    """Nobody starts it again, and its callback identifies the run, unless that is lost."""
+    sim.inject(Fault.delay_response(3.0), path="/run")
+    sim.inject(Fault.drop_post("callback") if is_lost else Fault.delay_post("callback", 5.0))
     with ThreadPoolExecutor() as threads:
         placing = threads.submit(workers.place_many, ["7"] * 2)
         wait_until(lambda: getattr(workers.row("7"), "state", None) == "sending")
@@ -270,11 +274,14 @@ def test_workers_that_are_killed_before_the_response(workers: Workers, sim: Simu
         workers.kill()
         placing.result()
     workers.start()
-    body = workers.retry("7", lambda status: status in {200, 409})
-    if "unknown" in body:  # the server had seen that its client was gone
-        assert workers.runs("7") == []
+
+    wanted = 409 if is_lost else 200
+    body = workers.retry("7", lambda status: status == wanted)
+    (execution_id,) = workers.runs("7")
+    if is_lost:
+        assert body == {"unknown": "7"}
     else:
-        assert [body["id"]] == workers.runs("7")
+        assert body["id"] == execution_id
     assert [request.method for request in sim.requests].count("POST") == 1
 
 

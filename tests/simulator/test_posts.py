@@ -131,6 +131,19 @@ async def test_a_webhook_can_be_late(sim: Simulator, session: Session, receiver:
     assert time.monotonic() - began >= 0.05
 
 
+async def test_a_callback_can_be_lost(
+    sim: Simulator, session: Session, receiver: Simulator
+) -> None:
+    """It is not posted, nor logged; the webhook of the same run and later callbacks are."""
+    sim.webhook_url = receiver.base_url
+    sim.inject(Fault.drop_post("callback"))
+    for _ in range(2):
+        await complete_run(sim, session, callback_url=receiver.base_url)
+    await sim.wait_for_posts(3)
+    posts = sorted((post.kind, post.execution_id) for post in sim.posts)
+    assert posts == [("callback", 1002), ("webhook", 1001), ("webhook", 1002)]
+
+
 def test_unusable_faults_are_named() -> None:
     """The kind and the number of webhooks are checked."""
     with pytest.raises(ValueError, match='kind must be "webhook" or "callback", got \'push\''):

@@ -208,6 +208,19 @@ def test_without_marks_the_last_success_is_the_main_output() -> None:
     assert output(run(SimNode("a", 1), SimNode("b", 2)), 0.0) == 2
 
 
+def test_any_json_is_an_error_message() -> None:
+    """A diagnostic of another kind than text is written as it is."""
+    diagnostic = {"raw": ["no", 5]}
+    execution = run(SimNode("a", status="FAILED", error_message=diagnostic))
+    assert nodes_json(execution, 0.0)["a"]["error_message"] == diagnostic
+
+
+def test_another_status_without_an_output_node_is_refused() -> None:
+    """PromptLayer has described three."""
+    with pytest.raises(ValueError, match="no_output_status"):
+        Scenario([], no_output_status=404)
+
+
 def test_empty_scenario_is_complete() -> None:
     """An execution without nodes is complete, with an empty node map and no main output."""
     execution = run()

@@ -95,6 +95,37 @@ def get(url: str, key: str) -> tuple[int, bytes]:
 class TestResults:
     """The results operation."""
 
+    @pytest.mark.parametrize("status", [400, 500])
+    async def test_error_without_output_node(
+        self, sim: Simulator, client: Client, status: int
+    ) -> None:
+        """If the scenario asks for it, an execution that has none is an error once complete."""
+        nodes = [SimNode("A", 1), SimNode("B", 2, duration=None)]
+        execution_id = sim.add_execution(Scenario(nodes, no_output_status=status))
+        assert (await client.all_results(execution_id))[0] == 202
+        sim.finish(execution_id, "B")
+        sent, body = await client.all_results(execution_id)
+        assert await client.results(execution_id) == (sent, body)
+        error = json.loads(body)
+        assert (sent, error["success"]) == (status, False)
+        assert [node["status"] for node in error["output"].values()] == ["SUCCESS", "SUCCESS"]
+
+    @pytest.mark.parametrize("status", [400, 500])
+    async def test_no_error_with_an_output_node(
+        self, sim: Simulator, client: Client, status: int
+    ) -> None:
+        """An execution that has one is complete as usual."""
+        nodes = [SimNode("Node 1", "AAA", is_output_node=True)]
+        execution_id = sim.add_execution(Scenario(nodes, no_output_status=status))
+        assert await client.all_results(execution_id) == (200, DONE_MAP)
+
+    async def test_map_without_output_node(self, sim: Simulator, client: Client) -> None:
+        """With the documented status, the main output is the map of all nodes."""
+        execution_id = sim.add_execution(Scenario([SimNode("A", 1)], no_output_status=200))
+        both = [await client.results(execution_id), await client.all_results(execution_id)]
+        assert both[0] == both[1]
+        assert both[0][0] == 200
+
     async def test_complete_map(self, sim: Simulator, client: Client) -> None:
         """A complete execution is a 200 with exactly the recorded body."""
         assert await client.all_results(sim.add_execution(DONE)) == (200, DONE_MAP)
@@ -396,6 +427,38 @@ class TestFaults:
         await sim.wait_for_requests(1)
         sim.finish(execution_id, "Node 1")
         assert await delayed == (200, b'"AAA"\n')
+
+    async def test_delay_response(self, sim: Simulator, client: Client) -> None:
+        """The operation happens at once, and a start request starts its run."""
+        sim.add_workflow("write-report", HELD)
+        sim.inject(Fault.delay_response(1000.0))
+        starting = asyncio.create_task(
+            client.send("POST", "/workflows/write-report/run", data=b"{}")
+        )
+        await sim.wait_for_requests(1)
+        assert len(sim.runs) == 1
+        assert not starting.done()
+        starting.cancel()
+
+    async def test_the_delayed_response_is_that_of_its_operation(
+        self, sim: Simulator, client: Client
+    ) -> None:
+        """What happens meanwhile does not change it."""
+        execution_id = sim.add_execution(HELD)
+        sim.inject(Fault.delay_response(0.05))
+        delayed = asyncio.create_task(client.results(execution_id))
+        await sim.wait_for_requests(1)
+        sim.finish(execution_id, "Node 1")
+        assert (await delayed)[0] == 202
+
+    async def test_early_completion(self, sim: Simulator, client: Client) -> None:
+        """Of all requests, it affects one for results, which gets a 200 with a running node."""
+        sim.inject(Fault.early_completion())
+        execution_id = sim.add_execution(HELD)
+        assert (await client.send("GET", "/workflows"))[0] == 200
+        status, body = await client.all_results(execution_id)
+        assert (status, json.loads(body)["Node 1"]["status"]) == (200, "RUNNING")
+        assert (await client.all_results(execution_id))[0] == 202
 
     @pytest.mark.parametrize("size", [111, 1_000_000])
     async def test_oversize(self, sim: Simulator, client: Client, size: int) -> None:
