@@ -17,7 +17,7 @@ from promptlayer_exec import _structuring
 from promptlayer_exec._engine.send import log_unknown
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._session.execution import Execution
-from promptlayer_exec._values.arguments import check_count
+from promptlayer_exec._values.arguments import positive_int64
 from promptlayer_exec._values.errors import (
     PromptLayerExecError,
     SessionClosed,
@@ -58,7 +58,11 @@ class Outcome(Generic[ItemT, OutputT]):
 
     @property
     def ok(self) -> bool:
-        """Whether the item succeeded."""
+        """Whether the item succeeded.
+
+        It tells type checkers nothing about `error`. They know its type after
+        `if outcome.error is not None`.
+        """
         return self.error is None
 
     def result(self) -> OutputT:
@@ -82,8 +86,8 @@ def outcomes_of(
     if into is not None:
         _structuring.check_type(into, session._settings.converter)
 
-    slots = anyio.Semaphore(check_count("max_in_flight", max_in_flight))
-    return _FanOut(session, items, slots, check_timeout(timeout), into).outcomes()
+    slots = positive_int64("max_in_flight", max_in_flight, "an int of at least 1")
+    return _FanOut(session, items, anyio.Semaphore(slots), check_timeout(timeout), into).outcomes()
 
 
 async def collected(

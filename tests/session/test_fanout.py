@@ -13,7 +13,6 @@ import attrs
 import pytest
 
 from promptlayer_exec import (
-    ConfigurationError,
     ExecutionFailed,
     ExecutionStarted,
     ExecutionTimeout,
@@ -161,16 +160,21 @@ async def test_a_handle_of_another_session_is_an_unusable_item(
     [
         *[({"items": it}, "items must be an iterable or async") for it in (5, None, run(1))],
         ({"into": 3}, "cannot structure into"),
-        *[({"max_in_flight": it}, "an int of at least 1") for it in (0, -1, 1.5, True, None)],
+        *[({"max_in_flight": it}, "an int of at least 1") for it in (1.5, True, None)],
+        *[({"max_in_flight": it}, "must be between 1 and") for it in (0, -1)],
+        ({"timeout": "5"}, "timeout must be a number of seconds"),
+        ({"timeout": -1}, "timeout must not be negative"),
     ],
     ids=str,
 )
 async def test_unusable_arguments_are_refused_at_the_call(
     session: Session, arguments: dict[str, Any], message: str
 ) -> None:
-    """Not as every outcome."""
-    with pytest.raises((TypeError, ConfigurationError), match=message):
+    """Not as every outcome. They are arguments of a call, and no settings."""
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
         session.as_completed(**{"items": [1], **arguments})
+    assert caught.type in (TypeError, ValueError)
+    assert (caught.type is ValueError) == ("must not be" in message or "between" in message)
 
 
 async def test_items_are_taken_lazily(sim: Simulator, session: Session) -> None:
