@@ -149,6 +149,12 @@ def types(session: nox.Session) -> None:
     # Not limiter.py: pyright does not see that a method of pyrate-limiter is asynchronous.
     session.run("pyright", f"{users}/api.py", f"{users}/output.py")
 
+    # The programs of the documentation. mypy and pyrefly know more of attrs than these two.
+    pages = session.create_tmp()
+    session.run("python", "tests/typed_pages.py", pages)
+    session.run("ty", "check", "--ignore=import-not-found", pages)
+    session.run("pyright", "--project", pages)
+
 
 @nox.session
 @nox.parametrize("extra", EXTRAS)

@@ -120,6 +120,7 @@ class ExecutionStarted(Event):
         base_url: the server's URL.
     """
 
+    execution_id: int
     request: StartRequest
     abandoned: bool
     duration: float = 0.0
