@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, M
 from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import partial
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn, Self, TypeVar, cast, overload
 from uuid import uuid4
 
 import cattrs
@@ -40,7 +40,11 @@ from promptlayer_exec._install import install_hint
 from promptlayer_exec._session.combined_stream import snapshots_of
 from promptlayer_exec._session.execution import Execution
 from promptlayer_exec._session.fanout import Outcome, collected, outcomes_of
-from promptlayer_exec._values.arguments import check_execution_id, naming_arguments
+from promptlayer_exec._values.arguments import (
+    check_execution_id,
+    hiding_unknown,
+    unexpected_argument,
+)
 from promptlayer_exec._values.errors import (
     ConfigurationError,
     SessionClosed,
@@ -128,7 +132,7 @@ class Session:
         ConfigurationError: a setting is malformed. A missing key raises it in the first call.
     """
 
-    @naming_arguments
+    @hiding_unknown
     def __init__(
         self,
         api_key: str | None = None,
@@ -151,7 +155,11 @@ class Session:
         callbacks: Callbacks | None = None,
         backplane: Backplane | None = None,
         starts: StartStore | None = None,
+        **_unknown: Never,
     ) -> None:
+        if _unknown:
+            raise unexpected_argument("Session", _unknown)
+
         self._settings = Settings(
             api_key=api_key,
             base_url=base_url,
@@ -189,7 +197,7 @@ class Session:
         self._own_suffix = secrets.token_hex(16)
         self._shared_suffix: str | None = None
 
-        self._warn_of_plain_http(find_base_url(base_url), stacklevel=4)
+        self._warn_of_plain_http(find_base_url(base_url), stacklevel=3)
 
     def __enter__(self) -> NoReturn:
         raise TypeError("a Session is asynchronous: use `async with`, not `with`")
@@ -360,7 +368,7 @@ class Session:
             return await client.snapshot(execution_id, client.deadline())
         return await client.main_output(execution_id, client.deadline())
 
-    @naming_arguments
+    @hiding_unknown
     async def start(
         self,
         workflow: str | int,
@@ -371,6 +379,7 @@ class Session:
         metadata: Mapping[str, str] | None = None,
         callback_url: str | None = None,
         key: str | None = None,
+        **_unknown: Never,
     ) -> Execution:
         """Start a run, and return its handle.
 
@@ -410,6 +419,9 @@ class Session:
             ExecutionTimeout: the session could not send the request within its `wait_timeout`.
             SessionClosed: the session was closed. If the run started, the error has its id.
         """
+        if _unknown:
+            raise unexpected_argument("Session.start", _unknown)
+
         inputs = {} if inputs is None else inputs
         self._check_keys_are_kept(key)
         return await self._start(
@@ -446,7 +458,7 @@ class Session:
         into: TypeForm[OutputT],
     ) -> OutputT: ...
 
-    @naming_arguments
+    @hiding_unknown
     async def run(
         self,
         workflow: str | int,
@@ -459,6 +471,7 @@ class Session:
         key: str | None = None,
         timeout: float | EllipsisType | None = ...,
         into: Any = None,
+        **_unknown: Never,
     ) -> Any:
         """Start a run, wait until it is complete, and return its main output.
 
@@ -492,6 +505,9 @@ class Session:
             TypeError: as for `start`, or `into` is not a type that values can be structured into.
             ValueError: as for `start`, or `timeout` is negative.
         """
+        if _unknown:
+            raise unexpected_argument("Session.run", _unknown)
+
         if into is not None:
             _structuring.check_type(into, self._settings.converter)
         timeout = check_timeout(timeout)
@@ -503,9 +519,14 @@ class Session:
         execution = await self._start(request, deadline)
         return await execution._deliver(deadline, into)
 
-    @naming_arguments
+    @hiding_unknown
     async def definition(
-        self, workflow: str | int, *, label: str | None = None, version: int | None = None
+        self,
+        workflow: str | int,
+        *,
+        label: str | None = None,
+        version: int | None = None,
+        **_unknown: Never,
     ) -> WorkflowDefinition:
         """Return one version of a workflow: its required inputs, nodes and edges.
 
@@ -522,6 +543,9 @@ class Session:
             TypeError: an argument has another type.
             ValueError: an argument is out of range.
         """
+        if _unknown:
+            raise unexpected_argument("Session.definition", _unknown)
+
         request = workflow_request(workflow, label, version)
         client = self._open()
         return await client.read_definition(workflow, request, client.deadline())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable
-from functools import wraps
-from inspect import iscoroutinefunction
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 from promptlayer_exec._values.errors import ConfigurationError
@@ -71,21 +70,21 @@ def check_count(name: str, value: Any) -> int:
     return value
 
 
-def naming_arguments(function: F) -> F:
-    """Make a function reject argument names of other clients, with an error that names ours."""
-    known = function.__code__.co_varnames
+def unexpected_argument(function: str, unknown: Iterable[str]) -> TypeError:
+    """Return the error for unknown arguments. If another client has one of them, it names ours."""
+    for name in unknown:
+        if name in _OTHER_NAMES:
+            return TypeError(f"unexpected argument {name}=: {_OTHER_NAMES[name]}")
+    return TypeError(f"{function}() got an unexpected keyword argument {next(iter(unknown))!r}")
 
-    @wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        for name in kwargs:
-            if name in _OTHER_NAMES and name not in known:
-                raise TypeError(f"unexpected argument {name}=: {_OTHER_NAMES[name]}")
-        return function(*args, **kwargs)
 
-    @wraps(function)
-    async def checked_coroutine(*args: Any, **kwargs: Any) -> Any:
-        return await checked(*args, **kwargs)
+def hiding_unknown(function: F) -> F:
+    """Hide `**_unknown` from a function's signature: it is there only to explain the error.
 
-    if iscoroutinefunction(function):
-        return cast(F, checked_coroutine)
-    return cast(F, checked)
+    A decorator that calls the function could explain it as well, but would add its frame to the
+    traceback of every other error.
+    """
+    signature = inspect.signature(function)
+    known = [it for it in signature.parameters.values() if it.kind is not it.VAR_KEYWORD]
+    cast(Any, function).__signature__ = signature.replace(parameters=known)
+    return function

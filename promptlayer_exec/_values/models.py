@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    ValuesView,
+)
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import attrs
 
 from promptlayer_exec import _structuring
-from promptlayer_exec._values.arguments import naming_arguments
+from promptlayer_exec._values.arguments import unexpected_argument
 from promptlayer_exec._values.display import error_text, snapshot_html
 from promptlayer_exec._values.errors import ExecutionFailed
 from promptlayer_exec._values.statuses import FINAL as FINAL  # noqa: PLC0414 - re-exported
@@ -23,6 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 V = TypeVar("V")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -443,4 +454,18 @@ class StartRequest:
     key: Any = attrs.field(default=None, repr=short_repr)
 
 
-StartRequest.__init__ = naming_arguments(StartRequest.__init__)  # type: ignore[method-assign]
+def _explaining_unknown(init: F) -> F:
+    """Explain unknown arguments of an `__init__` by attrs, which raises nothing else."""
+    known = inspect.signature(init).parameters
+
+    @wraps(init)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                raise unexpected_argument("StartRequest", [name])
+        init(*args, **kwargs)
+
+    return cast(F, checked)
+
+
+StartRequest.__init__ = _explaining_unknown(StartRequest.__init__)  # type: ignore[method-assign]

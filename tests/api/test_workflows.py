@@ -435,7 +435,7 @@ async def test_the_errors_of_a_description(
     ):
         await session.definition("x")
     with pytest.raises(TypeError, match="unexpected argument workflow_version=: it is version="):
-        await session.definition("w", workflow_version=1)  # type: ignore[call-arg]
+        await session.definition("w", workflow_version=1)  # type: ignore[arg-type]
     sim.inject(Fault.stall())
     with pytest.raises(ExecutionTimeout, match=r"^no response within 0\.05 s") as caught:
         await session.definition("w")

@@ -1,5 +1,6 @@
 """The settings of a session: where they are read from, and which are refused."""
 
+import inspect
 import threading
 import traceback
 from typing import Any
@@ -246,7 +247,7 @@ def test_another_client_s_setting_is_answered_with_ours(theirs: str, ours: str) 
     with pytest.raises(TypeError, match=f"unexpected argument {theirs}=: {ours}"):
         Session(**{theirs: 5})
     with pytest.raises(TypeError, match="unexpected keyword argument"):
-        Session(unknown=5)  # type: ignore[call-arg]
+        Session(unknown=5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -263,4 +264,24 @@ async def test_the_vendor_s_name_of_an_argument_is_answered_with_ours(
     with pytest.raises(TypeError, match=f"unexpected argument {theirs}=: it is {ours}= here"):
         StartRequest("name", **arguments)
     with pytest.raises(TypeError, match="unexpected keyword argument"):
-        await session.start("name", unknown=None)  # type: ignore[call-arg]
+        await session.start("name", unknown=None)  # type: ignore[arg-type]
+
+
+async def test_a_traceback_has_no_frame_that_only_checks_names() -> None:
+    """An error leads from the caller straight to the call."""
+
+    def functions_of(error: BaseException) -> list[str]:
+        return [frame.name for frame in traceback.extract_tb(error.__traceback__)][1:]
+
+    with pytest.raises(ConfigurationError) as malformed:
+        Session(base_url="not a url")
+    assert functions_of(malformed.value)[:2] == ["__init__", "__init__"]  # the settings' own
+
+    session = Session("a-key-to-test")
+    for name in ("start", "run"):
+        call = getattr(session, name)
+        with pytest.raises(ValueError, match="version") as refused:
+            await call("name", version=0)
+        assert functions_of(refused.value)[:2] == [name, "_start"]
+        assert inspect.iscoroutinefunction(call)
+        assert "_unknown" not in inspect.signature(call).parameters
