@@ -915,7 +915,7 @@ async def test_a_deadline_holds_although_the_key_cannot_be_released(
     claiming, releasing = Gate(), Gate()
     store.before["claim"] = claiming.wait
     store.before["release"] = releasing.wait
-    running = asyncio.create_task(session.run(flow, INPUTS, key="order", timeout=0.1))
+    running = asyncio.create_task(session.run(flow, INPUTS, key="order", timeout=0.5))
     await claiming.arrive()
     with pytest.raises(ExecutionTimeout):
         async with asyncio.timeout(3.0):
