@@ -84,6 +84,32 @@ def test_a_missing_extra_is_named() -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
 
 
+def test_only_postgresql_needs_its_driver(tmp_path: Path) -> None:
+    """The viewer has a SQLite file, and installs no driver."""
+    program = """
+        import asyncio, pathlib, sys
+        sys.modules["psycopg"] = None
+        from promptlayer_exec import ConfigurationError
+        from promptlayer_exec.starts import SQLStartStore
+        from promptlayer_exec.viewer import History
+
+        async def search():
+            history = History(pathlib.Path(sys.argv[1]), server="http://a")
+            assert (await history.search())["entries"] == []
+            await history.aclose()
+
+        asyncio.run(search())
+        try:
+            SQLStartStore("postgresql://app@db/app")
+        except ConfigurationError as error:
+            assert 'python -m pip install ".[starts]"' in str(error)
+        else:
+            raise AssertionError("no error")
+    """
+    arguments = ["-c", textwrap.dedent(program), str(tmp_path / "history.sqlite")]
+    subprocess.run([sys.executable, *arguments], check=True, timeout=60)
+
+
 def test_no_class_name_stands_for_two_things() -> None:
     """Two classes with one name could not be told apart in conversation."""
     names = Counter(

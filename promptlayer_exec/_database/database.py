@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import anyio
 import attrs
-import psycopg
 import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects import postgresql, sqlite
@@ -42,6 +41,10 @@ _POSTGRES_OPTIONS = {
     # Whatever the settings of the role, the database or the environment are.
     "client_encoding": "utf8",
 }
+
+# States of PostgreSQL's errors.
+_UNTRANSLATABLE_CHARACTER = "22P05"
+_READ_ONLY_TRANSACTION = "25006"
 
 _stop: ContextVar[threading.Event] = ContextVar("stop")
 
@@ -212,6 +215,10 @@ class Database:
                 await finished(running)
             raise
 
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Call a blocking function in a thread, after the calls before if there is one thread."""
+        return self._call(work, arguments)[0]
+
     def _call(
         self, work: Callable[..., T], arguments: tuple[Any, ...]
     ) -> tuple[Future[T], threading.Event]:
@@ -276,7 +283,7 @@ class Database:
         remedy = ""
         if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_CANTOPEN:
             remedy = ". It must be a file, or a new one in a directory that you can write to"
-        elif isinstance(cause, psycopg.errors.UntranslatableCharacter):
+        elif getattr(cause, "sqlstate", None) == _UNTRANSLATABLE_CHARACTER:
             remedy = ". Use one whose encoding is UTF8: `createdb -T template0 -E UTF8 batches`"
         return ConfigurationError(
             f"cannot use the database {self._shown}: {reason_of(error):.300}{remedy}"
@@ -310,8 +317,9 @@ def _mark_lost_connections(context: sa.ExceptionContext) -> None:
     Like us, DBOS retries after an error that SQLAlchemy calls a disconnect. By themselves, both
     recognize only some of psycopg's messages.
     """
-    error = context.original_exception
+    error: Any = context.original_exception
+    psycopg = context.dialect.loaded_dbapi
     # An error that the server did not send has no state.
     is_lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
-    if is_lost or isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
+    if is_lost or getattr(error, "sqlstate", None) == _READ_ONLY_TRANSACTION:
         context.is_disconnect = True

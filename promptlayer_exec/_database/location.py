@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import platformdirs
 import sqlalchemy as sa
 from sqlalchemy import exc
 
+from promptlayer_exec._install import install_hint
 from promptlayer_exec._values.errors import ConfigurationError
 
 _VARIABLE = "PROMPTLAYER_EXEC_DB"
@@ -72,6 +74,8 @@ def check_url(database_url: str) -> sa.URL:
 
     backend = url.get_backend_name()
     if backend in ("postgres", "postgresql"):
+        if find_spec("psycopg") is None:
+            raise ConfigurationError(f"PostgreSQL needs {install_hint('starts')}")
         return url.set(drivername="postgresql+psycopg")
 
     if backend != "sqlite":

@@ -24,7 +24,7 @@ _EXTRAS = {
     "redis": ("redis",),
     "speed": ("msgspec",),
     "starts": ("sqlalchemy", "psycopg"),
-    "viewer": ("uvicorn", "platformdirs"),
+    "viewer": ("uvicorn", "platformdirs", "sqlalchemy"),
 }
 _VARIABLES = (
     "PROMPTLAYER_API_KEY",

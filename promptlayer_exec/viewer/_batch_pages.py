@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 from fastapi import FastAPI
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from promptlayer_exec import ConfigurationError, Session
@@ -38,11 +37,6 @@ def add_batch_routes(app: FastAPI, session: Session) -> None:
         batch = (await _import()).Batch(name, session=session)
         items = await _read_items(batch, kind, reason, count)
         return JSONResponse(await _read_summary(batch, name) | items)
-
-    async def report(_: Request, error: Exception) -> Response:
-        return JSONResponse({"message": str(error)}, 503)
-
-    app.add_exception_handler(ConfigurationError, report)
 
 
 async def _import() -> Any:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from contextlib import suppress
 from typing import Any
 
-from promptlayer_exec import PromptLayerExecError, Session, WorkflowDefinition, WorkflowSummary
+from promptlayer_exec import (
+    ConfigurationError,
+    PromptLayerExecError,
+    Session,
+    WorkflowDefinition,
+    WorkflowSummary,
+)
 from promptlayer_exec._integration import ExpiringDict, definition
 from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._problems import explain
@@ -75,7 +80,7 @@ async def suggest_workflow(
     """
     known: dict[str, set[str]] = {}
     if history is not None:
-        with suppress(sqlite3.Error, OSError):
+        with suppress(ConfigurationError):
             known = await history.node_names()
 
     if nodes not in known.values():

@@ -2,48 +2,68 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
-import re
-import sqlite3
 import statistics
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import attrs
+import sqlalchemy as sa
+
+from promptlayer_exec import ConfigurationError
+from promptlayer_exec._database.database import LIMITS as DEFAULT_LIMITS
+from promptlayer_exec._database.database import Database
 
 T = TypeVar("T")
 
 PAGE_SIZE = 100
-_BUSY = 5.0  # seconds that another viewer may hold the file
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS executions (
-    key INTEGER PRIMARY KEY AUTOINCREMENT,
-    server TEXT NOT NULL,
-    execution_id INTEGER,           -- NULL: it is not known whether the run started
-    workflow TEXT,
-    label TEXT,
-    version INTEGER,
-    inputs TEXT,                    -- JSON, of runs started in a viewer
-    metadata TEXT,                  -- JSON, of these
-    outcome TEXT NOT NULL,          -- running, succeeded, failed, lost or unknown
-    began REAL NOT NULL,            -- when it was started or first seen, seconds since 1970
-    is_started INTEGER NOT NULL DEFAULT 0,
-    duration REAL,                  -- seconds; a minimum, unless it was started in a viewer
-    nodes INTEGER,
-    problem TEXT,
-    origin REAL,                    -- when it was first polled, if it was not over by then
-    times TEXT,                     -- JSON: of each node, when it was first running and final
-    UNIQUE (server, execution_id)
-);
-CREATE INDEX IF NOT EXISTS executions_by_time ON executions (server, began DESC);
-"""
-# The id is text because JavaScript rounds numbers beyond 2**53.
-_SHOWN = (
-    "key, CAST(execution_id AS TEXT) AS execution_id, workflow, label, version, metadata, outcome,"
-    " began, is_started, duration, nodes"
+# Another viewer may hold the file for a moment. One thread, so that calls take effect in order.
+LIMITS = attrs.evolve(DEFAULT_LIMITS, locked_file=5.0, threads=1)
+
+_tables = sa.MetaData()
+_executions = sa.Table(
+    "executions",
+    _tables,
+    sa.Column("key", sa.Integer, primary_key=True),
+    sa.Column("server", sa.Text, nullable=False),
+    sa.Column("execution_id", sa.BigInteger),  # NULL: it is not known whether the run started
+    sa.Column("workflow", sa.Text),
+    sa.Column("label", sa.Text),
+    sa.Column("version", sa.BigInteger),
+    # As JSON, of runs started in a viewer.
+    sa.Column("inputs", sa.Text),
+    sa.Column("metadata", sa.Text),
+    # `running`, `succeeded`, `failed`, `lost` or `unknown`.
+    sa.Column("outcome", sa.Text, nullable=False),
+    # When it was started or first seen, in seconds since 1970.
+    sa.Column("began", sa.Double, nullable=False),
+    sa.Column("is_started", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("duration", sa.Double),  # in seconds. A minimum, unless it was started in a viewer
+    sa.Column("nodes", sa.BigInteger),
+    sa.Column("problem", sa.Text),
+    # When it was first polled, if it was not over by then.
+    sa.Column("origin", sa.Double),
+    # As JSON: when each node was first running and final.
+    sa.Column("times", sa.Text),
+    sa.UniqueConstraint("server", "execution_id"),
+    sqlite_autoincrement=True,  # a deleted key is never used again: pages still show its line
+)
+_row = _executions.c
+sa.Index("executions_by_time", _row.server, _row.began.desc())
+
+# The columns of a line of the list. The id is text because JavaScript rounds numbers beyond 2**53.
+_LINE = (
+    *(_row.key, sa.cast(_row.execution_id, sa.Text).label("execution_id"), _row.workflow),
+    *(_row.label, _row.version, _row.metadata, _row.outcome, _row.began, _row.is_started),
+    *(_row.duration, _row.nodes),
+    *(sa.func.substr(column, 1, 300).label(column.name) for column in (_row.problem, _row.inputs)),
+)
+_SEARCHED = (
+    *(_row.workflow, sa.cast(_row.execution_id, sa.Text)),
+    *(_row.inputs, _row.problem, _row.label),
 )
 
 _logger = logging.getLogger("promptlayer_exec")
@@ -65,8 +85,11 @@ class History:
         self._path = path
         self._server = server
         self._limit = limit
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="viewer history")
-        self._connection: sqlite3.Connection | None = None
+        self._is_server = _row.server == server
+        self._database = Database(sa.URL.create("sqlite", database=str(path)), LIMITS)
+        sa.event.listen(self._database.engine, "connect", _overwrite_what_is_deleted)
+        sa.event.listen(self._database.engine, "begin", self._limit_waiting)
+        self._is_prepared = False
         self._is_failing = False
         self._is_closed = False
 
@@ -76,39 +99,110 @@ class History:
         Args:
             fields: columns. Those that are None or missing keep their value.
         """
-        self._submit(self._write, fields)
+        self._submit(self._record, fields)
 
     def update(self, execution_id: int, **fields: Any) -> None:
         """Change the record of an execution, in the background, unless it was deleted."""
-        self._submit(self._change, execution_id, fields)
+        update = sa.update(_executions).values(_storable(fields))
+        self._submit(_execute, update.where(self._is_server, _row.execution_id == execution_id))
 
     async def find(self, execution_id: int) -> dict[str, Any] | None:
         """Return the record of an execution, with its inputs, as far as it is readable."""
-        reading = self._thread.submit(self._read_one, "execution_id", execution_id)
         try:
-            return await asyncio.wrap_future(reading)
-        except (sqlite3.Error, OSError):
-            self._report(reading)
+            return await self._find(_row.execution_id == execution_id)
+        except ConfigurationError as error:
+            self._report(error)
             return None
 
     async def find_row(self, key: int) -> dict[str, Any] | None:
         """Return the record under the key of a line, with its inputs."""
-        return await self._call(self._read_one, "key", key)
+        return await self._find(_row.key == key)
 
-    async def search(self, text: str = "", **filters: Any) -> dict[str, Any]:
+    async def _find(self, is_it: sa.ColumnElement[bool]) -> dict[str, Any] | None:
+        rows = await self._call(_read, sa.select(_executions).where(self._is_server, is_it))
+        return dict(rows[0]) if rows else None
+
+    async def search(
+        self,
+        text: str = "",
+        *,
+        outcome: str = "",
+        workflow: str = "",
+        since: float = 0.0,
+        offset: int = 0,
+    ) -> dict[str, Any]:
         """Return a page of executions, the newest first, and how many there are by outcome.
 
-        The filters are `outcome`, `workflow`, `since` in seconds since 1970, and `offset`.
+        Args:
+            text: words that all must be in the workflow, id, inputs, error or label.
+            outcome: the outcome of the executions, or all.
+            workflow: their workflow, or all.
+            since: when the earliest began, in seconds since 1970.
+            offset: how many to skip.
         """
-        return await self._call(self._search, text, **filters)
+        matching = [self._is_server, _row.began >= since]
+        for word in text.split():
+            contains = (column.contains(word, autoescape=True) for column in _SEARCHED)
+            matching.append(sa.or_(*contains))
+        if workflow:
+            matching.append(_row.workflow == workflow)
+
+        # The counts are of all outcomes, so that the page can offer the others.
+        number = sa.func.count().label("number")
+        by_outcome = sa.select(_row.outcome, number).where(*matching).group_by(_row.outcome)
+        if outcome:
+            matching.append(_row.outcome == outcome)
+        newest = sa.select(*_LINE).where(*matching).order_by(_row.began.desc(), _row.key.desc())
+        page = newest.limit(PAGE_SIZE).offset(offset)
+
+        def read(connection: sa.Connection) -> tuple[Any, Any]:
+            return _read(connection, by_outcome), _read(connection, page)
+
+        found, entries = await self._call(read)
+        counts = dict.fromkeys(("running", "succeeded", "failed", "lost", "unknown"), 0)
+        counts |= {row["outcome"]: row["number"] for row in found}
+        total = counts.get(outcome, sum(counts.values()))
+        return {"entries": [dict(row) for row in entries], "counts": counts, "matching": total}
 
     async def trends(self) -> list[dict[str, Any]]:
         """Return the durations of the latest runs of each workflow, the oldest run first."""
-        return await self._call(self._read_trends)
+        number = sa.func.row_number().over(partition_by=_row.workflow, order_by=_row.began.desc())
+        total = sa.func.count().over(partition_by=_row.workflow)
+        runs = sa.select(_executions, number.label("number"), total.label("total"))
+        runs = runs.where(self._is_server, _row.workflow.is_not(None), _row.duration.is_not(None))
+        latest = runs.subquery()
+        # As many bars as fit.
+        query = sa.select(latest).where(latest.c.number <= 40).order_by(latest.c.began)
+
+        trends: dict[str, dict[str, Any]] = {}
+        for run in await self._call(_read, query):
+            workflow = run["workflow"]
+            trend = trends.setdefault(workflow, {"workflow": workflow, "runs": []})
+            trend["total"] = run["total"]
+            trend["latest"] = run["began"]
+            trend["runs"].append(
+                {
+                    "execution_id": str(run["execution_id"]),
+                    "outcome": run["outcome"],
+                    "duration": round(run["duration"], 3),
+                    "is_minimum": not run["is_started"],
+                }
+            )
+
+        newest = sorted(trends.values(), key=lambda trend: trend["latest"], reverse=True)
+        return newest[:24]
 
     async def node_names(self) -> dict[str, set[str]]:
         """Return the names of the nodes of each workflow, from the latest recorded run."""
-        return await self._call(self._read_node_names)
+        latest = sa.func.max(_row.began)  # SQLite takes the other columns from its row
+        query = (
+            sa.select(_row.workflow, _row.times, latest)
+            .where(self._is_server, _row.workflow.is_not(None), _row.times != "{}")
+            .group_by(_row.workflow)
+            .order_by(latest.desc())
+        )
+        runs = await self._call(_read, query)
+        return {run["workflow"]: set(json.loads(run["times"])) for run in runs}
 
     async def usual(self, workflow: str) -> dict[str, Any]:
         """Return how long a workflow and its nodes usually take, and how its latest runs went.
@@ -116,209 +210,21 @@ class History:
         The times are medians of its latest 40 runs that succeeded. A time that fewer than three
         runs took is missing. How many failed is counted in its latest 40 runs.
         """
-        return await self._call(self._read_usual, workflow)
-
-    async def delete(self, key: int) -> None:
-        await self._call(self._execute, "DELETE FROM executions WHERE key = ?", [key])
-
-    async def delete_all(self) -> None:
-        await self._call(self._execute, "DELETE FROM executions WHERE server = ?", [self._server])
-
-    async def aclose(self) -> None:
-        """Write what is still to be recorded, and close the file. It is idempotent."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-
-        def close() -> None:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
-
-        await asyncio.wrap_future(self._thread.submit(close))
-        self._thread.shutdown(wait=False)
-
-    async def _call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
-        return await asyncio.wrap_future(self._thread.submit(function, *args, **options))
-
-    def _submit(self, function: Callable[..., None], *args: Any) -> None:
-        if not self._is_closed:
-            self._thread.submit(function, *args).add_done_callback(self._report)
-
-    def _report(self, future: Future[Any]) -> None:
-        error = future.exception()
-        if error is not None and not self._is_failing:
-            _logger.warning("cannot use the history %s: %s", self._path, error)
-        self._is_failing = error is not None
-
-    # What follows runs in the thread.
-
-    def _connect(self) -> sqlite3.Connection:
-        if self._connection is None:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # SQLite would create the file readable for everybody.
-            os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
-
-            connection = sqlite3.connect(self._path, timeout=_BUSY, isolation_level=None)
-            try:
-                connection.row_factory = sqlite3.Row
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = NORMAL")
-                connection.execute("PRAGMA secure_delete = ON")
-                connection.executescript(_SCHEMA)
-            except BaseException:
-                connection.close()
-                raise
-            self._connection = connection
-
-        busy = round(1000 * _BUSY)
-        if self._is_failing:  # nothing queued behind what could not be written waits any more
-            busy = 0
-        self._connection.execute(f"PRAGMA busy_timeout = {busy}")
-        return self._connection
-
-    def _execute(self, statement: str, values: Iterable[Any]) -> None:
-        self._connect().execute(statement, list(values))
-
-    def _write(self, fields: dict[str, Any]) -> None:
-        row = {"server": self._server, **_storable(fields)}
-        if len(row.get("inputs") or "") > 256 * 1024:  # a file is not to grow by gigabytes
-            del row["inputs"]
-
-        changing = row.keys() - {"server", "execution_id", "began", "is_started"}
-        updates = [f"{name} = COALESCE(excluded.{name}, {name})" for name in changing]
-        names, marks = ", ".join(row), ", ".join("?" * len(row))
-
-        connection = self._connect()
-        connection.execute(
-            f"INSERT INTO executions ({names}) VALUES ({marks})"  # noqa: S608 - names of ours
-            f" ON CONFLICT (server, execution_id) DO UPDATE SET {', '.join(updates)}",
-            [*row.values()],
-        )
-
-        connection.execute(
-            "DELETE FROM executions WHERE server = ? AND key <= (SELECT key FROM executions"
-            " WHERE server = ? ORDER BY key DESC LIMIT 1 OFFSET ?)",
-            [self._server, self._server, self._limit],
-        )
-
-    def _change(self, execution_id: int, fields: dict[str, Any]) -> None:
-        updates = ", ".join(f"{name} = COALESCE(?, {name})" for name in fields)
-        self._connect().execute(
-            f"UPDATE executions SET {updates} WHERE server = ? AND execution_id = ?",  # noqa: S608
-            [*_storable(fields).values(), self._server, execution_id],
-        )
-
-    def _read_one(self, column: str, value: int) -> dict[str, Any] | None:
-        row = self._connect().execute(
-            f"SELECT * FROM executions WHERE server = ? AND {column} = ?",  # noqa: S608
-            [self._server, value],
-        )
-        found = row.fetchone()
-        return None if found is None else dict(found)
-
-    def _search(
-        self,
-        text: str,
-        *,
-        outcome: str = "",
-        workflow: str = "",
-        since: float = 0.0,
-        offset: int = 0,
-    ) -> dict[str, Any]:
-        where, values = ["server = ?", "began >= ?"], [self._server, since]
-
-        texts = ("workflow", "CAST(execution_id AS TEXT)", "inputs", "problem", "label")
-        for word in text.split():
-            escaped = re.sub(r"[\\%_]", r"\\\g<0>", word)
-            where.append(
-                "(" + " OR ".join(f"{column} LIKE ? ESCAPE '\\'" for column in texts) + ")"
-            )
-            values.extend([f"%{escaped}%"] * len(texts))
-
-        if workflow:
-            where.append("workflow = ?")
-            values.append(workflow)
-        found = f"FROM executions WHERE {' AND '.join(where)}"
-
-        # The counts are of all outcomes, so that the page can offer the others.
-        connection = self._connect()
-        counts = dict.fromkeys(("running", "succeeded", "failed", "lost", "unknown"), 0)
-        for row in connection.execute(f"SELECT outcome, COUNT(*) {found} GROUP BY outcome", values):
-            counts[row[0]] = row[1]
-        matching = counts.get(outcome, sum(counts.values()))
-
-        if outcome:
-            found += " AND outcome = ?"
-            values.append(outcome)
-        rows = connection.execute(
-            f"SELECT {_SHOWN}, substr(problem, 1, 300) AS problem,"
-            f" substr(inputs, 1, 300) AS inputs {found}"
-            " ORDER BY began DESC, key DESC LIMIT ? OFFSET ?",
-            [*values, PAGE_SIZE, offset],
-        ).fetchall()
-        return {"entries": [dict(row) for row in rows], "counts": counts, "matching": matching}
-
-    def _read_trends(self) -> list[dict[str, Any]]:
-        rows = self._connect().execute(
-            "SELECT * FROM (SELECT workflow, execution_id, outcome, duration, is_started, began,"
-            " ROW_NUMBER() OVER (PARTITION BY workflow ORDER BY began DESC) AS number,"
-            " COUNT(*) OVER (PARTITION BY workflow) AS total"
-            " FROM executions WHERE server = ? AND workflow IS NOT NULL AND duration IS NOT NULL)"
-            " WHERE number <= ? ORDER BY began",
-            [self._server, 40],  # as many bars as fit
-        )
-
-        trends: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            trend = trends.setdefault(row["workflow"], {"workflow": row["workflow"], "runs": []})
-            trend["total"] = row["total"]
-            trend["latest"] = row["began"]
-            trend["runs"].append(
-                {
-                    "execution_id": str(row["execution_id"]),
-                    "outcome": row["outcome"],
-                    "duration": round(row["duration"], 3),
-                    "is_minimum": not row["is_started"],
-                }
-            )
-
-        newest = sorted(trends.values(), key=lambda trend: trend["latest"], reverse=True)
-        return newest[:24]
-
-    def _read_node_names(self) -> dict[str, set[str]]:
-        rows = self._connect().execute(
-            "SELECT workflow, times, MAX(began) FROM executions WHERE server = ?"
-            " AND workflow IS NOT NULL AND times IS NOT NULL AND times != '{}' GROUP BY workflow"
-            " ORDER BY MAX(began) DESC",
-            [self._server],
-        )
-        return {row["workflow"]: set(json.loads(row["times"])) for row in rows}
-
-    def _read_usual(self, workflow: str) -> dict[str, Any]:
-        outcomes = self._connect().execute(
-            "SELECT outcome FROM executions WHERE server = ? AND workflow = ?"
-            " AND outcome IN ('succeeded', 'failed') ORDER BY began DESC LIMIT 40",
-            [self._server, workflow],
-        )
-        latest = [row["outcome"] for row in outcomes]
-
-        rows = self._connect().execute(
-            "SELECT execution_id, began, duration, times FROM executions WHERE server = ?"
-            " AND workflow = ? AND outcome = 'succeeded' AND execution_id IS NOT NULL"
-            " ORDER BY began DESC LIMIT 40",
-            [self._server, workflow],
-        )
+        runs = sa.select(_executions).where(self._is_server, _row.workflow == workflow)
+        runs = runs.order_by(_row.began.desc()).limit(40)
+        ended = runs.where(_row.outcome.in_(["succeeded", "failed"]))
+        latest = [run["outcome"] for run in await self._call(_read, ended)]
+        succeeded = runs.where(_row.outcome == "succeeded", _row.execution_id.is_not(None))
 
         lengths, successes = list[float](), list[dict[str, Any]]()
         nodes = dict[str, list[float]]()
-        for row in rows:
-            ended = row["began"] + (row["duration"] or 0.0)
-            successes.append({"execution_id": str(row["execution_id"]), "ended": round(ended, 3)})
-            if row["duration"] is not None:
-                lengths.append(row["duration"])
+        for run in await self._call(_read, succeeded):
+            end = round(run["began"] + (run["duration"] or 0.0), 3)
+            successes.append({"execution_id": str(run["execution_id"]), "ended": end})
+            if run["duration"] is not None:
+                lengths.append(run["duration"])
 
-            for name, (running, final) in json.loads(row["times"] or "{}").items():
+            for name, (running, final) in json.loads(run["times"] or "{}").items():
                 if running is not None and final is not None:
                     nodes.setdefault(name, []).append(final - running)
 
@@ -331,16 +237,102 @@ class History:
             "total": len(latest),
         }
 
+    async def delete(self, key: int) -> None:
+        line = self._is_server, _row.key == key
+        await self._call(_execute, sa.delete(_executions).where(*line))
+
+    async def delete_all(self) -> None:
+        await self._call(_execute, sa.delete(_executions).where(self._is_server))
+
+    async def aclose(self) -> None:
+        """Write what is still to be recorded, and close the file. It is idempotent."""
+        if not self._is_closed:
+            self._is_closed = True
+            await self._database.run_in_thread(self._database.close)
+
+    async def _call(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await self._database.in_thread(self._transact, work, *arguments)
+
+    def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
+        if not self._is_closed:
+            writing = self._database.submit(self._transact, work, *arguments)
+            writing.add_done_callback(lambda _: self._report(writing.exception()))
+
+    def _report(self, error: BaseException | None) -> None:
+        if error is not None and not self._is_failing:
+            _logger.warning("the history of the viewer is incomplete: %s", error)
+        self._is_failing = error is not None
+
+    # What follows runs in the thread.
+
+    def _transact(self, work: Callable[..., T], *arguments: Any) -> T:
+        def transact() -> T:
+            self._prepare()
+            with self._database.engine.begin() as connection:
+                return work(connection, *arguments)
+
+        return self._database.retry_while(lambda: False, transact)
+
+    def _prepare(self) -> None:
+        if self._is_prepared:
+            return
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # SQLite would create the file readable for everybody.
+            os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigurationError(f"cannot use the history {self._path}: {reason}") from error
+
+        with self._database.creating() as connection:
+            _tables.create_all(connection)
+        self._is_prepared = True
+
+    def _limit_waiting(self, connection: sa.Connection) -> None:
+        """Let nothing wait that is queued behind what could not be written."""
+        seconds = 0.0 if self._is_failing else self._database.limits.locked_file
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {1000 * seconds:.0f}")
+
+    def _record(self, connection: sa.Connection, fields: dict[str, Any]) -> None:
+        row = {"server": self._server, **_storable(fields)}
+        if len(row.get("inputs") or "") > 256 * 1024:  # a file is not to grow by gigabytes
+            del row["inputs"]
+
+        insert = self._database.insert(_executions).values(row)
+        changing = row.keys() - {"server", "execution_id", "began", "is_started"}
+        insert = insert.on_conflict_do_update(
+            index_elements=["server", "execution_id"],
+            set_={name: insert.excluded[name] for name in changing},
+        )
+        connection.execute(insert)
+
+        keys = sa.select(_row.key).where(self._is_server).order_by(_row.key.desc())
+        oldest = keys.limit(1).offset(self._limit).scalar_subquery()
+        connection.execute(sa.delete(_executions).where(self._is_server, _row.key <= oldest))
+
+
+def _overwrite_what_is_deleted(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA secure_delete = ON")
+
+
+def _execute(connection: sa.Connection, statement: sa.Executable) -> None:
+    connection.execute(statement)
+
+
+def _read(connection: sa.Connection, query: sa.Select[Any]) -> Sequence[sa.RowMapping]:
+    return connection.execute(query).mappings().all()
+
 
 def _median(lengths: list[float]) -> float | None:
     return round(statistics.median(lengths), 3) if len(lengths) >= 3 else None
 
 
 def _storable(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields with lone surrogates escaped, which UTF-8 does not have."""
+    """Return the known fields, with lone surrogates escaped, which UTF-8 does not have."""
+    known = {name: value for name, value in fields.items() if value is not None}
     texts = {
         name: value.encode("utf-8", "backslashreplace").decode()
-        for name, value in fields.items()
+        for name, value in known.items()
         if isinstance(value, str)
     }
-    return fields | texts
+    return known | texts

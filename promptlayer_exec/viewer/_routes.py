@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import sqlite3
 import time
 from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Path, Query
-from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from promptlayer_exec import (
@@ -250,8 +248,10 @@ def add_history_routes(app: FastAPI, history: History) -> None:
         since = 0.0
         if days > 0:
             since = time.time() - 86400 * days
-        filters = {"outcome": outcome, "workflow": workflow, "since": since, "offset": offset}
-        return _json(await history.search(search, **filters))
+        found = await history.search(
+            search, outcome=outcome, workflow=workflow, since=since, offset=offset
+        )
+        return _json(found)
 
     @app.get("/api/history/trends")
     async def get_trends() -> Response:
@@ -277,12 +277,6 @@ def add_history_routes(app: FastAPI, history: History) -> None:
     async def forget_all() -> Response:
         await history.delete_all()
         return Response(status_code=204)
-
-    async def report(_: Request, error: Exception) -> Response:
-        return refuse(f"Could not use the history: {error}.", 503)
-
-    app.add_exception_handler(sqlite3.Error, report)
-    app.add_exception_handler(OSError, report)
 
 
 def refuse(message: str, status: int, field: str | None = None, **more: Any) -> Response:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import attrs
 from fastapi import FastAPI
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from promptlayer_exec import NodeStatus
+from promptlayer_exec import ConfigurationError, NodeStatus
 from promptlayer_exec import _integration as integration
 from promptlayer_exec._uvicorn import serve_until_cancelled
 from promptlayer_exec.viewer import _routes as routes
@@ -60,6 +61,11 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
         add_batch_routes(app, board.session)
     if board.history is not None:
         routes.add_history_routes(app, board.history)
+
+    async def report(_: Request, error: Exception) -> Response:
+        return routes.refuse(str(error), 503)
+
+    app.add_exception_handler(ConfigurationError, report)  # of the databases
 
     @app.get("/api/events")
     async def get_events() -> Response:

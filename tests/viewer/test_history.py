@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from promptlayer_exec import NodeTimes, Session
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Board, History
+from promptlayer_exec.viewer import _history as histories
 from promptlayer_exec.viewer._timeline import Timeline
 
 DONE = Scenario([SimNode("n", "v", is_output_node=True)])
@@ -64,10 +66,12 @@ async def test_the_file_is_for_its_user_alone(history: History, tmp_path: Path) 
 
 
 async def test_only_one_write_waits_for_a_locked_file(
-    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is queued behind it is not recorded, and delays neither reading nor closing."""
-    monkeypatch.setattr("promptlayer_exec.viewer._history._BUSY", 0.2)
+    limits = attrs.evolve(histories.LIMITS, locked_file=0.2)
+    monkeypatch.setattr(histories, "LIMITS", limits)
+    history = History(tmp_path / "state" / "history.sqlite", server="http://a")
     assert await ids(history) == []
     other = sqlite3.connect(tmp_path / "state" / "history.sqlite", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -80,6 +84,7 @@ async def test_only_one_write_waits_for_a_locked_file(
     other.close()
     _record(history, 21)
     assert await ids(history) == ["21"]
+    await history.aclose()
 
 
 async def test_a_search_finds_each_word_literally(history: History) -> None:
@@ -149,8 +154,11 @@ async def test_a_history_that_cannot_be_used_stops_nothing(
         await board.add(sim.add_execution(DONE))
         while any(card.state != "succeeded" for card in board.cards.values()):
             await board.changed.wait()
-    warnings = [one.getMessage() for one in caplog.records if "history" in one.getMessage()]
-    assert warnings == [f"cannot use the history {path}: file is not a database"]
+    (warning,) = [one.getMessage() for one in caplog.records if "history" in one.getMessage()]
+    assert warning == (
+        "the history of the viewer is incomplete: cannot use the database"
+        f" sqlite:///{path}: file is not a database."
+    )
 
 
 async def test_the_board_remembers_what_it_followed(
@@ -256,7 +264,8 @@ async def test_an_error_of_the_file_is_an_answer(viewer: Any, tmp_path: Path) ->
     (tmp_path / "history.sqlite").mkdir()
     status, answer = await viewer.send("GET", "history")
     assert status == 503
-    assert "Could not use the history" in answer["message"]
+    path = tmp_path / "history.sqlite"
+    assert answer["message"] == f"cannot use the history {path}: Is a directory."
 
 
 async def test_a_lost_execution_is_remembered_as_such(
