@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import pytest
 
@@ -128,14 +128,35 @@ class Gate:
             self.opened.wait(TIMEOUT)
 
 
-class Screen(io.StringIO):
-    """A stream that says that it is a terminal."""
+class Output(io.TextIOWrapper):
+    """A standard stream in a file. It passes on each line when it reaches the file."""
 
-    encoding = "utf-8"
+    def __init__(
+        self, path: Path, encoding: str, *, is_screen: bool, on_line: Callable[[str], object]
+    ) -> None:
+        super().__init__(path.open("wb"), encoding)
+        self._path, self._is_screen, self._on_line = path, is_screen, on_line
+        self._lines = 0
 
     def isatty(self) -> bool:
-        """Return True."""
-        return True
+        """Return whether the stream says that it is a terminal."""
+        return self._is_screen
+
+    def flush(self) -> None:
+        """Write what is buffered to the file."""
+        super().flush()
+        new = self._text().splitlines(keepends=True)[self._lines :]
+        self._lines += len(new)
+        for line in new:
+            self._on_line(line)
+
+    def end(self) -> str:
+        """Close the file, and return its text."""
+        self.close()
+        return self._text()
+
+    def _text(self) -> str:
+        return self._path.read_bytes().decode(self.encoding) if self._path.is_file() else ""
 
 
 class Finished(NamedTuple):
@@ -201,27 +222,48 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 
 
 @pytest.fixture
-def call() -> Callable[..., Finished]:
-    """Run commands to their end in this process."""
+def call(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
+    """Run commands to their end in this process.
+
+    The function takes the arguments and the environment of the command, and:
+
+    - `stdin`: standard input, or the text that it can read from there.
+    - `encoding`: that of standard output.
+    - `on_screen`: whether standard output says that it is a terminal. The text is returned without
+      bold and dim.
+    - `out`: where standard output goes instead, such as `/dev/full`.
+    - `on_line`, called with each line as soon as it is written, for example to let the simulator
+      go on.
+    """
+    streams = tmp_path_factory.mktemp("streams")
 
     def call(
-        *arguments: object, encoding: str = "utf-8", on_screen: bool = False, **env: str
+        *arguments: object,
+        stdin: str | TextIO = "",
+        encoding: str = "utf-8",
+        on_screen: bool = False,
+        out: Path = streams / "out",
+        on_line: Callable[[str], object] = str,
+        **env: str,
     ) -> Finished:
-        out, err, screen = io.BytesIO(), io.BytesIO(), Screen()
         with pytest.MonkeyPatch.context() as patch:
             for name, value in env.items():
                 patch.setenv(name, value)
+            written = Output(out, encoding, is_screen=on_screen, on_line=on_line)
+            errors = Output(streams / "err", "utf-8", is_screen=False, on_line=str)
             patch.setattr(sys, "argv", ["promptlayer-exec", *map(str, arguments)])
-            patch.setattr(sys, "stdout", screen if on_screen else io.TextIOWrapper(out, encoding))
-            patch.setattr(sys, "stderr", io.TextIOWrapper(err, "utf-8"))
+            if isinstance(stdin, str):
+                stdin = io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")
+            patch.setattr(sys, "stdin", stdin)
+            patch.setattr(sys, "stdout", written)
+            patch.setattr(sys, "stderr", errors)
             with pytest.raises(SystemExit) as exited:
                 main()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            text = screen.getvalue() if on_screen else out.getvalue().decode(encoding)
-            text = re.sub(r"\x1b\[\d*m", "", text) if on_screen else text  # bold and dim
-            errors = err.getvalue().decode()
-        assert "Traceback" not in errors, errors
-        return Finished(exited.value.code, text, errors)
+            text, error_text = written.end(), errors.end()
+
+        assert "Traceback" not in error_text, error_text
+        if on_screen:
+            text = re.sub(r"\x1b\[\d*m", "", text)
+        return Finished(exited.value.code, text, error_text)
 
     return call

@@ -25,6 +25,7 @@ from promptlayer_exec.cli import _live
 from promptlayer_exec.dbos import BatchStatus
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
+pytestmark = pytest.mark.usefixtures("quick_batches")
 TIMEOUT = 45.0
 FIELDS = ["key", "execution_id", "succeeded", "output", "error", "started", "finished"]
 Start = Callable[..., Any]
@@ -741,7 +742,6 @@ def test_a_batch_can_be_deleted(sim: Simulator, start: Start, run: Run, tmp_path
 def test_deleting_is_asked_about_on_a_terminal(
     run: Run,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     typed: bytes,
     ends_with: tuple[int, str],
 ) -> None:
@@ -750,9 +750,8 @@ def test_deleting_is_asked_about_on_a_terminal(
     assert run("run", write(tmp_path / "night.jsonl", *items))[0] == 1
     leader, follower = pty.openpty()
     with os.fdopen(leader, "wb", 0) as keyboard, os.fdopen(follower) as terminal:
-        monkeypatch.setattr(sys, "stdin", terminal)
         keyboard.write(typed)
-        code, _, err = run("delete")
+        code, _, err = run("delete", stdin=terminal)
     question, _, rest = err.partition(" [y/N]:")
     what = "batch night: 3 items: 2 succeeded, 1 failed, 0 unknown"
     assert question == f"{what}\nDelete this batch with all its results?"

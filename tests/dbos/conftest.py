@@ -17,11 +17,9 @@ from promptlayer_exec import PollPolicy, RetryPolicy, Session
 from promptlayer_exec._database import database
 from promptlayer_exec._database.location import check_url
 from promptlayer_exec.dbos import Batch, StoredError, StoredOutcome
-from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _breaker as breakers
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _requeue as requeue
-from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._records import Ending
 from promptlayer_exec.dbos._store import Store
@@ -74,14 +72,12 @@ def batch(batch_of: Callable[..., Batch]) -> Batch:
 
 
 @pytest.fixture(autouse=True)
-def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_pauses(quick_batches: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
-        (stores, "QUEUE_INTERVAL", 0.02),
-        (workers, "TIMES", workers.WorkerTimes(check_interval=0.02, idle=0.3)),
+        (workers, "TIMES", attrs.evolve(workers.TIMES, idle=0.3)),
         (items, "PATIENCE", items.Patience(first_delay=0.05)),
         (breakers, "CAUTION", breakers.Caution(first_pause=0.1)),
         (requeue, "RESTART_PAUSES", requeue.RestartPauses(first=0.01)),
-        (batches, "POLL_INTERVAL", 0.02),
         (database, "LIMITS", attrs.evolve(database.LIMITS, retry_interval=0.02)),
     ):
         monkeypatch.setattr(module, name, value)
