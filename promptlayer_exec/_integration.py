@@ -62,7 +62,6 @@ __all__ = [
     "Poll",
     "Reply",
     "Response",
-    "SendHooks",
     "SendOutcome",
     "StartClaim",
     "StartStore",

@@ -340,17 +340,17 @@ class _OpenStore:
         future.add_done_callback(self._running.discard)
         return future
 
-    def submit_after(self, earlier: Future[Any], what: str, call: _StoreCall) -> None:
-        """Make a call as soon as another one has finished."""
+    def release_after(self, claiming: Future[Any], call: _StoreCall) -> None:
+        """Release a claim as soon as it has finished."""
         ended: Future[None] = Future()
         self._running.add(ended)
         ended.add_done_callback(self._running.discard)
 
         def begin(_: Future[Any]) -> None:
-            future = self._groups[what].submit(call)
+            future = self._groups["release"].submit(call)
             future.add_done_callback(lambda _: ended.set_result(None))
 
-        earlier.add_done_callback(begin)
+        claiming.add_done_callback(begin)
 
     def _write(
         self,
@@ -457,27 +457,26 @@ class SQLStartStore:
         done: bool = await self._call("resolve", resolved, patience)
         return done
 
-    async def forget(self, key: str, *, patience: float = PATIENCE) -> bool:
+    async def forget(self, key: str) -> bool:
         """Delete the record of a key, so that its next request starts a new run.
 
         Returns:
             Whether there was a record.
         """
-        done: bool = await self._call("forget", check_key(key), patience)
+        done: bool = await self._call("forget", check_key(key), PATIENCE)
         return done
 
-    async def prune(self, *, older_than: float, patience: float = PATIENCE) -> int:
+    async def prune(self, *, older_than: float) -> int:
         """Delete old records, except for requests in flight.
 
         Args:
             older_than: the least age of a record, in seconds since it last changed.
-            patience: how long to wait for the database, in seconds.
 
         Returns:
             The number of deleted records.
         """
         seconds = check_seconds("older_than", older_than)
-        pruned: int = await self._call("prune", seconds, patience)
+        pruned: int = await self._call("prune", seconds, PATIENCE)
         return pruned
 
     async def aclose(self) -> None:
@@ -520,4 +519,4 @@ class SQLStartStore:
         """Undo a claim whose caller has given up, unless cancelling it is still possible."""
         if not future.cancel() and what == "claim":
             released = _Released(argument.key, argument.token)
-            opened.submit_after(future, "release", _StoreCall(released, time.monotonic() + 10.0))
+            opened.release_after(future, _StoreCall(released, time.monotonic() + 10.0))

@@ -49,9 +49,9 @@ class Alarm:
         return at
 
 
-async def wait_even_if_cancelled(future: asyncio.Future[Any], timeout: float | None = None) -> None:
-    """Wait for a future, at most `timeout` seconds. Raise a cancellation only afterwards."""
-    waiting = asyncio.ensure_future(asyncio.wait([future], timeout=timeout))
+async def wait_even_if_cancelled(future: asyncio.Future[Any]) -> None:
+    """Wait for a future. Raise a cancellation only afterwards."""
+    waiting = asyncio.ensure_future(asyncio.wait([future]))
     try:
         await asyncio.shield(waiting)
     except asyncio.CancelledError:
