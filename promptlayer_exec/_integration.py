@@ -35,7 +35,12 @@ from promptlayer_exec._values.display import error_details, error_text
 from promptlayer_exec._values.errors import InvalidOutput, PromptLayerExecError, split_advice
 from promptlayer_exec._values.events import WakeSource
 from promptlayer_exec._values.models import StartRequest, node_dict
-from promptlayer_exec._values.policies import Limiter, check_seconds
+from promptlayer_exec._values.policies import (
+    Limiter,
+    check_seconds,
+    is_transient,
+    or_infinity,
+)
 from promptlayer_exec._values.start_records import (
     PATIENCE,
     StartClaim,
@@ -45,7 +50,7 @@ from promptlayer_exec._values.start_records import (
     workflow_of,
 )
 from promptlayer_exec._values.statuses import UNKNOWN_STATUS, status_entry
-from promptlayer_exec._values.text import indented, printable, short_repr
+from promptlayer_exec._values.text import duration, indented, printable, short_repr
 from promptlayer_exec._values.workflow_definition import WorkflowDefinition, near
 
 # These come from other modules. The functions below are part of the interface as well.
@@ -71,13 +76,16 @@ __all__ = [
     "check_execution_id",
     "check_key",
     "check_seconds",
+    "duration",
     "each",
     "error_details",
     "error_text",
     "indented",
     "install_hint",
+    "is_transient",
     "near",
     "node_dict",
+    "or_infinity",
     "oversize_reason",
     "printable",
     "report_unrecorded",

@@ -16,6 +16,16 @@ _short.maxlevel = 3
 _short.maxstring = _short.maxother = _short.maxlong = 80
 
 
+def duration(seconds: float) -> str:
+    """Return a duration in seconds, minutes or hours, such as `1 min 05 s`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
 def short_repr(value: Any) -> str:
     """Return the repr of a value in at most 80 characters, with sorted dict keys."""
     text = _short.repr(value)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import attrs
 import typer
 
-from promptlayer_exec._integration import printable
+from promptlayer_exec._integration import duration, printable
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_management as management
 from promptlayer_exec.cli import _batch_options as options
@@ -30,7 +30,7 @@ from promptlayer_exec.cli._exit import (
 from promptlayer_exec.cli._help import Program, help_epilog
 from promptlayer_exec.cli._item_file import ItemFile
 from promptlayer_exec.cli._options import BaseUrl, Database, NoPush, open_session
-from promptlayer_exec.cli._printing import duration, err, quoted, shorten
+from promptlayer_exec.cli._printing import err, quoted, shorten
 from promptlayer_exec.cli._result_file import LineFile, TableFile, open_results, write_results
 
 if TYPE_CHECKING:

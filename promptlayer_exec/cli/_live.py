@@ -18,13 +18,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from promptlayer_exec import Node, NodeStatus, Snapshot
-from promptlayer_exec._integration import printable, status_entry
-from promptlayer_exec.cli._printing import (
-    duration,
-    err,
-    running_time,
-    show_warnings,
-)
+from promptlayer_exec._integration import duration, printable, status_entry
+from promptlayer_exec.cli._printing import err, running_time, show_warnings
 from promptlayer_exec.cli._sentences import final_count, node_detail, result_line
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from promptlayer_exec import NodeTimes
-from promptlayer_exec._integration import printable
+from promptlayer_exec._integration import duration, printable
 
 _PREVIEW = 200  # characters of a value
 
@@ -40,16 +40,6 @@ def preview(value: Any) -> str:
             break
 
     return shorten(printable(text))
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in seconds, minutes or hours, such as `1 min 05 s`."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def running_time(times: NodeTimes, now: float) -> str:

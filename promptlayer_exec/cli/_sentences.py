@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from promptlayer_exec import Node, NodeStatus, Snapshot
-from promptlayer_exec._integration import error_details, error_text, printable
-from promptlayer_exec.cli._printing import duration, preview, shorten
+from promptlayer_exec._integration import duration, error_details, error_text, printable
+from promptlayer_exec.cli._printing import preview, shorten
 
 
 def failure_reason(node: Node) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, closing, suppress
 from functools import cached_property, partial
@@ -20,6 +21,7 @@ from promptlayer_exec.dbos import _owner as owner
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos import _requeue as requeue
 from promptlayer_exec.dbos._adding import Addition, check_text
+from promptlayer_exec.dbos._following import Following
 from promptlayer_exec.dbos._liveness import count_workers
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._records import BatchStatus, Kind, StoredOutcome
@@ -35,6 +37,8 @@ logger = logging.getLogger("promptlayer_exec")
 # Seconds between two reads of new outcomes, and of settings that another worker may have stored.
 POLL_INTERVAL = 0.25
 SETTINGS_INTERVAL = 2.0
+# Seconds after which to give up a run that does not end, unless the batch stores another number.
+GIVE_UP_AFTER = 86400.0
 
 
 class Batch:
@@ -69,6 +73,10 @@ class Batch:
             without an output, another one starts after a pause, of 5 seconds at first. The batch
             never repeats an item in state `unknown`. It stores the number, as above. None: the
             stored number, or 1.
+        give_up_after: how many seconds after its start to stop following a run that does not end.
+            Its item then fails with `ExecutionTimeout`, and `recheck` follows it again. `math.inf`
+            means never. The batch stores the number, as above. None: the stored number, or 86400, a
+            day.
         same_server: whether a batch may continue after its server's address or your API key
             changed. Use it only if the workspace is the same: otherwise its ids are those of other
             runs.
@@ -88,6 +96,7 @@ class Batch:
         max_in_flight: int | None = None,
         rate: float | None = None,
         attempts: int | None = None,
+        give_up_after: float | None = None,
         same_server: bool = False,
     ) -> None:
         self._name = check_text("batch name", name, 200, ConfigurationError)
@@ -104,6 +113,10 @@ class Batch:
             self._settings["rate"] = integration.check_seconds("rate", rate, zero=False)
         if attempts is not None:
             self._settings["attempts"] = integration.check_count("attempts", attempts)
+        if give_up_after is not None:
+            if give_up_after != math.inf:
+                integration.check_seconds("give_up_after", give_up_after, zero=False)
+            self._settings["give_up_after"] = float(give_up_after)
 
         self._store: Store | None = None
         self._is_prepared = False
@@ -189,29 +202,34 @@ class Batch:
 
         settings = await store.run_in_thread(reports.settings, store, self._name)
         limiter = SharedRate(store, self._name, settings.rate)
+        following = Following(self._session, store.moment, _give_up_after(settings))
         worker = Worker(
             store,
             self._name,
             self._session,
             owns_session=self._session is not self._source,
             max_in_flight=settings.max_in_flight or 100,
+            following=following,
         )
 
-        following = asyncio.create_task(self._follow_rate(store, limiter))
+        refreshing = asyncio.create_task(self._refresh_settings(store, limiter, following))
         try:
             with integration.limited(self._session, limiter):
                 await worker.run(until_done=until_done)
         finally:
-            following.cancel()
-            await asyncio.wait([following])
+            refreshing.cancel()
+            await asyncio.wait([refreshing])
 
-    async def _follow_rate(self, store: Store, limiter: SharedRate) -> None:
-        """Pass the limiter the rate that another worker stores meanwhile."""
+    async def _refresh_settings(
+        self, store: Store, limiter: SharedRate, following: Following
+    ) -> None:
+        """Use the rate and the time limit that another worker stores meanwhile."""
         while True:
             await asyncio.sleep(SETTINGS_INTERVAL)
             with suppress(ConfigurationError):  # the worker notices and reports it
                 settings = await store.run_in_thread(reports.settings, store, self._name)
                 limiter.rate = settings.rate
+                following.give_up_after = _give_up_after(settings)
 
     async def outcomes(self, *, until_done: bool = True) -> AsyncGenerator[StoredOutcome, None]:
         """Yield the outcome of each item: first the stored ones, then each as soon as it finishes.
@@ -258,12 +276,13 @@ class Batch:
         unknown: bool = False,
         keys: Iterable[str] | None = None,
         unknown_for: float = 0.0,
+        again: bool = False,
     ) -> int:
         """Start finished items again. PromptLayer bills the new runs.
 
-        It starts only unknown items, and those whose run certainly failed. It follows others once
-        more, because PromptLayer may have responded 404 for a run that exists. To start one of
-        these again, add it under another key. A restarted item gets a second outcome.
+        It starts only unknown items, and those whose run certainly failed or did not start. It
+        follows the others again, for free, because their runs may still bring an output. A
+        restarted item gets a second outcome.
 
         Args:
             failed: whether to start items whose run failed or did not start.
@@ -271,20 +290,29 @@ class Batch:
             keys: only these items. None means all. It ignores keys that the batch does not have.
             unknown_for: start an unknown item only if it has been unknown for this many seconds,
                 so that its callback has time to arrive.
+            again: whether to pay for a new run of each of `keys` that has finished, even if its
+                first run succeeded, or may still be running. Pass it with `keys` alone.
 
         Returns:
             The number of these items.
 
         Raises:
             TypeError: `keys` is a str, or contains something else than str.
-            ValueError: `unknown_for` is negative.
+            ValueError: `unknown_for` is negative, or `again` comes without keys, or with another
+                choice.
         """
         integration.check_seconds("unknown_for", unknown_for)
+        if again and (keys is None or failed or unknown or unknown_for):
+            raise ValueError("again=True starts new runs of `keys`, and takes no other choice")
         chosen = None if keys is None else _check_keys(keys)
         kinds = [kind for kind, is_meant in (("failed", failed), ("unknown", unknown)) if is_meant]
 
         async with self._open() as store:
             await self._check_owner(store)
+            if again:
+                kinds = ["succeeded", "failed", "unknown"]
+                return await self._requeue(store, Reason.AGAIN, kinds=kinds, keys=chosen)
+
             await self._requeue(store, Reason.CALLBACK, kinds=["unknown"])
             return await self._requeue(
                 store, Reason.RETRY, kinds=kinds, keys=chosen, unknown_for=unknown_for
@@ -465,6 +493,10 @@ async def batch_names(database_url: str | None = None) -> list[str]:
     with closing(Store(url)) as store:
         await store.run_in_thread(store.prepare)
         return await store.run_in_thread(store.batches)
+
+
+def _give_up_after(settings: BatchSettings) -> float:
+    return settings.give_up_after or GIVE_UP_AFTER
 
 
 def _check_keys(keys: Iterable[str]) -> list[str]:

@@ -1,4 +1,7 @@
-"""When a worker may send a start request: a few in parallel, one by one while the server fails."""
+"""When a worker may send a start request: a few in parallel, one by one while the server fails.
+
+`Breaker` judges by the responses to start requests, and `Probes` by how the runs end.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,9 @@ class Caution:
     each probe that fails.
 
     If the worker sent a request long after the last pause, its failure is the first of a new row.
+
+    While no run ends readably, the worker starts one item at a time. After `probes` of these in a
+    row that nobody can read either, it stops the work.
     """
 
     first_window: int = 4
@@ -27,6 +33,7 @@ class Caution:
     first_pause: float = 1.0
     longest_pause: float = 30.0
     same_outage_within: float = 60.0
+    probes: int = 3
 
 
 CAUTION = Caution()
@@ -107,3 +114,51 @@ class Breaker:
         self._pause = min(2 * self._pause or CAUTION.first_pause, CAUTION.longest_pause)
         self._paused_at = now
         self._paused_until = self._failing_until = now + min(self._pause, left)
+
+
+@attrs.define(eq=False, repr=False)
+class Probes:
+    """Lets a worker start one item at a time while no run ends readably.
+
+    A server may have changed the shape of its responses. Then each run costs money, and brings
+    nothing that the worker can read. A probe is an item that the worker started alone.
+    """
+
+    _stop: Callable[[Exception], None]  # stops the work with an error
+    _is_unreadable: bool = attrs.field(init=False, default=False)
+    _probe: str | None = attrs.field(init=False, default=None)
+    _refused: int = attrs.field(init=False, default=0)  # probes in a row
+    _is_changed: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
+
+    async def turn(self, item: str) -> None:
+        """Wait until an item may start."""
+        while self._is_unreadable and self._probe not in (None, item):
+            self._is_changed.clear()
+            await self._is_changed.wait()
+        if self._is_unreadable:
+            self._probe = item
+
+    def allows(self, item: str) -> bool:
+        """Return False if an item has had its turn, but must wait for another one."""
+        return not self._is_unreadable or self._probe == item
+
+    def read(self) -> None:
+        """Record that a run ended with an output, or failed."""
+        self._is_unreadable = False
+        self._probe = None
+        self._refused = 0
+        self._is_changed.set()
+
+    def refused(self, item: str, error: Exception) -> None:
+        """Record that nobody can read how the run of an item ended."""
+        if self._probe == item:
+            self._refused += 1
+        self._is_unreadable = True
+        if self._refused >= CAUTION.probes:
+            self._stop(error)
+
+    def leave(self, item: str) -> None:
+        """Let the next item start, because this one has ended, or did not start."""
+        if self._probe == item:
+            self._probe = None
+            self._is_changed.set()

@@ -9,7 +9,8 @@ DBOS stores which items to run, and which worker runs each:
    request. `PendingSend.ended` records the execution id in the same row, even if nobody waits for
    it any more. The session resends a request that provably started nothing. Until then, the intent
    is gone from the row.
-4. `_follow` waits until the execution is complete, and `Store.finish` stores the outcome.
+4. `Following` waits until the run has ended, whatever the server responds, and `Store.finish`
+   stores the outcome.
 
 If the worker dies, another one follows the execution whose id is in the row. If the row has only an
 intent, the request may have left, so the item is unknown. A worker reads and writes the rows of
@@ -34,8 +35,6 @@ from promptlayer_exec import (
     ExecutionFailed,
     ExecutionTimeout,
     InvalidInputs,
-    NotFound,
-    PromptLayerExecError,
     RateLimited,
     RequestError,
     RequestTimeout,
@@ -50,7 +49,8 @@ from promptlayer_exec import _integration as integration
 from promptlayer_exec._database.threads import Group
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _requeue as requeue
-from promptlayer_exec.dbos._breaker import Breaker
+from promptlayer_exec.dbos._breaker import Breaker, Probes
+from promptlayer_exec.dbos._following import FollowedRun, Following, RunEnd
 from promptlayer_exec.dbos._intents import Intent, IntentRefused, Item, PendingSend, SendResult
 from promptlayer_exec.dbos._records import (
     Ending,
@@ -73,10 +73,9 @@ _NOT_THE_ITEMS_FAULT = (
 
 @attrs.frozen
 class Patience:
-    """How long a worker waits for the server and the database, in seconds.
+    """How long a worker waits for a start request and for the database, in seconds.
 
-    The server may respond 404 for `not_found_grace` to an execution that has started. If a read
-    fails, the worker reads again after `first_delay`, and later after up to `longest_delay`.
+    A start request that was not sent in time is repeated after `restart_delay`.
 
     If an id is not in its row after `recorded_within`, the worker logs it, because the process may
     be killed. If it already noticed that the database is away, it does so after `look_after`.
@@ -85,9 +84,7 @@ class Patience:
     runs do not: they are paid for, and a process that is killed meanwhile would lose them.
     """
 
-    not_found_grace: float = 60.0
-    first_delay: float = 1.0
-    longest_delay: float = 30.0
+    restart_delay: float = 1.0
     recorded_within: float = 10.0
     look_after: float = 0.5
     gather: float = 0.02
@@ -102,24 +99,22 @@ class Items:
 
     Attributes:
         active: the DBOS workflows of the running items, and the tasks that run them.
-        waiting: the errors of workflows for which the server has reported no end for too long.
+        following: the runs that it follows.
     """
 
     _store: Store
     _batch: str
     _session: Session
     _stop: Callable[[Exception], None]  # stops the work with an error
+    following: Following
     active: dict[str, asyncio.Task[Any]] = attrs.field(init=False, factory=dict)
-    waiting: dict[str, Exception] = attrs.field(init=False, factory=dict)
     _pending: set[PendingSend] = attrs.field(init=False, factory=set)
     _intents: Group[Intent, bool] = attrs.field(init=False)
     _read: Group[tuple[str, int], Item | None] = attrs.field(init=False)
     _started: Group[SendResult, bool] = attrs.field(init=False)
     _endings: Group[Ending, bool] = attrs.field(init=False)
     _starts: Breaker = attrs.field(init=False)
-    _patience: float = attrs.field(init=False)
-    # When the server last reported how an execution finished.
-    _answered_at: float = attrs.field(init=False, default=float("-inf"))
+    _probes: Probes = attrs.field(init=False)
     _reported: set[int] = attrs.field(init=False, factory=set)
     _is_closing: bool = attrs.field(init=False, default=False)
     _has_warned: bool = attrs.field(init=False, default=False)
@@ -127,7 +122,7 @@ class Items:
     def __attrs_post_init__(self) -> None:
         policy = integration.settings(self._session).retry
         self._starts = Breaker(policy.outage, self._end)
-        self._patience = float("inf") if policy.watch_outage is None else policy.watch_outage
+        self._probes = Probes(self._end)
 
         store, batch, gather = self._store, self._batch, PATIENCE.gather
         self._read = Group(partial(intents.read, store, batch), gather=gather)
@@ -154,6 +149,7 @@ class Items:
         else:
             return True
         finally:
+            self._probes.leave(workflow)
             del self.active[workflow]
 
     async def close(self) -> None:
@@ -186,10 +182,25 @@ class Items:
             if started is None:
                 return
 
-            outcome = await self._follow(item, started)
-            is_recheck = started.get("is_recheck", False)
-            if await self._endings.add(Ending.of(attempt, outcome, is_recheck=is_recheck)):
+            outcome, end = await self._follow(item, started)
+            ending = Ending.of(
+                attempt, outcome, follows_again=started.get("followed_from") is not None
+            )
+            is_stored = await self._endings.add(ending)
+            self._note_end(item, end)
+            if is_stored:
                 return
+
+    def _note_end(self, item: Item, end: RunEnd | None) -> None:
+        if end is None:
+            return
+        if end.is_refused:
+            self._probes.refused(self._workflow(item), cast("Exception", end.error))
+        elif end.error is None or isinstance(end.error, ExecutionFailed):
+            self._probes.read()
+
+    def _workflow(self, item: Item) -> str:
+        return workflow_id(self._batch, item.key, item.attempt)
 
     def _check_open(self) -> None:
         if self._is_closing:
@@ -209,7 +220,7 @@ class Items:
 
         token = integration.start_token(self._session)
         intent = Intent(item.key, item.attempt, token)
-        task = self.active[workflow_id(self._batch, item.key, item.attempt)]
+        task = self.active[self._workflow(item)]
         pending = PendingSend(intent, self._intents, task, partial(self._record, item, token))
         self._pending.add(pending)
         try:
@@ -251,10 +262,14 @@ class Items:
     async def _send(self, item: Item, pending: PendingSend, token: str) -> StartRecord | None:
         """Send a start request, with a new slot each time, until it has a result."""
         request = self._to_send(item)
+        workflow = self._workflow(item)
 
         while True:
+            await self._probes.turn(workflow)
             async with self._starts.slot() as since:
                 self._check_open()
+                if not self._probes.allows(workflow):
+                    continue
                 try:
                     await integration.start(self._session, request, hooks=pending, token=token)
                     self._starts.succeeded()
@@ -270,7 +285,7 @@ class Items:
             if pending.recording is not None:
                 return await pending.recording
             # Without the slot, so that others can use it.
-            await asyncio.sleep(PATIENCE.first_delay)
+            await asyncio.sleep(PATIENCE.restart_delay)
 
     def _judge(self, item: Item, error: Exception, since: float) -> StartRecord | None:
         """Return the result of a failed start request, or None to try it again."""
@@ -319,74 +334,36 @@ class Items:
             subject = f"item {item.key!r:.1000} of batch {self._batch!r}"
             integration.report_unrecorded(execution_id, subject)
 
-    async def _follow(self, item: Item, started: StartRecord) -> StoredOutcome:
+    async def _follow(
+        self, item: Item, started: StartRecord
+    ) -> tuple[StoredOutcome, RunEnd | None]:
+        """Return the outcome of an item, and how its run ended, if there is one."""
         key = item.key
         at = datetime.fromisoformat(started["at"])
         execution_id = started["execution_id"]
         if execution_id is None:
             error = StoredError(*(started["error"] or ("", "")))
-            return StoredOutcome(key, None, False, None, error, None, at)
+            return StoredOutcome(key, None, False, None, error, None, at), None
 
         self._check_open()
+        run = FollowedRun(
+            json.loads(item.request)["workflow"],
+            execution_id,
+            at,
+            datetime.fromisoformat(started.get("followed_from") or started["at"]),
+        )
+        end = await self.following.end(run)
+
+        now = self._store.moment()
+
+        stored = None if end.error is None else stored_error(end.error)
+        outcome = StoredOutcome(key, execution_id, stored is None, end.output, stored, at, now)
         try:
-            output = await self._output(item, execution_id)
-            outcome = StoredOutcome(key, execution_id, True, output, None, at, self._store.moment())
-            outcome.to_json()  # an output that cannot be stored is an error of the item
-        except (ExecutionFailed, NotFound, RecursionError) as failure:
-            stored = stored_error(failure)
-            outcome = StoredOutcome(
-                key, execution_id, False, None, stored, at, self._store.moment()
-            )
-        self._answered_at = asyncio.get_running_loop().time()
-        return outcome
-
-    async def _output(self, item: Item, execution_id: int) -> Any:
-        """Return the output. Raise an error of the item only if the server reported one."""
-        workflow = workflow_id(self._batch, item.key, item.attempt)
-        name_or_id = json.loads(item.request)["workflow"]
-        clock = asyncio.get_running_loop().time
-        failing_since: float | None = None
-        unknown_since: float | None = None
-        delay = PATIENCE.first_delay
-
-        try:
-            while True:
-                try:
-                    # Another worker may have started it.
-                    integration.expect(self._session, name_or_id, execution_id)
-                    return await self._session.execution(execution_id).output()
-                except ExecutionFailed:
-                    raise
-                except ExecutionTimeout as error:
-                    failing_since = unknown_since = None
-                    delay = PATIENCE.first_delay
-                    self._wait_for(item.key, workflow, error)
-                except NotFound:
-                    unknown_since = unknown_since or clock()
-                    if clock() - unknown_since >= PATIENCE.not_found_grace:
-                        raise
-                except (Unauthorized, SessionClosed):
-                    raise  # stops the work
-                except RequestError as error:
-                    unknown_since = None
-                    # After several attempts, the session has used up its patience.
-                    spent = self._patience if error.attempts > 1 else 0.0
-                    failing_since = failing_since or clock() - spent
-                    if clock() - failing_since >= self._patience:
-                        if self._answered_at < failing_since:
-                            raise  # all items have this problem
-                        self._wait_for(item.key, workflow, error)
-
-                await asyncio.sleep(delay)
-                delay = min(2 * delay, PATIENCE.longest_delay)
-        finally:
-            self.waiting.pop(workflow, None)
-
-    def _wait_for(self, key: str, workflow: str, error: PromptLayerExecError) -> None:
-        if workflow not in self.waiting:
-            text = "item %.100r has no outcome yet, still following it: %s"
-            logger.warning(text, key, integration.log_text(error))
-        self.waiting[workflow] = error
+            outcome.to_json()
+        except RecursionError as error:  # nobody can store that output
+            stored = stored_error(error)
+            outcome = StoredOutcome(key, execution_id, False, None, stored, at, now)
+        return outcome, end
 
 
 class _Closing(Exception):

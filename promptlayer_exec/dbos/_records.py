@@ -120,7 +120,7 @@ class Ending:
         has_run: whether a worker followed a run until it finished. If not, another worker may
             meanwhile record a run, and the item continues with it.
         may_restart: whether the batch's `attempts` apply: the run completed without an output, and
-            this was not a recheck.
+            neither `recheck` nor `retry` had put the item back to follow it.
     """
 
     key: str
@@ -132,13 +132,14 @@ class Ending:
     may_restart: bool = False
 
     @classmethod
-    def of(cls, attempt: int, outcome: StoredOutcome, *, is_recheck: bool = False) -> Ending:
+    def of(cls, attempt: int, outcome: StoredOutcome, *, follows_again: bool = False) -> Ending:
         """Return the ending of an attempt with this outcome."""
+        has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
         seconds = None
-        if outcome.started is not None:  # somebody may have put back the clock
+        if outcome.started is not None and (outcome.succeeded or has_failed):
+            # Somebody may have put back the clock.
             seconds = max((outcome.finished - outcome.started).total_seconds(), 0.0)
 
-        has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
         return cls(
             outcome.key,
             attempt,
@@ -146,7 +147,7 @@ class Ending:
             outcome.to_json(),
             seconds,
             has_run=outcome.execution_id is not None,
-            may_restart=has_failed and not is_recheck,
+            may_restart=has_failed and not follows_again,
         )
 
 
@@ -166,7 +167,8 @@ class StartRecord(TypedDict):
     execution_id: int | None
     at: str
     error: list[str] | None
-    is_recheck: bool  # the run was followed before, and must not lead to another one
+    # When `recheck` or `retry` put the item back (UTC). Its run must not lead to another one.
+    followed_from: str | None
 
 
 def start_record(
@@ -174,12 +176,12 @@ def start_record(
     execution_id: int | None = None,
     error: Exception | None = None,
     *,
-    is_recheck: bool = False,
+    followed_from: datetime | None = None,
 ) -> StartRecord:
     """Return the result of a start request, which was known at `at`."""
     return {
         "execution_id": execution_id,
         "at": at.isoformat(),
         "error": None if error is None else [*stored_error(error)],
-        "is_recheck": is_recheck,
+        "followed_from": None if followed_from is None else followed_from.isoformat(),
     }

@@ -25,6 +25,7 @@ class BatchSettings:
         max_in_flight: the maximum number of items in progress, or None if nobody has set it yet.
         rate: the maximum number of HTTP attempts per second. None: no shared limit.
         attempts: the maximum number of runs for an item. None: one.
+        give_up_after: for how many seconds to follow a run that does not end. None: a day.
         created: when the first item was added (UTC), or an interrupted deletion began, or None if
             the batch does not exist.
     """
@@ -32,6 +33,7 @@ class BatchSettings:
     max_in_flight: int | None
     rate: float | None
     attempts: int | None
+    give_up_after: float | None
     created: datetime | None
 
 
@@ -45,7 +47,8 @@ class RunAttempt:
         taken: when the last worker took it (UTC), or None if none has.
         worker: the worker that has it, or the last one that had it: its host, and an id.
         state: `waiting`, `running` or `ended`.
-        execution_id: its run, or None if it has no known run, or has not finished.
+        execution_id: its run, or None if it has no known run.
+        started: when its run started (UTC), or None if that is unknown.
         error: why it finished without an output, or None if it did not.
         finished: when that became known (UTC).
     """
@@ -56,6 +59,7 @@ class RunAttempt:
     worker: str | None
     state: str
     execution_id: int | None = None
+    started: datetime | None = None
     error: StoredError | None = None
     finished: datetime | None = None
 
@@ -131,28 +135,36 @@ def settings(store: Store, batch: str) -> BatchSettings:
     query = sa.select(batches).where(batches.c.name == batch)
     for row in store.rows(query):
         created = datetime.fromtimestamp(row.created, UTC)
-        return BatchSettings(row.max_in_flight, row.rate, row.attempts, created)
-    return BatchSettings(None, None, None, None)
+        return BatchSettings(row.max_in_flight, row.rate, row.attempts, row.give_up_after, created)
+    return BatchSettings(None, None, None, None, None)
 
 
 def item(store: Store, batch: str, key: str) -> StoredItem | None:
-    query = sa.select(_item.attempt, _item.outcome, _item.request, _item.history)
+    query = sa.select(_item.attempt, _item.outcome, _item.request, _item.history, _item.started)
     query = query.where(_item.batch == batch, _item.key == key)
     for row in store.rows(query):
-        # How each attempt finished, by its number.
-        ended = {attempt["attempt"]: attempt for attempt in json.loads(row.history or "[]")}
+        # What is known about each attempt, by its number.
+        known = {attempt["attempt"]: attempt for attempt in json.loads(row.history or "[]")}
         outcome = None
         if row.outcome is not None:
             outcome = StoredOutcome.from_json(row.outcome)
-            ended[row.attempt] = json.loads(row.outcome)
+            known[row.attempt] = json.loads(row.outcome)
+        elif row.started is not None:  # a worker follows its run, or is about to
+            started = json.loads(row.started)
+            known[row.attempt] = {
+                "execution_id": started["execution_id"],
+                "started": started["at"],
+                "error": None,
+                "finished": None,
+            }
 
         workflows = store.workflows(batch, key, row.attempt)
-        attempts = tuple(_attempt(workflow, ended) for workflow in workflows)
+        attempts = tuple(_attempt(workflow, known) for workflow in workflows)
         return StoredItem(key, json.loads(row.request), attempts, outcome)
     return None
 
 
-def _attempt(workflow: Any, ended: Mapping[int, Mapping[str, Any]]) -> RunAttempt:
+def _attempt(workflow: Any, known: Mapping[int, Mapping[str, Any]]) -> RunAttempt:
     states = {"ENQUEUED": "waiting", "DELAYED": "waiting", "PENDING": "running"}
     number = key_and_attempt(workflow.workflow_id)[1]
     taken = None
@@ -166,16 +178,21 @@ def _attempt(workflow: Any, ended: Mapping[int, Mapping[str, Any]]) -> RunAttemp
         states.get(workflow.status, "ended"),
     )
 
-    if number not in ended:
+    if number not in known:
         return attempt
-    ending = ended[number]
-    error = ending["error"]
+    run = known[number]
+    error = run["error"]
     return attrs.evolve(
         attempt,
-        execution_id=ending["execution_id"],
+        execution_id=run["execution_id"],
+        started=_moment(run["started"]),
         error=None if error is None else StoredError(**error),
-        finished=datetime.fromisoformat(ending["finished"]),
+        finished=_moment(run["finished"]),
     )
+
+
+def _moment(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)
 
 
 def failures(store: Store, batch: str) -> tuple[Failure, ...]:

@@ -36,7 +36,8 @@ class Reason(enum.Enum):
     """Why finished items run again, which decides whether a worker may start them."""
 
     RECHECK = "the server may report by now how the run finished"
-    RETRY = "the user wants to start them again, and pays for it"
+    RETRY = "the user wants to start those again that failed, and pays for it"
+    AGAIN = "the user wants to start all of them again, whatever has become of their runs"
     CALLBACK = "the callback of an unknown start has arrived"
 
 
@@ -93,8 +94,8 @@ def requeue(
     They finished as one of `kinds`. `keys` and `token`, the token of their run, narrow them down.
     Unknown ones must have been unknown for `unknown_for` seconds.
 
-    Only `RETRY` starts items. If an item has a run that may not have failed, the worker follows it
-    instead: you have paid for that run.
+    Only `RETRY` and `AGAIN` start items. For `RETRY`, if an item has a run that may not have
+    failed, the worker follows it instead: you have paid for that run.
     """
     which = [_item.batch == batch, _item.kind.in_(kinds)]
     if reason is Reason.CALLBACK:
@@ -104,11 +105,8 @@ def requeue(
 
     ended = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome, _item.history)
     ended = ended.add_columns(_callback_id).select_from(items.outerjoin(callbacks, called_back))
-    unknown_before = None
-    if unknown_for:
-        ((latest,),) = store.rows(sa.select(store.now - unknown_for))
-        unknown_before = datetime.fromtimestamp(latest, UTC)
-    choose = partial(_next_attempt, reason, unknown_before)
+    ((now,),) = store.rows(sa.select(store.now))
+    choose = partial(_next_attempt, reason, datetime.fromtimestamp(now, UTC), unknown_for)
 
     count = 0
     for page in _pages(store, which, keys):
@@ -154,17 +152,19 @@ def _requeue_page(
     return len(chosen)
 
 
-def _next_attempt(reason: Reason, unknown_before: datetime | None, row: Any) -> NextAttempt | None:
+def _next_attempt(
+    reason: Reason, now: datetime, unknown_for: float, row: Any
+) -> NextAttempt | None:
     """Return the next attempt of a finished item, or None if it must not run again."""
     outcome = StoredOutcome.from_json(row.outcome)
-    is_unknown = row.kind == "unknown"
-    if is_unknown and unknown_before is not None and outcome.finished > unknown_before:
+    is_limited = row.kind == "unknown" and unknown_for > 0.0  # without a limit, no clocks count
+    if is_limited and (now - outcome.finished).total_seconds() < unknown_for:
         return None
 
     # Its callback may have arrived while this waited for the lock.
     execution_id = outcome.execution_id or row.execution_id
-    started = _start_to_follow(reason, outcome, execution_id)
-    if started is None and reason is not Reason.RETRY:
+    started = _start_to_follow(reason, now, outcome, execution_id)
+    if started is None and reason not in (Reason.RETRY, Reason.AGAIN):
         return None
 
     history = _with_attempt(row.history, row.attempt, attrs.evolve(outcome, output=None))
@@ -172,15 +172,15 @@ def _next_attempt(reason: Reason, unknown_before: datetime | None, row: Any) -> 
 
 
 def _start_to_follow(
-    reason: Reason, outcome: StoredOutcome, execution_id: int | None
+    reason: Reason, now: datetime, outcome: StoredOutcome, execution_id: int | None
 ) -> str | None:
     """Return the result with the run to follow, as JSON, or None if there is no run."""
     has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
-    if execution_id is None or (reason is Reason.RETRY and has_failed):
+    if execution_id is None or reason is Reason.AGAIN or (reason is Reason.RETRY and has_failed):
         return None
     started_at = outcome.started or outcome.finished
-    record = start_record(started_at, execution_id, is_recheck=reason is Reason.RECHECK)
-    return json.dumps(record)
+    followed_from = None if reason is Reason.CALLBACK else now
+    return json.dumps(start_record(started_at, execution_id, followed_from=followed_from))
 
 
 def record_callback(store: Store, batch: str, token: str, execution_id: int) -> bool:

@@ -378,10 +378,6 @@ class Store(SharedDatabase):
         found = self._list_workflows(status="PENDING", queue_name=queue_name(batch))
         return {workflow.workflow_id: workflow.executor_id or "" for workflow in found}
 
-    def has_pausing(self, batch: str) -> bool:
-        """Return True if an item pauses before its next attempt."""
-        return bool(self._list_workflows(status="DELAYED", queue_name=queue_name(batch)))
-
     def put_back(self, batch: str, workflows: Collection[str]) -> None:
         """Put attempts, given by their workflows, back into their batch's queue.
 

@@ -31,6 +31,8 @@ batches = sa.Table(
     sa.Column("rate", sa.Double),
     # The maximum number of runs for an item. None: one.
     sa.Column("attempts", sa.Integer),
+    # For how many seconds to follow a run that does not end. None: a day.
+    sa.Column("give_up_after", sa.Double),
     # How many items there are of each kind, so that `status` need not count.
     *(sa.Column(name, sa.BigInteger, nullable=False) for name in COUNTS),
 )

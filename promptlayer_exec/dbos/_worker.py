@@ -18,6 +18,7 @@ from dbos import DBOS, DBOSPortableJSONSerializer
 from promptlayer_exec import ConfigurationError, Session
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._dbos_calls import log_quietly
+from promptlayer_exec.dbos._following import Following
 from promptlayer_exec.dbos._items import Items
 from promptlayer_exec.dbos._liveness import Liveness, release
 from promptlayer_exec.dbos._shared_database import CONNECTIONS_OF_DBOS
@@ -29,13 +30,11 @@ from promptlayer_exec.dbos._tables import APPLICATION, WORKFLOW, queue_name
 class WorkerTimes:
     """How often a worker checks whether its work is done, and how it stops, in seconds.
 
-    The work stops if no item arrives for `idle` seconds while all others wait for the server. While
-    it stops, each call waits at most `patience_at_end` for a database that is away, and DBOS gets
-    `ending` to stop taking items, if there may be more of them.
+    While it stops, each call waits at most `patience_at_end` for a database that is away, and DBOS
+    gets `ending` to stop taking items, if there may be more of them.
     """
 
     check_interval: float = 0.25
-    idle: float = 3.0
     patience_at_end: float = 4.0
     ending: int = 1
 
@@ -52,6 +51,7 @@ class Worker:
     _session: Session
     _owns_session: bool
     _max_in_flight: int
+    _following: Following
     _executor: str = attrs.field(
         init=False, factory=lambda: f"{socket.gethostname()}-{uuid4().hex}"
     )
@@ -62,7 +62,7 @@ class Worker:
 
     def __attrs_post_init__(self) -> None:
         store, batch = self._store, self._batch
-        self._items = Items(store, batch, self._session, self._give_up)
+        self._items = Items(store, batch, self._session, self._give_up, self._following)
         self._liveness = Liveness(store, batch, self._executor, self._items.active)
 
     async def run(self, *, until_done: bool) -> None:
@@ -129,8 +129,6 @@ class Worker:
 
     async def _wait(self, watching: asyncio.Task[None], *, until_done: bool) -> None:
         store = self._store
-        checks = 0  # not seconds, because time without the database does not count
-        was_pausing = False
         while self._error is None:
             if watching.done():
                 await watching
@@ -138,15 +136,6 @@ class Worker:
                 await self._wait_until_idle()
                 return
 
-            checks += 1
-            if not until_done or len(self._items.waiting) < max(len(self._items.active), 1):
-                checks = 0
-            elif checks * TIMES.check_interval > TIMES.idle:
-                # Items that pause before their next attempt arrive a moment after their pause.
-                is_pausing = await store.run_in_thread(store.has_pausing, self._batch)
-                if not (is_pausing or was_pausing):
-                    self._give_up(next(iter(self._items.waiting.values())))
-                checks, was_pausing = 0, is_pausing
             await asyncio.sleep(TIMES.check_interval)
 
     async def _wait_until_idle(self) -> None:

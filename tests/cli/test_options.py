@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import typer
 
+from promptlayer_exec._integration import duration
 from promptlayer_exec.cli._options import read_inputs, read_metadata
-from promptlayer_exec.cli._printing import duration, preview, wrapped
+from promptlayer_exec.cli._printing import preview, wrapped
 
 
 class TestInputs:

@@ -18,14 +18,17 @@ from promptlayer_exec._database import database
 from promptlayer_exec._database.location import check_url
 from promptlayer_exec.dbos import Batch, StoredError, StoredOutcome
 from promptlayer_exec.dbos import _breaker as breakers
+from promptlayer_exec.dbos import _following as following
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _requeue as requeue
-from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._records import Ending
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
-_SETTINGS = ("database_url", "max_in_flight", "rate", "attempts", "same_server", "session")
+_SETTINGS = (
+    *("database_url", "session", "max_in_flight", "rate", "attempts", "give_up_after"),
+    "same_server",
+)
 
 
 @pytest.fixture
@@ -74,8 +77,8 @@ def batch(batch_of: Callable[..., Batch]) -> Batch:
 @pytest.fixture(autouse=True)
 def _short_pauses(quick_batches: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
-        (workers, "TIMES", attrs.evolve(workers.TIMES, idle=0.3)),
-        (items, "PATIENCE", items.Patience(first_delay=0.05)),
+        (items, "PATIENCE", items.Patience(restart_delay=0.05)),
+        (following, "READ_PATIENCE", following.ReadPatience(first_delay=0.05, last_look=1.0)),
         (breakers, "CAUTION", breakers.Caution(first_pause=0.1)),
         (requeue, "RESTART_PAUSES", requeue.RestartPauses(first=0.01)),
         (database, "LIMITS", attrs.evolve(database.LIMITS, retry_interval=0.02)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from promptlayer_exec import ConfigurationError, Forbidden, StartRequest
+from promptlayer_exec import ConfigurationError, StartRequest
 from promptlayer_exec._database.database import Database
 from promptlayer_exec.dbos import Batch, BatchStatus, StoredOutcome
 from promptlayer_exec.dbos import _requeue as requeue
@@ -127,27 +126,6 @@ async def test_attempts_belong_to_the_batch(batch_of: Callable[..., Batch]) -> N
     assert (await batch_of().settings()).attempts == 3
     with pytest.raises(ConfigurationError, match="attempts"):
         batch_of(attempts=0)
-
-
-async def test_the_work_does_not_end_while_an_item_pauses(
-    sim: Simulator,
-    batch_of: Callable[..., Batch],
-    flaky: Counter[str],
-    adjust: Callable[..., None],
-) -> None:
-    """Although no other item can be read, and none comes meanwhile."""
-    adjust(requeue, "RESTART_PAUSES", first=1.5)
-    flaky.update(a=1)
-    batch = batch_of(attempts=2, watch_outage=0.6)
-    await batch.add([StartRequest("held", {"n": "h"}, key="h")])
-    working = asyncio.create_task(batch.work())
-    await sim.wait_for_requests(2)  # its start, and a poll
-    sim.inject(Fault.status(403, times=None, execution_id=sim.runs[0].execution_id))
-    await batch.add([request("a")])
-    with pytest.raises(Forbidden):
-        await working
-    assert runs(sim)["a"] == 2
-    assert (await batch.status()).succeeded == 1
 
 
 def test_pauses_grow() -> None:

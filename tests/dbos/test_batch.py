@@ -330,7 +330,7 @@ async def test_a_start_that_is_not_sent_in_time_is_tried_again_after_a_pause(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Without one, a `wait_timeout` of 0 would keep a core busy; the work ends all the same."""
-    adjust(items, "PATIENCE", first_delay=3600.0)
+    adjust(items, "PATIENCE", restart_delay=3600.0)
     batch = batch_of()
     await batch.add([request("a")])
     settings = {"base_url": sim.base_url, "wait_timeout": 0.0, "observers": [recorder], **BARE}
@@ -344,27 +344,6 @@ async def test_a_start_that_is_not_sent_in_time_is_tried_again_after_a_pause(
         working.cancel()
         async with asyncio.timeout(10):
             await asyncio.wait([working])
-    assert (await batch.work()).succeeded == 1
-
-
-async def test_a_wait_timeout_of_0_does_not_stop_the_loop(
-    sim: Simulator, batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
-) -> None:
-    """A started item is followed for as long as it takes, with a pause after each wait."""
-    batch = batch_of()
-    await batch.add([request("a", workflow="held")])
-    working = asyncio.create_task(batch.work())
-    await sim.wait_for_requests(2)  # it is started, and polled
-    working.cancel()
-    await asyncio.wait([working])
-    async with Session(sim.api_key, base_url=sim.base_url, wait_timeout=0.0) as session:
-        working = asyncio.create_task(batch_of(session=session).work(until_done=False))
-        async with asyncio.timeout(10):
-            while "item 'a' has no outcome yet" not in caplog.text:  # noqa: ASYNC110 - a log has no event
-                await asyncio.sleep(0.01)
-        working.cancel()
-        await asyncio.wait([working])
-    sim.finish(sim.runs[0].execution_id, "Answer")
     assert (await batch.work()).succeeded == 1
 
 

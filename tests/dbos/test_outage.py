@@ -25,9 +25,7 @@ from dbos import DBOS
 from promptlayer_exec import (
     ConfigurationError,
     ConnectionFailed,
-    ExecutionTimeout,
     Forbidden,
-    InvalidResponse,
     RateLimited,
     RequestRetried,
     RequestTimeout,
@@ -135,88 +133,6 @@ async def test_an_outage_that_lasts_ends_the_work(
     sim.clear_faults()
     assert (await batch_of().work()).succeeded == 20 - before.unknown
     assert most_starts(sim) == 1
-
-
-@pytest.mark.parametrize(("status", "error"), [(503, ServerError), (200, InvalidResponse)])
-async def test_results_that_stay_unreadable_end_the_work_but_no_item(
-    sim: Simulator, batch_of: Callable[..., Batch], status: int, error: type[Exception]
-) -> None:
-    """The next worker follows the same executions."""
-    await batch_of().add(requests(8))
-    answers(sim, "GET", status, b"[1]")
-    with pytest.raises(error):
-        await batch_of(watch_outage=0.2).work()
-    assert (await batch_of().status()).finished == 0
-    started = len(sim.runs)
-    assert started >= 4
-    sim.clear_faults()
-    assert (await batch_of().work()).succeeded == 8
-    assert most_starts(sim) == 1
-
-
-async def test_one_execution_that_cannot_be_read_keeps_nobody_waiting(
-    sim: Simulator, batch_of: Callable[..., Batch]
-) -> None:
-    """All others end; then the work ends with its error, and the next worker follows it."""
-    batch = batch_of(watch_outage=1.0)  # others must be heard of within that time
-    await batch.add([StartRequest("held", {"n": "0"}, key="0"), *requests(30)[1:]])
-    working = asyncio.create_task(batch.work())
-    await until(lambda: any(run.inputs["n"] == "0" for run in sim.runs))
-    (held,) = (run.execution_id for run in sim.runs if run.inputs["n"] == "0")
-    sim.inject(Fault.status(403, times=None, execution_id=held))
-    with pytest.raises(Forbidden) as caught:
-        await working
-    assert caught.value.execution_id == held
-    status = await batch.status()
-    assert (status.succeeded, status.finished) == (29, 29)
-    sim.clear_faults()
-    sim.finish(held, "Answer")
-    assert (await batch.work()).succeeded == 30
-
-
-async def test_an_execution_that_takes_too_long_is_not_given_up(
-    sim: Simulator, batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
-) -> None:
-    """After the session's `wait_timeout` the work ends, and the next worker follows it."""
-    await batch_of().add([StartRequest("held", {"n": "0"}, key="0")])
-    with pytest.raises(ExecutionTimeout):
-        await batch_of(wait_timeout=0.05).work()
-    assert "item '0' has no outcome yet, still following it: ExecutionTimeout" in caplog.text
-    sim.finish(sim.runs[0].execution_id, "Answer")
-    assert (await batch_of().work()).succeeded == 1
-    assert len(sim.runs) == 1
-
-
-async def test_a_404_is_final_after_a_while(
-    sim: Simulator, batch: Batch, adjust: Callable[..., None]
-) -> None:
-    """A gateway may answer it for a moment, and the server for an execution that is new."""
-    await batch.add(requests(4))
-    answers(sim, "GET", 404)
-    working = asyncio.create_task(batch.work())
-    await until(lambda: sim.request_count >= 10)
-    sim.clear_faults()
-    assert (await working).succeeded == 4
-    await batch.add([StartRequest("echo", {"n": "lost"}, key="lost")])
-    answers(sim, "GET", 404)
-    adjust(items, "PATIENCE", not_found_grace=0.1)
-    assert (await batch.work()).failed == 1
-    assert (await endings(batch))["NotFound"] == 1
-
-
-async def test_a_404_right_after_an_outage_is_not_final(
-    sim: Simulator, batch: Batch, adjust: Callable[..., None]
-) -> None:
-    """A gateway may answer it for a moment, however long the server could not be read before."""
-    adjust(items, "PATIENCE", not_found_grace=0.3)
-    await batch.add(requests(1))
-    answers(sim, "GET", 403)
-    working = asyncio.create_task(batch.work())
-    await until(lambda: sim.request_count >= 2)
-    await asyncio.sleep(0.4)
-    sim.clear_faults()
-    sim.inject(Fault.status(404))
-    assert (await working).succeeded == 1
 
 
 def intents(url: str) -> int:

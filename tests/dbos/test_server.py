@@ -19,7 +19,7 @@ from promptlayer_exec import (
     WatchWoken,
 )
 from promptlayer_exec.dbos import Batch
-from promptlayer_exec.dbos import _items as items
+from promptlayer_exec.dbos import _following as following
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 ITEMS = [StartRequest("w", {}, key=str(number)) for number in range(3)]
@@ -144,7 +144,7 @@ async def test_a_retry_starts_only_what_is_known_to_have_failed(
     is_missing: bool,
 ) -> None:
     """A run for which the server said 404 may exist: it is followed once more."""
-    adjust(items, "PATIENCE", not_found_grace=0.0)
+    adjust(following, "READ_PATIENCE", refused_alone=0.0, refused=0.0)
     at_once = RetryPolicy(not_found_grace=0.0)
     failed = SimNode("Answer", status="FAILED", error_message="no", is_output_node=True)
     sim.add_workflow("w", Scenario([failed]))

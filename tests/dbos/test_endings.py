@@ -1,0 +1,421 @@
+"""What becomes of an item whose run nobody can read, or never ends: an outcome, with the id."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from promptlayer_exec import (
+    InvalidResponse,
+    RequestError,
+    ServerError,
+    StartRequest,
+    Unauthorized,
+)
+from promptlayer_exec.dbos import Batch, StoredOutcome
+from promptlayer_exec.dbos import _following as following
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+UNREADABLE = b'{"Answer": {"status": null}}'
+REFUSALS: dict[str, Callable[..., Fault]] = {
+    "Forbidden": partial(Fault.status, 403),
+    "NotFound": partial(Fault.status, 404),
+    "BadRequest": partial(Fault.status, 400),
+    "UnprocessableEntity": partial(Fault.status, 422),
+    "ResponseTooLarge": partial(Fault.oversize, 2_000_000),
+    "InvalidResponse": partial(Fault.status, 200, body=UNREADABLE),
+}
+
+
+def requests(names: Sequence[Any], workflow: str = "echo") -> list[StartRequest]:
+    """Return items whose output is their key."""
+    return [StartRequest(workflow, {"n": f"{name}"}, key=f"{name}") for name in names]
+
+
+def most_starts(sim: Simulator) -> int:
+    """Return how often the item that was started most often was started."""
+    return max(Counter(run.inputs["n"] for run in sim.runs).values())
+
+
+async def run_of(sim: Simulator, key: str) -> int:
+    """Wait until the item has started, and return its run."""
+    async with asyncio.timeout(20):
+        while True:
+            for run in sim.runs:
+                if run.inputs["n"] == key:
+                    return run.execution_id
+            await asyncio.sleep(0.01)
+
+
+async def outcomes(batch: Batch) -> dict[str, StoredOutcome]:
+    """Return the latest outcome of each item."""
+    return {outcome.key: outcome async for outcome in batch.outcomes(until_done=False)}
+
+
+@pytest.fixture
+def odd(sim: Simulator) -> set[str]:
+    """Return the items, by their input, whose final responses have another shape."""
+    names: set[str] = set()
+
+    async def effect(
+        request: web.BaseRequest, respond: Callable[[], Any]
+    ) -> web.StreamResponse | None:
+        named = request.query.get("workflow_version_execution_id")
+        for run in sim.runs:
+            if f"{run.execution_id}" == named and run.inputs["n"] in names:
+                return web.Response(body=UNREADABLE, content_type="application/json")
+        return None
+
+    sim.inject(Fault(effect, times=None))
+    return names
+
+
+@pytest.mark.parametrize("error", REFUSALS)
+@pytest.mark.parametrize("others", [0, 9])
+async def test_a_run_that_nobody_can_read_ends_its_item_alone(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    adjust: Callable[..., None],
+    error: str,
+    others: int,
+) -> None:
+    """With its id. `recheck` and `retry` follow it again for free."""
+    adjust(following, "READ_PATIENCE", refused_alone=0.2, refused=0.4)
+    batch = batch_of(max_response_bytes=1_000_000)
+    await batch.add([*requests(["odd"], "held"), *requests(range(others))])
+    working = asyncio.create_task(batch.work())
+    run = await run_of(sim, "odd")
+    sim.inject(REFUSALS[error](times=None, execution_id=run))
+    status = await working
+    assert (status.succeeded, status.failed) == (others, 1)
+    ended = (await outcomes(batch))["odd"]
+    assert (ended.error.type, ended.execution_id) == (error, run)
+
+    assert await batch.retry(failed=True) == 1
+    assert (await batch.work()).failed == 1
+    sim.clear_faults()
+    sim.finish(run, "Answer")
+    assert await batch.recheck() == 1
+    assert (await batch.work()).succeeded == others + 1
+    assert most_starts(sim) == 1
+
+
+async def test_an_unreadable_response_is_read_three_times(
+    sim: Simulator, batch: Batch, odd: set[str]
+) -> None:
+    """Then it does not hold the place of its item any longer."""
+    odd.add("a")
+    await batch.add(requests("a"))
+    assert (await batch.work()).failed == 1
+    assert [request.method for request in sim.requests] == ["POST", "GET", "GET", "GET"]
+
+
+async def test_a_main_output_that_nobody_can_read_ends_its_item(
+    sim: Simulator, batch_of: Callable[..., Batch]
+) -> None:
+    """Although all nodes of the run can be read each time."""
+    batch = batch_of(max_response_bytes=1_000_000)
+    nodes = [SimNode(name, 1, is_output_node=True) for name in "ab"]
+    sim.add_workflow("two", Scenario(nodes))
+
+    async def effect(request: web.BaseRequest, _: Any) -> web.StreamResponse | None:
+        if request.query.get("return_all_outputs") == "false":
+            return web.Response(body=b" " * 3_000_000)
+        return None
+
+    sim.inject(Fault(effect, times=None), path="/workflow-version-execution-results")
+    await batch.add(requests("a", "two"))
+    assert (await asyncio.wait_for(batch.work(), 20)).failed == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body"), [(503, b"[1]"), (502, b""), (429, b""), (402, b""), (200, b"<html>")]
+)
+async def test_an_outage_stops_the_work_and_ends_no_item(
+    sim: Simulator, batch_of: Callable[..., Batch], status: int, body: bytes
+) -> None:
+    """The next worker follows the same runs."""
+    await batch_of().add(requests(range(6)))
+    sim.inject(
+        Fault.status(status, body=body, times=None), path="/workflow-version-execution-results"
+    )
+    with pytest.raises(RequestError) as caught:
+        await batch_of(watch_outage=0.2).work()
+    assert caught.value.status == status
+    assert (await batch_of().status()).finished == 0
+    sim.clear_faults()
+    assert (await batch_of().work()).succeeded == 6
+    assert most_starts(sim) == 1
+
+
+async def test_a_refused_key_ends_no_item(sim: Simulator, batch_of: Callable[..., Batch]) -> None:
+    """It stops the work at once, however often somebody tries again."""
+    await batch_of().add(requests(range(3)))
+    sim.inject(Fault.status(401, times=None), path="/workflow-version-execution-results")
+    for _ in range(2):
+        with pytest.raises(Unauthorized):
+            await batch_of().work()
+    assert (await batch_of().status()).finished == 0
+
+
+async def test_a_run_that_alone_gets_the_errors_of_an_outage_ends_its_item(
+    sim: Simulator, batch_of: Callable[..., Batch]
+) -> None:
+    """The server reports how others end, so that it is no outage."""
+    batch = batch_of(watch_outage=0.5)
+    await batch.add(requests(["odd"], "held"))
+    working = asyncio.create_task(batch.work())
+    sim.inject(Fault.status(503, times=None, execution_id=await run_of(sim, "odd")))
+    for number in range(20):
+        await batch.add(requests([number]))
+        await asyncio.sleep(0.05)
+    status = await working
+    assert (status.succeeded, status.failed) == (20, 1)
+    assert (await outcomes(batch))["odd"].error.type == "ServerError"
+
+
+async def test_refusals_between_the_errors_of_an_outage_do_not_keep_an_item_for_ever(
+    sim: Simulator, batch: Batch, adjust: Callable[..., None]
+) -> None:
+    """Two gateways may take turns. The refusals count, because the session waits out the others."""
+    statuses = [403, 503]
+
+    async def effect(request: web.BaseRequest, _: Any) -> web.StreamResponse:
+        statuses.reverse()
+        return web.Response(status=statuses[0], body=b"{}")
+
+    adjust(following, "READ_PATIENCE", refused=0.4)
+    await batch.add(requests("a"))
+    sim.inject(Fault(effect, times=None), path="/workflow-version-execution-results")
+    assert (await asyncio.wait_for(batch.work(), 20)).failed == 1
+
+
+async def test_refusals_that_are_far_apart_end_no_item(
+    sim: Simulator, batch: Batch, adjust: Callable[..., None]
+) -> None:
+    """In between, the run could be read."""
+    adjust(following, "READ_PATIENCE", refused_alone=0.3, refused=0.3)
+    await batch.add(requests("a", "held"))
+    working = asyncio.create_task(batch.work())
+    run = await run_of(sim, "a")
+    for _ in range(2):
+        sim.inject(Fault.status(403, execution_id=run))
+        await asyncio.sleep(0.5)
+    sim.finish(run, "Answer")
+    assert (await working).succeeded == 1
+
+
+async def test_a_gateway_that_is_deployed_ends_no_item(
+    sim: Simulator, batch: Batch, adjust: Callable[..., None]
+) -> None:
+    """It may respond 404 for a while, and before that with the errors of an outage."""
+    adjust(following, "READ_PATIENCE", refused_alone=0.6, refused=0.6)
+    await batch.add(requests("a", "held"))
+    working = asyncio.create_task(batch.work())
+    run = await run_of(sim, "a")
+    for status in (503, 404):
+        sim.inject(Fault.status(status, times=None, execution_id=run))
+        await asyncio.sleep(0.4)
+        sim.clear_faults()
+    sim.finish(run, "Answer")
+    assert (await working).succeeded == 1
+
+
+class TestGiveUpAfter:
+    """`give_up_after`, of runs that never end."""
+
+    async def test_a_run_that_never_ends_ends_its_item(
+        self, sim: Simulator, batch_of: Callable[..., Batch]
+    ) -> None:
+        """Whatever the session's `wait_timeout` is. The text has the age of the run."""
+        batch = batch_of(give_up_after=1.2, wait_timeout=0.1)
+        await batch.add([*requests(["odd"], "held"), *requests(range(3))])
+        status = await batch.work()
+        assert (status.succeeded, status.failed) == (3, 1)
+        ended = (await outcomes(batch))["odd"]
+        assert ended.error.type == "ExecutionTimeout"
+        assert f"execution {ended.execution_id}: still running 1." in ended.error.message
+        assert "s after its start" in ended.error.message
+
+        assert await batch.retry(failed=True) == 1
+        sim.finish(ended.execution_id, "Answer")
+        assert (await batch.work()).succeeded == 4
+        assert most_starts(sim) == 1
+
+    async def test_it_counts_again_from_the_command_that_follows_a_run_again(
+        self, sim: Simulator, batch_of: Callable[..., Batch]
+    ) -> None:
+        """The age in the text is that of the run."""
+        batch = batch_of(give_up_after=1.0)
+        await batch.add(requests("a", "held"))
+        assert (await batch.work()).failed == 1
+        await batch.recheck()
+        began = time.monotonic()
+        assert (await batch.work()).failed == 1
+        assert time.monotonic() - began > 0.8
+        message = (await outcomes(batch))["a"].error.message
+        assert float(message.partition("still running ")[2].split()[0]) >= 2.0
+
+    async def test_it_counts_while_nobody_works(
+        self, sim: Simulator, batch_of: Callable[..., Batch], adjust: Callable[..., None]
+    ) -> None:
+        """A run that is older is looked at once more, and may have ended."""
+        adjust(following, "READ_PATIENCE", last_look=0.5)
+        batch = batch_of(give_up_after=1.0)
+        await batch.add(requests("ab", "held"))
+        working = asyncio.create_task(batch.work())
+        runs = [await run_of(sim, key) for key in "ab"]
+        working.cancel()
+        await asyncio.wait([working])
+        await asyncio.sleep(1.0)
+        sim.finish(runs[1], "Answer")
+        status = await batch.work()
+        assert (status.succeeded, status.failed) == (1, 1)
+
+    async def test_an_outage_ends_no_item_however_old_its_run_is(
+        self, sim: Simulator, batch_of: Callable[..., Batch], adjust: Callable[..., None]
+    ) -> None:
+        """It stops the work after the patience of the session."""
+        adjust(following, "READ_PATIENCE", last_look=0.2)
+        await batch_of().add(requests("a", "held"))
+        assert (await batch_of(give_up_after=0.2).work()).failed == 1
+        sim.inject(Fault.status(503, times=None), path="/workflow-version-execution-results")
+        assert await batch_of().retry(failed=True) == 1
+        began = time.monotonic()
+        with pytest.raises(ServerError):
+            await batch_of(watch_outage=1.0).work()
+        assert time.monotonic() - began >= 1.0
+        sim.clear_faults()
+        sim.finish(sim.runs[0].execution_id, "Answer")
+        assert (await batch_of().work()).succeeded == 1
+
+    async def test_it_belongs_to_the_batch(
+        self, batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A worker that names none uses the stored one, and one that does changes it for all."""
+        await batch_of(give_up_after=3600.0).add(requests("a"))
+        assert (await batch_of().settings()).give_up_after == 3600.0
+        await batch_of(give_up_after=math.inf).work()
+        assert (await batch_of().settings()).give_up_after == math.inf
+        assert "give_up_after changed from 3600 to inf for all its workers" in caplog.text
+
+    async def test_infinity_means_never(
+        self, sim: Simulator, batch_of: Callable[..., Batch]
+    ) -> None:
+        """Also in the database."""
+        batch = batch_of(give_up_after=math.inf)
+        await batch.add(requests("a", "held"))
+        working = asyncio.create_task(batch.work())
+        sim.finish(await run_of(sim, "a"), "Answer")
+        assert (await working).succeeded == 1
+
+
+class TestProbes:
+    """While no run ends readably, a worker starts one item at a time, and stops after three."""
+
+    @pytest.mark.parametrize("good", [0, 4])
+    async def test_a_server_that_changes_its_shapes_costs_little(
+        self, sim: Simulator, batch_of: Callable[..., Batch], odd: set[str], good: int
+    ) -> None:
+        """What was in flight and three more. What has started has an outcome, or is followed."""
+        odd.update(f"{number}" for number in range(good, 60))
+        await batch_of().add(requests(range(60)))
+        for attempt in range(2):
+            before = len(sim.runs)
+            with pytest.raises(InvalidResponse, match="Answer"):
+                await batch_of(max_in_flight=5).work()
+            readable = good if attempt == 0 else 0
+            assert 3 < len(sim.runs) - before <= readable + 5 + 3
+
+        status = await batch_of().status()
+        assert (status.succeeded, status.failed) == (good, len(sim.runs) - good)
+        odd.clear()
+        assert await batch_of().recheck() == status.failed
+        assert (await batch_of().work()).succeeded == 60
+        assert most_starts(sim) == 1
+
+    async def test_odd_runs_among_others_do_not_stop_the_work(
+        self, sim: Simulator, batch_of: Callable[..., Batch], odd: set[str]
+    ) -> None:
+        """Even if there is only one item at a time."""
+        odd.update("258")
+        batch = batch_of(max_in_flight=1)
+        await batch.add(requests(range(10)))
+        status = await batch.work()
+        assert (status.succeeded, status.failed) == (7, 3)
+        assert most_starts(sim) == 1
+
+    async def test_a_probe_that_ends_readably_lets_all_others_start(
+        self, sim: Simulator, batch_of: Callable[..., Batch], odd: set[str]
+    ) -> None:
+        """They need not wait for each other any more."""
+        odd.add("0")
+        batch = batch_of(max_in_flight=3)
+        await batch.add([*requests([0]), *requests([1])])
+        assert (await batch.work()).failed == 1
+        await batch.add(requests(range(2, 5), "held"))
+        working = asyncio.create_task(batch.work())
+        for run in [await run_of(sim, f"{number}") for number in range(2, 5)]:
+            sim.finish(run, "Answer")
+        assert (await working).succeeded == 4
+
+
+class TestAgain:
+    """`retry`, which never pays for a run that may still bring an output, unless with `again`."""
+
+    async def test_a_run_that_is_followed_again_never_leads_to_another_one(
+        self, sim: Simulator, batch_of: Callable[..., Batch], odd: set[str]
+    ) -> None:
+        """Even if it turns out to have failed, and the batch has attempts left."""
+        odd.add("bad")
+        batch = batch_of(attempts=3)
+        await batch.add(requests(["bad"]))
+        assert (await batch.work()).failed == 1
+        odd.clear()
+        assert await batch.retry(failed=True) == 1
+        assert (await batch.work()).failed == 1
+        assert (await outcomes(batch))["bad"].error.type == "ExecutionFailed"
+        assert len(sim.runs) == 1
+        assert await batch.retry(failed=True) == 1  # now its run is known to have failed
+        await batch.work()
+        assert len(sim.runs) == 3
+
+    async def test_again_starts_a_second_run_deliberately(
+        self, sim: Simulator, batch_of: Callable[..., Batch], odd: set[str]
+    ) -> None:
+        """Of the given items alone, whatever has become of the first one."""
+        odd.add("odd")
+        batch = batch_of()
+        await batch.add(requests(["odd", "good", "other"]))
+        await batch.work()
+        odd.clear()
+        assert await batch.retry(keys=["odd", "good"], again=True) == 2
+        status = await batch.status()
+        assert (status.succeeded, status.failed, status.waiting) == (1, 0, 2)
+        assert (await batch.work()).succeeded == 3
+        assert Counter(run.inputs["n"] for run in sim.runs) == Counter(odd=2, good=2, other=1)
+
+    @pytest.mark.parametrize("arguments", [{}, {"keys": ["a"], "failed": True}])
+    async def test_again_needs_keys_alone(self, batch: Batch, arguments: Any) -> None:
+        """Whoever pays twice says for what."""
+        with pytest.raises(ValueError, match="again"):
+            await batch.retry(again=True, **arguments)
+
+    async def test_an_item_that_has_not_finished_does_not_start_again(
+        self, sim: Simulator, batch: Batch
+    ) -> None:
+        """Its run may be the one that is wanted."""
+        await batch.add(requests("a", "held"))
+        working = asyncio.create_task(batch.work())
+        run = await run_of(sim, "a")
+        assert await batch.retry(keys=["a"], again=True) == 0
+        sim.finish(run, "Answer")
+        assert (await working).succeeded == 1
