@@ -391,7 +391,7 @@ def bench(session: nox.Session) -> None:
         ("polls.py", "--instructions", "--speed", pythons["speed"]),
     ):
         try:
-            session.run("python", f"tests/benchmarks/{program}", *arguments)
+            session.run("python", f"benchmarks/{program}", *arguments)
         except CommandFailed:  # the other programs run all the same
             failed.append(program)
     if failed:

@@ -1,7 +1,7 @@
 """The public names of DBOS that batches use beyond its reference, and why.
 
 All others are in `dbos.__all__` and at https://docs.dbos.dev/python/reference. If DBOS removes or
-changes something that this module uses, `test_dbos_still_has` in tests/dbos/test_dbos.py fails.
+changes something that this module uses, `test_dbos_still_has` in tests/dbos/test_batch.py fails.
 """
 
 from __future__ import annotations

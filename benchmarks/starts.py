@@ -3,7 +3,7 @@
 PostgreSQL is also measured behind a proxy that adds 10 ms to each round trip. What a start with a
 key adds there depends on the disk, so it is compared with commits that write next to nothing.
 
-Usage: python tests/benchmarks/starts.py [STARTS]
+Usage: python benchmarks/starts.py [STARTS]
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Three workers of a batch on PostgreSQL run 2,000 items. One is killed, the gatew
 for a minute, and the database is away for six seconds. Then what failed is run again. Fails if the
 simulator accepted two starts for one item, or if an item has another one's run or output.
 
-Usage: python tests/benchmarks/night.py
+Usage: python benchmarks/night.py
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Eight sessions in four processes follow executions; the followers of each execut
 at random. Their polls are compared with those of a single process. In a third run one of the
 processes is killed.
 
-Usage: python tests/benchmarks/backplane.py [EXECUTIONS]
+Usage: python benchmarks/backplane.py [EXECUTIONS]
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 PostgreSQL is also measured behind a proxy that adds a delay to each round trip.
 
-Usage: python tests/benchmarks/network.py [--help]
+Usage: python benchmarks/network.py [--help]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compare how soon results arrive, by default, by polling and with the vendor's SDK.
 
-Usage: python tests/benchmarks/latency.py [--rounds N] [--vendor PYTHON] [--chart FILE.svg]
+Usage: python benchmarks/latency.py [--rounds N] [--vendor PYTHON] [--chart FILE.svg]
 
 Run it with a Python that has this package; `--chart` needs matplotlib, too. It fails if a target
 is missed. The targets that compare with the vendor's SDK need `--vendor`, a Python that has it.

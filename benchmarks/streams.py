@@ -1,6 +1,6 @@
 """Compare one stream of a hundred runs with a hundred streams of one, in uvicorn.
 
-Usage: python tests/benchmarks/streams.py [--rounds N] [--seconds SECONDS]
+Usage: python benchmarks/streams.py [--rounds N] [--seconds SECONDS]
 
 Each figure is the median of the rounds, each of which has a new process. It fails if a target is
 missed.

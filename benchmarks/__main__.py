@@ -1,6 +1,6 @@
 """Measure what following thousands of executions costs, and fail if a target is missed.
 
-Usage: python tests/benchmarks [--rate POLLS_PER_SECOND]
+Usage: python benchmarks [--rate POLLS_PER_SECOND]
 """
 
 from __future__ import annotations

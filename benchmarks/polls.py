@@ -1,6 +1,6 @@
 """Compare the cost of a poll with aiohttp, httpx and the vendor's SDK; fail on a missed target.
 
-Usage: python tests/benchmarks/polls.py [--instructions] [--rounds N] [--speed PYTHON]
+Usage: python benchmarks/polls.py [--instructions] [--rounds N] [--speed PYTHON]
            [--vendor PYTHON]
 
 Run it with a Python that has this package and httpx installed. The Python of `--speed` has this

@@ -1,6 +1,6 @@
 """Measure importing the package and reading a large body, and fail if a target is missed.
 
-Usage: python tests/benchmarks/imports.py
+Usage: python benchmarks/imports.py
 """
 
 from __future__ import annotations

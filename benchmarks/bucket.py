@@ -1,6 +1,6 @@
 """Start and follow 2,000 executions against a token bucket, and fail if a target is missed.
 
-Usage: python tests/benchmarks/bucket.py
+Usage: python benchmarks/bucket.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compare the poll schedule with fixed intervals in virtual time, and fail if it is worse.
 
-Usage: python tests/benchmarks/schedule.py [--chart FILE.svg]
+Usage: python benchmarks/schedule.py [--chart FILE.svg]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measure what durability costs: a batch on SQLite, compared with `as_completed`.
 
-Usage: python tests/benchmarks/durable.py [ITEMS]
+Usage: python benchmarks/durable.py [ITEMS]
 """
 
 from __future__ import annotations
