@@ -586,16 +586,17 @@ class Session:
 
         With `hooks`, the caller records the run instead of the start store.
         """
-        has_record = request.key is not None and self._settings.starts is not None and hooks is None
+        has_key = request.key is not None and self._settings.starts is not None
+        is_recorded = has_key and hooks is None
 
         with self._reporting(request):
-            if has_record:
+            if is_recorded:
                 check_key(request.key)
             prepared = self._prepare(request, token)
             client = self._open()
             deadline = deadline or client.deadline()
 
-        if not has_record:
+        if not is_recorded:
             return await self._send(client, prepared, deadline, hooks)
 
         sends = cast(RecordedSends, client.recorded_sends)
@@ -605,6 +606,8 @@ class Session:
                 record = await sends.settled(claim, deadline)
             if record is not None:
                 return self._repeated(request, record)
+
+            # If another process is quicker, look at its record.
             with suppress(AlreadyClaimed), sends.sending(claim) as recording:
                 return await self._send(client, prepared, deadline, recording)
 
@@ -618,6 +621,7 @@ class Session:
     async def _send(
         self, client: Client, prepared: PreparedSend, deadline: Deadline, hooks: SendHooks | None
     ) -> Execution:
+        """Check the inputs against the definition, and send the request."""
         request = prepared.request
         if self._settings.check_inputs:
             with self._reporting(request):
@@ -628,7 +632,7 @@ class Session:
 
     @contextmanager
     def _reporting(self, request: StartRequest) -> Iterator[None]:
-        """Emit `StartFailed` if a request fails before there is anything to send."""
+        """Emit `StartFailed` for an error before `SendOnce`, which emits its own."""
         try:
             yield
         except (Exception, asyncio.CancelledError) as error:
