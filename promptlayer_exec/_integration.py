@@ -26,7 +26,7 @@ from promptlayer_exec._engine.send import (
 from promptlayer_exec._engine.settings import Settings, find_api_key, find_base_url
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
 from promptlayer_exec._install import install_hint
-from promptlayer_exec._session.combined_stream import CombinedStream
+from promptlayer_exec._session.combined_stream import News, Waiting, follow
 from promptlayer_exec._session.execution import Execution
 from promptlayer_exec._session.fanout import each
 from promptlayer_exec._session.session import Session
@@ -59,9 +59,9 @@ __all__ = [
     "PATIENCE",
     "UNKNOWN_STATUS",
     "AlreadyClaimed",
-    "CombinedStream",
     "ExpiringDict",
     "NewRun",
+    "News",
     "NodeMap",
     "OpenSession",
     "Poll",
@@ -71,6 +71,7 @@ __all__ = [
     "StartClaim",
     "StartStore",
     "StoredStart",
+    "Waiting",
     "WakeSource",
     "check_count",
     "check_execution_id",
@@ -80,6 +81,7 @@ __all__ = [
     "each",
     "error_details",
     "error_text",
+    "follow",
     "indented",
     "install_hint",
     "is_transient",
@@ -118,9 +120,9 @@ def log_text(error: BaseException) -> str:
     return f"{kind}: {error._subject()}{printable(what)}"
 
 
-def last_failure(execution: Execution) -> Exception | None:
-    """Return the error for which the session is retrying the current poll, if any."""
-    return execution._client().last_failure(execution.id)
+def session_of(execution: Execution) -> Session:
+    """Return the session of a handle. An unpickled one has none, and raises `RuntimeError`."""
+    return execution._require_session()
 
 
 def note_start(session: Session, workflow: str | int, execution_id: int, *, age: float) -> None:

@@ -190,11 +190,6 @@ class Client:
             watch.wake(source)
         return watch
 
-    def last_failure(self, execution_id: int) -> Exception | None:
-        """Return the error for which the session is retrying the current poll, if any."""
-        watch = self._watches.get(execution_id)
-        return None if watch is None else watch.retries.error
-
     def is_closing(self) -> bool:
         return self.lifetime.is_closing()
 

@@ -26,19 +26,25 @@ class RetryState:
     """The failures of one logical request since its last good response.
 
     The session gives up `limit` seconds after the first failed attempt. Waiting does not count if
-    the server asked for it, or had no part in it.
+    the server asked for it, or had no part in it. It calls `on_failure` for each failure that leads
+    to another attempt.
+
+    Attributes:
+        since: the time of the first failure, on the loop's clock.
+        error: the latest failure.
     """
 
     _policy: RetryPolicy
     limit: float | None
-    _since: float | None = None
-    _excused: float = 0.0
-    failures: int = 0
-    error: Exception | None = None
+    _on_failure: Callable[[], object] | None = None
+    since: float | None = attrs.field(init=False, default=None)
+    failures: int = attrs.field(init=False, default=0)
+    error: Exception | None = attrs.field(init=False, default=None)
+    _excused: float = attrs.field(init=False, default=0.0)
 
     def excuse(self, seconds: float) -> None:
         """Do not count `seconds` of waiting against the limit."""
-        if self._since is not None:
+        if self.since is not None:
             self._excused += seconds
 
     def delay(
@@ -50,12 +56,14 @@ class RetryState:
         """
         self.error = error
         self.failures += 1
-        if self._since is None:
-            self._since = now
+        if self.since is None:
+            self.since = now
 
-        left = or_infinity(self.limit) - (now - self._since - self._excused)
+        left = or_infinity(self.limit) - (now - self.since - self._excused)
         if left <= 0:
             return None
+        if self._on_failure is not None:
+            self._on_failure()
 
         delay = min(self._policy.delay(self.failures, chance), left)
         announced = self._policy.announced(retry_after)

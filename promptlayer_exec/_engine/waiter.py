@@ -20,7 +20,9 @@ class Waiter:
 
     deadline: Deadline
     streams: bool  # whether it wants every snapshot, not only the complete one
-    wake: Callable[[], None] | None = None  # called when there is a new snapshot or an error
+    # Called when there is a new snapshot or an error, and, if it `streams`, when a poll has failed
+    # and will be repeated.
+    wake: Callable[[], None] | None = None
 
 
 def timed_out(

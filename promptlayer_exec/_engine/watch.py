@@ -79,11 +79,11 @@ class Watch:
         self.execution_id = execution_id
         self.latest: Snapshot | None = None
         self.error: Exception | None = None
-        self.retries = RetryState(retry, retry.watch_outage)
+        self._retry = retry
+        self.retries = self._no_failures()
 
         self._fetch = fetch
         self._lifetime = lifetime
-        self._retry = retry
         self._pushed = pushed
         self._shared = shared
         self._emit = emit
@@ -154,6 +154,10 @@ class Watch:
             if timer is not None:
                 timer.cancel()
 
+    def _no_failures(self) -> RetryState:
+        notify = partial(self._notify, ended=False)
+        return RetryState(self._retry, self._retry.watch_outage, notify)
+
     def _notify(self, *, ended: bool) -> None:
         for waiter in self._waiters:
             if waiter.wake is not None and (ended or waiter.streams):
@@ -202,9 +206,9 @@ class Watch:
     async def _poll_once(self, due: float, *, woken: bool) -> bool:
         """Poll, and return True if the execution is complete."""
         # A separate method, which frees a poll's locals while the watch sleeps.
-        if self.retries.failures:
-            self.retries = RetryState(self._retry, self._retry.watch_outage)
         reply = await self._request(due, self._priority(woken=woken))
+        if self.retries.failures:
+            self.retries = self._no_failures()
 
         previous, elapsed = self.latest, clock() - self._started
         snapshot = take_snapshot(self.execution_id, reply, elapsed=elapsed, previous=previous)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
 from functools import partial
 from types import EllipsisType
 from typing import TYPE_CHECKING
@@ -24,6 +25,22 @@ if TYPE_CHECKING:
     from promptlayer_exec._session.session import Session
 
 
+@attrs.frozen
+class Waiting:
+    """Why there has been no news of an execution for a while.
+
+    Attributes:
+        failure: why the latest poll failed. The session tries again. None if there was no response
+            yet.
+    """
+
+    failure: Exception | None
+
+
+# The error is the last news of an execution.
+News = tuple[Execution, Snapshot | Waiting | Exception]
+
+
 @attrs.define(eq=False)
 class _Followed:
     """One execution that is still followed."""
@@ -32,10 +49,16 @@ class _Followed:
     watch: Watch
     waiter: Waiter
     seen: Snapshot | None = None
+    timer: asyncio.TimerHandle | None = None  # for when it has been waiting for a while
+
+    def cancel_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
 
 class CombinedStream:
-    """The snapshots of many executions, for one reader.
+    """The news of many executions, for one reader.
 
     A slow reader gets the latest snapshot of each execution and skips older ones, so at most one
     per execution waits for it.
@@ -45,7 +68,8 @@ class CombinedStream:
         self,
         session: Session,
         executions: Iterable[Execution],
-        timeout: float | EllipsisType | None = ...,
+        timeout: float | EllipsisType | None,
+        patience: float,
     ) -> None:
         """Join the watch of each execution. `close` leaves them.
 
@@ -56,11 +80,13 @@ class CombinedStream:
         client = session._open()
         self._lifetime = client.lifetime
         self._deadline = client.deadline(timeout)
+        self._patience = patience
+        self._joined = clock()
 
         self._followed: dict[int, _Followed] = {}
         # Handles with a complete snapshot need no watch.
         self._complete: list[Execution] = []
-        # Executions with a new snapshot or error, in the order of arrival.
+        # Executions that may have news, in the order of arrival.
         self._news: dict[int, None] = {}
         self._waiting: asyncio.Future[None] | None = None
 
@@ -74,18 +100,8 @@ class CombinedStream:
             self._followed[execution.id] = _Followed(execution, watch, waiter)
             self._news[execution.id] = None
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether `next` has returned the last event of every execution."""
-        return not self._followed and not self._complete
-
-    async def next(
-        self, *, until: float = math.inf
-    ) -> tuple[Execution, Snapshot | Exception] | None:
-        """Return an execution with its next snapshot, or with its error.
-
-        Return None once every execution has finished, or at the time `until`, on the loop's clock.
-        """
+    async def next(self) -> News | None:
+        """Return an execution with its news, or None once all executions have finished."""
         if self._complete:
             execution = self._complete.pop()
             assert execution._last is not None  # noqa: S101 - for mypy
@@ -95,14 +111,13 @@ class CombinedStream:
             while self._news:
                 execution_id = next(iter(self._news))
                 del self._news[execution_id]
-                if (event := self._look(self._followed[execution_id])) is not None:
-                    return event
+                followed = self._followed[execution_id]
+                if (news := self._look(followed)) is not None:
+                    return followed.execution, news
 
-            await self._wait(until)
+            await self._wait()
             if clock() >= self._deadline.at:
                 self._news.update(dict.fromkeys(self._followed))
-            elif not self._news and clock() >= until:
-                break
         return None
 
     def close(self) -> None:
@@ -110,7 +125,7 @@ class CombinedStream:
         for followed in list(self._followed.values()):
             self._leave(followed)
 
-    def _look(self, followed: _Followed) -> tuple[Execution, Snapshot | Exception] | None:
+    def _look(self, followed: _Followed) -> Snapshot | Waiting | Exception | None:
         execution, watch = followed.execution, followed.watch
         try:
             snapshot = watch.look(followed.waiter, followed.seen)
@@ -118,21 +133,42 @@ class CombinedStream:
             if isinstance(error, PromptLayerExecError):
                 execution._recall(error)
             self._leave(followed)
-            return execution, error
+            return error
 
         if snapshot is None:
-            return None
+            return self._look_for_failures(followed)
+
+        followed.cancel_timer()
         snapshot = followed.seen = execution._remember(snapshot)
         if snapshot.complete:
             self._leave(followed)
-        elif watch.error is not None:  # nothing will wake this reader for it again
+        elif watch.error is not None or watch.retries.failures:
+            # Look again: nothing else may wake this reader for it.
             self._news[execution.id] = None
-        return execution, snapshot
+        return snapshot
+
+    def _look_for_failures(self, followed: _Followed) -> Waiting | None:
+        """Return why there is no news, now or by a timer when that has lasted long enough."""
+        followed.cancel_timer()
+        retries = followed.watch.retries
+        # A poll that takes long is no failure, but a reader without a snapshot has nothing to show.
+        since = self._joined if followed.seen is None else retries.since
+        if since is None:
+            return None
+
+        at = since + self._patience
+        if clock() >= at:
+            return Waiting(retries.error)
+        if at < math.inf:
+            wake = partial(self._wake, followed.execution.id)
+            followed.timer = asyncio.get_running_loop().call_at(at, wake)
+        return None
 
     def _leave(self, followed: _Followed) -> None:
         execution_id = followed.execution.id
         del self._followed[execution_id]
         self._news.pop(execution_id, None)
+        followed.cancel_timer()
         followed.watch.leave(followed.waiter)
 
     def _wake(self, execution_id: int) -> None:
@@ -140,14 +176,14 @@ class CombinedStream:
         if self._waiting is not None:
             resolve(self._waiting)
 
-    async def _wait(self, until: float) -> None:
-        """Wait for news, for the deadline, or until the time `until`."""
+    async def _wait(self) -> None:
+        """Wait until there may be news, or for the deadline."""
         self._lifetime.check_loop()
         loop = asyncio.get_running_loop()
         self._waiting = loop.create_future()
         timer = None
-        if (at := min(until, self._deadline.at)) < math.inf:
-            timer = loop.call_at(at, resolve, self._waiting)
+        if self._deadline.at < math.inf:
+            timer = loop.call_at(self._deadline.at, resolve, self._waiting)
 
         try:
             await self._waiting
@@ -155,6 +191,26 @@ class CombinedStream:
             self._waiting = None
             if timer is not None:
                 timer.cancel()
+
+
+async def follow(
+    session: Session,
+    executions: Iterable[Execution],
+    timeout: float | EllipsisType | None = ...,
+    *,
+    patience: float = math.inf,
+) -> AsyncGenerator[News, None]:
+    """Yield the news of many executions until all have finished.
+
+    That an execution is `Waiting` is news once its polls have failed for `patience` seconds, or
+    once it has had no snapshot for so long, and then again for each poll that fails.
+    """
+    stream = CombinedStream(session, executions, timeout, patience)
+    try:
+        while (news := await stream.next()) is not None:
+            yield news
+    finally:
+        stream.close()
 
 
 def snapshots_of(
@@ -179,19 +235,14 @@ async def _stream(
     session: Session, executions: list[Execution], timeout: float | EllipsisType | None
 ) -> AsyncGenerator[tuple[Execution, Snapshot], None]:
     failures: list[Exception] = []
-    stream = CombinedStream(session, executions, timeout)
-
-    try:
-        while (event := await stream.next()) is not None:
-            execution, result = event
+    async with aclosing(follow(session, executions, timeout)) as news:
+        async for execution, result in news:
             if isinstance(result, Snapshot):
                 yield execution, result
             elif isinstance(result, Unauthorized | SessionClosed):
                 raise result  # no other execution can be followed either
-            else:
+            elif isinstance(result, Exception):
                 failures.append(result)
-    finally:
-        stream.close()
 
     if failures:
         first, *others = failures

@@ -6,7 +6,7 @@ try:
     from promptlayer_exec.fastapi._receivers import create_callback_router, create_webhook_router
     from promptlayer_exec.fastapi._responses import add_error_handlers
     from promptlayer_exec.fastapi._router import create_router
-    from promptlayer_exec.fastapi._sse import execution_events
+    from promptlayer_exec.fastapi._run_events import execution_events
     from promptlayer_exec.fastapi._tickets import Tickets
 except ModuleNotFoundError as error:
     error.add_note(f"this needs {install_hint('fastapi')}")

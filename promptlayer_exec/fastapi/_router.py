@@ -43,8 +43,8 @@ from promptlayer_exec.fastapi._responses import (
     store_is_away,
     tagged_response,
 )
-from promptlayer_exec.fastapi._run_list import RunList, RunListEvents
-from promptlayer_exec.fastapi._sse import EventStream, execution_events, reconnect_later
+from promptlayer_exec.fastapi._run_events import RunList, execution_events, list_events
+from promptlayer_exec.fastapi._sse import reconnect_later
 from promptlayer_exec.fastapi._tickets import Tickets
 from promptlayer_exec.fastapi._visible_fields import (
     DEFAULT_FIELDS,
@@ -309,7 +309,10 @@ def _reads(
             execution: Execution = found,
             has_capacity: bool = counted,
         ) -> Response:
-            """Follow an execution: `snapshot`, `node`, `complete`, `failure` and `waiting`."""
+            """Follow an execution.
+
+            The events are `snapshot`, `node`, `waiting`, `resumed`, `complete` and `failure`.
+            """
             if not has_capacity:
                 return reconnect_later()
             events = execution_events(execution, last_event_id=last_event_id, fields=fields)
@@ -372,8 +375,7 @@ def _add_run_lists(
         except RequestRefused as error:
             return error.response
 
-        stream = RunListEvents(session, runs, refused, hidden).events()
-        return EventStream(stream, stream.aclose)
+        return list_events(session, runs, refused.items(), hidden)
 
 
 def _add_start(

@@ -95,8 +95,9 @@ def event_schema(hidden: Collection[str]) -> dict[str, Any]:
     changed = _object("Changed node", execution_id=_TEXT, progress=_NUMBER, **_node(hidden))
     reason = {"execution_id": _TEXT, "type": _TEXT, "message": _TEXT}
     waiting = _object("Waiting", **reason)
+    resumed = _object("Resumed", execution_id=_TEXT)
     failure = _object("Failure", **reason, status=_INTEGER, last=last)
-    return {"anyOf": [snapshot, changed, waiting, failure]}
+    return {"anyOf": [snapshot, changed, waiting, resumed, failure]}
 
 
 def started_schema(*, has_ticket: bool) -> dict[str, Any]:

@@ -15,9 +15,9 @@
  * @property {number | null} final  the same, for its final status
  *
  * @typedef {object} View  the state of an execution, as far as it is known
- * @property {"connecting" | "waiting" | "running" | "complete" | "failed"} state  "failed": it
- *   could not be followed to its end. An execution with failed nodes is "complete", and has not
- *   succeeded
+ * @property {"connecting" | "waiting" | "running" | "complete" | "failed"} state  "waiting": there
+ *   is nothing new for now, and the rest is what was last known. "failed": it could not be followed
+ *   to its end. An execution with failed nodes is "complete", and has not succeeded
  * @property {string | null} message  why it waits, or could not be followed
  * @property {number} progress  0 to 1
  * @property {boolean | null} succeeded  null until it is complete
@@ -374,6 +374,7 @@ class Group {
     if (kind !== "failure") run.renewed = false;
 
     if (kind === "snapshot") run.update({ state: "running", progress, nodes: all(data) });
+    if (kind === "resumed") run.update({ state: "running" });
     if (kind === "node") {
       const { execution_id: _, progress, ...node } = data;
       run.update({ progress, nodes: new Map(run.view.nodes).set(node.name, node) });

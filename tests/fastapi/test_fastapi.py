@@ -96,8 +96,8 @@ async def test_each_change_of_a_node_is_one_event(
         response = await reading
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["cache-control"] == "no-store"
-    (_, first, snapshot), (_, second, node), (last_id, third, complete) = read_events(response.text)
-    assert (first, second, third, last_id) == ("snapshot", "node", "complete", f"{held}:complete")
+    (_, first, snapshot), (_, second, node), (_, third, complete) = read_events(response.text)
+    assert (first, second, third) == ("snapshot", "node", "complete")
     (retry,) = re.findall(r"^retry: (\d+)$", response.text, re.MULTILINE)
     assert 1000 <= int(retry) <= 4000
     assert snapshot["execution_id"] == node["execution_id"] == str(held)
@@ -121,22 +121,38 @@ async def test_a_complete_execution_needs_one_request(sim: Simulator, session: S
     assert complete["succeeded"] is False
 
 
+def end(sim: Simulator, held: int, ending: str) -> None:
+    """Make the last event of an execution's streams a certain one."""
+    if ending == "complete":
+        sim.finish(held, "Answer")
+    else:
+        sim.inject(Fault.status(403))
+
+
 @pytest.mark.parametrize("ending", ["complete", "failure"])
 async def test_a_client_that_has_the_last_event_gets_204(
     sim: Simulator, session: Session, held: int, ending: str
 ) -> None:
     """The id alone says so to any process, so no request is sent to PromptLayer."""
+    events = await events_after(sim, session, held, lambda: end(sim, held, ending))
+    last_id, kind, _ = events[-1]
+    assert kind == ending
+    sent = sim.request_count
     async with connect(make_app(session)) as client:
-        headers = {"Last-Event-ID": f"{held}:{ending}"}
+        headers = {"Last-Event-ID": last_id}
         response = await client.get(f"/executions/{held}/events", headers=headers)
-    assert (response.status_code, response.content, sim.request_count) == (204, b"", 0)
+    assert (response.status_code, response.content, sim.request_count) == (204, b"", sent)
 
 
 async def test_any_other_last_event_id_starts_again(sim: Simulator, session: Session) -> None:
     """The id of another execution's end, of an earlier event, and an invalid one do so."""
-    execution_id = sim.add_execution(Scenario([SimNode("Answer")]))
+    execution_id, other = (sim.add_execution(Scenario([SimNode("Answer")])) for _ in range(2))
     async with connect(make_app(session)) as client:
-        for last in ("1:complete", f"{execution_id}:7", "", "\xe9"):
+        response = await client.get(f"/executions/{other}/events")
+        foreign, _, _ = read_events(response.text)[-1]
+        response = await client.get(f"/executions/{execution_id}/events")
+        first, _, _ = read_events(response.text)[0]
+        for last in (foreign, first, "", "\xe9"):
             headers = {b"Last-Event-ID": last.encode("latin-1")}
             response = await client.get(f"/executions/{execution_id}/events", headers=headers)
             assert read_events(response.text)[0][1] == "snapshot"
@@ -173,8 +189,8 @@ async def test_an_error_after_the_first_event_is_an_event(
         held,
         lambda: sim.inject(Fault.status(403, body=body, headers={"X-S": SECRET})),
     )
-    last_id, kind, failure = events[-1]
-    assert (last_id, kind) == (f"{held}:failure", "failure")
+    _, kind, failure = events[-1]
+    assert kind == "failure"
     assert failure.pop("last")["nodes"]["Plan"]["value"] == "done"
     assert failure == {
         "type": "Forbidden",
@@ -659,7 +675,13 @@ def test_the_router_has_an_openapi_description(session: Session) -> None:
     assert started["required"] == ["execution_id", "ticket"]
     events = schema["paths"]["/executions/{execution_id}/events"]["get"]["responses"]["200"]
     (kinds,) = (content["schema"]["anyOf"] for content in events["content"].values())
-    assert [kind["title"] for kind in kinds] == ["Snapshot", "Changed node", "Waiting", "Failure"]
+    assert [kind["title"] for kind in kinds] == [
+        "Snapshot",
+        "Changed node",
+        "Waiting",
+        "Resumed",
+        "Failure",
+    ]
     node = kinds[0]["properties"]["nodes"]["additionalProperties"]["properties"]
     assert "raw_error_message" in node
     assert {"value", "error_message"}.isdisjoint(node)
