@@ -462,6 +462,17 @@ async def test_a_timeout_has_the_last_snapshot_and_the_last_failure(
     assert "503" in str(error)
 
 
+async def test_a_timeout_names_no_failure_that_is_over(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """After a good poll, it is not why the execution is still running."""
+    sim.inject(Fault.status(503))
+    with pytest.raises(ExecutionTimeout) as caught:
+        await session.execution(held).wait(timeout=0.5)
+    assert caught.value.__cause__ is None
+    assert "503" not in str(caught.value)
+
+
 async def test_a_timeout_names_an_unknown_status(sim: Simulator, session: Session) -> None:
     """More time may not help an execution that waits for a person, for example."""
     odd = SimNode("approve", status="AWAITING_APPROVAL")

@@ -1,4 +1,4 @@
-"""One stream of events for many executions."""
+"""One stream of events for many executions, and what it has in common with that of one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import aiohttp
+import attrs
 import httpx2
 import pytest
 from fastapi import Depends, FastAPI, HTTPException, Request
 
-from promptlayer_exec import NotFound, RetryPolicy, Session, WatchEnded, WatchStarted
-from promptlayer_exec.fastapi import Tickets, create_router
+from promptlayer_exec import (
+    NotFound,
+    RequestRetried,
+    RetryPolicy,
+    Session,
+    WatchEnded,
+    WatchStarted,
+)
+from promptlayer_exec.fastapi import Tickets, _run_events, create_router
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 TICKETS = Tickets("of the app")
@@ -373,6 +381,148 @@ async def test_runs_without_an_answer_say_why(
         sim.clear_faults()
         snapshot = await anext(events)
         assert (snapshot.kind, snapshot.run) == ("snapshot", stalled)
+
+
+def one(run: int) -> str:
+    """Return the address of the stream for one execution."""
+    return f"/executions/{run}/events"
+
+
+@pytest.fixture(params=[one, query])
+def address(request: pytest.FixtureRequest) -> Callable[[int], str]:
+    """Return the address of one of the two streams."""
+    return request.param
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every stream say after 0.1 s why there is nothing new."""
+    monkeypatch.setattr(_run_events, "_PATIENCE", 0.1)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_an_outage_in_the_middle_of_a_run_is_said(
+    sim: Simulator,
+    open_session: Callable[..., Session],
+    *,
+    address: Callable[[int], str],
+    serve: Callable[[Any], Awaitable[str]],
+    http: aiohttp.ClientSession,
+) -> None:
+    """With its reason, whenever that changes, until a poll succeeds, even if no node changed."""
+    held = sim.add_execution(HELD)
+    url = await serve(make_app(open_session(retry=IMPATIENT)))
+    async with http.get(url + address(held)) as response:
+        events = stream(response)
+        assert (await anext(events)).kind == "snapshot"
+
+        sim.inject(Fault.status(503, times=None))
+        waiting = await anext(events)
+        assert (waiting.kind, waiting.run, waiting.id) == ("waiting", held, None)
+        assert waiting.data["type"] == "ServerError"
+        assert waiting.data["message"] == "PromptLayer failed. Trying again."
+
+        sim.clear_faults()
+        sim.inject(Fault.status(429, times=None, retry_after=0.01))
+        waiting = await anext(events)
+        assert (waiting.kind, waiting.data["type"]) == ("waiting", "RateLimited")
+
+        sim.clear_faults()
+        resumed = await anext(events)
+        assert (resumed.kind, resumed.data) == ("resumed", {"execution_id": str(held)})
+        assert resumed.id is None
+
+        sim.inject(Fault.status(503, times=None))
+        assert (await anext(events)).kind == "waiting"
+        sim.finish(held, "Answer")
+        sim.clear_faults()
+        rest = [event.kind async for event in events]
+        assert rest == ["resumed", "node", "complete"]
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_who_connects_during_an_outage_is_told(
+    sim: Simulator,
+    open_session: Callable[..., Session],
+    *,
+    address: Callable[[int], str],
+    serve: Callable[[Any], Awaitable[str]],
+    http: aiohttp.ClientSession,
+) -> None:
+    """The reason follows the snapshot at once, and not only after one more poll has failed."""
+    held = sim.add_execution(HELD)
+    url = await serve(make_app(open_session(retry=RetryPolicy(base=60.0, ceiling=120.0))))
+    async with http.get(url + address(held)) as early:
+        assert (await anext(stream(early))).kind == "snapshot"
+        sim.inject(Fault.status(503, times=None))
+        assert (await anext(stream(early))).kind == "waiting"
+        async with http.get(url + address(held)) as late:
+            events = stream(late)
+            assert [(await anext(events)).kind for _ in range(2)] == ["snapshot", "waiting"]
+
+
+@pytest.mark.parametrize("fault", [Fault.status(503, times=2), Fault.delay(0.8)])
+async def test_neither_a_short_outage_nor_a_slow_poll_is_said(
+    sim: Simulator,
+    open_session: Callable[..., Session],
+    *,
+    address: Callable[[int], str],
+    fault: Fault,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The polls must have failed for two seconds; one that takes longer has not failed."""
+    monkeypatch.setattr(_run_events, "_PATIENCE", 0.5)
+    held = sim.add_execution(HELD)
+    async with connect(make_app(open_session(retry=IMPATIENT))) as client:
+        reading = asyncio.create_task(client.get(address(held)))
+        await sim.wait_for_requests(60)  # the stream is older than that
+        sim.inject(fault)
+        await sim.wait_for_requests(sim.request_count + 6)
+        sim.finish(held, "Answer")
+        response = await reading
+    assert [event.kind for event in read(response.text)] == ["snapshot", "node", "complete"]
+
+
+async def test_an_outage_is_said_after_two_seconds(
+    sim: Simulator,
+    open_session: Callable[..., Session],
+    *,
+    serve: Callable[[Any], Awaitable[str]],
+    http: aiohttp.ClientSession,
+    recorder: Any,
+) -> None:
+    """They are counted from the first poll that fails."""
+    clock = asyncio.get_running_loop().time
+    held = sim.add_execution(HELD)
+    url = await serve(make_app(open_session(retry=IMPATIENT)))
+    async with http.get(url + one(held)) as response:
+        events = stream(response)
+        assert (await anext(events)).kind == "snapshot"
+        failing = asyncio.create_task(recorder.next(RequestRetried))
+        sim.inject(Fault.status(503, times=None))
+        await failing
+        failed_at = clock()
+        assert (await anext(events)).kind == "waiting"
+        assert 1.9 < clock() - failed_at < 5.0
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_an_outage_that_is_too_long_is_the_failure(
+    sim: Simulator,
+    open_session: Callable[..., Session],
+    *,
+    address: Callable[[int], str],
+) -> None:
+    """It has the last snapshot, as any other."""
+    held = sim.add_execution(HELD)
+    retry = attrs.evolve(IMPATIENT, watch_outage=0.5)
+    async with connect(make_app(open_session(retry=retry))) as client:
+        reading = asyncio.create_task(client.get(address(held)))
+        await sim.wait_for_requests(2)
+        sim.inject(Fault.status(503, times=None))
+        events = read((await reading).text)
+    assert [event.kind for event in events] == ["snapshot", "waiting", "failure"]
+    assert events[-1].data["last"]["nodes"]["Plan"]["value"] == "done"
 
 
 async def test_a_stream_that_replaces_another_keeps_the_watches(

@@ -10,7 +10,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import attrs
@@ -32,6 +32,7 @@ from promptlayer_exec import (
 )
 from promptlayer_exec import redis as backplane_module
 from promptlayer_exec._integration import receive_callback
+from promptlayer_exec.fastapi import _run_events, execution_events
 from promptlayer_exec.redis import RedisBackplane
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.webhooks import Callbacks
@@ -247,6 +248,42 @@ async def test_all_survive_an_outage(sim: Simulator, workers: Any, held: int) ->
         sim.inject(Fault.status(503, times=5))
         async with asyncio.timeout(15):
             assert all(last.complete for last in await asyncio.gather(*streams))
+
+
+async def test_an_outage_is_said_in_every_process(
+    sim: Simulator, workers: Any, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that follows a holder says it once the lease is over and its own polls fail."""
+    terms = attrs.evolve(backplane_module.TERMS, lease=1.0, renewal=0.2, recheck=0.2)
+    monkeypatch.setattr(backplane_module, "TERMS", terms)
+    monkeypatch.setattr(_run_events, "_PATIENCE", 0.1)
+    for worker in workers:
+        worker.new_session(retry=RetryPolicy(base=0.8, ceiling=2.0, watch_outage=30.0))
+    has_begun, is_waiting = asyncio.Semaphore(0), asyncio.Semaphore(0)
+
+    async def follow(worker: Any) -> list[str]:
+        response: Any = await execution_events(worker.session.execution(held))
+        kinds = []
+        async with aclosing(response.body_iterator) as events:
+            async for event in events:
+                kinds.append(event.event)
+                has_begun.release()
+                if event.event == "waiting":
+                    is_waiting.release()
+        return kinds
+
+    following = [asyncio.create_task(follow(worker)) for worker in workers]
+    async with asyncio.timeout(20):
+        for _ in workers:
+            await has_begun.acquire()
+        await all_share(workers)
+        sim.inject(Fault.status(503, times=None))
+        for _ in workers:
+            await is_waiting.acquire()
+        sim.finish(held, "Answer")
+        sim.clear_faults()
+        kinds = await asyncio.gather(*following)
+    assert kinds == [["snapshot", "waiting", "resumed", "node", "complete"]] * 3
 
 
 async def test_a_wake_up_reaches_the_session_that_polls(
