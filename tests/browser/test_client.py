@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.async_api import Browser, Page, Route, expect
@@ -43,10 +46,59 @@ COUNT = (
 )
 
 
+class Relay:
+    """The only way from the app to the simulator, whose port can refuse connections."""
+
+    def __init__(self, sim: Simulator) -> None:
+        self._upstream = urlsplit(sim.base_url)
+        self._server: asyncio.Server | None = None
+        self._bind(0)
+
+    @property
+    def url(self) -> str:
+        """Its URL."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def _bind(self, port: int) -> None:
+        self._socket = socket.socket()  # without `listen`, it refuses
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", port))
+        self._port = self._socket.getsockname()[1]
+        self._streams: list[asyncio.StreamWriter] = []
+
+    async def open(self) -> None:
+        """Accept connections."""
+        self._server = await asyncio.start_server(self._serve, sock=self._socket)
+
+    def close(self) -> None:
+        """Refuse connections, and reset those that are open."""
+        if self._server is not None:
+            self._server.close()
+        for stream in self._streams:
+            stream.transport.abort()
+        self._bind(self._port)
+
+    def end(self) -> None:
+        """Free the port."""
+        self.close()
+        self._socket.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(self._upstream.hostname, self._upstream.port)
+        self._streams += [writer, back]
+        await asyncio.gather(self._pass_on(reader, back), self._pass_on(there, writer))
+
+    async def _pass_on(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await source.read(2**16):
+                target.write(data)
+        target.close()
+
+
 class App:
     """The docs' app as a process, which can be killed, and started again on the same port."""
 
-    def __init__(self, folder: Path, sim: Simulator, options: str = "") -> None:
+    def __init__(self, folder: Path, sim: Simulator, base_url: str, options: str = "") -> None:
         for language, name in (("python", "app.py"), ("html", "page.html")):
             found = re.search(rf"^```{language}\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
             assert found is not None
@@ -59,7 +111,7 @@ class App:
             "APP_PASSWORD": "secret",
             "APP_SECRET": "of the app",
             "PROMPTLAYER_API_KEY": sim.api_key,
-            "PROMPTLAYER_BASE_URL": sim.base_url,
+            "PROMPTLAYER_BASE_URL": base_url,
         }
         self._process: asyncio.subprocess.Process
 
@@ -100,10 +152,19 @@ def options() -> str:
 
 
 @fixture(loop_scope="session")
-async def app(sim: Simulator, tmp_path: Path, options: str) -> AsyncIterator[App]:
+async def relay(sim: Simulator) -> AsyncIterator[Relay]:
+    """Return an open relay to the simulator."""
+    relay = Relay(sim)
+    await relay.open()
+    yield relay
+    relay.end()
+
+
+@fixture(loop_scope="session")
+async def app(sim: Simulator, relay: Relay, tmp_path: Path, options: str) -> AsyncIterator[App]:
     """Return the running app."""
     sim.add_workflow("write-report", REPORT, inputs={"topic": "string"})
-    app = App(tmp_path, sim, options)
+    app = App(tmp_path, sim, relay.url, options)
     await app.start()
     yield app
     await app.kill()
@@ -222,6 +283,42 @@ async def test_the_page_says_why_it_waits_and_fails(
     await page.locator("input").evaluate("(input) => input.remove()")
     await page.get_by_role("button").click()
     await expect(state).to_contain_text("missing")
+
+
+async def test_an_outage_in_the_middle_of_a_run_is_said(
+    sim: Simulator, relay: Relay, page: Page
+) -> None:
+    """By the page, which keeps what it knows, and on the run's own route; then that it is over."""
+    await start(page)
+    nodes = await page.locator("#nodes").text_content()
+    await page.evaluate(
+        """() => {
+            const {searchParams} = new URL(location);
+            const address = `/executions/${searchParams.get("id")}/events`;
+            window.events = [];
+            const source = new EventSource(`${address}?ticket=${searchParams.get("ticket")}`);
+            for (const kind of ["snapshot", "node", "waiting", "resumed", "complete"])
+                source.addEventListener(kind, ({data}) => events.push([kind, JSON.parse(data)]));
+            source.addEventListener("complete", () => source.close());
+        }"""
+    )
+    await page.wait_for_function("() => events.length === 1")
+
+    relay.close()
+    message = "This server could not reach PromptLayer. Trying again."
+    await expect(page.locator("#state")).to_have_text(message)
+    assert await page.locator("#nodes").text_content() == nodes
+    await page.wait_for_function("() => events.length === 2")
+
+    await relay.open()
+    await expect(page.locator("#state")).to_have_text("50 %", timeout=15_000)
+    assert await page.locator("#nodes").text_content() == nodes
+    sim.finish(1001, "Report")
+    await expect(page.locator("#state")).to_have_text("Succeeded")
+    await page.wait_for_function("() => events.at(-1)[0] === 'complete'")
+    kinds = await page.evaluate("events.map(([kind]) => kind)")
+    assert kinds == ["snapshot", "waiting", "resumed", "node", "complete"]
+    assert (await page.evaluate("events[1][1]"))["message"] == message
 
 
 async def test_a_refused_ticket_is_renewed_once(
