@@ -53,6 +53,7 @@ from promptlayer_exec._values.models import (
 )
 from promptlayer_exec._values.policies import Limiter, PollPolicy, RetryPolicy
 from promptlayer_exec._values.start_records import StartStore
+from promptlayer_exec._values.workflow import Workflow
 from promptlayer_exec._values.workflow_definition import (
     WorkflowDefinition,
     WorkflowEdge,
@@ -110,6 +111,7 @@ __all__ = [
     "WatchEnded",
     "WatchStarted",
     "WatchWoken",
+    "Workflow",
     "WorkflowDefinition",
     "WorkflowEdge",
     "WorkflowNode",

@@ -512,6 +512,9 @@ async def test_the_code_on_outputs_works(
         assert output == page["Report"]("Otters", 1.0)
         started = await page["start_report"](session, "otters")
         assert await started.output(into=page["Report"]) == output
+        assert await page["report_on"](session, "otters") == output
+        begun = await page["begin"](session, "otters")
+        assert await page["title_of"](session, begun.id) == "Otters"
         sim.add_workflow("write-report", REPORT, inputs={"topic": "string"})
         async with Session(sim.api_key, base_url=sim.base_url) as checking:
             with pytest.raises(ValueError, match="topik") as caught:
@@ -522,8 +525,10 @@ async def test_the_code_on_outputs_works(
         assert await page["result_so_far"](session, held) == "50% done"
         sim.finish(held, "Answer", value="42")
         assert await page["result_so_far"](session, held) == {"Answer": "42"}
-    first, second = sim.runs
+    first, second, *described = sim.runs
     assert first.body["metadata"] == {"job": "job-1"}
+    assert {run.body["workflow_label_name"] for run in sim.runs} == {"prod"}
+    assert described[0].inputs == {"topic": "otters", "sections": ["intro", "figures"]}
     warning = f"execution {second.execution_id}: missing input variables: tone\n"
     assert capsys.readouterr().out == warning
 

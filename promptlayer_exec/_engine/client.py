@@ -335,9 +335,17 @@ class Client:
             ) from None
 
     async def send(
-        self, prepared: PreparedSend, deadline: Deadline, hooks: SendHooks | None
+        self,
+        prepared: PreparedSend,
+        deadline: Deadline,
+        hooks: SendHooks | None,
+        *,
+        is_recorded: bool,
     ) -> NewRun:
-        """Send a start request before the deadline, and return its run."""
+        """Send a start request before the deadline, and return its run.
+
+        If a store records the run, the deadline holds for the response as well.
+        """
         send = SendOnce(
             request=prepared.request,
             send=partial(self._send_start, prepared),
@@ -347,6 +355,7 @@ class Client:
             base_url=self.base_url,
             secret=prepared.secret,
             hooks=hooks,
+            is_recorded=is_recorded,
             on_lost=self._lost,
         )
         return await send.run(deadline)

@@ -91,6 +91,7 @@ class SendOnce:
     _base_url: str
     secret: str | None
     _hooks: SendHooks | None
+    _is_recorded: bool  # a store records the run, so that the key leads to it
     _on_lost: Callable[[str, StartRequest, float], object]  # only for a run with a secret
     sent: bool = attrs.field(init=False, default=False)
     _called_at: float = attrs.field(init=False, factory=clock)
@@ -105,12 +106,14 @@ class SendOnce:
     async def run(self, deadline: Deadline) -> NewRun:
         """Send the request, and return the response.
 
-        Once it has sent the request, the deadline no longer matters.
+        Once it has sent the request, the deadline no longer matters, unless a store records the
+        run: then the caller finds it by its key, and need not wait for its id.
 
         Raises:
             StartUnknown: the response was lost, so the run may have started.
             RequestError: the server refused the request, or was unreachable.
-            ExecutionTimeout: it could not send the request before the deadline.
+            ExecutionTimeout: it could not send the request before the deadline, or there was no
+                response to a recorded one.
             SessionClosed: the session was closed. If the run started, the error has its id.
         """
         name = f"promptlayer_exec.Send {self._request.workflow!s:.100}"
@@ -123,10 +126,15 @@ class SendOnce:
             if not self._outcome.done():
                 self._expired = deadline
                 self._cancel()
-                await asyncio.wait([self._outcome])
+                if not (self.sent and self._is_recorded):
+                    await asyncio.wait([self._outcome])
         except BaseException:
             self._abandon()
             raise
+
+        if not self._outcome.done():
+            self._abandon()
+            raise self._unanswered(deadline)
 
         response = self._outcome.result()
         self._report(response, abandoned=False)
@@ -290,6 +298,14 @@ class SendOnce:
         )
         error.__cause__ = cause
         return error
+
+    def _unanswered(self, deadline: Deadline) -> ExecutionTimeout:
+        timeout = deadline.timeout or 0.0
+        return ExecutionTimeout(
+            f"no response to the start request within {timeout:g} s. The request continues, and the"
+            f" same call with the key {short_repr(self._request.key)} picks up its run",
+            timeout=timeout,
+        )
 
     def _unknown(self, reason: str, cause: BaseException | None = None) -> StartUnknown:
         error = start_unknown(self._request.workflow, reason, self.secret, key=self._request.key)

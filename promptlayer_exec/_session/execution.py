@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 from promptlayer_exec import _structuring
 from promptlayer_exec._engine.tasks import clock
@@ -14,6 +15,7 @@ from promptlayer_exec._values.events import logger
 from promptlayer_exec._values.models import contradicts_completion, named_outputs, same_json
 from promptlayer_exec._values.policies import Deadline, check_timeout
 from promptlayer_exec._values.text import printable, shown_key
+from promptlayer_exec._values.workflow import OutputT
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Execution:
+class Execution(Generic[OutputT]):
     """The handle of one execution, from `Session.start` or `Session.execution`.
 
     All `stream`, `finished_nodes`, `wait` and `output` calls in one session share one poller. The
@@ -35,12 +37,13 @@ class Execution:
 
     Attributes:
         id: the execution's id.
-        workflow: the workflow's name or id, if this session started the run.
+        workflow: the workflow's name or id, if this session started the run or you passed it to
+            `Session.execution`.
         warning: the server's warning about the request, such as a missing input variable.
     """
 
     __slots__ = (
-        *("_is_repeated", "_key", "_last", "_main_output", "_session"),
+        *("_into", "_is_repeated", "_key", "_last", "_main_output", "_session"),
         *("id", "warning", "workflow"),
     )
 
@@ -49,10 +52,13 @@ class Execution:
         session: Session | None,
         execution_id: int,
         workflow: str | int | None = None,
+        *,
         warning: str | None = None,
         key: Any = None,
+        into: Any = Any,
     ) -> None:
         self._session = session
+        self._into = into  # the type of its output
         self._key = key  # for the log
         # Whether an earlier call with the same key started the run, so that this one cost nothing.
         self._is_repeated = False
@@ -127,7 +133,7 @@ class Execution:
     @overload
     async def output(
         self, *, timeout: float | EllipsisType | None = ..., into: None = None
-    ) -> Any: ...
+    ) -> OutputT: ...
 
     @overload
     async def output(
@@ -145,7 +151,8 @@ class Execution:
             into: the type of the output: an attrs class, dataclass, TypedDict, enum, pydantic
                 model, `list[Report]`, `Report | None` and so on. An int may become a float, but
                 nothing else is coerced. If a string does not match the type, the session parses its
-                content as JSON. None returns the output unchanged.
+                content as JSON. By default, the output type of the `Workflow` that this is a run
+                of. Without either, the output is returned unchanged.
 
         Raises:
             ExecutionFailed: the execution has no main output.
@@ -154,8 +161,8 @@ class Execution:
             PromptLayerExecError: as for `stream`.
         """
         deadline = self._deadline(timeout)
-        if into is not None:
-            _structuring.check_type(into, self._require_session()._settings.converter)
+        into = self._into if into is None else into
+        self._require_session()._check_type(into)
         return await self._output(deadline, into)
 
     @overload
@@ -196,14 +203,14 @@ class Execution:
         deadline = self._deadline(timeout)
         converter = self._require_session()._settings.converter
         if into is not None:
-            _structuring.check_type(into, converter)
+            self._require_session()._check_type(into)
         return named_outputs(await self._completed(deadline), into, converter)
 
     async def _output(self, deadline: Deadline, into: Any) -> Any:
         """Do what `output` does, with checked arguments."""
         snapshot = await self._completed(deadline)
         value = await self._main_output_of(snapshot, deadline)
-        if into is None:
+        if into is Any:
             return value
 
         converter = self._require_session()._settings.converter
@@ -308,7 +315,7 @@ class Execution:
             self._last = snapshot
         return self._last
 
-    async def _deliver(self, deadline: Deadline, into: Any) -> Any:
+    async def _deliver(self, deadline: Deadline) -> OutputT:
         """Do what `output` does, for a caller that has no handle."""
         if self.warning:
             logger.warning(
@@ -319,7 +326,7 @@ class Execution:
             )
 
         try:
-            return await self._output(deadline, into)
+            return await self._output(deadline, self._into)  # type: ignore[no-any-return]
         except PromptLayerExecError:  # it has the id
             raise
         except BaseException:
@@ -370,4 +377,5 @@ class Execution:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The session is not pickled: it holds the API key.
-        return type(self), (None, self.id, self.workflow, self.warning, self._key)
+        unpickled = partial(type(self), warning=self.warning, key=self._key, into=self._into)
+        return unpickled, (None, self.id, self.workflow)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import anyio
 import attrs
 
-from promptlayer_exec import _structuring
 from promptlayer_exec._engine.send import log_unknown
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._session.execution import Execution
@@ -83,9 +82,8 @@ def outcomes_of(
     """Do what `Session.as_completed` does."""
     if not isinstance(items, Iterable | AsyncIterable):
         raise TypeError(f"items must be an iterable or async iterable, not {items!r:.100}")
-    if into is not None:
-        _structuring.check_type(into, session._settings.converter)
-
+    into = Any if into is None else into
+    session._check_type(into)
     slots = positive_int64("max_in_flight", max_in_flight, "an int of at least 1")
     return _FanOut(session, items, anyio.Semaphore(slots), check_timeout(timeout), into).outcomes()
 
@@ -191,7 +189,10 @@ class _FanOut(Generic[ItemT]):
         deadline = session._settings.deadline(self._timeout, now=clock())
         if isinstance(item, StartRequest):
             running.execution = await session._start(item, deadline)
-        return await cast(Execution, running.execution)._output(deadline, self._into)
+
+        execution = cast(Execution, running.execution)
+        into = self._into if execution._into is Any else execution._into
+        return await execution._output(deadline, into)
 
     def _taken(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():
@@ -293,7 +294,12 @@ def handle_of(session: Session, item: Any) -> Execution:
             ) from None
 
     if item._session is None:  # it was unpickled
-        return Execution(session, item.id, item.workflow, item.warning, item._key)
+        return Execution(
+            *(session, item.id, item.workflow),
+            warning=item.warning,
+            key=item._key,
+            into=item._into,
+        )
     if item._session is not session:
         raise ValueError(f"execution {item.id} belongs to another session. Pass its id instead")
     return item

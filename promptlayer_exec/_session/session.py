@@ -60,6 +60,7 @@ from promptlayer_exec._values.policies import (
     check_timeout,
 )
 from promptlayer_exec._values.start_records import StartStore, StoredStart, check_key
+from promptlayer_exec._values.workflow import InputsT, OutputT, Workflow, name_of
 from promptlayer_exec._values.workflow_definition import WorkflowDefinition, WorkflowSummary
 
 if TYPE_CHECKING:
@@ -71,7 +72,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ItemT = TypeVar("ItemT")
-OutputT = TypeVar("OutputT")
 
 
 def _digest(api_key: str, what: str) -> str:
@@ -371,16 +371,17 @@ class Session:
     @hiding_unknown
     async def start(
         self,
-        workflow: str | int,
-        inputs: Any = None,
+        workflow: str | int | Workflow[OutputT, InputsT],
+        inputs: InputsT | None = None,
         *,
         label: str | None = None,
         version: int | None = None,
         metadata: Mapping[str, str] | None = None,
         callback_url: str | None = None,
         key: str | None = None,
+        timeout: float | EllipsisType | None = ...,
         **_unknown: Never,
-    ) -> Execution:
+    ) -> Execution[OutputT]:
         """Start a run, and return its handle.
 
         Save the handle's `id`: any process can pick up the run with it::
@@ -397,17 +398,22 @@ class Session:
         https://docs.promptlayer.com/reference/run-workflow
 
         Args:
-            workflow: its name or id.
+            workflow: its name, its id, or a `Workflow`, which also has the type of its output.
             inputs: its input variables, as a mapping or an attrs, dataclass or pydantic instance.
             label: the label of the version to run, not allowed with `version`.
             version: the number of the version to run, not allowed with `label`.
-            metadata: strings to store with the run.
+            metadata: strings to store with the run, added to those of a `Workflow`.
             callback_url: the URL to which the server posts the final output.
             key: a key that starts only one run. If any process has already used it, you get the
                 handle of that run, and the session sends nothing. Needs `Session(starts=...)`.
+            timeout: seconds for everything before the session sends the request. With a key, also
+                for the response: the request then continues, and the same call picks up its run.
+                Without one, the session waits for the response, because its id would be lost. `...`
+                means the session's `wait_timeout`, and None no limit.
 
         Raises:
-            TypeError: an argument or a value in the inputs has an unsupported type.
+            TypeError: an argument or a value in the inputs has an unsupported type, or the inputs
+                are an instance of another class than the `Workflow` takes.
             ValueError: an argument is out of range, or JSON cannot represent a value in the inputs.
             InvalidInputs: required inputs are missing.
             KeyConflict: the key belongs to a different request.
@@ -416,23 +422,23 @@ class Session:
                 resends it.
             StatusError: the server refused the request.
             ConnectionFailed: the session could not reach the server.
-            ExecutionTimeout: the session could not send the request within its `wait_timeout`.
+            ExecutionTimeout: the session could not send the request in time, so no run was started.
+                With a key: or no response arrived in time.
             SessionClosed: the session was closed. If the run started, the error has its id.
         """
         if _unknown:
             raise unexpected_argument("Session.start", _unknown)
 
-        inputs = {} if inputs is None else inputs
+        timeout = check_timeout(timeout)
         self._check_keys_are_kept(key)
-        return await self._start(
-            StartRequest(workflow, inputs, label, version, metadata, callback_url, key)
-        )
+        request = StartRequest(workflow, inputs, label, version, metadata, callback_url, key)
+        return await self._start(request, self._settings.deadline(timeout, now=clock()))
 
     @overload
     async def run(
         self,
-        workflow: str | int,
-        inputs: Any = None,
+        workflow: str | int | Workflow[OutputT, InputsT],
+        inputs: InputsT | None = None,
         *,
         label: str | None = None,
         version: int | None = None,
@@ -441,7 +447,7 @@ class Session:
         key: str | None = None,
         timeout: float | EllipsisType | None = ...,
         into: None = None,
-    ) -> Any: ...
+    ) -> OutputT: ...
 
     @overload
     async def run(
@@ -461,7 +467,7 @@ class Session:
     @hiding_unknown
     async def run(
         self,
-        workflow: str | int,
+        workflow: str | int | Workflow[Any, Any],
         inputs: Any = None,
         *,
         label: str | None = None,
@@ -489,7 +495,7 @@ class Session:
         the id.
 
         Args:
-            workflow: its name or id.
+            workflow: its name, its id, or a `Workflow`.
             inputs: its input variables.
             label: the label of the version to run.
             version: the number of the version to run.
@@ -498,7 +504,7 @@ class Session:
             key: a key that starts only one run.
             timeout: seconds for both together. `...` means the session's `wait_timeout`, and None
                 no limit.
-            into: the type of the output, as for `Execution.output`.
+            into: the type of the output, as for `Execution.output`. A `Workflow` has its own.
 
         Raises:
             PromptLayerExecError: as for `start` and `Execution.output`.
@@ -508,21 +514,21 @@ class Session:
         if _unknown:
             raise unexpected_argument("Session.run", _unknown)
 
-        if into is not None:
-            _structuring.check_type(into, self._settings.converter)
         timeout = check_timeout(timeout)
-
-        inputs = {} if inputs is None else inputs
         self._check_keys_are_kept(key)
-        request = StartRequest(workflow, inputs, label, version, metadata, callback_url, key)
+        request: StartRequest[Any, Any] = StartRequest(
+            *(workflow, inputs, label, version, metadata, callback_url, key),
+            into=Any if into is None else into,
+        )
+
         deadline = self._settings.deadline(timeout, now=clock())
         execution = await self._start(request, deadline)
-        return await execution._deliver(deadline, into)
+        return await execution._deliver(deadline)
 
     @hiding_unknown
     async def definition(
         self,
-        workflow: str | int,
+        workflow: str | int | Workflow[Any, Any],
         *,
         label: str | None = None,
         version: int | None = None,
@@ -533,7 +539,7 @@ class Session:
         https://docs.promptlayer.com/reference/get-workflow
 
         Args:
-            workflow: its name or id.
+            workflow: its name, its id, or a `Workflow`, whose version you then get.
             label: the label of the version, not allowed with `version`.
             version: the number of the version, not allowed with `label`. Without either, you get
                 the latest version.
@@ -546,9 +552,10 @@ class Session:
         if _unknown:
             raise unexpected_argument("Session.definition", _unknown)
 
-        request = workflow_request(workflow, label, version)
+        wanted: StartRequest[Any, Any] = StartRequest(workflow, None, label, version)
+        request = workflow_request(wanted.workflow, wanted.label, wanted.version)
         client = self._open()
-        return await client.read_definition(workflow, request, client.deadline())
+        return await client.read_definition(wanted.workflow, request, client.deadline())
 
     def workflows(
         self,
@@ -576,12 +583,12 @@ class Session:
 
     async def _start(
         self,
-        request: StartRequest,
+        request: StartRequest[OutputT, Any],
         deadline: Deadline | None = None,
         *,
         hooks: SendHooks | None = None,
         token: str | None = None,
-    ) -> Execution:
+    ) -> Execution[OutputT]:
         """Start a run, or return the handle of the run that its key has already started.
 
         With `hooks`, the caller records the run instead of the start store.
@@ -597,7 +604,7 @@ class Session:
             deadline = deadline or client.deadline()
 
         if not is_recorded:
-            return await self._send(client, prepared, deadline, hooks)
+            return await self._send(client, prepared, deadline, hooks, is_recorded=False)
 
         sends = cast(RecordedSends, client.recorded_sends)
         claim = sends.claim(prepared)
@@ -609,26 +616,38 @@ class Session:
 
             # If another process is quicker, look at its record.
             with suppress(AlreadyClaimed), sends.sending(claim) as recording:
-                return await self._send(client, prepared, deadline, recording)
+                return await self._send(client, prepared, deadline, recording, is_recorded=True)
 
     def _prepare(self, request: StartRequest, token: str | None) -> PreparedSend:
         """Check a request, and encode it once for everything that needs it."""
+        self._check_type(request.into)
         posted, secret = with_callback_url(request, self._settings.callbacks, token)
         inputs = self._encode_inputs(request)
         http_request = run_request(posted, inputs, self._push_suffix())
         return PreparedSend(request, inputs, http_request, secret)
 
     async def _send(
-        self, client: Client, prepared: PreparedSend, deadline: Deadline, hooks: SendHooks | None
-    ) -> Execution:
+        self,
+        client: Client,
+        prepared: PreparedSend,
+        deadline: Deadline,
+        hooks: SendHooks | None,
+        *,
+        is_recorded: bool,
+    ) -> Execution[Any]:
         """Check the inputs against the definition, and send the request."""
         request = prepared.request
         if self._settings.check_inputs:
             with self._reporting(request):
                 await client.check_inputs(request, prepared.inputs, deadline)
 
-        run = await client.send(prepared, deadline, hooks)
-        return Execution(self, run.execution_id, request.workflow, run.warning, request.key)
+        run = await client.send(prepared, deadline, hooks, is_recorded=is_recorded)
+        return Execution(
+            *(self, run.execution_id, request.workflow),
+            warning=run.warning,
+            key=request.key,
+            into=request.into,
+        )
 
     @contextmanager
     def _reporting(self, request: StartRequest) -> Iterator[None]:
@@ -645,7 +664,9 @@ class Session:
         # The server may still return 404 for it.
         self._memory.recent_runs.add(execution_id, request.workflow, now=clock() - record.age)
 
-        execution = Execution(self, execution_id, request.workflow, key=request.key)
+        execution: Execution[Any] = Execution(
+            self, execution_id, request.workflow, key=request.key, into=request.into
+        )
         execution._is_repeated = True
         return execution
 
@@ -687,9 +708,35 @@ class Session:
         execution_id = await client.recover(error, token, client.deadline(timeout))
         return Execution(self, execution_id, error.workflow, key=error.key)
 
+    def _check_type(self, into: Any) -> None:
+        """Check that outputs can be structured into a type, before there is one."""
+        if into is not Any:
+            _structuring.check_type(into, self._settings.converter)
+
     def _encode_inputs(self, request: StartRequest) -> dict[str, Any]:
         """Return the inputs of a request in JSON form."""
         return _structuring.encode_inputs(request.inputs, self._settings.converter)
+
+    @overload
+    def as_completed(
+        self,
+        items: Iterable[StartRequest[OutputT, InputsT]]
+        | AsyncIterable[StartRequest[OutputT, InputsT]],
+        *,
+        max_in_flight: int = 100,
+        timeout: float | EllipsisType | None = ...,
+        into: None = None,
+    ) -> AsyncGenerator[Outcome[StartRequest[OutputT, InputsT], OutputT], None]: ...
+
+    @overload
+    def as_completed(
+        self,
+        items: Iterable[Execution[OutputT]] | AsyncIterable[Execution[OutputT]],
+        *,
+        max_in_flight: int = 100,
+        timeout: float | EllipsisType | None = ...,
+        into: None = None,
+    ) -> AsyncGenerator[Outcome[Execution[OutputT], OutputT], None]: ...
 
     @overload
     def as_completed(
@@ -742,7 +789,8 @@ class Session:
             timeout: seconds for each item, from when the session takes it. `...` means the
                 session's `wait_timeout`, and None no limit. If the session has already sent the
                 request for a run, it still reads the response.
-            into: the type of the outputs, as for `Execution.output`.
+            into: the type of the outputs, as for `Execution.output`, of items that have none of
+                their own from a `Workflow`.
 
         Raises:
             Unauthorized: the server refused the key, so no later item could succeed.
@@ -750,6 +798,27 @@ class Session:
             Exception: `items` raised it.
         """
         return outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
+
+    @overload
+    async def collect(
+        self,
+        items: Iterable[StartRequest[OutputT, InputsT]]
+        | AsyncIterable[StartRequest[OutputT, InputsT]],
+        *,
+        max_in_flight: int = 100,
+        timeout: float | EllipsisType | None = ...,
+        into: None = None,
+    ) -> list[Outcome[StartRequest[OutputT, InputsT], OutputT]]: ...
+
+    @overload
+    async def collect(
+        self,
+        items: Iterable[Execution[OutputT]] | AsyncIterable[Execution[OutputT]],
+        *,
+        max_in_flight: int = 100,
+        timeout: float | EllipsisType | None = ...,
+        into: None = None,
+    ) -> list[Outcome[Execution[OutputT], OutputT]]: ...
 
     @overload
     async def collect(
@@ -821,17 +890,23 @@ class Session:
         """
         return snapshots_of(self, items, timeout)
 
-    def execution(self, execution_id: int | str) -> Execution:
+    def execution(
+        self, execution_id: int | str, workflow: str | int | Workflow[OutputT, Any] | None = None
+    ) -> Execution[OutputT]:
         """Return the handle of an execution, without any I/O.
 
         Args:
             execution_id: an int from 1 to 2**63-1, or a string of its digits.
+            workflow: the workflow that it is a run of. With a `Workflow`, `output` returns its type
+                of output.
 
         Raises:
             TypeError: `execution_id` is neither an int nor a string of digits.
             ValueError: `execution_id` is out of range.
         """
-        return Execution(self, check_execution_id(execution_id))
+        into: Any = workflow.output if isinstance(workflow, Workflow) else Any
+        name = None if workflow is None else name_of(workflow)
+        return Execution(self, check_execution_id(execution_id), name, into=into)
 
     def wake(self, execution_id: int | str) -> bool:
         """Poll an execution now, and return True if somebody follows it in this session.

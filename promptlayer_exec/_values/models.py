@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import (
-    Callable,
-    ItemsView,
-    Iterable,
-    Iterator,
-    KeysView,
-    Mapping,
-    ValuesView,
-)
-from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from typing import TYPE_CHECKING, Any, Generic, Never, TypeVar, overload
 
 import attrs
 
 from promptlayer_exec import _structuring
-from promptlayer_exec._values.arguments import unexpected_argument
+from promptlayer_exec._values.arguments import hiding_unknown, unexpected_argument
 from promptlayer_exec._values.display import error_text, snapshot_html
 from promptlayer_exec._values.errors import ExecutionFailed
 from promptlayer_exec._values.statuses import FINAL as FINAL  # noqa: PLC0414 - re-exported
 from promptlayer_exec._values.statuses import STATUSES
 from promptlayer_exec._values.statuses import NodeStatus as NodeStatus  # noqa: PLC0414 - re-exported
 from promptlayer_exec._values.text import counts_repr, short_repr
+from promptlayer_exec._values.workflow import (
+    InputsT,
+    OutputT,
+    Workflow,
+    check_class_of_inputs,
+    name_of,
+)
 
 if TYPE_CHECKING:
     from cattrs import Converter
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 V = TypeVar("V")
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -438,34 +434,55 @@ class MainOutput:
     value: Any = attrs.field(repr=short_repr)
 
 
-@attrs.frozen
-class StartRequest:
+@attrs.frozen(init=False)
+class StartRequest(Generic[OutputT, InputsT]):
     """A run to start. Its attributes are the arguments of `Session.start`.
+
+    A `Workflow` becomes its name, label, version and metadata here, and its output's type `into`.
 
     Its `key` may be any value by which you recognise the item. The session never sends it.
     """
 
     workflow: str | int = attrs.field(repr=short_repr)
-    inputs: Any = attrs.field(factory=dict, repr=short_repr)
-    label: str | None = attrs.field(default=None, repr=short_repr)
-    version: int | None = None
-    metadata: Mapping[str, str] | None = attrs.field(default=None, repr=short_repr)
-    callback_url: str | None = attrs.field(default=None, repr=short_repr)
-    key: Any = attrs.field(default=None, repr=short_repr)
+    inputs: InputsT = attrs.field(repr=short_repr)
+    label: str | None = attrs.field(repr=short_repr)
+    version: int | None
+    metadata: Mapping[str, str] | None = attrs.field(repr=short_repr)
+    callback_url: str | None = attrs.field(repr=short_repr)
+    key: Any = attrs.field(repr=short_repr)
+    into: TypeForm[OutputT] = attrs.field(repr=False)
+
+    def __init__(  # noqa: PLR0917 - in the order of its attributes
+        self,
+        workflow: str | int | Workflow[OutputT, InputsT],
+        inputs: InputsT | None = None,
+        label: str | None = None,
+        version: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        callback_url: str | None = None,
+        key: Any = None,
+        *,
+        into: Any = Any,
+        **_unknown: Never,
+    ) -> None:
+        if _unknown:
+            raise unexpected_argument("StartRequest", _unknown)
+
+        given: Any = {} if inputs is None else inputs
+        if isinstance(workflow, Workflow):
+            if into is not Any:
+                raise TypeError("into= is for a workflow given by name: a Workflow has its output=")
+            check_class_of_inputs(workflow, given)
+            into = workflow.output
+            if label is None and version is None:
+                label, version = workflow.label, workflow.version
+            if workflow.metadata:
+                metadata = {**workflow.metadata, **(metadata or {})}
+
+        self.__attrs_init__(
+            name_of(workflow), given, label, version, metadata, callback_url, key, into
+        )
 
 
-def _explaining_unknown(init: F) -> F:
-    """Explain unknown arguments of an `__init__` by attrs, which raises nothing else."""
-    known = inspect.signature(init).parameters
-
-    @wraps(init)
-    def checked(*args: Any, **kwargs: Any) -> None:
-        for name in kwargs:
-            if name not in known:
-                raise unexpected_argument("StartRequest", [name])
-        init(*args, **kwargs)
-
-    return cast(F, checked)
-
-
-StartRequest.__init__ = _explaining_unknown(StartRequest.__init__)  # type: ignore[method-assign]
+# Not with a decorator inside the class, which mypy's plugin for attrs does not look into.
+StartRequest.__init__ = hiding_unknown(StartRequest.__init__)  # type: ignore[method-assign]

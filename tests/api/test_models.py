@@ -390,7 +390,9 @@ def test_copies(value, make):
 def test_outcome_with_execution_and_error_pickles():
     """An outcome takes its error along, and its execution as a handle without a session."""
     error = NotFound("gone", status=404, server_message="gone", execution_id=787)
-    outcome = Outcome(0, 787, Execution(object(), 787, "a/b", "careful"), SNAPSHOT, error=error)
+    outcome = Outcome(
+        0, 787, Execution(object(), 787, "a/b", warning="careful"), SNAPSHOT, error=error
+    )
     twin = pickle.loads(pickle.dumps(outcome))
     assert (twin.execution.id, twin.execution.workflow) == (787, "a/b")
     assert twin.execution.warning == "careful"

@@ -478,7 +478,7 @@ def test_handles_are_equal_by_session_and_id() -> None:
 
 def test_a_handle_is_pickled_without_its_session() -> None:
     """A copy is the handle itself; a pickled one keeps the id and says that it has no session."""
-    execution = Execution(Session("secret-key"), 7, "Agent", "careful")
+    execution = Execution(Session("secret-key"), 7, "Agent", warning="careful")
     assert copy.copy(execution) is execution
     assert copy.deepcopy(execution) is execution
     pickled = pickle.dumps(execution)

@@ -369,6 +369,28 @@ async def test_waiting_for_a_start_ends_with_the_call_s_own_deadline(
     assert posts(sim) == 1
 
 
+async def test_a_start_with_a_key_need_not_wait_for_the_response(
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    recorder: Any,
+) -> None:
+    """The request goes on, the store records its run, and the same call finds it."""
+    gate = Gate()
+    hold(sim, gate)
+    session = open_session(starts=store_of())
+    with pytest.raises(ExecutionTimeout, match=r"no response .* same call with the key 'order'"):
+        await session.start(flow, INPUTS, key="order", timeout=0.1)
+    assert posts(sim) == 1
+    second = start(session, flow)
+    gate.opened.set()
+    assert (await second).id == sim.runs[0].execution_id
+    assert posts(sim) == 1
+    (started,) = recorder.of(ExecutionStarted)
+    assert started.abandoned
+
+
 async def test_a_call_that_waits_can_be_cancelled_or_closed(
     open_session: Callable[..., Session], store_of: Callable[..., Watched], sim: Any, flow: str
 ) -> None:
