@@ -32,7 +32,13 @@ from promptlayer_exec._session.fanout import each
 from promptlayer_exec._session.session import Session
 from promptlayer_exec._values.arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._values.display import error_details, error_text
-from promptlayer_exec._values.errors import InvalidOutput, PromptLayerExecError, split_advice
+from promptlayer_exec._values.errors import (
+    InvalidOutput,
+    PromptLayerExecError,
+    problem_of,
+    stored_data,
+    what_happened,
+)
 from promptlayer_exec._values.events import WakeSource
 from promptlayer_exec._values.models import StartRequest, node_dict
 from promptlayer_exec._values.policies import (
@@ -90,11 +96,13 @@ __all__ = [
     "or_infinity",
     "oversize_reason",
     "printable",
+    "problem_of",
     "report_unrecorded",
     "short_repr",
-    "split_advice",
     "status_entry",
+    "stored_data",
     "wait_even_if_cancelled",
+    "what_happened",
     "workflow_of",
 ]
 

@@ -145,7 +145,8 @@ class RedisBackplane:
     def __init__(self, url_or_client: str | Redis, *, prefix: str = "promptlayer-exec") -> None:
         self._source = url_or_client
         if not prefix or set(prefix) & set(" {}"):
-            raise ConfigurationError(f"prefix must be without spaces and braces, got {prefix!r}")
+            rule = "prefix must be without spaces and braces"
+            raise ConfigurationError(rule, setting="prefix", got=repr(prefix))
         self._prefix = prefix
         try:
             self._client()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -512,7 +513,7 @@ class SQLStartStore:
             if isinstance(error, TimeoutError):
                 raise opened.database.late(patience) from error
             if isinstance(error, ConfigurationError):
-                raise ConfigurationError(*error.args) from error  # other callers get the same one
+                raise copy.copy(error) from error  # other callers get the same one
             raise
 
     def _give_up(self, opened: _OpenStore, what: str, argument: Any, future: Future[Any]) -> None:

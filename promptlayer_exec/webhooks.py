@@ -224,7 +224,8 @@ def check_secret(secret: Any) -> str:
     if not isinstance(secret, str):
         raise TypeError(f"secret must be a str, not {json_kind(secret)}")
     if not secret:
-        raise ConfigurationError("secret must not be empty: anyone could sign with it")
+        rule = "secret must not be empty: anyone could sign with it"
+        raise ConfigurationError(rule, setting="secret")
     return secret
 
 
@@ -237,10 +238,13 @@ def _callbacks_url(text: Any) -> str:
     if not is_usable:
         raise ConfigurationError(
             "the callbacks' url must be an http:// or https:// URL with a host, such as"
-            f" 'https://app.example.com/callbacks', got {CREDENTIALS.sub('', repr(text)):.100}"
+            " 'https://app.example.com/callbacks'",
+            setting="url",
+            got=f"{CREDENTIALS.sub('', repr(text)):.100}",
         )
     if url.raw_query_string or url.raw_fragment:
-        raise ConfigurationError("the callbacks' url must not have a query or fragment")
+        rule = "the callbacks' url must not have a query or fragment"
+        raise ConfigurationError(rule, setting="url")
     return str(url).rstrip("/")
 
 

@@ -280,14 +280,13 @@ class Database:
 
     def _unusable(self, error: Exception) -> ConfigurationError:
         cause = getattr(error, "orig", None) or error
-        remedy = ""
+        needed = ""
         if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_CANTOPEN:
-            remedy = ". It must be a file, or a new one in a directory that you can write to"
+            needed = ". It must be a file, or a new one in a directory that you can write to"
         elif getattr(cause, "sqlstate", None) == _UNTRANSLATABLE_CHARACTER:
-            remedy = ". Use one whose encoding is UTF8: `createdb -T template0 -E UTF8 batches`"
-        return ConfigurationError(
-            f"cannot use the database {self._shown}: {reason_of(error):.300}{remedy}"
-        )
+            needed = ". Its encoding must be UTF8: `createdb -T template0 -E UTF8 batches`"
+        text = f"cannot use the database {self._shown}: {reason_of(error):.300}{needed}"
+        return ConfigurationError(text)
 
 
 def dispose(engine: sa.Engine) -> None:

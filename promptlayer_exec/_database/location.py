@@ -54,7 +54,9 @@ def prepare_default(url: sa.URL) -> None:
     except OSError as error:
         raise ConfigurationError(
             f"could not make the directory {path.parent} for the database of batches:"
-            f" {error.strerror or error}. Set {_VARIABLE} to another database"
+            f" {error.strerror or error}",
+            advice=f"Set {_VARIABLE} to another database.",
+            setting="database_url",
         ) from error
 
 
@@ -68,8 +70,9 @@ def check_url(database_url: str) -> sa.URL:
         url = sa.make_url(database_url)
     except (exc.ArgumentError, ValueError):
         raise ConfigurationError(
-            "database_url is not a URL. Use sqlite:///batches.sqlite or"
-            " postgresql://user@host/database"
+            "database_url is not a URL",
+            advice="Use sqlite:///batches.sqlite or postgresql://user@host/database.",
+            setting="database_url",
         ) from None
 
     backend = url.get_backend_name()
@@ -79,14 +82,19 @@ def check_url(database_url: str) -> sa.URL:
         return url.set(drivername="postgresql+psycopg")
 
     if backend != "sqlite":
-        raise ConfigurationError(f"database_url must be sqlite or postgresql, got {backend}")
+        raise ConfigurationError(
+            "database_url must be sqlite or postgresql", setting="database_url", got=backend
+        )
     if url.host is not None:
         raise ConfigurationError(
-            f"a SQLite file needs three slashes: sqlite:///{url.host}/{url.database or ''}"
+            "a SQLite file needs three slashes, such as sqlite:///batches.sqlite",
+            setting="database_url",
+            got=f"sqlite://{url.host}/{url.database or ''}",
         )
     if url.database in (None, "", ":memory:"):
         raise ConfigurationError(
-            "database_url must name a file: a SQLite database in memory is lost with its process"
+            "database_url must name a file: a SQLite database in memory is lost with its process",
+            setting="database_url",
         )
 
     # Without this, lone surrogates and malformed query values would fail only in a connection.
@@ -94,5 +102,7 @@ def check_url(database_url: str) -> sa.URL:
         url.database.encode()
         url.get_dialect()().create_connect_args(url)
     except ValueError as error:
-        raise ConfigurationError(f"database_url is unusable: {error}") from error
+        rule = "database_url must be a URL that its driver accepts"
+        got = f"the error: {error}"
+        raise ConfigurationError(rule, setting="database_url", got=got) from error
     return url

@@ -97,7 +97,7 @@ class Secrets:
 
 def broken_rule(error: ConfigurationError) -> str:
     """Return which rule a setting breaks, without its value and without advice for programs."""
-    return re.split(r", got |: |\. ", str(error))[0].rstrip(".")
+    return str(error.args[0])
 
 
 def counted(count: int, noun: str) -> str:

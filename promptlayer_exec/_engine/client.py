@@ -272,7 +272,7 @@ class Client:
         try:
             return (await self._call(request, read_workflow, deadline)).value
         except RequestError as error:
-            error.args = (f"workflow {name!r:.100}: {error.args[0]}",)
+            error._add_context(f"workflow {name!r:.100}")
             raise
 
     async def definition(
@@ -283,7 +283,7 @@ class Client:
             async with self.lifetime.call(self.deadline(None)):
                 return await self._definitions.get(workflow, label, version, fresh=fresh)
         except RequestError as error:
-            error.args = (f"workflow {workflow!r:.100}: {error.args[0]}",)
+            error._add_context(f"workflow {workflow!r:.100}")
             raise
 
     async def workflows_page(
@@ -397,7 +397,7 @@ class Client:
             if self._settings.callbacks is None:
                 since += " (this session has no callbacks=)"
             unknown = start_unknown(error.workflow, error.reason, token, since, key=error.key)
-            unknown._is_key_stored = error._is_key_stored
+            unknown.is_key_stored = error.is_key_stored
             raise unknown from error
 
         self._memory.recent_runs.add(execution_id, error.workflow, now=clock())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -196,15 +197,16 @@ class RecordedSends:
         key = short_repr(claim.key)
         if record.server != claim.server:
             raise KeyConflict(
-                f"the key {key} belongs to a run on another server, {record.server}. Nothing was"
-                " sent: use another key",
+                f"the key {key} belongs to a run on another server, {record.server}, so nothing was"
+                " sent",
+                advice="Use another key.",
                 key=claim.key,
             )
 
         if differing := differences(record.request, claim.request):
             raise KeyConflict(
-                f"the key {key} belongs to a different request (changed: {', '.join(differing)})."
-                " Nothing was sent: use another key, or repeat the original request",
+                f"the key {key} belongs to a different request (changed: {', '.join(differing)}),"
+                " so nothing was sent",
                 key=claim.key,
             )
 
@@ -216,7 +218,7 @@ class RecordedSends:
                 record.token if self._is_recoverable(record.token) else None,
                 key=claim.key,
             )
-            error._is_key_stored = True
+            error.is_key_stored = True
             raise error
 
     def _patience(self) -> float:
@@ -232,7 +234,9 @@ def store_patience(request_timeout: float) -> float:
 
 
 def _nothing_started(error: ConfigurationError) -> ConfigurationError:
-    return ConfigurationError(f"this call started nothing: {error.args[0]}")
+    found = copy.copy(error)
+    found._add_context("this call started nothing")
+    return found
 
 
 @attrs.define(eq=False)
@@ -269,7 +273,7 @@ class _RecordedSend:
             execution_id = outcome.execution_id
             await self._persist(lambda: self._record(execution_id), execution_id)
         elif isinstance(outcome, StartUnknown):
-            outcome._is_key_stored = True
+            outcome.is_key_stored = True
             await self._persist(lambda: self._record(None))
         elif self._may_be_claimed:
             # If the claim failed, the caller has already waited for the store long enough.

@@ -271,8 +271,7 @@ class SendOnce:
         if self.cancelled and not isinstance(error, StatusError):
             return self._judge_cancellation(self._retries.error)
 
-        workflow = f"{self._request.workflow!r:.100}"
-        error.args = (f"no run of workflow {workflow} started: {error.args[0]}",)
+        error._add_context(f"no run of workflow {self._request.workflow!r:.100} started")
         return error
 
     def _is_lost(self, error: RequestError) -> bool:

@@ -51,8 +51,9 @@ def find_api_key(api_key: str | None) -> str | None:
 
     if not _matches(r"[\x21-\x7e]+", api_key):
         raise ConfigurationError(
-            f"{source} must be a non-empty string of visible ASCII characters. Remove any white"
-            " space, line breaks and typographic quotation marks"
+            f"{source} must be a non-empty string of visible ASCII characters",
+            advice="Remove any white space, line breaks and typographic quotation marks.",
+            setting="api_key",
         )
     return api_key
 
@@ -67,8 +68,11 @@ def find_base_url(base_url: str | None) -> str:
         source = "PROMPTLAYER_BASE_URL"
         base_url = os.environ.get(source) or DEFAULT_BASE_URL
 
+    def refused(rule: str, got: str | None = None) -> ConfigurationError:
+        return ConfigurationError(f"{source} must {rule}", setting="base_url", got=got)
+
     if not _matches(r"[^\s\x00-\x20\x7f]+", base_url):
-        raise ConfigurationError(f"{source} must be a URL without white space or line breaks")
+        raise refused("be a URL without white space or line breaks")
     try:
         url = URL(base_url)
         port_is_valid = url.port is not None
@@ -77,21 +81,17 @@ def find_base_url(base_url: str | None) -> str:
             url.raw_host.encode("idna")
     except ValueError:
         # The cause would show the URL, with any password.
-        raise ConfigurationError(f"{source} must be a valid URL") from None
+        raise refused("be a valid URL") from None
 
     if url.raw_user is not None or url.raw_password is not None:
-        raise ConfigurationError(f"{source} must not contain a user name or password")
+        raise refused("not contain a user name or password")
     if url.scheme not in ("http", "https") or not url.host or not port_is_valid:
-        raise ConfigurationError(
-            f"{source} must be an http:// or https:// URL with a host, got {base_url!r}"
-        )
+        raise refused("be an http:// or https:// URL with a host", repr(base_url))
     # aiohttp would reject `127.1` in each request, and blame the URL of a proxy.
     if _matches(r"[\d.]+", url.host) and _ip_address(url.host) is None:
-        raise ConfigurationError(
-            f"{source} must have the name or the complete IP address of a host, got {base_url!r}"
-        )
+        raise refused("have the name or the complete IP address of a host", repr(base_url))
     if url.raw_query_string or url.raw_fragment:
-        raise ConfigurationError(f"{source} must not have a query or fragment, got {base_url!r}")
+        raise refused("not have a query or fragment", repr(base_url))
 
     return str(url).rstrip("/")
 
@@ -129,7 +129,8 @@ def _find_push(push: Any) -> Any:
     if text in ("0", "false", "no", "off"):
         return False if push is None or push is True else push
     if text:
-        raise ConfigurationError(f"PROMPTLAYER_EXEC_PUSH must be 1 or 0, got {text!r:.100}")
+        rule = "PROMPTLAYER_EXEC_PUSH must be 1 or 0"
+        raise ConfigurationError(rule, setting="push", got=f"{text!r:.100}")
     return push
 
 
@@ -158,11 +159,16 @@ def find_proxy(settings: Settings, base_url: str) -> str | None:
     if not is_valid:
         # The error does not show the URL, which may contain a password.
         raise ConfigurationError(
-            f"{url.scheme.upper()}_PROXY must be a URL like http://user:password@host:port. To use"
-            " no proxy, set NO_PROXY=* or pass trust_env=False"
+            f"{url.scheme.upper()}_PROXY must be a URL like http://user:password@host:port",
+            advice="To use no proxy, set NO_PROXY=* or pass trust_env=False.",
+            setting="trust_env",
         )
 
     return str(parsed)
+
+
+def _refused(setting: str, meant: str, got: str) -> ConfigurationError:
+    return ConfigurationError(f"{setting} must be {meant}", setting=setting, got=got)
 
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
@@ -171,25 +177,23 @@ Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 def _is(kind: type, meant: str, *, optional: bool = False) -> Validator:
     def check(_: Any, setting: attrs.Attribute[Any], value: Any) -> None:
         if not isinstance(value, kind) and not (optional and value is None):
-            raise ConfigurationError(f"{setting.name} must be {meant}, got {value!r:.100}")
+            raise _refused(setting.name, meant, f"{value!r:.100}")
 
     return check
 
 
 def _is_backplane(_: Any, __: Any, value: Any) -> None:
     if value is not None and (isinstance(value, type) or not hasattr(value, "connect")):
-        raise ConfigurationError(
-            "backplane must be a promptlayer_exec.redis.RedisBackplane, such as"
-            f" RedisBackplane('redis://localhost'), got {type(value).__name__}"
+        meant = (
+            "a promptlayer_exec.redis.RedisBackplane, such as RedisBackplane('redis://localhost')"
         )
+        raise _refused("backplane", meant, type(value).__name__)
 
 
 def _is_start_store(_: Any, __: Any, value: Any) -> None:
     if value is not None and (isinstance(value, type) or not hasattr(value, "claim")):
-        raise ConfigurationError(
-            "starts must be a promptlayer_exec.starts.SQLStartStore, such as SQLStartStore(),"
-            f" got {type(value).__name__}"
-        )
+        meant = "a promptlayer_exec.starts.SQLStartStore, such as SQLStartStore()"
+        raise _refused("starts", meant, type(value).__name__)
 
 
 def _is_http(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None:
@@ -219,19 +223,15 @@ def _acquirable(_: Any, __: Any, value: Any) -> None:
     acquire = getattr(value, "acquire", None)
     is_sync = isroutine(acquire) and not iscoroutinefunction(acquire)
     if value is not None and (isinstance(value, type) or not callable(acquire) or is_sync):
-        raise ConfigurationError(
-            f"limiter must be an object with `async def acquire(self)`, got {value!r:.100}"
-        )
+        raise _refused("limiter", "an object with `async def acquire(self)`", f"{value!r:.100}")
 
 
 def _callables(_: Any, __: Any, value: Any) -> None:
     if not isinstance(value, Sequence):
-        raise ConfigurationError(f"observers must be a list of callables, got {value!r:.100}")
+        raise _refused("observers", "a list of callables", f"{value!r:.100}")
     for observer in value:
         if not callable(observer) or iscoroutinefunction(observer):
-            raise ConfigurationError(
-                f"observers must be callables that are not async, got {observer!r:.100}"
-            )
+            raise _refused("observers", "callables that are not async", f"{observer!r:.100}")
 
 
 @attrs.frozen(kw_only=True)

@@ -258,7 +258,7 @@ class _FanOut(Generic[ItemT]):
             what = "this item was cancelled, because another item failed"
             if item.execution is None and is_start:
                 what += " (if its start request was already sent, the log has its id)"
-            error.args = (f"{what}: {error.args[0]}",)
+            error._add_context(what)
 
         error.execution_id = None
         if item.execution is not None:

@@ -313,8 +313,10 @@ class Session:
         api_key = find_api_key(self._settings.api_key)
         if api_key is None:
             raise ConfigurationError(
-                "there is no API key. Create one in PromptLayer's settings, then set"
-                " PROMPTLAYER_API_KEY or pass api_key= to Session"
+                "there is no API key",
+                advice="Create one in PromptLayer's settings, then set PROMPTLAYER_API_KEY or pass"
+                " api_key= to Session.",
+                setting="api_key",
             )
         return api_key
 
@@ -673,9 +675,10 @@ class Session:
     def _check_keys_are_kept(self, key: str | None) -> None:
         if key is not None and self._settings.starts is None:
             raise ConfigurationError(
-                "key= needs a store. Pass"
-                " starts=promptlayer_exec.starts.SQLStartStore() to Session. That needs"
-                f" {install_hint('starts')}"
+                "key= needs a store",
+                advice="Pass starts=promptlayer_exec.starts.SQLStartStore() to Session. That needs"
+                f" {install_hint('starts')}.",
+                setting="starts",
             )
 
     def _new_token(self) -> str:

@@ -66,7 +66,8 @@ def optional_str(name: str, value: Any) -> str | None:
 def check_count(name: str, value: Any) -> int:
     """Return a setting that must be an int of at least 1, or raise `ConfigurationError`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} must be an int of at least 1, got {value!r:.100}")
+        rule = f"{name} must be an int of at least 1"
+        raise ConfigurationError(rule, setting=name, got=f"{value!r:.100}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""The error tree. Every message names what failed, for which execution, and what to do next."""
+"""The error tree. Each error has what happened, what to do about it, and both as data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from promptlayer_exec._values.text import printable
+from promptlayer_exec._values.display import error_text
+from promptlayer_exec._values.text import printable, short_repr
 
 if TYPE_CHECKING:
     from promptlayer_exec._values.models import Node, Snapshot
@@ -17,30 +18,51 @@ if TYPE_CHECKING:
 class PromptLayerExecError(Exception):
     """The base class of this library's errors.
 
+    `str(error)` is its `problem`, followed by its `advice`.
+
     Attributes:
+        problem: what happened, as a sentence that names the execution.
+        advice: what the author of a program can do about it, as sentences, or None if there is
+            nothing to do.
         execution_id: the id of the execution, or None if it has not started. Save it: it is the
             only way back to the run.
         last_snapshot: the last snapshot of the execution, or None if there is none.
     """
 
-    advice: ClassVar[str] = ""  # what to do next, with `{id}` for the execution's id
-    _advice_without_id: ClassVar[str | None] = None  # if it differs from `advice`
-    _advice_with_record: ClassVar[str | None] = None  # of a start whose key a store keeps
+    _usual_advice: ClassVar[str | None] = None  # of the class, unless an error has its own
     _joint: ClassVar[str] = ": "  # between "execution 788" and the message
+    _stored: ClassVar[tuple[str, ...]] = ()  # the attributes for `_data`
 
     def __init__(
         self,
         message: str,
         *,
+        advice: str | None = None,
         execution_id: int | None = None,
         last_snapshot: Snapshot | None = None,
     ) -> None:
         # One argument only: OSError, a base of some subclasses, reads two as errno and strerror.
         super().__init__(message)
+        self._advice = advice
         self.execution_id = execution_id
         self.last_snapshot = last_snapshot
 
+    @property
+    def problem(self) -> str:
+        """What happened, as a sentence that names the execution."""
+        return printable(f"{self._subject()}{self._what()}.")
+
+    @property
+    def advice(self) -> str | None:
+        """What the author of a program can do about it, as sentences, or None."""
+        return self._advice or self._find_advice()
+
+    def _find_advice(self) -> str | None:
+        """Return the advice that follows from the class and the attributes."""
+        return self._usual_advice
+
     def _what(self) -> str:
+        """Return what happened, without the execution and without a full stop."""
         return str(self.args[0]).rstrip(" \n.!?,;:")  # often the server's own sentence
 
     def _subject(self) -> str:
@@ -49,13 +71,21 @@ class PromptLayerExecError(Exception):
             return ""
         return f"execution {self.execution_id}{self._joint}"
 
-    def _next_step(self) -> str:
-        if self.execution_id is None and self._advice_without_id is not None:
-            return self._advice_without_id
-        return self.advice.replace("{id}", str(self.execution_id))
+    def _data(self) -> dict[str, Any]:
+        """Return what the error carries, as JSON: neither secrets nor large values."""
+        data: dict[str, Any] = {"execution_id": self.execution_id}
+        data["reason"] = _as_json(printable(self._what()))
+        for cls in type(self).__mro__:
+            for name in vars(cls).get("_stored", ()):
+                data[name] = _as_json(getattr(self, name))
+        return data
+
+    def _add_context(self, context: str) -> None:
+        """Put what the caller was doing before the message."""
+        self.args = (f"{context}: {self.args[0]}",)
 
     def __str__(self) -> str:
-        return printable(f"{self._subject()}{self._what()}. {self._next_step()}".rstrip())
+        return f"{self.problem} {printable(self.advice or '')}".rstrip()
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {**vars(self), "args": self.args}
@@ -65,31 +95,33 @@ class PromptLayerExecError(Exception):
         return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
 
 
-def split_advice(kind: str, text: str) -> tuple[str, str]:
-    """Return the text of an error of class `kind` without its advice, and the advice."""
-    cls = globals().get(kind, PromptLayerExecError)
-    for advice in (cls.advice, cls._advice_without_id, cls._advice_with_record):
-        first_words = (advice or "").partition("{id}")[0]
-        if first_words and first_words in text:
-            problem, _, rest = text.rpartition(first_words)
-            return problem.rstrip(), first_words + rest
-    return text, ""
-
-
-def copy_error(error: Exception) -> Exception:
-    """Return a copy of an error, for several tasks to raise, or the error if it has no copy."""
-    try:
-        duplicate = copy.copy(error)
-    except Exception:  # noqa: BLE001 - another library's error may raise anything here
-        return error
-    if type(duplicate) is not type(error):
-        return error
-    duplicate.__cause__ = error.__cause__
-    return duplicate
-
-
 class ConfigurationError(PromptLayerExecError, ValueError):
-    """A setting is missing or malformed. The session sent nothing."""
+    """A setting is missing or malformed. The session sent nothing.
+
+    Attributes:
+        setting: the name of the argument that is wrong or that would help, such as `base_url`, or
+            None.
+        got: the value that breaks the rule, as a short text, or None.
+    """
+
+    _stored = ("setting",)
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        setting: str | None = None,
+        got: str | None = None,
+        **context: Any,
+    ) -> None:
+        super().__init__(message, **context)
+        self.setting = setting
+        self.got = got
+
+    def _what(self) -> str:
+        if self.got is None:
+            return super()._what()
+        return f"{super()._what()}, got {self.got}"
 
 
 class InvalidInputs(PromptLayerExecError, ValueError):
@@ -99,12 +131,12 @@ class InvalidInputs(PromptLayerExecError, ValueError):
         missing: their names.
     """
 
+    _usual_advice = "Session.definition shows all the inputs that it requires."
+    _stored = ("missing",)
+
     def __init__(self, message: str, *, missing: tuple[str, ...] = (), **context: Any) -> None:
         super().__init__(message, **context)
         self.missing = missing
-
-    def __str__(self) -> str:
-        return super().__str__().removesuffix(".")  # callers add how to list the inputs
 
 
 class KeyConflict(PromptLayerExecError, ValueError):
@@ -112,24 +144,29 @@ class KeyConflict(PromptLayerExecError, ValueError):
 
     Attributes:
         key: the key.
+        batch: the name of the batch whose item has the key, or None if it is the key of a start.
     """
 
-    def __init__(self, message: str, *, key: str, **context: Any) -> None:
+    _usual_advice = "Use another key, or repeat the original request."
+    _stored = ("key", "batch")
+
+    def __init__(self, message: str, *, key: str, batch: str | None = None, **context: Any) -> None:
         super().__init__(message, **context)
         self.key = key
-
-    def __str__(self) -> str:
-        return super().__str__().removesuffix(".")  # the message ends with what to do
+        self.batch = batch
 
 
 class SessionClosed(PromptLayerExecError):
     """The session was closed before the call finished."""
 
-    advice = "It continues on PromptLayer; session.execution({id}) in an open session picks it up."
-    _advice_without_id = "Make the call while the session is open."
-
     def __init__(self, message: str = "the session is closed", **context: Any) -> None:
         super().__init__(message, **context)
+
+    def _find_advice(self) -> str:
+        if self.execution_id is None:
+            return "Make the call while the session is open."
+        pick_up = f"session.execution({self.execution_id}) in an open session picks it up."
+        return f"It continues on PromptLayer; {pick_up}"
 
 
 class RequestError(PromptLayerExecError):
@@ -142,6 +179,7 @@ class RequestError(PromptLayerExecError):
         waited: the seconds that the last attempt waited for a connection or for the rate.
     """
 
+    _stored: ClassVar[tuple[str, ...]] = ("attempts", "reason")
     is_permanent = False
     waited = 0.0
 
@@ -161,13 +199,13 @@ class RequestError(PromptLayerExecError):
 class ConnectionFailed(RequestError, ConnectionError):
     """The session could not reach the server, or the connection broke during the response."""
 
-    advice = "Check the network and base_url. Running executions are not affected."
+    _usual_advice = "Check the network and base_url. Running executions are not affected."
 
 
 class RequestTimeout(RequestError, TimeoutError):
     """One HTTP attempt took longer than `request_timeout` seconds."""
 
-    advice = "Try again, or raise request_timeout. Running executions are not affected."
+    _usual_advice = "Try again, or raise request_timeout. Running executions are not affected."
 
 
 class InvalidResponse(RequestError):
@@ -180,7 +218,10 @@ class InvalidResponse(RequestError):
             body is cut short or not JSON.
     """
 
-    advice = "Check that base_url points to the PromptLayer API. If it does, report this message."
+    _usual_advice = (
+        "Check that base_url points to the PromptLayer API. If it does, report this message."
+    )
+    _stored: ClassVar[tuple[str, ...]] = ("status", "excerpt", "path")
 
     def __init__(
         self,
@@ -205,7 +246,8 @@ class InvalidResponse(RequestError):
 class ResponseTooLarge(InvalidResponse):
     """The decompressed body exceeds `limit` bytes, the session's `max_response_bytes`."""
 
-    advice = "Raise max_response_bytes if you expect outputs this large."
+    _usual_advice = "Raise max_response_bytes if you expect outputs this large."
+    _stored = ("limit",)
 
     def __init__(self, message: str, *, limit: int, **context: Any) -> None:
         super().__init__(message, **context)
@@ -237,7 +279,8 @@ class StatusError(RequestError):
         retry_after: the seconds that the server asked to wait before the next request, if any.
     """
 
-    advice = "Check base_url and the arguments."
+    _usual_advice = "Check base_url and the arguments."
+    _stored = ("status", "message", "retry_after")
 
     def __init__(
         self,
@@ -259,31 +302,33 @@ class StatusError(RequestError):
 class BadRequest(StatusError):
     """400: the server could not understand the request."""
 
-    advice = "Check the arguments against the server's message."
+    _usual_advice = "Check the arguments against the server's message."
 
 
 class Unauthorized(StatusError):
     """401: the API key is missing or wrong."""
 
-    advice = "Check PROMPTLAYER_API_KEY or api_key=."
+    _usual_advice = "Check PROMPTLAYER_API_KEY or api_key=."
 
 
 class Forbidden(StatusError):
     """403: the API key may not do this."""
 
-    advice = "Check that the API key belongs to the workflow's workspace."
+    _usual_advice = "Check that the API key belongs to the workflow's workspace."
 
 
 class NotFound(StatusError):
     """404: the execution or the workflow does not exist."""
 
-    advice = "Check the id or name, base_url, and that the API key belongs to the same workspace."
+    _usual_advice = (
+        "Check the id or name, base_url, and that the API key belongs to the same workspace."
+    )
 
 
 class UnprocessableEntity(StatusError):
     """422: a parameter is invalid. `details` has a `FieldError` for each that the server named."""
 
-    advice = "Correct the parameters that the server names."
+    _usual_advice = "Correct the parameters that the server names."
 
     def __init__(
         self, message: str, *, details: tuple[FieldError, ...] = (), **context: Any
@@ -291,17 +336,28 @@ class UnprocessableEntity(StatusError):
         super().__init__(message, **context)
         self.details = details
 
+    def _data(self) -> dict[str, Any]:
+        details = [
+            {
+                "loc": _as_json(detail.loc),
+                "msg": _as_json(detail.msg),
+                "type": _as_json(detail.type),
+            }
+            for detail in self.details[:20]
+        ]
+        return super()._data() | {"details": details}
+
 
 class RateLimited(StatusError):
     """429: too many requests."""
 
-    advice = "Lower rate=, or share a limiter= between all processes that use this key."
+    _usual_advice = "Lower rate=, or share a limiter= between all processes that use this key."
 
 
 class ServerError(StatusError):
     """5xx: the server, or a proxy in front of it, failed."""
 
-    advice = "Try again later. Running executions are not affected."
+    _usual_advice = "Try again later. Running executions are not affected."
 
 
 class StartUnknown(PromptLayerExecError):
@@ -313,14 +369,12 @@ class StartUnknown(PromptLayerExecError):
         callback_token: the secret in the run's callback URL, if the session gave it one. It is all
             that `Session.recover` needs, so keep it from others.
         key: the key of the request, if it had one.
+        is_key_stored: whether the session's store keeps the key, so that the next call with this
+            key starts nothing.
     """
 
-    advice = "Look for it in PromptLayer before you start it again, or you may pay twice."
-    _advice_with_record = (
-        "Look for it in PromptLayer. If it is not there, await store.forget(key), and start it"
-        " again."
-    )
-    _is_key_stored = False  # whether the session's store keeps the key
+    _stored = ("workflow", "reason", "key", "is_key_stored")
+    is_key_stored = False
 
     def __init__(
         self,
@@ -338,14 +392,14 @@ class StartUnknown(PromptLayerExecError):
         self.callback_token = callback_token
         self.key = key
 
-    def _what(self) -> str:
-        what = super()._what()
-        if self.callback_token is None:
-            return what
-        return f"{what}. Session.recover(error) waits for its callback"
-
-    def _next_step(self) -> str:
-        return self._advice_with_record if self._is_key_stored else super()._next_step()
+    def _find_advice(self) -> str:
+        advice = "Look for it in PromptLayer before you start it again, or you may pay twice."
+        if self.is_key_stored:
+            advice = "Look for it in PromptLayer. If it is not there, await store.forget(key), and"
+            advice += " start it again."
+        if self.callback_token is not None:
+            advice = f"Session.recover(error) waits for its callback. {advice}"
+        return advice
 
 
 class ExecutionTimeout(PromptLayerExecError, TimeoutError):
@@ -357,18 +411,19 @@ class ExecutionTimeout(PromptLayerExecError, TimeoutError):
         timeout: the timeout in seconds.
     """
 
-    advice = "It continues on PromptLayer; session.execution({id}) picks it up."
-    _advice_without_id = "Try again with a longer timeout."
+    _stored = ("timeout",)
 
     def __init__(self, message: str, *, timeout: float, **context: Any) -> None:
         super().__init__(message, **context)
         self.timeout = timeout
 
-    def _next_step(self) -> str:
-        advice = super()._next_step()
+    def _find_advice(self) -> str:
+        if self.execution_id is None:
+            return "Try again with a longer timeout."
+        pick_up = f"session.execution({self.execution_id}) picks it up."
         if self.last_snapshot is not None and self.last_snapshot.complete:
-            return advice.removeprefix("It continues on PromptLayer; ")  # only its output is late
-        return advice
+            return pick_up  # only its output is late
+        return f"It continues on PromptLayer; {pick_up}"
 
 
 class ExecutionFailed(PromptLayerExecError):
@@ -378,12 +433,23 @@ class ExecutionFailed(PromptLayerExecError):
         failed: the nodes that failed.
     """
 
-    advice = "See error.failed and error.last_snapshot."
+    _usual_advice = "See error.failed and error.last_snapshot."
     _joint = " "  # the message is what the execution did
 
     def __init__(self, message: str, *, failed: tuple[Node, ...], **context: Any) -> None:
         super().__init__(message, **context)
         self.failed = failed
+
+    def _data(self) -> dict[str, Any]:
+        failed = [
+            {
+                "name": _as_json(node.name),
+                "status": str(node.status),
+                "reason": _as_json(error_text(node)),
+            }
+            for node in self.failed[:20]
+        ]
+        return super()._data() | {"failed": failed}
 
 
 class InvalidOutput(PromptLayerExecError):
@@ -395,7 +461,8 @@ class InvalidOutput(PromptLayerExecError):
         reason: what was expected there, and what came instead.
     """
 
-    advice = "Change the type or the workflow's output node."
+    _usual_advice = "Change the type or the workflow's output node."
+    _stored = ("path", "reason")
 
     def __init__(self, message: str, *, path: str, value: Any, reason: str, **context: Any) -> None:
         super().__init__(message, **context)
@@ -407,4 +474,48 @@ class InvalidOutput(PromptLayerExecError):
 class InvalidSignature(PromptLayerExecError, ValueError):
     """The webhook did not come from PromptLayer, or was signed with another secret."""
 
-    advice = "Compare the secret with the one in PromptLayer's webhook settings."
+    _usual_advice = "Compare the secret with the one in PromptLayer's webhook settings."
+
+
+def copy_error(error: Exception) -> Exception:
+    """Return a copy of an error, for several tasks to raise, or the error if it has no copy."""
+    try:
+        duplicate = copy.copy(error)
+    except Exception:  # noqa: BLE001 - another library's error may raise anything here
+        return error
+    if type(duplicate) is not type(error):
+        return error
+    duplicate.__cause__ = error.__cause__
+    return duplicate
+
+
+def problem_of(error: BaseException) -> str:
+    """Return what happened. Another library's text stays as it is."""
+    if isinstance(error, PromptLayerExecError):
+        return error.problem
+    return printable(str(error) or type(error).__name__)
+
+
+def what_happened(error: BaseException) -> str:
+    """Return what happened, without the execution and without a full stop."""
+    if isinstance(error, PromptLayerExecError):
+        return printable(error._what())  # noqa: SLF001 - of this module
+    return printable(str(error).rstrip(" \n.") or type(error).__name__)
+
+
+def stored_data(error: BaseException) -> dict[str, Any]:
+    """Return what an error carries, as JSON: neither secrets nor large values."""
+    if isinstance(error, PromptLayerExecError):
+        return error._data()  # noqa: SLF001 - of this module
+    return {"reason": what_happened(error)}
+
+
+def _as_json(value: Any) -> Any:
+    match value:
+        case None | bool() | int() | float():
+            return value
+        case str():
+            return value[:1000]
+        case tuple():
+            return [_as_json(part) for part in value[:20]]
+    return short_repr(value)

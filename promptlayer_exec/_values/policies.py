@@ -23,7 +23,9 @@ def check_seconds(name: str, value: Any, *, zero: bool = True) -> float:
     if _is_number(value) and math.isfinite(value) and (value > 0 or (value == 0 and zero)):
         return float(value)
     least = "of at least 0" if zero else "greater than 0"
-    raise ConfigurationError(f"{name} must be a finite number {least}, got {value!r:.100}")
+    setting = name.rpartition(".")[2]
+    rule = f"{name} must be a finite number {least}"
+    raise ConfigurationError(rule, setting=setting, got=f"{value!r:.100}")
 
 
 def _is_number(value: Any) -> bool:
@@ -58,7 +60,9 @@ class PollPolicy:
         check_seconds("PollPolicy.jitter", self.jitter)
         if check_seconds("PollPolicy.ceiling", self.ceiling) < self.floor:
             raise ConfigurationError(
-                f"PollPolicy.ceiling ({self.ceiling!r}) must not be below floor ({self.floor!r})"
+                f"PollPolicy.ceiling must not be below floor ({self.floor!r})",
+                setting="ceiling",
+                got=repr(self.ceiling),
             )
 
     @classmethod
@@ -129,7 +133,9 @@ def _frozen(statuses: Iterable[int]) -> frozenset[int]:
         return frozenset(statuses)
     except TypeError:
         raise ConfigurationError(
-            f"RetryPolicy.statuses must be a set of HTTP statuses, got {statuses!r:.100}"
+            "RetryPolicy.statuses must be a set of HTTP statuses",
+            setting="statuses",
+            got=f"{statuses!r:.100}",
         ) from None
 
 
@@ -166,7 +172,9 @@ class RetryPolicy:
             check_seconds("RetryPolicy.watch_outage", self.watch_outage)
         if unknown := [status for status in self.statuses if status not in range(300, 600)]:
             raise ConfigurationError(
-                f"RetryPolicy.statuses must be HTTP statuses from 300 to 599, got {unknown!r:.100}"
+                "RetryPolicy.statuses must be HTTP statuses from 300 to 599",
+                setting="statuses",
+                got=f"{unknown!r:.100}",
             )
 
     def delay(self, failures: int, chance: float) -> float:

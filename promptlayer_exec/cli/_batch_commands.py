@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import attrs
 import typer
 
+from promptlayer_exec._advice import explain, explain_stored
 from promptlayer_exec._integration import duration, printable
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_management as management
@@ -22,8 +23,6 @@ from promptlayer_exec.cli._exit import (
     ExitCode,
     Misuse,
     command,
-    describe,
-    describe_stored,
     hint,
     server_option,
 )
@@ -215,7 +214,7 @@ async def _add(batch: Batch, items: ItemFile) -> int:
                 progress.show_added((await batch.status()).total - before, len(items.lines))
         return await adding
     except (TypeError, ValueError) as error:
-        raise Misuse(describe(error)) from error
+        raise Misuse(explain(error)) from error
     finally:
         adding.cancel()
         await asyncio.wait([adding])
@@ -305,7 +304,7 @@ async def _summary(batch: Batch) -> list[str]:
         lines = [f"  a run took {median} (median), 95 % at most {p95}, the longest {longest}"]
 
     for failure in await batch.failures():
-        reason = describe_stored(failure.type, failure.message)
+        reason = explain_stored(*attrs.astuple(failure.error))
         example = shorten(f"{printable(failure.key)}: {reason}", 160)
-        lines.append(f"{failure.count} {failure.type}, for example {example}")
+        lines.append(f"{failure.count} {failure.error.type}, for example {example}")
     return lines

@@ -7,11 +7,12 @@ import sys
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import attrs
 import typer
 
+from promptlayer_exec._advice import explain, explain_stored
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_options as options
@@ -21,7 +22,6 @@ from promptlayer_exec.cli._exit import (
     Misuse,
     Subject,
     command,
-    describe_stored,
     hint,
     run_command,
     server_option,
@@ -101,19 +101,12 @@ async def show(
 
     if as_json:
         outcome = item.outcome and json.loads(item.outcome.to_json())
-        attempts = [_attempt_fields(attempt) for attempt in item.attempts]
+        attempts = [attrs.asdict(attempt) for attempt in item.attempts]
         fields = {"key": key, "request": item.request, "attempts": attempts, "outcome": outcome}
         out(json.dumps(fields, default=datetime.isoformat))
         return
     for line in _item_lines(chosen, item):
         out(line)
-
-
-def _attempt_fields(attempt: RunAttempt) -> dict[str, Any]:
-    error = None
-    if attempt.error is not None:
-        error = attempt.error._asdict()
-    return {**attrs.asdict(attempt), "error": error}
 
 
 def _item_lines(batch: str, item: StoredItem) -> list[str]:
@@ -137,7 +130,7 @@ def _item_lines(batch: str, item: StoredItem) -> list[str]:
         if outcome.error is None:
             lines.append(f"  output: {preview(outcome.output)}")
         else:
-            lines.append(f"  {outcome.error.type}: {describe_stored(*outcome.error[:2])}")
+            lines.append(f"  {outcome.error.type}: {explain_stored(*attrs.astuple(outcome.error))}")
     return lines
 
 
@@ -168,7 +161,7 @@ def _ending(attempt: RunAttempt) -> str:
     if attempt.execution_id is not None:
         text += f", execution {attempt.execution_id}"
     if attempt.error is not None:
-        text += f": {attempt.error.type}: {describe_stored(*attempt.error[:2])}"
+        text += f": {attempt.error.type}: {explain_stored(*attrs.astuple(attempt.error))}"
     return text
 
 
@@ -319,7 +312,7 @@ def delete(
         try:
             deleted = await batch.delete()
         except RuntimeError as error:
-            raise Misuse(str(error)) from error
+            raise Misuse(explain(error)) from error
         err(f"deleted batch {printable(chosen)} with {lookup.item_count(deleted)}")
 
     if not is_confirmed:

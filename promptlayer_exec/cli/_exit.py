@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import shlex
 import signal
 import sys
@@ -23,7 +22,8 @@ import typer
 
 import promptlayer_exec
 from promptlayer_exec import Snapshot
-from promptlayer_exec._integration import printable, split_advice
+from promptlayer_exec._advice import explain
+from promptlayer_exec._integration import is_transient, printable
 from promptlayer_exec.cli._printing import err, out
 from promptlayer_exec.cli._sentences import running_line
 
@@ -31,35 +31,6 @@ P = ParamSpec("P")
 
 PROGRAM = "promptlayer-exec"
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
-# What to do about an error on the command line. The error's own advice is for a program.
-_ADVICE = {
-    "ConnectionFailed": "Check the network and --base-url.",
-    "RequestTimeout": "Try again.",
-    "InvalidResponse": "Check that --base-url is the PromptLayer API.",
-    "ResponseTooLarge": "",
-    "StatusError": "Check --base-url and the arguments.",
-    "Unauthorized": "Check PROMPTLAYER_API_KEY.",
-    "NotFound": "Check the id or name, --base-url and the key's workspace."
-    f" `{PROGRAM} workflows` lists the names.",
-    "RateLimited": "Try again later.",
-    "ExecutionTimeout": "",
-    "ExecutionFailed": "",
-}
-# Arguments that a message may contain, and the option that sets each.
-_OPTIONS = {
-    "base_url": "--base-url",
-    "database_url": "--db",
-    "outage": "--outage",
-    "wait_timeout": "--timeout",
-    "rate": "--rate",
-}
-_NAMED = re.compile(rf"\b({'|'.join(_OPTIONS)})\b")
-# What a message tells programs to pass, and what commands take in its place.
-_IN_COMMANDS = {
-    "same_server=True": "--same-server",
-    "another name": "another --name",
-    "another batch": "another --name",
-}
 
 
 class ExitCode(IntEnum):
@@ -69,7 +40,7 @@ class ExitCode(IntEnum):
     FAILED = 1
     USAGE = 2
     TIMED_OUT = 3
-    REFUSED = 4
+    UNAVAILABLE = 4
     BUG = 70  # EX_SOFTWARE of sysexits.h
     OUTPUT_FAILED = 74  # EX_IOERR
     INTERRUPTED = 130
@@ -99,9 +70,9 @@ _EXIT_CODES: dict[type[Exception], ExitCode] = {
     promptlayer_exec.ConfigurationError: ExitCode.USAGE,
     promptlayer_exec.KeyConflict: ExitCode.USAGE,
     promptlayer_exec.ExecutionFailed: ExitCode.FAILED,
+    promptlayer_exec.StartUnknown: ExitCode.FAILED,
     promptlayer_exec.ExecutionTimeout: ExitCode.TIMED_OUT,
-    promptlayer_exec.StartUnknown: ExitCode.REFUSED,
-    promptlayer_exec.RequestError: ExitCode.REFUSED,
+    promptlayer_exec.RequestError: ExitCode.UNAVAILABLE,  # unless waiting does not help
     Interrupted: ExitCode.INTERRUPTED,
     Terminated: ExitCode.TERMINATED,
 }
@@ -131,6 +102,8 @@ class Subject:
     base_url: str | None = None  # if it was given as an option
     resumable: bool = False  # whether the report shows how to watch the execution again
     note: str = ""  # a sentence to add to an error while there is no execution
+    failure: Exception | None = None  # of a start. Its text already includes the note
+    refusal: ExitCode = ExitCode.FAILED  # the exit code if PromptLayer refuses a request
     hint: str = ""  # what to do next, while there is no execution
     stopping: str = ""  # what to print if the command takes a while to finish after a signal
     as_json: bool = False  # whether an error is also written to standard output
@@ -138,25 +111,6 @@ class Subject:
 
 # The subject of the running command, which fills it in.
 THIS_SUBJECT: ContextVar[Subject] = ContextVar("subject")
-
-
-def describe(error: Exception) -> str:
-    """Return the text of an error, with advice for the command line and the options concerned."""
-    text = describe_stored(type(error).__name__, str(error))
-    for in_programs, in_commands in _IN_COMMANDS.items():
-        text = text.replace(in_programs, in_commands)
-    options = sorted({_OPTIONS[name] for name in _NAMED.findall(text)})
-    if options:
-        text = f"{text.rstrip('.')} ({', '.join(options)})."
-    return text
-
-
-def describe_stored(kind: str, message: str) -> str:
-    """Return the text of an error of that class, with advice for the command line."""
-    problem, advice = split_advice(kind, message)
-    if "store.forget(" in advice:  # no command forgets a key; `run` adds its own advice
-        advice = ""
-    return printable(f"{problem} {_ADVICE.get(kind, advice)}".rstrip())
 
 
 def command(function: Callable[P, Coroutine[Any, Any, ExitCode | None]]) -> Callable[P, None]:
@@ -243,16 +197,35 @@ def _cancelled_by_signals(task: asyncio.Future[Any], subject: Subject) -> Iterat
             signal.signal(number, handler)
 
 
-def _report(error: Exception, subject: Subject) -> ExitCode:
+def _exit_code(error: Exception, subject: Subject) -> ExitCode:
     code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
+    if code is ExitCode.UNAVAILABLE and not may_pass(error):
+        return subject.refusal
+    return code
+
+
+def may_pass(error: Exception) -> bool:
+    """Return True if PromptLayer is unreachable or failing, so the same command may work later."""
+    return isinstance(error, promptlayer_exec.ConnectionFailed) or (
+        isinstance(error, promptlayer_exec.RequestError) and is_transient(error)
+    )
+
+
+def _note(error: Exception, subject: Subject) -> str:
+    """Return what to add to an error while there is no execution."""
+    if subject.failure is None:
+        return subject.note
+    # If the command was interrupted, its start may have failed with another error.
+    return "" if type(error) is type(subject.failure) else explain(subject.failure)
+
+
+def _report(error: Exception, subject: Subject) -> ExitCode:
+    code = _exit_code(error, subject)
     execution_id = subject.execution_id
 
-    message = describe(error)
-    if isinstance(error, Misuse):
-        message = str(error)
-    if execution_id is None and subject.note not in message:
-        message = f"{message.rstrip('.')}. {subject.note}"
-    message = printable(message)
+    message = explain(error)
+    if execution_id is None and (note := _note(error, subject)):
+        message = f"{message.rstrip('.')}. {note}"
     err(message)
 
     if isinstance(error, Misuse) and error.hint:
@@ -284,11 +257,9 @@ def _can_be_resumed(error: Exception) -> bool:
     """Return False if another attempt would fail the same way: PromptLayer refuses key or id."""
     if isinstance(error, Misuse | promptlayer_exec.ConfigurationError):
         return False
-    return not (
-        isinstance(error, promptlayer_exec.StatusError)
-        and error.status not in promptlayer_exec.RetryPolicy().statuses
-        and error.last_snapshot is None
-    )
+    if isinstance(error, promptlayer_exec.StatusError) and not may_pass(error):
+        return error.last_snapshot is not None
+    return True
 
 
 def report_crash(error: BaseException) -> ExitCode:

@@ -17,10 +17,13 @@ _TOPICS = {
     "exit-codes": """\
 Exit codes:
   0    succeeded
-  1    the run or an item of the batch failed, or doctor found a problem
-  2    wrong usage, or no API key
+  1    the run or an item of the batch failed, or may have started unknown to
+       you; PromptLayer refused a request, and waiting will not change that;
+       or doctor found a problem
+  2    wrong usage, a wrong setting, no API key, or a key of another request
   3    still running when the time was up
-  4    PromptLayer refused a request or was unreachable
+  4    PromptLayer or the database is unreachable or failing: the same command
+       may work later. For run, watch and results, any failed request is a 4
   70   a bug in this program
   74   could not write the output
   130  interrupted (Ctrl-C)
@@ -70,8 +73,9 @@ Results, one line for each finished item, in the order in which they finish:
    "error": null, "started": "2026-05-01T20:00:00+00:00",
    "finished": "2026-05-01T20:00:07+00:00"}
 
-An error is {"type": ..., "message": ..., "node": ..., "reason": ...}, with
-the failed node, if any. Times are UTC.
+An error is {"type": ..., "message": ..., "data": {...}}. The data are the
+attributes of that type of error, such as the nodes that "failed", and a
+"reason" without the execution's id. Times are UTC.
 """,
     "json": """\
 Output of `watch --json` and `run --json`: one line of ASCII JSON for each poll

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from promptlayer_exec import NotFound, RequestError, Session, StartRequest
+from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import MAX_ID, definition, printable
-from promptlayer_exec.cli._exit import Misuse, describe, suggest
+from promptlayer_exec.cli._exit import Misuse, suggest
 from promptlayer_exec.cli._options import needs
 from promptlayer_exec.cli._printing import err, quoted, shorten
 
@@ -118,7 +119,7 @@ class ItemFile:
                     problems |= dict.fromkeys(numbers, problem)
                 continue
             except RequestError as error:
-                err(f"could not check the inputs: {describe(error)}")
+                err(f"could not check the inputs: {explain(error)}")
                 break
 
             not_required = set[str]()

@@ -24,6 +24,7 @@ from promptlayer_exec import (
     Session,
     StartStore,
 )
+from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import MAX_ID, check_key, install_hint, printable
 from promptlayer_exec.cli._exit import Misuse, suggest
 from promptlayer_exec.cli._printing import err, quoted, shorten, show_warnings
@@ -58,7 +59,7 @@ def parse_key(text: str) -> str:
     try:
         return check_key(text)
     except ValueError as error:
-        raise typer.BadParameter(printable(str(error))) from error
+        raise typer.BadParameter(explain(error)) from error
 
 
 ExecutionId = Annotated[
@@ -202,7 +203,7 @@ def _refuse(message: str, option: str = "--input") -> NoReturn:
 def needs(error: ValueError, workflow: str | int, base_url: str | None) -> str:
     """Return the message that inputs are missing, with the command that lists them."""
     command = suggest(f"workflow {shlex.quote(str(workflow))}", base_url)
-    return f"{error}. See its inputs with `{command}`"
+    return f"{explain(error)} See its inputs with `{command}`"
 
 
 def start_store(database: str | None, needed_by: str) -> StartStore:
@@ -232,10 +233,7 @@ def open_session(
     type.
     """
     if not os.environ.get("PROMPTLAYER_API_KEY"):
-        raise ConfigurationError(
-            "there is no API key: create one in PromptLayer's settings, and set the environment"
-            " variable PROMPTLAYER_API_KEY to it"
-        )
+        raise ConfigurationError("there is no API key", setting="api_key")
     if warn is not None:
         show_warnings(warn, of=_SHOWN)
 

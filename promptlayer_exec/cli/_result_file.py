@@ -179,12 +179,14 @@ def _cells(outcome: StoredOutcome) -> tuple[object, ...]:
     if outcome.succeeded and not isinstance(output, str):
         output = json.dumps(output)
 
+    error = outcome.error
     return (
         outcome.key,
         outcome.execution_id,
         json.dumps(outcome.succeeded),
         output,
-        *(outcome.error or (None, None))[:2],
+        error and error.type,
+        error and error.message,
         outcome.started and outcome.started.isoformat(),
         outcome.finished.isoformat(),
     )

@@ -25,6 +25,7 @@ from promptlayer_exec import (
     StartRequest,
     StartUnknown,
 )
+from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import (
     encode_inputs,
     indented,
@@ -38,7 +39,6 @@ from promptlayer_exec.cli._exit import (
     Misuse,
     Subject,
     command,
-    describe,
     hint,
     run_command,
     suggest,
@@ -53,12 +53,8 @@ from promptlayer_exec.cli._sentences import (
 from promptlayer_exec.cli._watch_display import Display, choose_display
 
 _MAY_HAVE_STARTED = "the run may have started: waiting for its id (Ctrl-C again stops waiting)"
-# The messages of these already include whether a run was started.
+# These already include whether a run was started.
 _START_ERRORS = (RequestError, StartUnknown, ExecutionTimeout, KeyConflict)
-_UNKNOWN = (
-    "This --key starts nothing now. If PromptLayer shows the run, follow it by its id with"
-    " `promptlayer-exec watch ID`. If not, use another --key."
-)
 
 
 def run(
@@ -125,14 +121,20 @@ def run(
     )
     display = choose_display(as_json=as_json)
     note = "This command started no run."
-    subject = Subject(base_url=base_url, resumable=True, note=note, as_json=as_json)
+    subject = Subject(
+        base_url=base_url,
+        resumable=True,
+        note=note,
+        refusal=ExitCode.UNAVAILABLE,
+        as_json=as_json,
+    )
 
     def observe(event: Event) -> None:
         # The response may also come after Ctrl-C, when only the session still reads it.
         if isinstance(event, ExecutionStarted):
             subject.execution_id = event.execution_id
         elif isinstance(event, StartFailed) and isinstance(event.error, _START_ERRORS):
-            subject.note = _note(event.error)
+            subject.failure = event.error
 
     async def work() -> ExitCode:
         async with options.open_session(
@@ -166,13 +168,6 @@ def run(
     raise typer.Exit(run_command(work(), subject))
 
 
-def _note(error: Exception) -> str:
-    """Return what to print after an error of `Session.start`."""
-    if isinstance(error, StartUnknown) and error.key is not None:
-        return _UNKNOWN
-    return describe(error)  # which needs no repetition
-
-
 def _report_start(execution: Execution) -> None:
     if execution.warning:
         err(f"warning: {printable(execution.warning)}")
@@ -188,7 +183,7 @@ async def _start(
     try:
         encode_inputs(session, request)
     except (TypeError, ValueError) as error:
-        raise Misuse(str(error)) from error
+        raise Misuse(explain(error)) from error
 
     try:
         with display.waiting(f"workflow {shorten(printable(str(request.workflow)), 40)}: starting"):
@@ -204,7 +199,7 @@ async def _start(
         raise
     except ValueError as error:
         shown = suggest(f"workflow {shlex.quote(str(request.workflow))}", base_url)
-        raise Misuse(str(error), hint=hint("see its inputs with:", shown)) from error
+        raise Misuse(explain(error), hint=hint("see its inputs with:", shown)) from error
 
 
 def _failed(snapshot: Snapshot, subject: Subject) -> ExitCode:
@@ -236,6 +231,7 @@ async def watch(
     """
     subject = THIS_SUBJECT.get()
     subject.execution_id, subject.base_url, subject.resumable = execution_id, base_url, True
+    subject.refusal = ExitCode.UNAVAILABLE
 
     display = choose_display(as_json=as_json)
     async with options.open_session(
@@ -277,6 +273,7 @@ async def results(
     subject = THIS_SUBJECT.get()
     subject.execution_id, subject.base_url = execution_id, base_url
     subject.as_json = as_json and all_nodes
+    subject.refusal = ExitCode.UNAVAILABLE
 
     async with options.open_session(base_url, outage, err) as session:
         execution = session.execution(execution_id)

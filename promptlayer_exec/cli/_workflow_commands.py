@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from promptlayer_exec import WorkflowDefinition, WorkflowNode, WorkflowSummary
+from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli import _options as options
 from promptlayer_exec.cli._exit import Misuse, command
@@ -99,7 +100,7 @@ async def workflow(
         try:
             found = await session.definition(workflow, label=label, version=version)
         except (TypeError, ValueError) as error:
-            raise Misuse(str(error)) from error
+            raise Misuse(explain(error)) from error
 
     if as_json:
         out(json.dumps(_fields(found)))

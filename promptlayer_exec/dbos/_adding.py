@@ -176,7 +176,7 @@ async def _check(session: Session, samples: Mapping[Sample, str]) -> InvalidInpu
         try:
             await integration.check_inputs(session, sample.request, sample.inputs)
         except InvalidInputs as error:
-            text = f"item {key!r:.100}: {error}. Nothing was added"
+            text = f"nothing was added, because of item {key!r:.100}: {error.args[0]}"
             return InvalidInputs(text, missing=error.missing)
         except (SessionClosed, ExecutionTimeout):  # the worker checks them before it starts them
             break

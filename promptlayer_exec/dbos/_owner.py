@@ -69,14 +69,18 @@ def _check(batch: str, owner: Owner, server: str | None, key_digest: str | None)
     if server is not None and server != owner.base_url:
         raise ConfigurationError(
             f"batch {batch!r} started on {server}. On {owner.base_url}, its ids would belong to"
-            f" other runs. Continue on {server}, or choose another name for a new"
-            " batch. If this is the same server under a new address, pass same_server=True"
+            " other runs",
+            advice=f"Continue on {server}, or choose another name for a new batch. If this is the"
+            " same server under a new address, pass same_server=True.",
+            setting="same_server",
         )
     if key_digest is not None and owner.api_key and not _matches(owner.api_key, key_digest):
         raise ConfigurationError(
             f"batch {batch!r} started on {server} with another API key, so its runs may belong"
-            " to another workspace. Use that key, or choose another name for a new batch. If both"
-            " keys belong to the same workspace, pass same_server=True"
+            " to another workspace",
+            advice="Use that key, or choose another name for a new batch. If both keys belong to"
+            " the same workspace, pass same_server=True.",
+            setting="same_server",
         )
 
 

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, TypedDict
 
 import attrs
 
-from promptlayer_exec import ExecutionFailed, StartUnknown
-from promptlayer_exec._integration import error_text, short_repr
+from promptlayer_exec._integration import problem_of, short_repr, stored_data
 
 Kind = Literal["succeeded", "failed", "unknown"]
 
 
-class StoredError(NamedTuple):
+@attrs.frozen
+class StoredError:
     """Why an item has no output.
 
     Attributes:
         type: the name of the error's type, such as `ExecutionFailed`.
-        message: the text of the error.
-        node: the first node that failed, or an empty string if no node did.
-        reason: why that node failed, or what else went wrong, without ids that differ from item to
-            item. At most 1,000 characters.
+        message: the error's `problem`.
+        data: the attributes of its class, as JSON, such as the nodes that `failed`. Long texts are
+            shortened. `reason` is what went wrong, without the id of the execution.
     """
 
     type: str
     message: str
-    node: str = ""
-    reason: str = ""
+    data: dict[str, Any] = attrs.field(factory=dict)
 
 
 @attrs.frozen
@@ -69,7 +67,7 @@ class StoredOutcome:
         """
         fields = attrs.asdict(self, recurse=False)
         if self.error is not None:
-            fields["error"] = self.error._asdict()
+            fields["error"] = attrs.asdict(self.error)
         return json.dumps(fields, default=datetime.isoformat)
 
     @classmethod
@@ -153,12 +151,7 @@ class Ending:
 
 def stored_error(error: Exception) -> StoredError:
     """Return an error in its stored form."""
-    node, reason = "", str(error.args[0]) if error.args else ""
-    if isinstance(error, StartUnknown):
-        reason = error.reason
-    elif isinstance(error, ExecutionFailed) and error.failed:
-        node, reason = error.failed[0].name, error_text(error.failed[0]) or "no reason given"
-    return StoredError(type(error).__name__, str(error), node, reason[:1000])
+    return StoredError(type(error).__name__, problem_of(error), stored_data(error))
 
 
 class StartRecord(TypedDict):
@@ -166,7 +159,7 @@ class StartRecord(TypedDict):
 
     execution_id: int | None
     at: str
-    error: list[str] | None
+    error: list[Any] | None
     # When `recheck` or `retry` put the item back (UTC). Its run must not lead to another one.
     followed_from: str | None
 
@@ -182,6 +175,6 @@ def start_record(
     return {
         "execution_id": execution_id,
         "at": at.isoformat(),
-        "error": None if error is None else [*stored_error(error)],
+        "error": None if error is None else [*attrs.astuple(stored_error(error))],
         "followed_from": None if followed_from is None else followed_from.isoformat(),
     }

@@ -86,16 +86,14 @@ class Failure:
     """Items that finished with errors of one type.
 
     Attributes:
-        type: the name of the error's type.
         count: the number of items.
         key: the key of one of them.
-        message: the message of its error.
+        error: its error.
     """
 
-    type: str
     count: int
     key: str
-    message: str
+    error: StoredError
 
 
 @attrs.frozen
@@ -202,12 +200,8 @@ def failures(store: Store, batch: str) -> tuple[Failure, ...]:
     for key, text in store.rows(query):
         error = StoredOutcome.from_json(text).error or StoredError("", "")
         found.setdefault(error.type, []).append((key, error))
-    most_first = sorted(found.items(), key=lambda entry: -len(entry[1]))
-    failures = []
-    for kind, examples in most_first:
-        key, error = examples[0]
-        failures.append(Failure(kind, len(examples), key, error.message))
-    return tuple(failures)
+    most_first = sorted(found.values(), key=len, reverse=True)
+    return tuple(Failure(len(examples), *examples[0]) for examples in most_first)
 
 
 def durations(store: Store, batch: str) -> Durations | None:

@@ -50,8 +50,10 @@ def another_request(batch: str, row: Row, stored: str) -> KeyConflict:
 
     return KeyConflict(
         f"the key {row.key!r:.100} of batch {batch!r} belongs to another request, which differs in"
-        f" {what}. Nothing was added: use another key, or another batch",
+        f" {what}, so nothing was added",
+        advice="Use another key, or another batch.",
         key=row.key,
+        batch=batch,
     )
 
 

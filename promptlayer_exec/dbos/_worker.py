@@ -116,8 +116,9 @@ class Worker:
         )
         if DBOS.executor_id != self._executor:
             raise ConfigurationError(
-                "this process already uses DBOS: work on the batch in another process, for example"
-                " with `promptlayer-exec batch work`"
+                "this process already uses DBOS, so it cannot work on a batch",
+                advice="Work on it in another process, for example with `promptlayer-exec batch"
+                " work`.",
             )
 
         DBOS.listen_queues([queue_name(self._batch)])

@@ -17,7 +17,7 @@ from mcp.server.stdio import stdio_server
 from promptlayer_exec import PromptLayerExecError, Session, __version__
 from promptlayer_exec.mcp._tool_arguments import CallFailed, parse_id, shown
 from promptlayer_exec.mcp._tool_calls import CALLS, Calls
-from promptlayer_exec.mcp._tool_results import error_result, error_text
+from promptlayer_exec.mcp._tool_errors import error_result, error_text
 from promptlayer_exec.mcp._tool_tasks import Tasks, declares_tasks
 from promptlayer_exec.mcp._tools import INSTRUCTIONS, KEY_INSTRUCTIONS
 

@@ -11,18 +11,15 @@ from typing import Any
 from mcp.types import CallToolResult, Tool
 
 from promptlayer_exec import (
-    ConfigurationError,
     Execution,
     ExecutionFailed,
     ExecutionTimeout,
-    KeyConflict,
     NotFound,
     PromptLayerExecError,
     RequestError,
     Session,
     Snapshot,
     StartRequest,
-    StartUnknown,
     WorkflowDefinition,
     WorkflowSummary,
 )
@@ -31,11 +28,11 @@ from promptlayer_exec._integration import (
     definition,
     is_repeated,
     settings,
-    split_advice,
 )
 from promptlayer_exec.mcp import _tool_arguments as read
 from promptlayer_exec.mcp import _tool_results as results
 from promptlayer_exec.mcp._tool_arguments import CallFailed
+from promptlayer_exec.mcp._tool_errors import error_result
 from promptlayer_exec.mcp._tool_values import clean, clip, fitting, show
 from promptlayer_exec.mcp._tools import (
     IDEMPOTENCY_KEY,
@@ -136,7 +133,7 @@ class Calls:
             )
             return await CALLS[tool](self, read.check(arguments, schema), report)
         except (CallFailed, PromptLayerExecError) as error:
-            return results.error_result(error)
+            return error_result(error)
 
     async def start_run(self, tool: str, arguments: Mapping[str, Any]) -> Execution:
         execution, _ = await self._start(self._run_request(tool, arguments)[0])
@@ -275,24 +272,15 @@ class Calls:
                 version=request.version,
                 key=request.key,
             )
-        except ConfigurationError:
+        except NotFound as error:
+            raise CallFailed(await self._not_found(request)) from error
+        except PromptLayerExecError:
             raise
-        except KeyConflict as error:
-            raise CallFailed(f"{error}. A new run needs a new idempotency_key.") from error
         except (TypeError, ValueError) as error:
             raise CallFailed(
                 f"{clip(str(error), 2_000)}. No run was started. describe_workflow lists the"
                 " inputs of the workflow."
             ) from error
-        except NotFound as error:
-            raise CallFailed(await self._not_found(request)) from error
-        except StartUnknown as error:
-            if request.key is None:
-                advice = "Do not call this tool again for the same purpose: ask the user."
-                raise CallFailed(f"{error} {advice}") from error
-            problem, _ = split_advice("StartUnknown", str(error))
-            advice = "Another call with this idempotency_key starts nothing: ask the user."
-            raise CallFailed(f"{problem} {advice}") from error
 
         self.running.add(execution.id, name)
         if not execution.warning:
@@ -372,10 +360,10 @@ class Calls:
         try:
             value = await execution.output(timeout=10.0)
         except ExecutionFailed as error:
-            return results.execution_fields(snapshot, results.failure_text(execution_id, error))
+            return results.execution_fields(snapshot, results.failure_text(error))
         except (ExecutionTimeout, RequestError) as error:
             message = f"Execution {execution_id} succeeded. Could not read its output:"
-            message += f" {clip(str(error), 1_000)} Call get_execution for it."
+            message += f" {clip(error.problem, 1_000)} Call get_execution for it."
             return results.execution_fields(snapshot, message)
 
         output = show("output", value, start, length)

@@ -12,7 +12,6 @@ from promptlayer_exec import (
     ExecutionFailed,
     Node,
     NodeStatus,
-    NotFound,
     Snapshot,
     WorkflowDefinition,
 )
@@ -24,21 +23,6 @@ def tool_result(fields: dict[str, Any]) -> CallToolResult:
     """Return fields as structured content, and as JSON for clients that read only text."""
     text = json.dumps(fields, ensure_ascii=False)
     return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=fields)
-
-
-def error_result(error: Exception) -> CallToolResult:
-    text = TextContent(type="text", text=clip(error_text(error), 5_000))
-    return CallToolResult(content=[text], is_error=True)
-
-
-def error_text(error: Exception) -> str:
-    """Return the text of an error. For an unknown id, it is advice for a model."""
-    if isinstance(error, NotFound) and error.execution_id is not None:
-        return (
-            f"there is no execution {error.execution_id} (404 Not Found). Use the id that"
-            " start_workflow returned, or ask the user for it. Do not guess ids."
-        )
-    return str(error)
 
 
 def names_of(nodes: Iterable[Node]) -> str:
@@ -62,12 +46,11 @@ def state_text(snapshot: Snapshot) -> str:
     return state
 
 
-def failure_text(execution_id: int, error: ExecutionFailed) -> str:
+def failure_text(error: ExecutionFailed) -> str:
     """Return why an execution has no output, and how to read more."""
-    reason = clip(str(error.args[0]).removeprefix("failed: "), 1_500)
-    text = f"Execution {execution_id} failed: {reason}."
+    text = clip(error.problem, 1_500)
     if error.failed:
-        text += f" Call get_execution with execution_id '{execution_id}' and node"
+        text += f" Call get_execution with execution_id '{error.execution_id}' and node"
         text += f" {names_of(error.failed[:1])} for the whole error."
     return text
 

@@ -17,7 +17,8 @@ from mcp.types.version import MODERN_PROTOCOL_VERSIONS
 from promptlayer_exec import Execution, NotFound, PromptLayerExecError, Snapshot
 from promptlayer_exec.mcp._tool_arguments import parse_id
 from promptlayer_exec.mcp._tool_calls import Calls
-from promptlayer_exec.mcp._tool_results import error_text, state_text, tool_result
+from promptlayer_exec.mcp._tool_errors import error_text
+from promptlayer_exec.mcp._tool_results import state_text, tool_result
 from promptlayer_exec.mcp._tool_values import clip
 
 EXTENSION = "io.modelcontextprotocol/tasks"

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
 
 from promptlayer_exec import ConfigurationError, Session
+from promptlayer_exec._advice import explain, explain_stored
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch, StoredOutcome
@@ -78,7 +79,7 @@ async def _read_items(batch: Batch, kind: str, reason: str, count: int) -> dict[
                     view["is_whole"] = False
                     break
     except ConfigurationError as error:  # it belongs to another server, whose ids mean nothing here
-        view["problem"] = str(error).replace("pass same_server=True", "give --same-server")
+        view["problem"] = explain(error)
 
     items = [*reversed(ended.values())]
     items.sort(key=lambda item: item["kind"] == "succeeded")
@@ -118,8 +119,10 @@ def _item_view(outcome: StoredOutcome) -> dict[str, Any]:
         "finished": outcome.finished.timestamp(),
     }
     if outcome.error is not None:
-        kind, message, node, reason = outcome.error
-        view["node"] = node or None
-        view["error"] = f"{kind}: {message}"[:1000]
-        view["reason"] = (reason or message or kind)[:300]
+        error = outcome.error
+        text = explain_stored(error.type, error.message, error.data)
+        view["error"] = f"{error.type}: {text}"[:1000]
+        view["reason"] = (error.data.get("reason") or error.message or error.type)[:300]
+        for node in error.data.get("failed", ())[:1]:
+            view["node"], view["reason"] = node["name"], node["reason"] or "no reason given"
     return view

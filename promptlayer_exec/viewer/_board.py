@@ -171,7 +171,7 @@ class Board:
         except (StartUnknown, asyncio.CancelledError) as error:
             problem = "the viewer stopped before PromptLayer responded to the start request"
             if isinstance(error, StartUnknown):
-                problem = str(error)
+                _, problem = explain(error)
             self._record(**row, outcome="unknown", problem=problem)
             raise
 

@@ -11,9 +11,10 @@ from promptlayer_exec import (
     NotFound,
     RateLimited,
     RequestTimeout,
-    StatusError,
+    ServerError,
     Unauthorized,
 )
+from promptlayer_exec._advice import explain_briefly
 
 
 @attrs.frozen
@@ -26,45 +27,20 @@ class Problem:
     until: float | None = None  # when PromptLayer is asked again, if it will be
 
 
+# The page's word for each error, by which it groups them. Others are `other`.
+_KINDS: dict[type[Exception], str] = {
+    Unauthorized: "refused",
+    Forbidden: "refused",
+    NotFound: "missing",
+    RateLimited: "waiting",
+    ServerError: "failing",
+    ConnectionFailed: "unreachable",
+    RequestTimeout: "slow",
+    InvalidResponse: "unreadable",
+}
+
+
 def explain(error: Exception) -> tuple[str, str]:
-    """Return the kind of an error, and a sentence for people."""
-    kind, text = "other", str(error) or type(error).__name__
-    answer = f"{error.status} {error.message}" if isinstance(error, StatusError) else ""
-
-    match error:
-        case Unauthorized():
-            kind = "refused"
-            text = f"PromptLayer refuses the API key ({answer}). Check PROMPTLAYER_API_KEY where"
-            text += " you started the viewer, and start it again."
-
-        case Forbidden():
-            kind = "refused"
-            text = f"PromptLayer does not allow this API key to do that ({answer})."
-            text += " Check that the key is of the right workspace."
-
-        case NotFound():
-            kind = "missing"
-            named = error.execution_id is not None
-            what = f"execution {error.execution_id}" if named else "workflow of this name or id"
-            text = f"PromptLayer has no {what} ({error.status})."
-            text += " Check that it is of the workspace of this API key."
-
-        case RateLimited():
-            kind, text = "waiting", f"PromptLayer asks to wait ({answer})."
-
-        case StatusError():
-            kind = "failing" if error.status >= 500 else "other"
-            text = f"PromptLayer responded with {answer}."
-
-        case ConnectionFailed():
-            reason = str(error.reason or error.args[0]).rstrip(".")
-            kind, text = "unreachable", f"PromptLayer is unreachable: {reason}."
-
-        case RequestTimeout():
-            kind, text = "slow", "PromptLayer did not respond in time."
-
-        case InvalidResponse():
-            reason = str(error.args[0]).rstrip(".")
-            kind, text = "unreadable", f"PromptLayer's response is unreadable: {reason}."
-
-    return kind, text
+    """Return the kind of an error, and sentences for people."""
+    kind = next((_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS), "other")
+    return kind, explain_briefly(error)

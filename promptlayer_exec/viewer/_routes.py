@@ -226,10 +226,9 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
 
 
 def _refuse_start(error: Exception) -> Response:
-    if isinstance(error, InvalidInputs) or not isinstance(error, PromptLayerExecError):
-        return refuse(str(error), 422, "inputs")
-
     kind, message = explain(error)
+    if isinstance(error, InvalidInputs) or not isinstance(error, PromptLayerExecError):
+        return refuse(message, 422, "inputs")
     if kind == "missing":
         return refuse(message, 404, "workflow")
     return refuse(message, 502, is_unknown=isinstance(error, StartUnknown))

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from promptlayer_exec import ConfigurationError, NodeStatus
 from promptlayer_exec import _integration as integration
+from promptlayer_exec._advice import explain
 from promptlayer_exec._uvicorn import serve_until_cancelled
 from promptlayer_exec.viewer import _routes as routes
 from promptlayer_exec.viewer._batch_pages import HAS_BATCHES, add_batch_routes
@@ -63,7 +64,7 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
         routes.add_history_routes(app, board.history)
 
     async def report(_: Request, error: Exception) -> Response:
-        return routes.refuse(str(error), 503)
+        return routes.refuse(explain(error), 503)
 
     app.add_exception_handler(ConfigurationError, report)  # of the databases
 

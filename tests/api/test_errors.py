@@ -1,6 +1,8 @@
 """The error tree: classes, messages, copies and pickles."""
 
 import copy
+import json
+import logging
 import pickle
 import re
 import traceback
@@ -25,7 +27,7 @@ STATUS = {
 # The arguments of each class besides the message and the context, which become its attributes.
 FIELDS = {
     "PromptLayerExecError": {},
-    "ConfigurationError": {},
+    "ConfigurationError": {"setting": "rate", "got": "-1"},
     "SessionClosed": {},
     "RequestError": REQUEST,
     "ConnectionFailed": REQUEST,
@@ -49,7 +51,7 @@ FIELDS = {
     "ExecutionTimeout": {"timeout": 2.5},
     "ExecutionFailed": {"failed": (NODE,)},
     "InvalidInputs": {"missing": ("topic",)},
-    "KeyConflict": {"key": "order-42"},
+    "KeyConflict": {"key": "order-42", "batch": "night"},
     "InvalidOutput": {"path": "$.items[3].price", "value": {"items": []}, "reason": "a number"},
     "InvalidSignature": {},
 }
@@ -75,7 +77,7 @@ def build(cls, message="it went wrong"):
 
 def carried(error):
     """Return the attributes of an error by the names of the arguments."""
-    fields = dict(vars(error))
+    fields = {name: value for name, value in vars(error).items() if name != "_advice"}
     if "message" in fields:
         fields["server_message"] = fields.pop("message")
     return fields
@@ -114,13 +116,15 @@ MAKERS = {
 def test_copies(cls, make):
     """A pickled or copied error has the same class, text, attributes and notes."""
     error = build(cls)
+    error._advice = "Ask the author."
     error.add_note("seen on a Tuesday")
     error.my_own = "extra"
     other = make(error)
     assert other is not error
     assert type(other) is cls
     assert other.args == error.args
-    assert str(other) == str(error)
+    assert str(other) == str(error) == f"{error.problem} Ask the author."
+    assert (other.problem, other.advice) == (error.problem, "Ask the author.")
     assert repr(other) == repr(error)
     assert vars(other) == vars(error)
     assert other.__notes__ == ["seen on a Tuesday"]
@@ -154,18 +158,15 @@ def test_another_library_s_error_that_cannot_be_copied_is_returned_as_it_is():
         assert errors.copy_error(error) is error
 
 
-# Callers add to their texts.
-_OPEN_ENDED = {errors.InvalidInputs, errors.KeyConflict}
-
-
 @each_error
 def test_text(cls):
-    """The text says which execution, what happened and what to do, without an errno."""
+    """The problem names the execution, and the text adds what to do, without an errno."""
     error = build(cls)
     error.last_snapshot = None
     text = str(error)
-    assert text.replace(":", "", 1).startswith("execution 787 it went wrong")
-    assert text.endswith(cls.advice.format(id=787) or ("wrong" if cls in _OPEN_ENDED else "."))
+    assert error.problem.replace(":", "", 1).startswith("execution 787 it went wrong")
+    assert error.problem.endswith(".")
+    assert text == f"{error.problem} {error.advice or ''}".rstrip()
     assert "[Errno" not in text + repr(error)
     assert not re.search(r"[.;,:!?][.;,:]", text.replace("...", "")), text
     assert text == text.strip()
@@ -222,18 +223,64 @@ def test_oserrors_keep_one_argument(cls):
     ]
 
 
-# Their messages say what to do, or those of their subclasses.
-_WITHOUT_ADVICE = {
-    *("PromptLayerExecError", "ConfigurationError", "RequestError", "InvalidInputs", "KeyConflict")
-}
+# Those who raise them pass the advice, because it depends on the setting. The others are bases.
+_WITHOUT_ADVICE = {"PromptLayerExecError", "ConfigurationError", "RequestError"}
 
 
 @each_error
-def test_advice(cls):
-    """Each class says what to do if the user can do something."""
-    advice = vars(cls).get("advice", "")
-    assert bool(advice) is (cls.__name__ not in _WITHOUT_ADVICE)
-    assert not advice or advice.endswith(".")
+@pytest.mark.parametrize("execution_id", [787, None])
+def test_advice(cls, execution_id):
+    """Each class has whole sentences on what to do, and what is raised may bring its own."""
+    error = cls("it", **FIELDS[cls.__name__], execution_id=execution_id)
+    assert (error.advice is None) is (cls.__name__ in _WITHOUT_ADVICE)
+    assert error.advice is None or error.advice.endswith(".")
+    own = cls("it", **FIELDS[cls.__name__], execution_id=execution_id, advice="Try the other one.")
+    assert own.advice == "Try the other one."
+    assert str(own) == f"{own.problem} Try the other one."
+
+
+@each_error
+def test_log_records_keep_problem_and_advice(cls):
+    """A handler gets the error itself, also one that pickles records for another process."""
+    error = build(cls)
+    record = logging.LogRecord("-", logging.WARNING, "-", 1, "%s", (error,), None)
+    record = pickle.loads(pickle.dumps(record))
+    assert record.getMessage() == str(error)
+    (logged,) = record.args
+    assert (logged.problem, logged.advice) == (error.problem, error.advice)
+
+
+@each_error
+def test_what_is_stored(cls):
+    """It is JSON of the class's attributes, without secrets, outputs and bodies."""
+    error = build(cls)
+    data = errors.stored_data(error)
+    assert json.loads(json.dumps(data)) == data
+    left_out = {"callback_token", "value", "body", "got"}
+    renamed = {"message" if name == "server_message" else name for name in FIELDS[cls.__name__]}
+    assert data.keys() == {"execution_id", "reason", *_ALSO_STORED.get(cls.__name__, ())} | (
+        renamed - left_out
+    )
+    assert "t0p-s3cret" not in str(data)
+    assert data["reason"] == FIELDS[cls.__name__].get("reason", "it went wrong").replace(
+        "it went wrong", errors.what_happened(error)
+    )
+
+
+_ALSO_STORED = {"ResponseTooLarge": ["path"], "StartUnknown": ["is_key_stored"]}
+
+
+def test_what_is_stored_is_shortened():
+    """A batch stores thousands of errors, and a server may send anything."""
+    nodes = tuple(Node(f"Node {n}", "FAILED", error_message="x" * 5000) for n in range(50))
+    data = errors.stored_data(errors.ExecutionFailed("failed", failed=nodes, execution_id=787))
+    assert len(data["failed"]) == 20
+    assert data["failed"][0] == {"name": "Node 0", "status": "FAILED", "reason": "x" * 1000}
+    error = errors.UnprocessableEntity("no", **{**STATUS, "status": 422}, details=DETAILS)
+    assert errors.stored_data(error)["details"] == [
+        {"loc": ["query", "n", 0], "msg": "too large", "type": "int_parsing"}
+    ]
+    assert errors.stored_data(KeyError("x")) == {"reason": "'x'"}
 
 
 @pytest.mark.parametrize(
@@ -259,21 +306,10 @@ def test_a_timeout_after_the_execution_completed_does_not_say_that_it_continues(
     assert text == "execution 787: it went wrong. session.execution(787) picks it up."
 
 
-@each_error
-@pytest.mark.parametrize("execution_id", [787, None])
-def test_the_advice_can_be_split_off(cls, execution_id):
-    """A stored text is divided into the problem and the advice, by the name of its class."""
-    error = cls("it", **FIELDS[cls.__name__], execution_id=execution_id)
-    problem, advice = errors.split_advice(cls.__name__, str(error))
-    assert f"{problem} {advice}".rstrip() == str(error)
-    assert bool(advice) == bool(error._next_step())
-    assert errors.split_advice("KeyError", "it. Try again.") == ("it. Try again.", "")
-
-
 def test_a_start_that_can_be_recovered_says_so_without_its_token():
     """The token is only in the attribute: whoever has it can forge the start's callback."""
     error = build(errors.StartUnknown)
-    assert "it went wrong. Session.recover(error) waits for its callback. Look" in str(error)
+    assert error.advice.startswith("Session.recover(error) waits for its callback. Look")
     assert error.callback_token not in str(error) + repr(error)
     error.callback_token = None
     assert "recover" not in str(error)

@@ -347,7 +347,10 @@ def test_a_file_that_is_refused_leaves_the_results_alone(run: Run, tmp_path: Pat
         ),
         (("run", "/dev/null"), "/dev/null is not a regular file: save the items to one first"),
         (("run", "good", "--db", "nothing"), "database_url is not a URL"),
-        (("run", "good", "--db", "sqlite://a/b"), "needs three slashes: sqlite:///a/b"),
+        (
+            ("run", "good", "--db", "sqlite://a/b"),
+            "needs three slashes, such as sqlite:///batches.sqlite, got sqlite://a/b",
+        ),
         (("run", "long"), "item key must be 1 to 1000 bytes of text"),
         (("run", "good", "--rate", "inf"), "rate must be a finite number greater than 0"),
         (("run", "good", "--rate", "0"), "rate must be a finite number greater than 0"),
@@ -400,8 +403,8 @@ def test_a_run_with_nothing_to_do_says_so(run: Run, tmp_path: Path) -> None:
     write(tmp_path / "night", {"key": "1", "workflow": "echo", "inputs": {"n": 2}})
     code, out, err = run("run", file)
     assert (code, out) == (2, "")
-    what = "the key '1' of batch 'night' belongs to another request, which differs in inputs.n."
-    way = " Nothing was added: use another key, or another --name"
+    what = "the key '1' of batch 'night' belongs to another request, which differs in inputs.n,"
+    way = " so nothing was added. Use another key for the item, or another --name"
     assert what + way in err
 
 
@@ -431,17 +434,17 @@ def test_work_without_a_name_takes_the_only_batch(
     assert len(run("status")[1].splitlines()) == 2
 
 
-def test_a_refused_key_is_exit_code_4(
+def test_a_refused_key_is_exit_code_1(
     run: Run, tmp_path: Path, sim: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So is an unreachable server; the items wait. A missing key is exit code 2."""
+    """An unreachable server is 4, and the items wait for it. A missing key is 2."""
     file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "")
     assert run("run", file)[0] == 2
     assert not list(tmp_path.rglob("*.sqlite"))
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "wrong")
     code, _, err = run("run", file)
-    assert code == 4
+    assert code == 1
     assert "Check PROMPTLAYER_API_KEY. No item is lost: run the same command again to" in err
     assert err.endswith("see how far it is with:\n  promptlayer-exec batch status --name night\n")
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
@@ -464,8 +467,8 @@ def test_a_batch_of_another_server_is_refused(
             code, out, err = run(*asked)
             assert (code, out) == (2, "")
             assert f"started on {sim.base_url}. On {other.base_url}, its ids would" in err
-            assert "choose another --name for a new batch" in err
-            assert err.endswith("under a new address, pass --same-server.\n")
+            assert "or give another --name for a new batch" in err
+            assert err.endswith("under a new address or with a new key, give --same-server.\n")
         assert other.requests == []
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert not (tmp_path / "other.jsonl").exists()
@@ -480,8 +483,8 @@ def test_another_key_is_refused_until_you_confirm_it(
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "pl_rotated")
     code, _, err = run("work")
     assert code == 2
-    assert "or choose another --name for a new batch" in err
-    assert err.endswith("belong to the same workspace, pass --same-server.\n")
+    assert "or give another --name for a new batch" in err
+    assert err.endswith("under a new address or with a new key, give --same-server.\n")
     assert run("work", "--same-server")[0] == 0
 
 
@@ -819,7 +822,7 @@ def test_an_item_shows_its_attempts(sim: Simulator, run: Run, tmp_path: Path) ->
     attempts = json.loads(run("show", "bad", "--json")[1])["attempts"]
     assert [attempt["execution_id"] for attempt in attempts] == [first, second]
     for attempt in attempts:
-        assert attempt["error"].keys() == {"type", "message", "node", "reason"}
+        assert attempt["error"].keys() == {"type", "message", "data"}
         assert attempt["error"]["type"] == "ExecutionFailed"
 
 

@@ -274,7 +274,7 @@ class TestWatch:
             call("watch", 2**63): "Invalid value for 'ID'",
             call(
                 "watch", 5, "--base-url", "http://a..b"
-            ): "base_url must be a valid URL (--base-url)",
+            ): "base_url must be a valid URL. Correct --base-url",
             call("watch", 5, "--timeout", "nan"): "Invalid value for '--timeout'",
             call("results", 5, "--base-url", "ftp://x"): "must be an http:// or https:// URL",
             call("watch", 5, PROMPTLAYER_API_KEY=""): "variable PROMPTLAYER_API_KEY",
@@ -366,13 +366,13 @@ class TestRun:
         assert (code, out) == (4, "")
         assert "Invalid or missing API key" in err
 
-    def test_a_lost_answer_is_exit_code_4(self, sim: Simulator, call: Call) -> None:
+    def test_a_lost_answer_is_exit_code_1(self, sim: Simulator, call: Call) -> None:
         """The error says that the run may have started; it is not started again."""
         sim.add_workflow("lost", DONE)
         before = len(sim.runs)
         sim.inject(Fault.disconnect(), path="/run")
         code, out, err = call("run", "lost", "--json")
-        assert code == 4
+        assert code == 1
         assert "may have started" in err
         assert "no run was started" not in err
         assert "Follow it with" not in err
@@ -441,8 +441,8 @@ class TestRun:
         code, out, err = call("run", *options, "-i", "topic=voles", "--json")
         assert (code, err.count("\n"), len(sim.runs)) == (2, 1, before + 1)
         assert err == (
-            "the key 'order-42' belongs to a different request (changed: inputs.topic). Nothing"
-            " was sent: use another key, or repeat the original request\n"
+            "the key 'order-42' belongs to a different request (changed: inputs.topic), so"
+            " nothing was sent. Use another --key, or repeat the original command.\n"
         )
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("KeyConflict", None)
@@ -454,7 +454,7 @@ class TestRun:
         sim.inject(Fault.disconnect(), path="/run")
         for _ in range(2):
             code, _, err = call("run", "lost once", "--key", "order-43", "--no-push")
-            assert code == 4
+            assert code == 1
             assert "with the key 'order-43'" in err
             assert "no run was started" not in err
             assert "forget" not in err  # no command does this

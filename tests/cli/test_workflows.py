@@ -190,7 +190,7 @@ class TestWorkflow:
         assert lines[62] == "end  after " + ", ".join(wide)[:59] + "…"
 
     def test_mistakes(self, call: Call) -> None:
-        """A misuse is exit code 2, and an unknown workflow 4."""
+        """A misuse is exit code 2, and an unknown workflow 1."""
         for arguments, message in (
             (("x", "--label", "a", "--version", 1), "pass either label or version, not both"),
             (("x", "--version", "latest"), "Invalid value for '--version'"),
@@ -200,7 +200,7 @@ class TestWorkflow:
             assert (code, out) == (2, "")
             assert message in err
         code, out, err = call("workflow", "unknown", "--json")
-        assert (code, json.loads(out)["error"]["type"]) == (4, "NotFound")
+        assert (code, json.loads(out)["error"]["type"]) == (1, "NotFound")
         assert "Workflow not found" in err
 
 

@@ -522,7 +522,7 @@ async def test_a_process_that_uses_dbos_is_refused(batch: Batch, tmp_path: Path)
         }
     )
     try:
-        with pytest.raises(ConfigurationError, match=r"uses DBOS: .* batch work`"):
+        with pytest.raises(ConfigurationError, match=r"uses DBOS, .* batch work`"):
             await batch.work()
         DBOS.launch()
     finally:
@@ -620,7 +620,7 @@ def test_an_outcome_is_the_same_after_json() -> None:
         text = outcome.to_json()
         assert text.isascii()
         assert StoredOutcome.from_json(text) == outcome
-    error = {"type": "StartUnknown", "message": "x", "node": "", "reason": ""}
+    error = {"type": "StartUnknown", "message": "x", "data": {}}
     assert json.loads(text)["error"] == error
 
 

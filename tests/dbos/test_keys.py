@@ -45,12 +45,12 @@ async def test_a_key_stands_for_one_request(
     """Another request is refused with what differs, and nothing of the call is added."""
     assert await batch.add([REQUEST]) == 1
     items = [StartRequest("echo", key=f"{n}") for n in range(600)]
-    with pytest.raises(KeyConflict, match="Nothing was added") as caught:
+    with pytest.raises(KeyConflict, match="nothing was added") as caught:
         await batch.add([*items, request_])
     assert caught.value.key == "a"
     assert str(caught.value) == (
-        f"the key 'a' of batch 'nightly' belongs to another request, which differs in {names}."
-        " Nothing was added: use another key, or another batch"
+        f"the key 'a' of batch 'nightly' belongs to another request, which differs in {names},"
+        " so nothing was added. Use another key, or another batch."
     )
     assert (await batch.status()).total == 1
 
@@ -70,7 +70,7 @@ async def test_two_requests_of_one_call_with_one_key_are_refused(
 async def test_many_differences_are_counted(batch: Batch) -> None:
     """Five of them are named."""
     await batch.add([StartRequest("echo", {f"n{n}": 1 for n in range(9)}, key="a")])
-    with pytest.raises(ValueError, match=r"inputs\.n0, .*, inputs\.n4 and 4 more\."):
+    with pytest.raises(ValueError, match=r"inputs\.n0, .*, inputs\.n4 and 4 more, so"):
         await batch.add([StartRequest("echo", {f"n{n}": 2 for n in range(9)}, key="a")])
 
 

@@ -152,7 +152,7 @@ def test_poll_policy_refuses_a_tight_loop():
 
 def test_poll_policy_refuses_crossed_bounds():
     """A ceiling below the floor is refused, and the message shows both."""
-    with pytest.raises(ConfigurationError, match=r"\(1\.0\) must not be below floor \(2\.0\)"):
+    with pytest.raises(ConfigurationError, match=r"must not be below floor \(2\.0\), got 1\.0"):
         PollPolicy(floor=2.0, ceiling=1.0)
 
 

@@ -320,12 +320,12 @@ async def test_only_some_of_many_nodes_are_shown(sim: Simulator, connect: Connec
         (
             "wait_execution",
             {"execution_id": "787"},
-            "no execution 787 (404 Not Found). Use the id",
+            "execution 787: the server returned 404 Not Found",
         ),
         (
             "get_execution",
             {"execution_id": "787"},
-            "no execution 787 (404 Not Found). Use the id",
+            "execution 787: the server returned 404 Not Found",
         ),
     ],
 )
@@ -770,7 +770,7 @@ async def test_tasks_are_for_those_who_declare_them(
             await request(client, method, "1001")
         assert caught.value.error.code == types.METHOD_NOT_FOUND
     async with connect(extensions=[Tasks()]) as client:
-        for task_id, problem in (("nonsense", "there is no task"), ("999", "no execution 999")):
+        for task_id, problem in (("nonsense", "there is no task"), ("999", "execution 999: ")):
             with pytest.raises(MCPError, match=problem) as caught:
                 await request(client, method, task_id)
             assert caught.value.error.code == types.INVALID_PARAMS
@@ -903,9 +903,9 @@ async def test_standard_output_has_nothing_but_the_protocol(held: int, serve_mcp
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ([], "there is no API key: create one in PromptLayer"),
+        ([], "there is no API key. Create one in PromptLayer"),
         (["--workflow", ""], "must not be empty"),
-        (["--db", "mysql://x/y"], "(--db)"),
+        (["--db", "mysql://x/y"], "Check --db"),
     ],
 )
 def test_the_command_says_what_it_lacks(arguments: list[str], problem: str) -> None:

@@ -435,7 +435,9 @@ async def test_another_request_with_the_key_is_a_conflict(
     """It says what differs, and shows no value."""
     await session.start(flow, INPUTS, key="order")
     arguments = {"workflow": flow, "inputs": INPUTS, **changes}
-    with pytest.raises(KeyConflict, match=rf"'order' .*changed: {names}\)\. Nothing was sent") as e:
+    with pytest.raises(
+        KeyConflict, match=rf"'order' .*changed: {names}\), so nothing was sent"
+    ) as e:
         await session.start(**arguments, key="order")
     assert e.value.key == "order"
     assert isinstance(e.value, ValueError)

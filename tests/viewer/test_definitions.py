@@ -123,7 +123,7 @@ async def test_the_form_knows_inputs_labels_and_versions(sim: Simulator, viewer:
     assert prod["definition"]["required_inputs"] == {"topic": "string"}
     _, none = await viewer.send("GET", "definition?workflow=none")
     assert none["definition"] is None
-    assert "PromptLayer has no workflow of this name or id (404" in none["reason"]
+    assert "the server returned 404 Not Found" in none["reason"]
 
 
 async def test_inputs_are_checked_before_a_start(sim: Simulator, viewer: Any) -> None:
@@ -152,7 +152,7 @@ async def test_a_workflow_that_does_not_come_is_given_up(
     monkeypatch.setattr("promptlayer_exec.viewer._graphs._LIST_TIMEOUT", 0.05)
     sim.inject(Fault.stall(times=None))
     _, answer = await viewer.send("GET", "definition?workflow=report")
-    assert answer["reason"] == "PromptLayer did not respond in time."
+    assert answer["reason"] == "Workflow 'report': no response within 0.05 s. Try again."
     _, answer = await viewer.send("GET", "workflows")
     assert "did not arrive within" in answer["reason"]
 

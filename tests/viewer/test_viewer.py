@@ -331,7 +331,7 @@ async def test_an_invalid_or_unknown_id_is_refused_with_a_reason(
         assert (status, answer["field"]) == (422, "execution_id")
     status, answer = await viewer.send("POST", "executions", {"execution_id": "77"})
     assert status == 404
-    assert "PromptLayer has no execution 77 (404" in answer["message"]
+    assert "The server returned 404 Not Found" in answer["message"]
     sim.inject(Fault.status(401))
     status, answer = await viewer.send("POST", "executions", {"execution_id": "77"})
     assert status == 502
@@ -353,7 +353,7 @@ async def test_a_watch_that_failed_keeps_its_last_snapshot(
     lost = await until(events, "execution", state="lost")
     problem = lost["problem"]
     assert problem["kind"] == "refused"
-    assert "PromptLayer does not allow this API key to do that (403 Forbidden)" in problem["text"]
+    assert "The server returned 403 Forbidden. Check that the API key" in problem["text"]
     assert problem["since"] == pytest.approx(time.time(), abs=5)
     assert (lost["final"], lost["total"]) == (1, 2)
     assert (await viewer.send("POST", "executions", {"execution_id": str(held)}))[0] == 201
@@ -366,10 +366,10 @@ async def test_a_watch_that_failed_keeps_its_last_snapshot(
 @pytest.mark.parametrize(
     ("fault", "problem"),
     [
-        (Fault.disconnect(), ("unreachable", "PromptLayer is unreachable: ")),
-        (Fault.status(503), ("failing", "PromptLayer responded with 503 Service Unavailable.")),
-        (Fault.status(429, retry_after=0.2), ("waiting", "PromptLayer asks to wait (429 ")),
-        (Fault.truncate(), ("unreadable", "PromptLayer's response is unreadable: ")),
+        (Fault.disconnect(), ("unreachable", "No usable response from http")),
+        (Fault.status(503), ("failing", "The server returned 503 Service Unavailable. Try again")),
+        (Fault.status(429, retry_after=0.2), ("waiting", "The server returned 429 Too Many")),
+        (Fault.truncate(), ("unreadable", "Could not read the 202 response")),
     ],
 )
 async def test_a_poll_that_is_tried_again_says_why(
@@ -405,7 +405,7 @@ async def test_an_error_of_any_kind_ends_a_watch_visibly(
         async with asyncio.timeout(20):
             while board.cards[held].state != "lost":
                 await board.changed.wait()
-        assert board.cards[held].problem.text == "the limiter is gone"
+        assert board.cards[held].problem.text == "The limiter is gone."
 
 
 async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Any) -> None:

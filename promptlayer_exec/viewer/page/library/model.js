@@ -193,12 +193,12 @@ export function differingSettings({ data: left }, { data: right }) {
 const GOES_ON = "Runs continue on PromptLayer. The page shows what it last saw.";
 // By kind of problem: a few words, and what to do.
 const SERVER = {
-  unreachable: ["PromptLayer is unreachable", `Check the network of the machine that runs the viewer. ${GOES_ON}`],
+  unreachable: ["PromptLayer is unreachable", GOES_ON],
   slow: ["PromptLayer does not respond", GOES_ON],
   stale: ["PromptLayer does not respond", GOES_ON],
-  failing: ["PromptLayer has errors", `There is nothing to do but wait. ${GOES_ON}`],
+  failing: ["PromptLayer has errors", GOES_ON],
   waiting: ["PromptLayer asks to wait", `Start fewer runs in parallel if this happens often. ${GOES_ON}`],
-  refused: ["PromptLayer refuses the key", ""], // the text has the advice
+  refused: ["PromptLayer refuses the key", "Start the viewer again with another one."],
 };
 
 // Whether a problem is none of a single run.
