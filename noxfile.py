@@ -107,7 +107,7 @@ def tests(session: nox.Session) -> None:
 
 WHOLLY_COVERED = ",".join(
     f"promptlayer_exec/{name}"
-    for name in ("_api/*.py", "_values/policies.py", "_engine/start.py", "_engine/watch.py")
+    for name in ("_api/*.py", "_values/policies.py", "_engine/send.py", "_engine/watch.py")
 )
 
 

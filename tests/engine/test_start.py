@@ -16,7 +16,6 @@ import pytest
 from promptlayer_exec import (
     BadRequest,
     ConfigurationError,
-    ConnectionFailed,
     Execution,
     ExecutionStarted,
     ExecutionTimeout,
@@ -430,176 +429,6 @@ async def test_a_404_right_after_the_start_is_survived(
     assert [type(event.error) for event in recorder.of(RequestRetried)] == [NotFound] * 4
 
 
-# Hooks around sending
-
-
-class Hooks:
-    """Hooks that keep what was called; the event is when `before_send` has been called."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.outcomes: list[Any] = []
-        self.error: Exception | None = None
-        self.is_ready = asyncio.Event()
-        self.may_be_sent = asyncio.Event()
-        self.may_be_sent.set()
-
-    async def before_send(self) -> None:
-        """Wait until the start may be sent, or raise the error."""
-        self.calls.append("before_send")
-        self.is_ready.set()
-        await self.may_be_sent.wait()
-        if self.error is not None:
-            raise self.error
-
-    async def not_sent(self) -> None:
-        """Keep the call."""
-        self.calls.append("not_sent")
-
-    async def ended(self, outcome: Any) -> None:
-        """Keep the outcome."""
-        self.outcomes.append(outcome)
-
-
-async def test_before_send_may_hold_a_start_back(sim: Simulator, session: Session) -> None:
-    """Durable batches record the intent there; polls and other starts go on meanwhile."""
-    hooks = Hooks()
-    hooks.may_be_sent.clear()
-    held = asyncio.create_task(integration.start(session, StartRequest(NAME), hooks=hooks))
-    await hooks.is_ready.wait()
-    other = await session.start(NAME)
-    await other.output()
-    assert posts(sim) == 1
-    hooks.may_be_sent.set()
-    assert (await held).id != other.id
-    assert posts(sim) == 2
-
-
-async def test_a_start_that_before_send_holds_too_long_is_tried_again(
-    sim: Simulator, open_session: Callable[..., Session], recorder: Any
-) -> None:
-    """`request_timeout` ends the attempt, which has sent nothing."""
-
-    class Slow(Hooks):
-        async def not_sent(self) -> None:
-            await super().not_sent()
-            self.may_be_sent.set()
-
-    hooks = Slow()
-    hooks.may_be_sent.clear()
-    session = open_session(request_timeout=0.2)
-    await integration.start(session, StartRequest(NAME), hooks=hooks)
-    assert hooks.calls[-3:] == ["before_send", "not_sent", "before_send"]
-    assert posts(sim) == 1
-    assert isinstance(recorder.of(RequestRetried)[-1].error, RequestTimeout)
-
-
-async def test_before_send_is_awaited_when_the_connection_stands(
-    sim: Simulator, open_session: Callable[..., Session], free_port: int
-) -> None:
-    """So not while the server refuses connections; attempts that started nothing are reported."""
-    hooks = Hooks()
-    away = open_session(base_url=f"http://127.0.0.1:{free_port}", retry=RetryPolicy(outage=0.0))
-    with pytest.raises(ConnectionFailed):
-        await integration.start(away, StartRequest(NAME), hooks=hooks)
-    assert hooks.calls == []
-    sim.inject(Fault.status(429, retry_after=0.01))
-    await integration.start(open_session(), StartRequest(NAME), hooks=hooks)
-    assert hooks.calls == ["before_send", "not_sent", "before_send"]
-    assert len(sim.runs) == 1
-
-
-@pytest.mark.parametrize("how", ["a cancelled caller", "closing"])
-async def test_before_send_may_clean_up_before_the_session_is_closed(
-    sim: Simulator, session: Session, how: str
-) -> None:
-    """It runs in a task of aiohttp's, which ends before the session, and nothing is sent."""
-    waits = asyncio.Event()
-    cleaned_up = False
-
-    class Tidy(Hooks):
-        async def before_send(self) -> None:
-            nonlocal cleaned_up
-            waits.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                for _ in range(50):
-                    await asyncio.sleep(0)
-                cleaned_up = True
-
-    starting = asyncio.create_task(integration.start(session, StartRequest(NAME), hooks=Tidy()))
-    await waits.wait()
-    if how == "a cancelled caller":
-        starting.cancel()
-    await session.aclose()
-    assert cleaned_up
-    await asyncio.wait([starting])
-    assert starting.cancelled() or isinstance(starting.exception(), SessionClosed)
-    assert posts(sim) == 0
-
-
-@pytest.mark.parametrize("first", ["cancelled", "allowed"])
-async def test_a_caller_that_is_cancelled_as_before_send_returns_is_gone_or_reported(
-    sim: Simulator, session: Session, recorder: Any, first: str
-) -> None:
-    """What comes first decides whether the start is sent."""
-    hooks = Hooks()
-    hooks.may_be_sent.clear()
-    starting = asyncio.create_task(integration.start(session, StartRequest(NAME), hooks=hooks))
-    await hooks.is_ready.wait()
-    if first == "cancelled":
-        starting.cancel()
-    hooks.may_be_sent.set()
-    starting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await starting
-    await session.aclose()
-    (event,) = recorder.events
-    assert type(event) is (StartFailed if first == "cancelled" else ExecutionStarted)
-    assert [run.execution_id for run in sim.runs] == [event.execution_id] * (first == "allowed")
-
-
-async def test_not_sent_is_completed_although_the_caller_is_gone(
-    sim: Simulator, session: Session
-) -> None:
-    """It takes back what was recorded before the start, which the server refused."""
-    begun, may_end = asyncio.Event(), asyncio.Event()
-    has_ended = False
-
-    class Slow(Hooks):
-        async def not_sent(self) -> None:
-            nonlocal has_ended
-            begun.set()
-            await may_end.wait()
-            has_ended = True
-
-    sim.inject(Fault.status(429, times=None))
-    starting = asyncio.create_task(integration.start(session, StartRequest(NAME), hooks=Slow()))
-    await begun.wait()
-    starting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await starting
-    assert not has_ended
-    may_end.set()
-    await session.aclose()
-    assert has_ended
-    assert posts(sim) == 1
-
-
-async def test_an_error_of_before_send_is_raised_and_nothing_is_sent(
-    sim: Simulator, session: Session, recorder: Any
-) -> None:
-    """It is no failure of the connection, so it is not retried."""
-    hooks = Hooks()
-    hooks.error = LookupError("no intent")
-    with pytest.raises(LookupError, match="no intent"):
-        await integration.start(session, StartRequest(NAME), hooks=hooks)
-    assert hooks.calls == ["before_send"]
-    assert posts(sim) == 0
-    assert [event.error for event in recorder.events] == [hooks.error]
-
-
 # An answer that comes when the test says
 
 
@@ -753,48 +582,14 @@ async def test_the_log_names_the_key_of_an_abandoned_start(
     assert all("key 'k7'" in message for message in caplog.messages)
 
 
-async def test_the_outcome_of_a_start_is_recorded_before_the_caller_gets_it(
-    sim: Simulator, session: Session
-) -> None:
-    """`ended` gets the id of the run, or the error that the caller gets."""
-    hooks = Hooks()
-    execution = await integration.start(session, StartRequest(NAME), hooks=hooks)
-    assert [outcome.execution_id for outcome in hooks.outcomes] == [execution.id]
-    sim.inject(Fault.status(503))
-    with pytest.raises(StartUnknown) as raised:
-        await integration.start(session, StartRequest(NAME), hooks=hooks)
-    assert hooks.outcomes[1:] == [raised.value]
-
-
-async def test_the_id_of_a_run_is_recorded_although_its_caller_is_gone(
-    sim: Simulator, session: Session
-) -> None:
-    """Closing the session waits for the record, too."""
-    recorded: list[int] = []
-
-    class Slow(Hooks):
-        async def ended(self, outcome: Any) -> None:
-            for _ in range(50):
-                await asyncio.sleep(0)
-            recorded.append(outcome.execution_id)
-
-    sim.inject(Fault.delay(0.05))
-    starting = asyncio.create_task(integration.start(session, StartRequest(NAME), hooks=Slow()))
-    await sim.wait_for_requests(1)
-    starting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await starting
-    await session.aclose()
-    assert recorded == [run.execution_id for run in sim.runs]
-    assert len(recorded) == 1
-
-
 async def test_hooks_that_fail_at_the_end_change_no_outcome(
     sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The caller gets the handle all the same, and the log has the error."""
 
-    class Failing(Hooks):
+    class Failing:
+        async def before_send(self) -> None: ...
+        async def not_sent(self) -> None: ...
         async def ended(self, outcome: Any) -> None:
             raise RuntimeError("a bug of the hooks")
 

@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from promptlayer_exec import PollPolicy, RequestError, RetryPolicy, StartRequest
 from promptlayer_exec.dbos import Batch, StoredOutcome
 from promptlayer_exec.dbos import _breaker as breakers
+from promptlayer_exec.dbos import _following as following
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
@@ -224,7 +225,8 @@ def test_items_in_any_weather(
         (stores, "QUEUE_INTERVAL", 0.01),
         (workers, "TIMES", attrs.evolve(workers.TIMES, check_interval=0.01, ending=0.1)),
         (time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.05))),
-        (items, "PATIENCE", items.Patience(first_delay=0.02)),
+        (items, "PATIENCE", items.Patience(restart_delay=0.02)),
+        (following, "READ_PATIENCE", following.ReadPatience(first_delay=0.02)),
         (breakers, "CAUTION", breakers.Caution(first_pause=0.02)),
         (liveness, "PULSE", liveness.Pulse(interval=0.05)),
         (liveness, "_is_gone", lambda process: True),  # each worker but the one that looks

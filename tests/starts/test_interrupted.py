@@ -14,6 +14,8 @@ import pytest
 from promptlayer_exec import (
     Execution,
     PollPolicy,
+    RequestRetried,
+    RequestTimeout,
     RetryPolicy,
     Session,
     SessionClosed,
@@ -184,6 +186,30 @@ async def repeat(session: Session, sim: Simulator, key: str) -> None:
     """Check that the next call with a key returns its one run."""
     run = await session.start("write", {"key": key}, key=key)
     assert [run.execution_id for run in sim.runs if run.inputs["key"] == key] == [run.id]
+
+
+async def test_a_claim_that_takes_too_long_is_tried_again(
+    open_session: Callable[..., Session], sim: Simulator, recorder: Any
+) -> None:
+    """`request_timeout` ends the attempt, which has sent nothing."""
+
+    class Hanging(MemoryStore):
+        claims = 0
+
+        async def claim(self, claim: StartClaim, *, patience: float = 0.0) -> StoredStart | None:
+            self.claims += 1
+            if self.claims == 1:
+                await asyncio.sleep(LONG)
+            return await super().claim(claim, patience=patience)
+
+    sim.add_workflow("write", DONE)
+    store = Hanging()
+    session = open_session(starts=store, request_timeout=0.2)
+    run = await session.start("write", {}, key="order")
+    assert store.claims == 2
+    assert [type(event.error) for event in recorder.of(RequestRetried)] == [RequestTimeout]
+    assert [run.execution_id for run in sim.runs] == [run.id]
+    assert store.rows["order"].execution_id == run.id
 
 
 @by_each_interruption

@@ -530,6 +530,52 @@ async def test_a_server_that_is_not_reached_leaves_no_row(
     assert rows(url) == []
 
 
+async def test_a_slow_store_holds_back_only_its_own_start(
+    session: Session, store: Watched, sim: Simulator, flow: str
+) -> None:
+    """Polls and other starts go on meanwhile."""
+    gate = Gate()
+    store.before["claim"] = gate.wait
+    held = start(session, flow)
+    await gate.arrive()
+    other = await session.start(flow, INPUTS)
+    assert await other.output() == "otters"
+    assert posts(sim) == 1
+    gate.opened.set()
+    assert (await held).id != other.id
+    assert posts(sim) == 2
+
+
+@pytest.mark.parametrize("how", ["cancelled", "closed"])
+async def test_a_claim_may_clean_up_before_the_session_is_closed(
+    session: Session, store: Watched, sim: Simulator, flow: str, how: str
+) -> None:
+    """Nothing is sent, and the store is not left in the middle of a call."""
+    gate = Gate()
+    has_cleaned_up = False
+
+    async def clean_up() -> None:
+        nonlocal has_cleaned_up
+        try:
+            await gate.wait()
+        finally:
+            for _ in range(50):
+                await asyncio.sleep(0)
+            has_cleaned_up = True
+
+    store.before["claim"] = clean_up
+    starting = start(session, flow)
+    await gate.arrive()
+    if how == "cancelled":
+        starting.cancel()
+    await session.aclose()
+    assert has_cleaned_up
+    error = asyncio.CancelledError if how == "cancelled" else SessionClosed
+    with pytest.raises(error):
+        await starting
+    assert posts(sim) == 0
+
+
 @pytest.mark.parametrize("key", ["", "x" * 501, "a\0b", "\ud800"])
 async def test_a_key_that_cannot_be_stored_is_an_error(
     session: Session, sim: Simulator, store: Watched, flow: str, key: str
