@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import traceback
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from aiohttp import ClientWebSocketResponse
 from promptlayer_exec._doctor.exchanges import Exchange, NoResponse, Wire
 from promptlayer_exec._doctor.listener import Listener
 from promptlayer_exec._doctor.observed_run import CallbackReceiver, ObservedRun
+from promptlayer_exec._doctor.recorder import Recorder
 from promptlayer_exec._doctor.report import Finding, Secrets, Verdict, failed, skipped
 from promptlayer_exec._engine.settings import Settings
 
@@ -53,6 +54,7 @@ class Examination:
         scope: what to examine.
         resources: what the caller closes afterwards.
         on_started: called with the id of the run as soon as it has one.
+        recorder: records all requests, if there is one.
 
     Attributes:
         private: texts that no report may contain.
@@ -61,6 +63,7 @@ class Examination:
         listed: the response with the list of workflows.
         chosen: the name or id of the workflow to look at.
         workflow_id: its id, once it is known.
+        required_inputs: the inputs in its definition, if that names any.
         suffix: of the channel to which PromptLayer pushes the run's completion.
         listener: listens to that channel.
         receiver: waits for the callback.
@@ -69,6 +72,7 @@ class Examination:
     scope: Scope
     resources: AsyncExitStack
     on_started: Callable[[int], object] = lambda _: None
+    recorder: Recorder | None = None
     private: list[str] = attrs.field(init=False, factory=list, repr=False)
     hosts: list[str] = attrs.field(init=False, factory=list)
 
@@ -82,6 +86,7 @@ class Examination:
     listed: Exchange = attrs.field(init=False)
     chosen: str | int | None = attrs.field(init=False, default=None)
     workflow_id: int | None = attrs.field(init=False, default=None)
+    required_inputs: Mapping[str, str] | None = attrs.field(init=False, default=None)
 
     suffix: str = attrs.field(init=False, factory=lambda: secrets.token_hex(16))
     token: str = attrs.field(init=False, repr=False)
@@ -95,6 +100,31 @@ class Examination:
         # A shorter one is a test's, and may be an ordinary word.
         always = tuple(secret for secret in self.private if len(secret) >= 6)
         return Secrets(always, tuple(self.hosts))
+
+    def save_recording(self, path: Path) -> int:
+        """Write what the server has sent so far, and return the number of requests.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        recorder = self.recorder or Recorder()
+        given = [*self.private, *self.hosts, self.suffix, *_texts_in(self.scope.inputs)]
+        given += [text for text in (self.scope.workflow, self.scope.callback_url) if text]
+        recorder.save(path, given)
+        return recorder.count
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Yield every text in a JSON value, and the names in its objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield str(name)
+            yield from _texts_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts_in(inner)
 
 
 CheckFunction = Callable[[Examination], Awaitable[Finding]]

@@ -12,6 +12,7 @@ from yarl import URL
 
 from promptlayer_exec._api.messages import Response
 from promptlayer_exec._api.status import status_name
+from promptlayer_exec._doctor.recorder import Recorder
 from promptlayer_exec._http.failures import is_tls_failure, reason_of
 
 if TYPE_CHECKING:
@@ -75,13 +76,16 @@ class Wire:
         base_url: the server, without a trailing slash.
         proxy: the URL of the proxy, if there is one.
         timeout: seconds that each request may take.
+        recorder: records all requests, if there is one.
 
     Attributes:
         api_key: the key, once it is known.
         start: the start request that a session has sent, and its response.
     """
 
-    def __init__(self, base_url: str, proxy: str | None, timeout: float) -> None:
+    def __init__(
+        self, base_url: str, proxy: str | None, timeout: float, recorder: Recorder | None = None
+    ) -> None:
         self._base_url = base_url
         self._timeout = timeout
         self.api_key = ""
@@ -91,7 +95,7 @@ class Wire:
         self.http = aiohttp.ClientSession(
             connector=self._connector,
             cookie_jar=aiohttp.DummyCookieJar(),
-            middlewares=[self._watch],
+            middlewares=[self._watch] if recorder is None else [recorder, self._watch],
             proxy=proxy,
         )
 

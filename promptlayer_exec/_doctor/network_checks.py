@@ -128,7 +128,9 @@ def _is_address(host: str) -> bool:
 
 async def check_tls(examination: Examination) -> Finding:
     """Make the first request, and look at the certificate of its connection."""
-    wire = examination.wire = Wire(examination.base_url, examination.proxy, REQUEST_TIMEOUT)
+    wire = examination.wire = Wire(
+        examination.base_url, examination.proxy, REQUEST_TIMEOUT, examination.recorder
+    )
     examination.resources.push_async_callback(wire.aclose)
     try:
         examination.first_contact = await wire.ask("GET", _LIST, with_key=False)

@@ -11,9 +11,10 @@ import attrs
 from aiohttp import web
 
 from promptlayer_exec._api.json import loads
-from promptlayer_exec._api.runs import results_request
+from promptlayer_exec._api.runs import nodes_behind_error, results_request
 from promptlayer_exec._doctor.exchanges import Exchange, NoResponse, Wire
 from promptlayer_exec._doctor.listener import Listener
+from promptlayer_exec._values.models import Node, contradicts_completion
 from promptlayer_exec._values.policies import RetryPolicy
 
 
@@ -87,20 +88,20 @@ class ObservedRun:
     @property
     def completed_at(self) -> float | None:
         """When a poll had found the run complete, or None if none has."""
-        if not self.polls or self.polls[-1].status != 200:
+        if not self.polls or not is_completion(self.polls[-1]):
             return None
         return self.polls[-1].sent_at + self.polls[-1].duration
 
     @property
     def good_polls(self) -> list[Exchange]:
         """The polls that have nodes."""
-        return [poll for poll in self.polls if poll.status in (200, 202)]
+        return [poll for poll in self.polls if poll.status == 202 or is_completion(poll)]
 
     def last_nodes(self) -> dict[str, Any]:
         """Return the decoded nodes of the last poll, none if it has no node map."""
         if not self.good_polls:
             return {}
-        return node_map(self.good_polls[-1].body) or {}
+        return nodes_in(self.good_polls[-1]) or {}
 
     async def poll_until_complete(self, wire: Wire, timeout: float) -> None:
         """Poll until the run is complete or takes too long, or PromptLayer refuses the poll."""
@@ -114,12 +115,12 @@ class ObservedRun:
                 status = poll.status
                 self._keep(poll)
 
-            if status == 200:
+            if poll is not None and is_completion(poll) and self._is_believed(poll):
                 self.output = await self._poll(wire, return_all_outputs=False)
                 return
-            if status == 202:
+            if status in (200, 202):
                 failing_since = None
-                if len(self.bare) < self.policy.most_bare:
+                if status == 202 and len(self.bare) < self.policy.most_bare:
                     await self._poll_bare(wire)
             elif status in {0, 404, *RetryPolicy().statuses}:
                 failing_since = failing_since or loop.time()
@@ -130,6 +131,10 @@ class ObservedRun:
 
             age = loop.time() - self.started_at
             await asyncio.sleep(min(max(self.policy.gap, age / 30), self.policy.longest_gap))
+
+    def _is_believed(self, poll: Exchange) -> bool:
+        """Return whether a session takes the run for complete, as it does the third time."""
+        return not contradicts_itself(poll) or sum(map(contradicts_itself, self.polls)) > 2
 
     def _keep(self, poll: Exchange) -> None:
         """Keep a poll. All that got the same body share it, since there may be hundreds."""
@@ -193,6 +198,27 @@ class CallbackReceiver:
         self._posted.cancel()
         if self._stop is not None:
             await self._stop()
+
+
+def is_completion(poll: Exchange) -> bool:
+    """Return whether a poll found the run complete."""
+    return poll.status == 200 or nodes_behind_error(poll.response) is not None
+
+
+def contradicts_itself(poll: Exchange) -> bool:
+    """Return whether a 200 has nodes that contradict it."""
+    nodes = (poll.status == 200 and node_map(poll.body)) or {}
+    return contradicts_completion(
+        Node(name, node["status"], is_output_node=node.get("is_output_node") is True)
+        for name, node in nodes.items()
+    )
+
+
+def nodes_in(poll: Exchange) -> dict[str, Any] | None:
+    """Return the nodes in the response to a poll, decoded, or None if it has none."""
+    if poll.status >= 300:
+        return nodes_behind_error(poll.response)
+    return node_map(poll.body)
 
 
 def node_map(body: bytes) -> dict[str, Any] | None:

@@ -17,7 +17,10 @@ from promptlayer_exec._doctor.observed_run import (
     CallbackReceiver,
     ObservationPolicy,
     ObservedRun,
+    contradicts_itself,
+    is_completion,
     node_map,
+    nodes_in,
 )
 from promptlayer_exec._doctor.push_checks import listen_to_updates
 from promptlayer_exec._doctor.report import Finding, counted, differs, failed, ok, skipped
@@ -148,10 +151,26 @@ def _judge_start(exchange: Exchange, *, has_callback: bool) -> Finding:
             f"This package still reads the id. {REPORT_IT}",
         )
 
-    text = f"{exchange.status_name} with an id, after {brief(exchange.duration)}"
-    if body["warning"]:
-        text += ", and with a warning that is not shown here"
-    return ok(text)
+    return ok(f"{exchange.status_name} with an id, after {brief(exchange.duration)}")
+
+
+async def check_warning(examination: Examination) -> Finding:
+    """Judge whether PromptLayer warns of inputs that the workflow does not use."""
+    body: Any = loads(examination.run.start.body)
+    required = examination.required_inputs
+    if required is None:
+        if body.get("warning"):
+            return ok("a warning, which is not shown here")
+        return skipped("no definition names the inputs, and there is no warning")
+
+    unused = counted(len(set(examination.scope.inputs) - set(required)), "unused input")
+    if body.get("warning"):
+        return ok(f"a warning, which is not shown here, with {unused}")
+    if set(examination.scope.inputs) <= set(required):
+        return ok("none, and the workflow uses every input")
+    return differs(
+        f"a warning about {unused}", "none", "A misspelt optional input shows only in the output."
+    )
 
 
 async def check_completion(examination: Examination) -> Finding:
@@ -174,6 +193,14 @@ async def check_completion(examination: Examination) -> Finding:
 
 def _judge_completion(run: ObservedRun, timeout: float) -> Finding:
     if run.completed_at is not None:
+        last_poll = run.polls[-1]
+        if last_poll.status != 200:
+            return differs(
+                "200 OK once the run is complete",
+                f"{last_poll.status_name} with all nodes",
+                f"Sessions read it as complete. {REPORT_IT}",
+            )
+
         seconds = run.completed_at - run.started_at
         text = f"complete after {seconds:.1f} s ({counted(len(run.polls), 'poll')})"
         refused = Counter(it.status for it in run.polls if it.status not in (200, 202, 404))
@@ -234,7 +261,7 @@ async def check_node_map(examination: Examination) -> Finding:
         return skipped("no poll had nodes")
 
     for poll in run.good_polls:
-        nodes = node_map(poll.body)
+        nodes = nodes_in(poll)
         if nodes is None:
             return differs(
                 "a map of nodes",
@@ -252,12 +279,16 @@ async def check_node_map(examination: Examination) -> Finding:
 
         known = [STATUSES.get(node["status"]) for node in nodes.values()]
         is_final = all(status in FINAL for status in known)
-        if None not in known and nodes and is_final != (poll.status == 200):
+        if None not in known and nodes and is_final == (poll.status == 202):
             state = "while every node was final" if is_final else "while a node was not final"
+            advice = "Sessions go by the status of the response."
+            if contradicts_itself(poll):
+                state += f", {counted(sum(map(contradicts_itself, run.polls)), 'time')}"
+                advice = "Sessions poll twice more before they believe it."
             return differs(
                 "200 once every node is final, and 202 until then",
                 f"{poll.status_name} {state}",
-                f"Sessions go by the status of the response. {REPORT_IT}",
+                f"{advice} {REPORT_IT}",
             )
 
     polls = counted(len(run.good_polls), "poll")
@@ -267,7 +298,7 @@ async def check_node_map(examination: Examination) -> Finding:
 async def check_statuses(examination: Examination) -> Finding:
     """Judge the statuses of all nodes in all polls."""
     run = examination.run
-    maps = [node_map(poll.body) or {} for poll in run.good_polls]
+    maps = [nodes_in(poll) or {} for poll in run.good_polls]
     seen = {node["status"] for nodes in maps for node in nodes.values()}
     if not seen:
         return skipped("no poll had nodes")
@@ -306,7 +337,10 @@ async def check_output(examination: Examination) -> Finding:
     if run.output is None:
         return skipped("no poll saw the run complete")
     if run.output.status != 200:
-        return differs("200 OK", run.output.status_name, REPORT_IT)
+        found = run.output.status_name
+        if is_completion(run.output):
+            found += " with all nodes, so there is no main output"
+        return differs("200 OK", found, REPORT_IT)
     try:
         body = loads(run.output.body)
     except (ValueError, RecursionError):
@@ -322,10 +356,12 @@ def judge_output(body: Any, nodes: dict[str, Any]) -> Finding:
         for node in marked or nodes.values()
         if STATUSES.get(node["status"]) == "SUCCESS"
     ]
-    is_map = bool(nodes) and same_json(body, nodes)
+    is_map = same_json(body, nodes)
 
-    if not values and is_map:
+    if is_map and not values:
         return ok("the node map, because no output node succeeded")
+    if is_map and not marked:
+        return ok("the node map, because no node is marked as output")
     if not values:
         return differs(
             "the node map, because no output node succeeded",

@@ -54,11 +54,9 @@ async def check_key(examination: Examination) -> Finding:  # noqa: PLR0911 - a t
                 f"PromptLayer refused it: {listed.status_name}",
                 "Check PROMPTLAYER_API_KEY: was it revoked, or does it belong to another server?",
             )
-        case 403:
-            return failed(
-                f"PromptLayer refused to list workflows: {listed.status_name}",
-                "Check what the key may do in its workspace.",
-            )
+        case 403 | 404:
+            # It may still run a workflow. The next check judges the list.
+            return ok(f"not refused: {listed.status_name}")
         case 429:
             return failed(f"the server responded {listed.status_name}", "Try again in a minute.")
     return failed(
@@ -69,6 +67,19 @@ async def check_key(examination: Examination) -> Finding:  # noqa: PLR0911 - a t
 
 async def check_workflows(examination: Examination) -> Finding:
     """Read the first page of the list, and choose the workflow to look at."""
+    examination.chosen = examination.scope.workflow
+    match examination.listed.status:
+        case 403:
+            return failed(
+                f"PromptLayer refused to list workflows: {examination.listed.status_name}",
+                "Check what the key may do in its workspace.",
+            )
+        case 404:
+            return failed(
+                f"the server has no list of workflows: {examination.listed.status_name}",
+                "Check that --base-url is the PromptLayer API.",
+            )
+
     try:
         page = WorkflowsPage(examination.listed.response, 1)
     except InvalidResponse as error:
@@ -78,9 +89,7 @@ async def check_workflows(examination: Examination) -> Finding:
         )
 
     existing = [summary for summary in page.summaries if not summary.is_deleted]
-    if examination.scope.workflow is not None:
-        examination.chosen = examination.scope.workflow
-    elif existing:
+    if examination.chosen is None and existing:
         examination.chosen = examination.workflow_id = existing[0].id
 
     count = str(len(existing))
@@ -92,7 +101,7 @@ async def check_workflows(examination: Examination) -> Finding:
 async def check_definition(examination: Examination) -> Finding:
     """Read the definition of the chosen workflow."""
     if examination.chosen is None:
-        return skipped("the workspace has no workflow")
+        return skipped("no workflow is listed, and there is no --workflow")
 
     target = workflow_request(examination.chosen, None, None).target
     exchange = await examination.wire.ask("GET", target)
@@ -109,6 +118,7 @@ async def check_definition(examination: Examination) -> Finding:
     except InvalidResponse as error:
         return differs("a known shape", f"an unknown shape{_place_in(error)}", _UNCHECKED)
     examination.workflow_id = workflow.id
+    examination.required_inputs = workflow.required_inputs
     return _judge_definition(exchange, workflow)
 
 
@@ -121,14 +131,7 @@ def _judge_definition(exchange: Exchange, workflow: WorkflowDefinition) -> Findi
             "only the object 'workflow', as from a development server",
             _UNCHECKED,
         )
-    if workflow.required_inputs is None:
-        state = "null" if "required_input_variables" in body else "missing"
-        return differs(
-            "the inputs in required_input_variables",
-            f"no inputs: the field is {state}",
-            "If the workflow has inputs, you notice a missing one only in the run.",
-        )
-    if not workflow.nodes:
+    if not isinstance(body.get("nodes"), list):
         return differs("nodes", "none", f"There is no graph to show. {REPORT_IT}")
     if body.get("version") is None:
         field = "no version"
@@ -136,9 +139,9 @@ def _judge_definition(exchange: Exchange, workflow: WorkflowDefinition) -> Findi
             field = "'version_number', as in an example of the documentation"
         return differs("the version in 'version'", field, f"Nothing depends on it. {REPORT_IT}")
 
-    inputs = counted(len(workflow.required_inputs), "input")
-    types = set(workflow.required_inputs.values())
-    if types:
+    required = workflow.required_inputs or {}
+    inputs = counted(len(required), "input") if required else "names no inputs"
+    if types := set(required.values()):
         named = sorted(types & _KINDS) + ["another type"] * bool(types - _KINDS)
         inputs += f" ({', '.join(named)})"
     return ok(f"documented shape: {inputs}, {counted(len(workflow.nodes), 'node')}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import AsyncExitStack, aclosing
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from promptlayer_exec._integration import printable
 from promptlayer_exec.cli import _options as options
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._printing import err, out, quoted
 
 if TYPE_CHECKING:
-    from promptlayer_exec._doctor.examination import Scope
+    from promptlayer_exec._doctor.examination import Examination, Scope
     from promptlayer_exec._doctor.report import Finding, Secrets
 
 _STYLES = {"ok": "green", "differs": "yellow", "failed": "bold red", "skipped": "dim"}
@@ -67,6 +70,14 @@ def doctor(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a report to paste into an issue.")
     ] = False,
+    recording: Annotated[
+        Path | None,
+        typer.Option(
+            "--record",
+            metavar="FILE",
+            help="Record each response, without what is private, for `simulate --replay`.",
+        ),
+    ] = None,
     base_url: options.BaseUrl = None,
 ) -> None:
     """Check your setup, and that the server works as expected.
@@ -88,6 +99,9 @@ def doctor(
     With --json, the report is one JSON object. No report contains your key, an input, an output, or
     the name of a node or a workflow; the JSON names no host either.
 
+    --record writes what the server sent to an HTTP Archive (HAR). Instead of texts, it contains
+    their lengths, and instead of names, aliases. Read the file before you share it.
+
     The exit code is 0 if nothing failed or differs, and 1 otherwise.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
     if workflow == "":
@@ -97,6 +111,8 @@ def doctor(
     if callback_port is not None and callback_url is None:
         raise typer.BadParameter("--callback-port needs --callback-url")
     read = options.read_inputs(inputs)
+    if recording is not None and (recording.is_dir() or not os.access(recording.parent, os.W_OK)):
+        raise typer.BadParameter(f"--record: cannot write to {printable(str(recording))}")
 
     if workflow is not None and not is_confirmed:
         _ask(workflow)
@@ -114,7 +130,7 @@ def doctor(
         timeout=timeout,
     )
     subject = Subject(base_url=base_url, resumable=True)
-    raise typer.Exit(run_command(_examine(scope, subject, as_json=as_json), subject))
+    raise typer.Exit(run_command(_examine(scope, subject, recording, as_json=as_json), subject))
 
 
 def _ask(workflow: str) -> None:
@@ -140,9 +156,12 @@ def _ask(workflow: str) -> None:
         raise typer.Exit(ExitCode.FAILED)
 
 
-async def _examine(scope: Scope, subject: Subject, *, as_json: bool) -> ExitCode:
+async def _examine(
+    scope: Scope, subject: Subject, recording: Path | None, *, as_json: bool
+) -> ExitCode:
     from promptlayer_exec._doctor.checkup import all_checks  # noqa: PLC0415 - slow to import
     from promptlayer_exec._doctor.examination import Examination, examine  # noqa: PLC0415
+    from promptlayer_exec._doctor.recorder import Recorder  # noqa: PLC0415
     from promptlayer_exec._doctor.report import (  # noqa: PLC0415
         count_verdicts,
         is_healthy,
@@ -155,7 +174,13 @@ async def _examine(scope: Scope, subject: Subject, *, as_json: bool) -> ExitCode
 
     findings: list[Finding] = []
     async with AsyncExitStack() as resources:
-        examination = Examination(scope, resources, started)
+        recorder = None
+        if recording is not None:
+            recorder = Recorder()
+        examination = Examination(scope, resources, started, recorder)
+        if recording is not None:
+            # Also after Ctrl-C, once the connections are closed.
+            resources.callback(_save, examination, recording)
         checks = all_checks(has_run=scope.workflow is not None)
         async with aclosing(examine(examination, checks)) as examined:
             async for finding in examined:
@@ -170,6 +195,17 @@ async def _examine(scope: Scope, subject: Subject, *, as_json: bool) -> ExitCode
         counts = count_verdicts(findings).items()
         out("\n" + ", ".join(f"{count} {verdict}" for verdict, count in counts))
     return ExitCode.SUCCEEDED if is_healthy(findings) else ExitCode.FAILED
+
+
+def _save(examination: Examination, recording: Path) -> None:
+    """Write the recording. If that fails, the checks are still of use."""
+    shown = printable(str(recording))
+    try:
+        count = examination.save_recording(recording)
+    except OSError as error:
+        err(f"could not write {shown}: {error.strerror}")
+    else:
+        err(f"recorded {count} requests in {shown}: read it before you share it")
 
 
 def _print(finding: Finding, secrets: Secrets, *, with_heading: bool) -> None:

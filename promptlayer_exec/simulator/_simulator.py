@@ -178,7 +178,7 @@ class Simulator:
             scenario: what each execution does, or a function of the input variables that returns
                 it.
             warning: the warning in the response to each start request. By default, it lists the
-                declared inputs that are missing.
+                declared inputs that are missing, and the given ones that are not declared.
             inputs: the types of the declared input variables by name, such as
                 `{"topic": "string"}`.
             labels: the release labels of its first version.

@@ -37,10 +37,16 @@ class SimulatedVersion:
         return described.nodes if isinstance(described, Scenario) else ()
 
     def warning_for(self, given: Mapping[str, Any]) -> str | None:
-        missing = [name for name in self.inputs or () if name not in given]
-        if self.warning is None and missing:
-            return f"Missing input variables: {', '.join(missing)}"
-        return self.warning
+        if self.warning is not None or self.inputs is None:
+            return self.warning
+        missing = [name for name in self.inputs if name not in given]
+        unused = [name for name in given if name not in self.inputs]
+        warnings = []
+        if missing:
+            warnings.append(f"Missing input variables: {', '.join(missing)}")
+        if unused:
+            warnings.append(f"Unused input variables: {', '.join(unused)}")
+        return ". ".join(warnings) or None
 
 
 @attrs.define(kw_only=True)

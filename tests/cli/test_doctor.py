@@ -215,7 +215,7 @@ class TestHealthy:
         lines = out.splitlines()
         assert [line for line in lines if line and not line.startswith(" ")] == [
             *("Setup", "Connection", "API", "Push", "Databases", "Run"),
-            "21 ok, 0 differs, 0 failed, 4 skipped",
+            "22 ok, 0 differs, 0 failed, 4 skipped",
         ]
         assert "  ok       API key          accepted" in lines
         assert "  skipped  database         no --db" in lines
@@ -254,7 +254,7 @@ class TestSetup:
         assert report.deviations == {"API key": "failed: PromptLayer refused it: 401 Unauthorized"}
         assert "Check PROMPTLAYER_API_KEY" in checks["API key"]["advice"]
         assert checks["workflows"]["found"] == "the check 'API key' did not pass"
-        assert checks["start"]["found"] == "the check 'workflows' did not pass"
+        assert checks["start"]["found"] == "the check 'API key' did not pass"
 
     @pytest.mark.parametrize(
         ("key", "found"),
@@ -271,7 +271,21 @@ class TestSetup:
         respond = altered(lambda request, response: json_response(response.status + 203, b"{}"))
         sim.inject(altered(lambda *_: None, times=3), path="/workflows")
         sim.inject(respond, path="/workflows")
-        assert examine().deviations["API key"].endswith("refused to list workflows: 403 Forbidden")
+        report = examine()
+        assert report.checks["API key"]["found"] == "not refused: 403 Forbidden"
+        assert report.deviations["workflows"].endswith("refused to list workflows: 403 Forbidden")
+
+    @pytest.mark.parametrize("status", [403, 404])
+    def test_a_run_needs_no_list_and_no_definition(
+        self, sim: Simulator, examine: Examine, status: int
+    ) -> None:
+        """It is examined whenever the key is accepted."""
+        sim.inject(altered(lambda *_: None, times=3), path="/workflows")
+        for path in ("/workflows", f"/{WORKFLOW}"):
+            sim.inject(Fault.status(status, times=None), path=path)
+        report = examine(*RUN)
+        assert set(report.deviations) == {"workflows", "definition"}
+        assert report.checks["main output"]["verdict"] == "ok"
 
     def test_an_unreachable_server(self, examine: Examine) -> None:
         """Its reason is named, and the rest is skipped."""
@@ -457,8 +471,6 @@ class TestDefinitions:
     @pytest.mark.parametrize(
         ("body", "found"),
         [
-            ({"required_input_variables": None}, "no inputs: the field is null"),
-            ({"required_input_variables": ...}, "no inputs: the field is missing"),
             (
                 {"workflow_id": ..., "workflow_name": ..., "workflow": {"id": 1, "name": "x"}},
                 "only the object 'workflow', as from a development server",
@@ -467,7 +479,7 @@ class TestDefinitions:
                 {"version": ..., "version_number": 3},
                 "'version_number', as in an example of the documentation",
             ),
-            ({"nodes": []}, "none"),
+            ({"nodes": ...}, "none"),
             ({"nodes": {NODE: {}}}, "an unknown shape (in 'nodes')"),
             ({"workflow_id": ...}, "an unknown shape (in 'workflow_id')"),
         ],
@@ -477,10 +489,33 @@ class TestDefinitions:
         self, sim: Simulator, examine: Examine, body: dict[str, Any], found: str
     ) -> None:
         """It differs, in words that tell it apart."""
-        fields = {k: v for k, v in (self.DOCUMENTED | body).items() if v is not ...}
-        sim.inject(Fault.status(200, times=None, body=json.dumps(fields).encode()), path="/2")
-        sim.inject(Fault.status(200, times=None, body=json.dumps(fields).encode()), path="/1")
+        self.inject(sim, body)
         assert examine().deviations == {"definition": f"differs: {found}"}
+
+    @pytest.mark.parametrize(
+        ("body", "found"),
+        [
+            ({"required_input_variables": None}, "names no inputs, 1 node"),
+            ({"required_input_variables": ...}, "names no inputs, 1 node"),
+            ({"required_input_variables": {}}, "names no inputs, 1 node"),
+            ({"nodes": []}, "1 input (string), 0 nodes"),
+        ],
+        ids=str,
+    )
+    def test_without_inputs_or_nodes(
+        self, sim: Simulator, examine: Examine, body: dict[str, Any], found: str
+    ) -> None:
+        """A workflow need not have any."""
+        self.inject(sim, body)
+        report = examine()
+        assert report.checks["definition"]["found"] == f"documented shape: {found}"
+        assert report.deviations == {}
+
+    def inject(self, sim: Simulator, body: dict[str, Any]) -> None:
+        """Let all definitions be the documented one with other fields."""
+        fields = {k: v for k, v in (self.DOCUMENTED | body).items() if v is not ...}
+        for path in ("/1", "/2"):
+            sim.inject(Fault.status(200, times=None, body=json.dumps(fields).encode()), path=path)
 
     def test_none(self, sim: Simulator, examine: Examine) -> None:
         """Push is still checked, because the list contains the id."""
@@ -714,8 +749,90 @@ class TestRun:
             altered(lambda _, response: json_response(200, response.body)),  # type: ignore[arg-type]
             path=RESULTS,
         )
-        found = "differs: 200 OK while a node was not final"
+        found = "differs: 200 OK while a node was not final, 3 times"
         assert examine(*RUN).deviations["node map"] == found
+
+    def test_a_200_that_comes_too_early(self, sim: Simulator, examine: Examine) -> None:
+        """The run is polled until it is complete, as a session does."""
+        sim.inject(Fault.early_completion(2))
+        report = examine(*RUN)
+        found = "differs: 200 OK while a node was not final, 2 times"
+        assert report.deviations == {"node map": found}
+        assert report.checks["main output"]["verdict"] == "ok"
+
+    @pytest.mark.parametrize("status", [400, 500])
+    def test_an_error_with_all_nodes(self, sim: Simulator, examine: Examine, status: int) -> None:
+        """The run is complete all the same."""
+        name = f"{WORKFLOW}-{status}"
+        sim.add_workflow(name, Scenario([SimNode(NODE, OUTPUT)], no_output_status=status))
+        report = examine("--workflow", name, "--yes")
+        deviations = report.deviations
+        assert set(deviations) == {"completion", "main output"}
+        assert deviations["completion"].startswith(f"differs: {status} ")
+        assert deviations["completion"].endswith(" with all nodes")
+        assert report.checks["node map"]["verdict"] == "ok"
+
+    @pytest.mark.parametrize(
+        ("given", "warns", "found"),
+        [
+            ((), False, "ok: none, and the workflow uses every input"),
+            (("-i", "more=1"), True, "ok: a warning, which is not shown here, with 1 unused input"),
+            (("-i", "more=1"), False, "differs: none"),
+        ],
+    )
+    def test_a_warning_about_unused_inputs(
+        self, sim: Simulator, examine: Examine, given: tuple[str, ...], *, warns: bool, found: str
+    ) -> None:
+        """PromptLayer documents one."""
+
+        def change(_: Any, response: web.Response) -> web.Response:
+            body = json.loads(response.text or "") | {"warning": None}
+            return json_response(response.status, json.dumps(body).encode())
+
+        if not warns:
+            sim.inject(altered(change), path="/run")
+        check = examine(*RUN, *given).checks["warning"]
+        assert f"{check['verdict']}: {check['found']}" == found
+
+    @pytest.mark.parametrize(
+        ("scenario", "options"),
+        [
+            (Scenario([]), {}),
+            (Scenario([]), {"inputs": {}}),
+            (lambda _: Scenario([SimNode("A", 1, is_output_node=True)]), {}),
+            (Scenario([SimNode("A", 1), SimNode("B", {}, 0.1, ["A"])]), {"warning": "Careful."}),
+            (Scenario([SimNode("A", 1)], no_output_status=200), {"labels": ["prod"]}),
+            (Scenario([SimNode("A", 1, is_output_node=None)]), {}),
+            (
+                Scenario([SimNode("A", status="FAILED"), SimNode("B", None, 0, ["A"])]),
+                {"external_ids": {"crm": "7"}},
+            ),
+            (
+                Scenario(
+                    [
+                        SimNode("A", [], 0.1, is_output_node=True),
+                        SimNode("B", 2, is_output_node=True, when=lambda _: False),
+                        SimNode(
+                            "C",
+                            status="FAILURE",
+                            error_message={"raw": "no"},
+                            raw_error_message=[5],
+                            is_output_node=True,
+                        ),
+                    ]
+                ),
+                {"inputs": {"more": "image"}},
+            ),
+        ],
+    )
+    def test_any_workflow_of_the_simulator(
+        self, examine: Examine, scenario: Any, options: dict[str, Any]
+    ) -> None:
+        """Nothing deviates, whatever a user has added, and with an input that it may not use."""
+        with Simulator(api_key=KEY) as simulator:
+            simulator.add_workflow("any/workflow", scenario, **options)
+            arguments = ("--base-url", simulator.base_url, "--workflow", "any/workflow", "--yes")
+            assert examine(*arguments, "-i", "more=1").deviations == {}
 
     def test_404_for_a_while(
         self, sim: Simulator, examine: Examine, monkeypatch: pytest.MonkeyPatch

@@ -266,7 +266,13 @@ def test_workers_that_are_killed_before_the_response(
 ) -> None:
     """Nobody starts it again, and its callback identifies the run, unless that is lost."""
     sim.inject(Fault.delay_response(3.0), path="/run")
-    sim.inject(Fault.drop_post("callback") if is_lost else Fault.delay_post("callback", 5.0))
+    if is_lost:
+        sim.inject(Fault.drop_post("callback"))
+
+    def held(inputs: Any) -> Scenario:
+        return Scenario([SimNode("Answer", inputs["order"], None, is_output_node=True)])
+
+    sim.add_version("order", held)
     with ThreadPoolExecutor() as threads:
         placing = threads.submit(workers.place_many, ["7"] * 2)
         wait_until(lambda: getattr(workers.row("7"), "state", None) == "sending")
@@ -274,6 +280,7 @@ def test_workers_that_are_killed_before_the_response(
         workers.kill()
         placing.result()
     workers.start()
+    sim.finish(sim.runs[0].execution_id, "Answer")
 
     wanted = 409 if is_lost else 200
     body = workers.retry("7", lambda status: status == wanted)
