@@ -82,8 +82,8 @@ def create_callback_router(
     If the response to a start request was lost, the callback lets `Session.recover` return. With
     `Session(starts=...)`, the route stores the id before it responds, even if another process sent
     the request. While the store is unavailable, the response is 503, although nothing shows that
-    PromptLayer repeats a callback. Each callback also wakes the execution, as a webhook does. Only the execution id
-    in it counts, not the output.
+    PromptLayer repeats a callback. Each callback also wakes the execution, as a webhook does. Only
+    the execution id in it counts, not the output.
 
     The response is 404 if another secret than that of `callbacks` made the token, 413 for a body
     over the session's `max_response_bytes`, and 422 for one without an id.
