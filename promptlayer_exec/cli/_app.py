@@ -56,7 +56,7 @@ app.command(
 )(run)
 app.command("watch", epilog=help_epilog("watch 787"))(watch)
 app.command("results", epilog=help_epilog("results 787 > report.md"))(results)
-app.command("workflows", epilog=help_epilog("workflows --sort-by updated_at"))(workflows)
+app.command("workflows", epilog=help_epilog("workflows --json | jq .name"))(workflows)
 app.command("workflow", epilog=help_epilog("workflow support-agent --label prod"))(workflow)
 app.command(
     "doctor", epilog=help_epilog("doctor", "doctor --workflow support-agent -i letter@letter.txt")

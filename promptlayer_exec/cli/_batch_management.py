@@ -26,7 +26,7 @@ from promptlayer_exec.cli._exit import (
     run_command,
     server_option,
 )
-from promptlayer_exec.cli._options import BaseUrl, Database, JsonLines, seconds
+from promptlayer_exec.cli._options import BaseUrl, Database, JsonLines
 from promptlayer_exec.cli._printing import err, out, preview, quoted
 from promptlayer_exec.cli._result_file import open_results, write_results
 
@@ -228,32 +228,18 @@ async def retry(
             "--unknown", help="Start unknown items again. You may pay for some of them twice."
         ),
     ] = False,
-    unknown_for: Annotated[
-        float | None,
-        seconds(
-            "Like --unknown, but leave items alone until they have been unknown for this long, so"
-            " that a callback can still resolve them.",
-            default=False,
-        ),
-    ] = None,
 ) -> None:
     """Start items that did not succeed once more.
 
     With keys, only those items are started. Keys without an option mean --failed.
     """
-    unknown = unknown or unknown_for is not None
     if not (failed or unknown or keys):
         raise Misuse("give --failed, --unknown, both, or the keys of failed items")
 
     chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
     if keys:
         await _check_keys(chosen, batch, keys, unknown=unknown)
-    count = await batch.retry(
-        failed=failed or not unknown,
-        unknown=unknown,
-        keys=keys or None,
-        unknown_for=unknown_for or 0.0,
-    )
+    count = await batch.retry(failed=failed or not unknown, unknown=unknown, keys=keys or None)
     flags = lookup.command_flags(chosen, database) + server_option(base_url)
     _report_requeued(chosen, count, "start", flags)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import html
 import logging
 import os
 import re
@@ -11,14 +10,13 @@ import secrets
 import socket
 import sys
 import time
-import webbrowser
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from anyio import create_task_group, move_on_after, to_thread
+from anyio import create_task_group, move_on_after
 
 from promptlayer_exec import StartStore
 from promptlayer_exec._integration import base_url as session_base_url
@@ -43,9 +41,6 @@ async def view(
     port: options.Port = 0,
     is_demo: Annotated[
         bool, typer.Option("--demo", help="Show simulated executions, without a key.")
-    ] = False,
-    open_browser: Annotated[
-        bool, typer.Option("--open", help="Open the page in your browser.")
     ] = False,
     has_history: Annotated[
         bool,
@@ -121,8 +116,6 @@ async def view(
         # People stop it with Ctrl-C.
         with suppress(asyncio.CancelledError):
             async with create_task_group() as tasks:
-                if open_browser:
-                    tasks.start_soon(open_in_browser, url, board.opened)
                 if is_demo:
                     tasks.start_soon(demo.start_runs, board)
                 await serve(board, listener, address, token)
@@ -337,27 +330,3 @@ def _start_store(database: str | None) -> StartStore | None:
         if database not in (None, os.environ.get("PROMPTLAYER_EXEC_DB")):
             raise
         return None
-
-
-async def open_in_browser(url: str, opened: asyncio.Event) -> None:
-    """Open a URL with the user's browser.
-
-    Every user of the machine can read the arguments of a browser, and this URL contains a token. So
-    the browser gets the name of a file that redirects to the URL, and that only this user can read.
-    It deletes the file once the page is `opened`.
-    """
-    target = html.escape(url)
-    page = (
-        f'<meta http-equiv="refresh" content="0;url={target}"><a href="{target}">Open the page</a>'
-    )
-
-    with TemporaryDirectory(prefix="promptlayer-exec-") as directory:
-        path = Path(directory) / "open.html"
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-            file.write(page)
-
-        is_open = await to_thread.run_sync(webbrowser.open, path.as_uri(), abandon_on_cancel=True)
-        if not is_open:
-            err("could not open a browser: open the page yourself")
-            return
-        await opened.wait()

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import aclosing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import attrs
 import typer
@@ -26,18 +26,11 @@ from promptlayer_exec.cli._printing import err, out, shorten
 
 @command
 async def workflows(
-    sort_by: Annotated[
-        Literal["created_at", "updated_at", "name", "id"],
-        typer.Option(metavar="FIELD", help="Sort by name, id, created_at or updated_at."),
-    ] = "name",
-    sort_order: Annotated[
-        Literal["asc", "desc"], typer.Option(metavar="ORDER", help="Sort order, asc or desc.")
-    ] = "asc",
     as_json: options.JsonLines = False,
     base_url: options.BaseUrl = None,
     outage: options.Outage = None,
 ) -> None:
-    """List the workflows of your workspace.
+    """List the workflows of your workspace, sorted by name.
 
     On a terminal, you get a table; in a pipe, lines with the id, the latest version, the name and
     the labels, separated by tabs. With --json, a line is:
@@ -55,7 +48,7 @@ async def workflows(
 
     async with (
         options.open_session(base_url, outage, err) as session,
-        aclosing(session.workflows(sort_by=sort_by, sort_order=sort_order)) as found,
+        aclosing(session.workflows(sort_by="name", sort_order="asc")) as found,
     ):
         async for summary in found:
             if is_table:

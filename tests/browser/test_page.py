@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,7 +17,6 @@ import pytest
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, BrowserContext, Locator, Page, expect
 
-from promptlayer_exec.cli._server_commands import open_in_browser
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")  # one loop, as there is one browser
@@ -706,28 +704,6 @@ async def test_another_site_gets_nothing(
     assert frame is not None
     await frame.wait_for_load_state()
     assert await frame.locator("#viewer").count() == 0
-
-
-async def test_the_file_that_opens_the_page_leads_to_it(
-    context: BrowserContext, viewer: Any, tmp_path: Path
-) -> None:
-    """A browser gets this file, and not the URL with the token, on its command line."""
-    opened = asyncio.Event()
-    files: list[Path] = []
-
-    def open_file(url: str) -> bool:
-        files.append(tmp_path / "copy.html")
-        files[0].write_text(Path(url.removeprefix("file://")).read_text())
-        opened.set()
-        return True
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("webbrowser.open", open_file)
-        await open_in_browser(viewer.url, opened)
-    page = await context.new_page()
-    await page.goto(files[0].as_uri())
-    await expect(page.locator("#connection")).to_have_text("Connected")
-    assert page.url == f"{viewer.origin}/"
 
 
 async def test_the_demonstration_runs_and_stops_with_a_page_open(

@@ -66,11 +66,11 @@ class TestWorkflows:
         )
 
     def test_json(self, call: Call) -> None:
-        """With --json, each is a line of JSON; sorting is passed to the server."""
-        code, out, _ = call("workflows", "--json", "--sort-by", "id", "--sort-order", "desc")
+        """With --json, each is a line of JSON, sorted by name."""
+        code, out, _ = call("workflows", "--json")
         lines = [json.loads(line) for line in out.splitlines()]
         assert code == 0
-        assert [line["id"] for line in lines] == [3, 2, 1]
+        assert [line["id"] for line in lines] == [2, 3, 1]
         assert lines[2] == {
             "id": 1,
             "name": "support agent",

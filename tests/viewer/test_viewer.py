@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -31,7 +30,7 @@ import promptlayer_exec.viewer
 from promptlayer_exec import Node, NodeStatus, Session, Snapshot
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._values.statuses import STATUS_TABLE, UNKNOWN_STATUS, status_entry
-from promptlayer_exec.cli._server_commands import TOKEN, _print_url, open_in_browser, view
+from promptlayer_exec.cli._server_commands import TOKEN, _print_url, view
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Address, Board, History, listen, serve
 from promptlayer_exec.viewer._board import Card
@@ -530,18 +529,27 @@ async def test_serving_leaves_the_signal_handlers_alone(viewer: Any) -> None:
     assert not any(isinstance(owner, uvicorn.Server) for owner in owners)
 
 
-async def test_sigterm_stops_the_command_with_a_page_open(sim: Simulator, held: int) -> None:
-    """It exits soon, with code 0 and no message; the token is from the environment."""
+async def test_sigterm_stops_the_command_with_a_page_open(
+    sim: Simulator, held: int, tmp_path: Path
+) -> None:
+    """It exits soon, with code 0 and no message; the token is from the environment.
+
+    With `--no-history`, it writes no file.
+    """
     token = "t" * 22
     environment = {
         **os.environ,
         "PROMPTLAYER_API_KEY": sim.api_key,
         "PROMPTLAYER_BASE_URL": sim.base_url,
+        "XDG_STATE_HOME": str(tmp_path),
         TOKEN: token,
     }
-    command = [sys.executable, "-W", "error", "-m", "promptlayer_exec", "view", str(held)]
+    view = ("-m", "promptlayer_exec", "view", "--no-history", str(held))
     process = await asyncio.create_subprocess_exec(
-        *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        *(sys.executable, "-W", "error", *view),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
     )
     try:
         assert process.stdout is not None
@@ -554,7 +562,9 @@ async def test_sigterm_stops_the_command_with_a_page_open(sim: Simulator, held: 
             http.get(f"http://127.0.0.1:{found[1]}/api/events") as response,
         ):
             assert await response.content.readline() == b"event: board\n"
-            assert f'["{held}"]'.encode() in await response.content.readline()
+            board = await response.content.readline()
+            assert f'["{held}"]'.encode() in board
+            assert b'"has_history":false' in board
             process.send_signal(signal.SIGTERM)
             rest = await response.content.read()
             async with asyncio.timeout(30):
@@ -565,6 +575,7 @@ async def test_sigterm_stops_the_command_with_a_page_open(sim: Simulator, held: 
             await process.wait()
     assert rest.endswith(b"event: end\ndata: {}\n\n")
     assert process.returncode == 0
+    assert os.listdir(tmp_path) == []  # noqa: PTH208 - in one call, as nothing else runs
     assert errors == b"Open this page, and keep its URL to yourself (Ctrl-C stops the server):\n"
 
 
@@ -632,72 +643,3 @@ async def test_a_start_that_is_answered_as_the_pages_are_closed_is_logged(
         board.close()
         execution = await board.start("w", {})
     assert f"execution {execution.id} of workflow 'w' started" in caplog.messages
-
-
-_BROWSER = """
-import json, os, sys, urllib.parse, urllib.request
-name = urllib.request.url2pathname(urllib.parse.urlsplit(sys.argv[1]).path)
-with open(name) as file:
-    print(json.dumps([sys.argv, name, os.stat(name).st_mode, file.read()]))
-"""
-
-
-async def test_the_page_is_opened_without_the_token_on_a_command_line(
-    sim: Simulator, tmp_path: Path
-) -> None:
-    """The browser gets a file that only the user can read."""
-    browser = tmp_path / "browser.py"
-    browser.write_text(_BROWSER)
-    token = "t" * 22
-    environment = {
-        **os.environ,
-        "PROMPTLAYER_API_KEY": sim.api_key,
-        "PROMPTLAYER_BASE_URL": sim.base_url,
-        "BROWSER": f"{sys.executable} {browser} %s",
-        TOKEN: token,
-    }
-    command = [sys.executable, "-m", "promptlayer_exec", "view", "--open", "--no-history"]
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-    )
-    try:
-        assert process.stdout is not None
-        url = (await process.stdout.readline()).decode().strip()
-        arguments, name, mode, text = json.loads(await process.stdout.readline())
-        headers = {"Authorization": f"Bearer {token}"}
-        async with (
-            aiohttp.ClientSession(headers=headers) as http,
-            http.get(url.replace("/#token=", "/api/events?")) as response,
-        ):
-            assert b'"has_history":false' in await response.content.readuntil(b"\n\n")
-            process.send_signal(signal.SIGTERM)
-            async with asyncio.timeout(20):
-                await process.wait()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert token not in " ".join(arguments)
-    assert stat.S_IMODE(mode) == 0o600
-    assert re.findall('url=([^"]*)"', text) == [url]
-    assert process.returncode == 0
-    assert not os.path.lexists(name)  # noqa: ASYNC240 - nothing else runs
-
-
-async def test_the_file_is_deleted_once_the_page_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its name stays in the browser's history, and leads nowhere."""
-    urls: list[str] = []
-    monkeypatch.setattr("webbrowser.open", lambda url: urls.append(url) or True)
-    opened = asyncio.Event()
-    opened.set()
-    await open_in_browser("http://a.b/#token=t", opened)
-    assert not os.path.lexists(urls[0].removeprefix("file://"))  # noqa: ASYNC240
-
-
-async def test_without_a_browser_the_page_is_opened_by_hand(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The command says so, and goes on."""
-    monkeypatch.setattr("webbrowser.open", lambda _: False)
-    await open_in_browser("http://a.b/#token=t", asyncio.Event())
-    assert "open the page yourself" in capsys.readouterr().err
