@@ -46,9 +46,13 @@ def explain(error: Exception) -> str:
 
 def explain_briefly(error: Exception) -> str:
     """Return the same for a place that already shows the execution."""
-    text = f"{integration.what_happened(error)}."
-    data = integration.stored_data(error)
-    return _joined(text[0].upper() + text[1:], type(error), data)
+    return _joined(sentence(error), type(error), integration.stored_data(error))
+
+
+def sentence(error: Exception) -> str:
+    """Return what happened, for a place that shows the execution, and what will happen next."""
+    text = integration.what_happened(error)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def explain_stored(kind: str, problem: str, data: Data) -> str:
@@ -74,6 +78,12 @@ def _about_key(data: Data) -> str:
     return "Use another --key, or repeat the original command."
 
 
+def _about_connection(data: Data) -> str:
+    if (problem := data.get("tls")) is not None:
+        return TLS_ADVICE[problem]
+    return "Check the network and --base-url."
+
+
 def _about_missing(data: Data) -> str:
     if data.get("execution_id") is not None:
         return "Check the id, --base-url, and that the API key belongs to the same workspace."
@@ -91,6 +101,16 @@ def _about_unknown(data: Data) -> str:
         " `promptlayer-exec watch ID`. If not, use another --key."
     )
 
+
+# What to do if there is no TLS connection, by `ConnectionFailed.tls`.
+TLS_ADVICE = {
+    "expired": "Check this machine's clock. If it is right, the server needs a new certificate.",
+    "another host": "Check --base-url: this certificate belongs to another host.",
+    "certificate": "If a private authority issued the certificate, set SSL_CERT_FILE to that"
+    " authority's certificate.",
+    "no TLS": "Check the scheme and the port of --base-url.",
+    "handshake": "Check the scheme and the port of --base-url.",
+}
 
 # What to do about a wrong setting, by the name of the argument of `Session` or `Batch`.
 _SETTINGS = {
@@ -115,7 +135,7 @@ _ADVICE: Mapping[type, str | Callable[[Data], str]] = {
     InvalidInputs: "",  # the commands show how to list the inputs
     KeyConflict: _about_key,
     SessionClosed: "",
-    ConnectionFailed: "Check the network and --base-url.",
+    ConnectionFailed: _about_connection,
     RequestTimeout: "Try again.",
     InvalidResponse: "Check that --base-url is the PromptLayer API.",
     ResponseTooLarge: "",  # no option raises the limit

@@ -13,7 +13,8 @@ from yarl import URL
 from promptlayer_exec._api.messages import Response
 from promptlayer_exec._api.status import status_name
 from promptlayer_exec._doctor.recorder import Recorder
-from promptlayer_exec._http.failures import is_tls_failure, reason_of
+from promptlayer_exec._http.failures import reason_of, tls_problem
+from promptlayer_exec._values.errors import TLSProblem
 
 if TYPE_CHECKING:
     from aiohttp.tracing import Trace
@@ -26,12 +27,12 @@ class NoResponse(Exception):
     """No response came. Its text contains the reason, without the host.
 
     Attributes:
-        is_tls: whether there is no TLS connection.
+        tls: why there is no TLS connection, or None if TLS did not fail.
     """
 
-    def __init__(self, reason: str, *, is_tls: bool = False) -> None:
+    def __init__(self, reason: str, *, tls: TLSProblem | None = None) -> None:
         super().__init__(reason)
-        self.is_tls = is_tls
+        self.tls = tls
 
 
 @attrs.frozen
@@ -161,4 +162,4 @@ class Wire:
         # The errors of aiohttp show request headers, and so the key: none of them is a cause.
         if isinstance(error, TimeoutError):
             return NoResponse(f"no response within {self._timeout:g} s")
-        return NoResponse(reason_of(error), is_tls=is_tls_failure(error))
+        return NoResponse(reason_of(error), tls=tls_problem(error))

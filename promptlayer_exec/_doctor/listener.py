@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from contextlib import suppress
 from typing import Any
 
 import aiohttp
 import attrs
 
-from promptlayer_exec._push.centrifugo import Subscription, SubscriptionLost, SubscriptionRefused
+from promptlayer_exec._push.centrifugo import Subscription, SubscriptionEnded
 from promptlayer_exec._push.channels import read_completion
 
 
@@ -80,9 +79,8 @@ class Listener:
     async def _stay(self, subscription: Subscription, token: str) -> None:
         try:
             await subscription.run(token)
-        except (SubscriptionLost, SubscriptionRefused) as error:
-            # Its code is kept, and the server's own words are not: they may name anything.
-            self.lost = re.sub(r": .*?( \(\d+\))?$", r"\1", str(error))
+        except SubscriptionEnded as error:
+            self.lost = error.summary  # without the server's own words: they may name anything
 
     def _receive(self, data: Any) -> None:
         now = asyncio.get_running_loop().time()

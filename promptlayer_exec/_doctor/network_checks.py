@@ -6,13 +6,13 @@ import asyncio
 import ipaddress
 import math
 import os
-import re
 import socket
 import ssl
 from datetime import UTC, datetime
 
 from yarl import URL
 
+from promptlayer_exec._advice import TLS_ADVICE
 from promptlayer_exec._doctor.examination import Examination
 from promptlayer_exec._doctor.exchanges import Exchange, NoResponse, Wire
 from promptlayer_exec._doctor.report import Finding, broken_rule, differs, failed, ok, skipped
@@ -140,26 +140,10 @@ async def check_tls(examination: Examination) -> Finding:
     if not examination.base_url.startswith("https:"):
         return skipped("the base URL is http")
     if isinstance(examination.first_contact, NoResponse):
-        if examination.first_contact.is_tls:
-            return _refused_tls(str(examination.first_contact))
+        if (problem := examination.first_contact.tls) is not None:
+            return failed(f"no TLS connection: {examination.first_contact}", TLS_ADVICE[problem])
         return skipped("no connection was made")
     return _describe_tls(wire.tls)
-
-
-def _refused_tls(reason: str) -> Finding:
-    # The rest of the text is advice for programs.
-    found = re.split(r" \(for a |: check ", reason)[0]
-    advice = (
-        "If a private authority issued the certificate, set SSL_CERT_FILE to that authority's"
-        " certificate."
-    )
-    if "expired" in found or "not yet valid" in found:
-        advice = "Check this machine's clock. If it is right, the server needs a new certificate."
-    elif "ismatch" in found:
-        advice = "Check --base-url: this certificate belongs to another host."
-    elif "handshake" in found or "not use TLS" in found:
-        advice = "Check the scheme and the port of --base-url."
-    return failed(f"no TLS connection: {found}", advice)
 
 
 def _describe_tls(connection: ssl.SSLObject | None) -> Finding:
@@ -182,7 +166,7 @@ async def check_response(examination: Examination) -> Finding:
     """Judge the first response, and measure the latency of two more requests."""
     first = examination.first_contact
     if isinstance(first, NoResponse):
-        if first.is_tls:
+        if first.tls is not None:
             return skipped("the check 'TLS' did not pass")
         return failed(
             f"could not reach the server: {first}", _advice(str(first)), place=examination.base_url

@@ -10,9 +10,18 @@ import aiohttp
 from yarl import URL
 
 from promptlayer_exec._api.redaction import CREDENTIALS
+from promptlayer_exec._values.errors import TLSProblem
 
 # Alerts from a server that refuses the handshake. In TLS 1.3 they follow our last message.
 _REFUSED_HANDSHAKE = re.compile("ALERT.*(CERTIFICATE|UNKNOWN_CA|HANDSHAKE|ACCESS_DENIED)")
+
+# By OpenSSL's numbers. Others are those of an authority that this machine does not trust.
+_CERTIFICATE_PROBLEMS: dict[int, TLSProblem] = {
+    9: "expired",  # not yet valid, which also means that a clock is wrong
+    10: "expired",
+    62: "another host",
+    64: "another host",  # an IP address
+}
 
 
 def is_permanent(error: BaseException) -> bool:
@@ -70,30 +79,37 @@ def reason_of(error: BaseException) -> str:  # noqa: PLR0911 - a table
     return _unquoted(CREDENTIALS.sub("", str(error))) or type(error).__name__
 
 
-def _tls_reason(error: BaseException) -> str:
-    """Return why TLS failed, and what to do about it."""
+def tls_problem(error: BaseException) -> TLSProblem | None:
+    """Return why TLS failed, in a word, or None if it did not."""
+    if not is_tls_failure(error):
+        return None
+    cause = _tls_cause(error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return _CERTIFICATE_PROBLEMS.get(cause.verify_code, "certificate")
+    if getattr(cause, "reason", None) == "WRONG_VERSION_NUMBER":
+        return "no TLS"
+    return "handshake"
+
+
+def _tls_cause(error: BaseException) -> BaseException:
     cause: BaseException = error
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         cause = error.certificate_error
     elif isinstance(error, aiohttp.ClientConnectorSSLError):
         cause = error.os_error
     elif not isinstance(error, ssl.SSLError) and error.__cause__ is not None:
-        return _tls_reason(error.__cause__)
+        cause = _tls_cause(error.__cause__)
+    return cause
 
+
+def _tls_reason(error: BaseException) -> str:
+    cause = _tls_cause(error)
     if isinstance(cause, ssl.SSLCertVerificationError):
-        why = str(cause.verify_message).rstrip(".")
-        return (
-            f"the server's certificate is not valid: {why} (for a private authority, set"
-            " SSL_CERT_FILE to its certificate, or pass http= with an SSL context)"
-        )
-
+        return f"the server's certificate is not valid: {str(cause.verify_message).rstrip('.')}"
     name = getattr(cause, "reason", None) or str(cause)
     if name == "WRONG_VERSION_NUMBER":
-        return f"the server does not use TLS on this port ({name}): check base_url"
-    return (
-        f"the handshake failed: {name} (for a client certificate or another TLS version, pass"
-        " http= with an SSL context)"
-    )
+        return f"the server does not use TLS on this port ({name})"
+    return f"the handshake failed: {name}"
 
 
 def _connect_reason(error: aiohttp.ClientConnectorError) -> str:

@@ -34,6 +34,7 @@ from promptlayer_exec._http.failures import (
     is_unreachable,
     reason_of,
     tls_peer,
+    tls_problem,
 )
 from promptlayer_exec._http.throttle import Throttle
 from promptlayer_exec._values.errors import (
@@ -275,7 +276,8 @@ class Transport:
         error: RequestError
         if is_tls_failure(failure):
             peer = tls_peer(failure, self.base_url)
-            error = ConnectionFailed(f"no TLS connection to {peer}: {reason}", reason=reason)
+            text = f"no TLS connection to {peer}: {reason}"
+            error = ConnectionFailed(text, reason=reason, tls=tls_problem(failure))
         elif isinstance(failure, TimeoutError):
             seconds = self._settings.request_timeout
             error = RequestTimeout(

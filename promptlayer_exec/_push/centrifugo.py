@@ -36,11 +36,26 @@ class SubscriptionPolicy:
 _POLICY = SubscriptionPolicy()
 
 
-class SubscriptionLost(Exception):
+class SubscriptionEnded(Exception):
+    """The subscription is gone.
+
+    Args:
+        what: what happened, in our own words.
+        reason: the server's words, which may name anything, or the library's.
+        code: the server's number for it.
+    """
+
+    def __init__(self, what: str, reason: object = None, code: int | None = None) -> None:
+        number = "" if code is None else f" ({code})"
+        self.summary = f"{what}{number}"
+        super().__init__(self.summary if reason is None else f"{what}: {reason}{number}")
+
+
+class SubscriptionLost(SubscriptionEnded):
     """The subscription is gone, but another one may succeed."""
 
 
-class SubscriptionRefused(Exception):
+class SubscriptionRefused(SubscriptionEnded):
     """The server permanently refuses the subscription."""
 
 
@@ -103,10 +118,9 @@ class Subscription:
 
         match reply.get("error"):
             case {"code": code, **error} if code != 105:  # already subscribed
-                text = f"{error.get('message')} ({code})"
-                if code == 109 or error.get("temporary"):  # the token has expired
-                    raise SubscriptionLost(text)
-                raise SubscriptionRefused(f"the server refused to {command}: {text}")
+                is_temporary = code == 109 or error.get("temporary")  # the token has expired
+                ended = SubscriptionLost if is_temporary else SubscriptionRefused
+                raise ended(f"the server refused to {command}", error.get("message"), code)
 
         result = reply.get(command)
         return result if isinstance(result, dict) else {}
@@ -147,21 +161,19 @@ class Subscription:
             case {"push": {"channel": self.channel, "pub": {"data": data}}}:
                 self.on_message(data)
             case {"push": {"channel": self.channel, "unsubscribe": {"code": int(code), **more}}}:
-                text = f"the server stopped the subscription: {more.get('reason')} ({code})"
-                if code >= 2500:  # the client may subscribe again
-                    raise SubscriptionLost(text)
-                raise SubscriptionRefused(text)
+                # From 2500, the client may subscribe again.
+                ended = SubscriptionLost if code >= 2500 else SubscriptionRefused
+                raise ended("the server stopped the subscription", more.get("reason"), code)
             case dict() if not message:  # a ping
                 await self._send({})
 
     def _end(self, frame: aiohttp.WSMessage) -> NoReturn:
         if frame.type is aiohttp.WSMsgType.ERROR:
-            raise SubscriptionLost(f"the connection broke: {frame.data}")
+            raise SubscriptionLost("the connection broke", frame.data)
         code = self._socket.close_code or 0
-        text = f"the server closed the connection: {frame.extra or 'no reason'} ({code})"
-        if 3500 <= code < 4000 or 4500 <= code < 5000:  # the client must not reconnect
-            raise SubscriptionRefused(text)
-        raise SubscriptionLost(text)
+        must_not_reconnect = 3500 <= code < 4000 or 4500 <= code < 5000
+        ended = SubscriptionRefused if must_not_reconnect else SubscriptionLost
+        raise ended("the server closed the connection", frame.extra or "no reason", code)
 
 
 def _seconds(reply: dict[str, Any], name: str) -> float:

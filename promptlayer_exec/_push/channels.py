@@ -24,7 +24,7 @@ from promptlayer_exec._api.attempt import SendControlRequest
 from promptlayer_exec._api.messages import Request, Response, decode, invalid_shape
 from promptlayer_exec._api.status import check_status
 from promptlayer_exec._engine.expiring import ExpiringDict
-from promptlayer_exec._push.centrifugo import Subscription, SubscriptionLost, SubscriptionRefused
+from promptlayer_exec._push.centrifugo import Subscription, SubscriptionEnded, SubscriptionLost
 from promptlayer_exec._push.fallback import FallbackPolicy
 from promptlayer_exec._values.arguments import check_execution_id
 from promptlayer_exec._values.errors import RequestError
@@ -413,6 +413,6 @@ class PushedRun:
 
 def _describe(error: BaseException) -> str:
     """Return an error's message, but only the type of a foreign one, whose text may be secret."""
-    if isinstance(error, RequestError | SubscriptionLost | SubscriptionRefused):
+    if isinstance(error, RequestError | SubscriptionEnded):
         return str(error.args[0])
     return type(error).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import attrs
 
@@ -13,6 +13,8 @@ from promptlayer_exec._values.text import printable, short_repr
 
 if TYPE_CHECKING:
     from promptlayer_exec._values.models import Node, Snapshot
+
+TLSProblem: TypeAlias = Literal["expired", "another host", "certificate", "no TLS", "handshake"]
 
 
 class PromptLayerExecError(Exception):
@@ -197,9 +199,33 @@ class RequestError(PromptLayerExecError):
 
 
 class ConnectionFailed(RequestError, ConnectionError):
-    """The session could not reach the server, or the connection broke during the response."""
+    """The session could not reach the server, or the connection broke during the response.
+
+    Attributes:
+        tls: why there is no TLS connection: `expired` (or not yet valid), `another host` or
+            `certificate` for an invalid certificate, `no TLS` for a server that does not use TLS on
+            this port, `handshake`, or None if TLS did not fail.
+    """
 
     _usual_advice = "Check the network and base_url. Running executions are not affected."
+    _stored = ("tls",)
+
+    def __init__(self, message: str, *, tls: TLSProblem | None = None, **context: Any) -> None:
+        super().__init__(message, **context)
+        self.tls = tls
+
+    def _find_advice(self) -> str | None:
+        return super()._find_advice() if self.tls is None else _TLS_ADVICE[self.tls]
+
+
+_TLS_ADVICE: dict[TLSProblem, str] = {
+    "expired": "Check this machine's clock. If it is right, the server needs a new certificate.",
+    "another host": "Check base_url: this certificate belongs to another host.",
+    "certificate": "If a private authority issued the certificate, set SSL_CERT_FILE to that"
+    " authority's certificate, or pass http= with an SSL context.",
+    "no TLS": "Check the scheme and the port of base_url.",
+    "handshake": "For a client certificate or another TLS version, pass http= with an SSL context.",
+}
 
 
 class RequestTimeout(RequestError, TimeoutError):

@@ -290,7 +290,9 @@ def listening(host: str, port: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # socket.create_server repeats the address after the reason.
-        reason = str(error.strerror or error).partition(" (while")[0]
+        # The text of socket.create_server repeats the address after the reason.
+        reason = error.strerror
+        if error.errno is not None and error.errno > 0:  # a failed name lookup has another one
+            reason = os.strerror(error.errno)
         advice = ". --port 0 picks a free port" if port else ""
         raise Misuse(f"cannot listen on {host}, port {port}: {reason}{advice}") from None

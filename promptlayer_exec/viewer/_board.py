@@ -16,7 +16,7 @@ import attrs
 from promptlayer_exec import Event, Execution, RequestRetried, Session, Snapshot, StartUnknown
 from promptlayer_exec._integration import error_text, indented
 from promptlayer_exec.viewer._history import History
-from promptlayer_exec.viewer._problems import Problem, explain
+from promptlayer_exec.viewer._problems import Problem, explain, explain_retry
 from promptlayer_exec.viewer._timeline import Observation, Timeline
 
 logger = logging.getLogger("promptlayer_exec")
@@ -100,7 +100,7 @@ class Board:
         card = self.cards.get(event.execution_id or 0)
         if card is not None and isinstance(event, RequestRetried):
             until = time.time() + event.delay
-            card.problem = Problem(*explain(event.error), _since(card), until)
+            card.problem = Problem(*explain_retry(event.error), _since(card), until)
             self._notify()
 
     def follow(self, execution_id: int) -> None:

@@ -14,7 +14,7 @@ from promptlayer_exec import (
     ServerError,
     Unauthorized,
 )
-from promptlayer_exec._advice import explain_briefly
+from promptlayer_exec._advice import explain_briefly, sentence
 
 
 @attrs.frozen
@@ -41,6 +41,14 @@ _KINDS: dict[type[Exception], str] = {
 
 
 def explain(error: Exception) -> tuple[str, str]:
-    """Return the kind of an error, and sentences for people."""
-    kind = next((_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS), "other")
-    return kind, explain_briefly(error)
+    """Return the kind of an error, and sentences for people: what happened, and what to do."""
+    return _kind(error), explain_briefly(error)
+
+
+def explain_retry(error: Exception) -> tuple[str, str]:
+    """Return the same for an error that the session retries, so that there is nothing to do."""
+    return _kind(error), sentence(error)
+
+
+def _kind(error: Exception) -> str:
+    return next((_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS), "other")

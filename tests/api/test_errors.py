@@ -30,7 +30,7 @@ FIELDS = {
     "ConfigurationError": {"setting": "rate", "got": "-1"},
     "SessionClosed": {},
     "RequestError": REQUEST,
-    "ConnectionFailed": REQUEST,
+    "ConnectionFailed": {**REQUEST, "tls": "expired"},
     "RequestTimeout": REQUEST,
     "InvalidResponse": {**REQUEST, "status": 200, "excerpt": "[]", "path": "$.Node 1.status"},
     "ResponseTooLarge": {**REQUEST, "status": 200, "excerpt": "[[", "limit": 64},

@@ -190,5 +190,5 @@ async def test_two_of_one_workflow_are_chosen_for_comparison(
     await entry(page, 5004).get_by_role("checkbox").uncheck()
     await entry(page, 5002).get_by_role("checkbox").check()
     await button.click()
-    await expect(page.locator("#compare-problem")).to_contain_text("PromptLayer has no ")
+    await expect(page.locator("#compare-problem")).to_contain_text("The server returned 404")
     assert page.url.endswith("#/compare/5002/5005")

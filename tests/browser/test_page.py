@@ -151,12 +151,12 @@ async def test_what_is_wrong_at_promptlayer_is_said_where_the_run_is(
     sim.inject(Fault.status(503, retry_after=60.0))
     problem = page.locator("#outage")
     await expect(problem).to_have_text(
-        re.compile(r"PromptLayer responded with 503 .* Since .*\. The next attempt is at \d+:")
+        re.compile(r"The server returned 503 .* Since .*\. The next attempt is at \d+:")
     )
     await expect(state(page, held)).to_have_text("Last seen running")
     await expect(page.locator("#connection")).to_have_text("PromptLayer has errors")
     await ui.open_run(held)
-    await expect(problem).to_contain_text("PromptLayer responded with 503")
+    await expect(problem).to_contain_text("The server returned 503")
     await ui.open("#/")
     await line(page, held).get_by_role("button", name="Remove").click()
     await expect(page.locator("#connection")).to_have_text("Connected")
@@ -166,7 +166,7 @@ async def test_what_is_wrong_at_promptlayer_is_said_where_the_run_is(
     await expect(state(page, other)).to_have_text("No longer followed")
     await expect(page.locator("#connection")).to_have_text("PromptLayer refuses the key")
     await expect(line(page, other).locator('[data-part="sentence"]')).to_contain_text(
-        "Check PROMPTLAYER_API_KEY where you started the viewer"
+        "Check PROMPTLAYER_API_KEY."
     )
     await expect(page.get_by_role("radio", name="Failed 0")).to_be_attached()
     await expect(page.get_by_role("radio", name="No longer followed 1")).to_be_attached()
@@ -393,7 +393,7 @@ async def test_an_unknown_or_invalid_id_is_an_error_at_the_field(
     browser_errors.expected = ("404 (Not Found)", "422 (")
     field = page.get_by_label("Add an execution")
     error = page.locator("#execution-id-error")
-    for wrong, reason in [("77", "PromptLayer has no execution 77"), ("x", "a whole number")]:
+    for wrong, reason in [("77", "The server returned 404"), ("x", "a whole number")]:
         await add(page, wrong)
         await expect(error).to_contain_text(reason)
         await expect(field).to_be_focused()

@@ -94,7 +94,7 @@ async def test_a_bookmark_follows_an_execution_again(
     await expect(ui.row("plan")).to_have_attribute("data-status", "running")
     assert list(viewer.board.cards) == [held]
     await ui.open_run(77)
-    await expect(ui.part("problem")).to_contain_text("PromptLayer has no execution 77")
+    await expect(ui.part("problem")).to_contain_text("The server returned 404")
     sim.add_execution(HELD, execution_id=77)
     await page.get_by_role("button", name="Try again").click()
     await expect(ui.row("plan")).to_have_attribute("data-status", "running")

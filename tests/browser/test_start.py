@@ -43,9 +43,9 @@ async def test_a_workflow_without_a_definition_takes_json(
     await expect(page.locator("#workflow-error")).to_contain_text("Enter the name")
     await workflow.fill("nothing")
     await page.keyboard.press("Tab")
-    await expect(page.locator("#definition")).to_contain_text("PromptLayer has no ")
+    await expect(page.locator("#definition")).to_contain_text("the server returned 404")
     await start_button(page).click()
-    await expect(page.locator("#workflow-error")).to_contain_text("PromptLayer has no ")
+    await expect(page.locator("#workflow-error")).to_contain_text("the server returned 404")
     await expect(workflow).to_be_focused()
     await workflow.fill("write/report")
     for wrong, reason in [

@@ -366,7 +366,7 @@ async def test_a_watch_that_failed_keeps_its_last_snapshot(
     ("fault", "problem"),
     [
         (Fault.disconnect(), ("unreachable", "No usable response from http")),
-        (Fault.status(503), ("failing", "The server returned 503 Service Unavailable. Try again")),
+        (Fault.status(503), ("failing", "The server returned 503 Service Unavailable.")),
         (Fault.status(429, retry_after=0.2), ("waiting", "The server returned 429 Too Many")),
         (Fault.truncate(), ("unreadable", "Could not read the 202 response")),
     ],

@@ -193,7 +193,7 @@ export function differingSettings({ data: left }, { data: right }) {
 const GOES_ON = "Runs continue on PromptLayer. The page shows what it last saw.";
 // By kind of problem: a few words, and what to do.
 const SERVER = {
-  unreachable: ["PromptLayer is unreachable", GOES_ON],
+  unreachable: ["PromptLayer is unreachable", `Check the network of the machine that runs the viewer. ${GOES_ON}`],
   slow: ["PromptLayer does not respond", GOES_ON],
   stale: ["PromptLayer does not respond", GOES_ON],
   failing: ["PromptLayer has errors", GOES_ON],
