@@ -33,7 +33,7 @@ _PATHS = re.compile(
 
 
 @attrs.frozen
-class _Recorded:
+class _RecordedExchange:
     """One request and its response. Without a response, the status is 0."""
 
     at: datetime
@@ -50,7 +50,7 @@ class _Recorded:
 class Recorder:
     """A middleware of aiohttp that keeps every response, and writes a file about them."""
 
-    _recorded: list[_Recorded] = attrs.field(factory=list, init=False)
+    _recorded: list[_RecordedExchange] = attrs.field(factory=list, init=False)
     # Hundreds of polls may get the same body.
     _bodies: dict[bytes, bytes] = attrs.field(factory=dict, init=False)
 
@@ -69,7 +69,7 @@ class Recorder:
         try:
             response = await handler(request)
         except BaseException:
-            self._recorded.append(_Recorded(at, clock() - began, method, url))
+            self._recorded.append(_RecordedExchange(at, clock() - began, method, url))
             raise
 
         body = b""
@@ -78,7 +78,7 @@ class Recorder:
             with suppress(aiohttp.ClientError, OSError):
                 body = await response.read()
         self._recorded.append(
-            _Recorded(
+            _RecordedExchange(
                 at,
                 clock() - began,
                 method,
@@ -114,7 +114,7 @@ class Recorder:
         path.write_text(json.dumps({"log": log}, indent=1) + "\n", encoding="ascii")
 
 
-def _entry(recorded: _Recorded, anonymizer: Anonymizer) -> dict[str, Any]:
+def _entry(recorded: _RecordedExchange, anonymizer: Anonymizer) -> dict[str, Any]:
     """Return one entry of the file, with all fields that the format requires."""
     milliseconds = recorded.seconds * 1000
     unknown = {"httpVersion": "HTTP/1.1", "cookies": [], "headersSize": -1}

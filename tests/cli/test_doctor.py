@@ -161,7 +161,7 @@ class TestHealthy:
     def test_the_report_in_the_docs_is_what_is_printed(self, call: Callable[..., Any]) -> None:
         """Only numbers differ, what is installed, and whether push or a poll was first."""
         page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
-        (_, command, _), (shown,) = (
+        (_, command, *_), (shown,) = (
             re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
             for language in ("sh", "text")
         )
