@@ -7,6 +7,8 @@ import warnings
 from collections import Counter
 from typing import Any
 
+import attrs
+
 from promptlayer_exec._api.json import loads
 from promptlayer_exec._api.status import status_name
 from promptlayer_exec._doctor.examination import Examination
@@ -36,14 +38,15 @@ from promptlayer_exec._values.errors import (
     StatusError,
 )
 from promptlayer_exec._values.events import Event, ExecutionStarted
-from promptlayer_exec._values.models import same_json
+from promptlayer_exec._values.models import Node, same_json
 from promptlayer_exec._values.policies import RetryPolicy
 from promptlayer_exec._values.statuses import FINAL, STATUSES
 from promptlayer_exec._values.text import JSON_KINDS
 
 _POLICY = ObservationPolicy()
 _ID_FIELD = "workflow_version_execution_id"
-_NODE_FIELDS = ("value", "error_message", "raw_error_message", "is_output_node")
+# `node_map` requires the status, and the name is the key.
+_NODE_FIELDS = [field.name for field in attrs.fields(Node) if field.name not in ("name", "status")]
 
 
 async def check_start(examination: Examination) -> Finding:

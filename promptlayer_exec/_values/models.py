@@ -96,6 +96,9 @@ class Node:
         return self.status == NodeStatus.SUCCESS
 
 
+_NODE_FIELDS = tuple(field.name for field in attrs.fields(Node))
+
+
 @attrs.frozen
 class NodeTimes:
     """When a watch first saw a node running, and when it first saw it final.
@@ -364,16 +367,11 @@ def node_dict(snapshot: Snapshot, name: str) -> dict[str, Any]:
     node = snapshot.nodes[name]
     times = snapshot.times.get(name, NodeTimes())
 
-    return {
-        "name": node.name,
-        "status": str(node.status),
-        "value": node.value,
-        "error_message": node.error_message,
-        "raw_error_message": node.raw_error_message,
-        "is_output_node": node.is_output_node,
-        "running": _milliseconds(times.running),
-        "final": _milliseconds(times.final),
-    }
+    shown: dict[str, Any] = {name: getattr(node, name) for name in _NODE_FIELDS}
+    shown["status"] = str(node.status)
+    shown["running"] = _milliseconds(times.running)
+    shown["final"] = _milliseconds(times.final)
+    return shown
 
 
 def _milliseconds(seconds: float | None) -> float | None:

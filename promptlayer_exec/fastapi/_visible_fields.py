@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
-from promptlayer_exec import Snapshot
+import attrs
+
+from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._integration import node_dict
 
 DEFAULT_FIELDS = ("value", "error_message")
-# The fields of a node that clients see only if the app lists them, and their schemas.
-_OPTIONAL = {"value": {}, "error_message": {"type": ["string", "null"]}, "raw_error_message": {}}
+# Clients see any other field of a node only if the app lists it.
+_ALWAYS_VISIBLE = ("name", "status", "is_output_node")
+_OPTIONAL = [field.name for field in attrs.fields(Node) if field.name not in _ALWAYS_VISIBLE]
+
+_JSON_TYPES = {
+    str: "string",
+    NodeStatus: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    NoneType: "null",
+}
 
 
 def hidden_fields(fields: Collection[str]) -> frozenset[str]:
@@ -45,7 +58,6 @@ def _object(title: str, /, *, optional: Collection[str] = (), **properties: Any)
 
 
 _TEXT, _NUMBER = {"type": "string"}, {"type": "number"}
-_TIME = {"type": ["number", "null"], "description": "Seconds from the first poll."}
 _YES_NO_UNKNOWN = {"type": ["boolean", "null"]}
 _INTEGER = {"type": "integer"}
 
@@ -82,10 +94,23 @@ def snapshot_schema(hidden: Collection[str]) -> dict[str, Any]:
 
 
 def _node(hidden: Collection[str]) -> dict[str, Any]:
-    optional = {name: schema for name, schema in _OPTIONAL.items() if name not in hidden}
-    times = {"running": _TIME, "final": _TIME}
-    always = {"name": _TEXT, "status": _TEXT, "is_output_node": _YES_NO_UNKNOWN}
-    return always | optional | times
+    """Return the schemas of a node's fields, from the types of `Node` and `NodeTimes`."""
+    fields = {
+        name: _schema(kind) for name, kind in get_type_hints(Node).items() if name not in hidden
+    }
+    times = {
+        name: _schema(kind) | {"description": "Seconds from the first poll."}
+        for name, kind in get_type_hints(NodeTimes).items()
+    }
+    return fields | times
+
+
+def _schema(kind: Any) -> dict[str, Any]:
+    """Return the schema of the JSON values of a type."""
+    if kind is Any:
+        return {}
+    types = list(dict.fromkeys(_JSON_TYPES[member] for member in get_args(kind) or (kind,)))
+    return {"type": types[0] if len(types) == 1 else types}
 
 
 def event_schema(hidden: Collection[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import httpx2
 import pytest
 from fastapi import FastAPI, HTTPException, Request
@@ -31,6 +33,7 @@ from promptlayer_exec import (
     InvalidResponse,
     KeyConflict,
     Node,
+    NodeTimes,
     NotFound,
     PromptLayerExecError,
     RateLimited,
@@ -40,6 +43,7 @@ from promptlayer_exec import (
     ServerError,
     Session,
     SessionClosed,
+    Snapshot,
     StartUnknown,
     StatusError,
     Unauthorized,
@@ -685,6 +689,32 @@ def test_the_router_has_an_openapi_description(session: Session) -> None:
     node = kinds[0]["properties"]["nodes"]["additionalProperties"]["properties"]
     assert "raw_error_message" in node
     assert {"value", "error_message"}.isdisjoint(node)
+
+
+def test_every_field_of_a_node_is_described_wherever_one_looks(session: Session) -> None:
+    """In OpenAPI, in the types of the browser module, and in the docstrings."""
+    fields = [field.name for field in attrs.fields(Node)]
+    snapshot = Snapshot(7, False, {"Plan": Node("Plan", "RUNNING")})
+    shown = set(snapshot.to_dict()["nodes"]["Plan"])
+    assert shown == {*fields, *(field.name for field in attrs.fields(NodeTimes))}
+
+    optional = set(fields) - {"name", "status", "is_output_node"}
+    paths = make_app(session, fields=optional).openapi()["paths"]
+    response = paths["/executions/{execution_id}"]["get"]["responses"]["200"]
+    (content,) = response["content"].values()
+    node = content["schema"]["properties"]["nodes"]["additionalProperties"]
+    assert set(node["properties"]) == set(node["required"]) == shown
+
+    module = Path(promptlayer_exec.fastapi.__file__).with_name("client.js")
+    declarations = module.with_suffix(".d.ts").read_text()
+    (comment,) = re.findall(r"(?s)@typedef \{object\} Node\b(.*?)@typedef", module.read_text())
+    (declared,) = re.findall(r"(?ms)^export type Node = \{$(.*?)^\};$", declarations)
+    assert set(re.findall(r"@property \{.*?\} \[?(\w+)", comment)) == shown
+    assert set(re.findall(r"(?m)^    (\w+)\??: ", declared)) == shown
+
+    attributes = set(re.findall(r"(?m)^ {8}(\w+): ", inspect.getsource(Node)))
+    assert attributes == set(fields)
+    assert shown <= set(re.findall(r'"(\w+)"', Snapshot.to_dict.__doc__ or ""))
 
 
 def test_a_test_client_needs_no_with(threaded_sim: Simulator) -> None:
