@@ -196,15 +196,15 @@ def test_an_interrupted_run_says_how_to_continue(
     }
 
 
-def test_an_interrupt_says_what_is_awaited(start: Start, gate: Any, tmp_path: Path) -> None:
+def test_an_interrupt_says_what_is_awaited(
+    start: Start, run: Run, gate: Any, tmp_path: Path
+) -> None:
     """One line says so, and what to do; the run whose start was awaited is not started again."""
     file = write(tmp_path / "night.jsonl", {"key": "a", "inputs": {}})
     with Simulator(on_request=gate) as sim:
         sim.add_workflow("done", Scenario([SimNode("Answer", 1, is_output_node=True)]))
-        run = partial(
-            start, "batch", "run", file, "--workflow", "done", PROMPTLAYER_BASE_URL=sim.base_url
-        )
-        command = run()
+        arguments = ("run", file, "--workflow", "done")
+        command = start("batch", *arguments, PROMPTLAYER_BASE_URL=sim.base_url)
         assert gate.reached.wait(TIMEOUT)
         command.process.send_signal(signal.SIGINT)
         assert command.error_line() == "batch night: 1 item\n"
@@ -214,7 +214,7 @@ def test_an_interrupt_says_what_is_awaited(start: Start, gate: Any, tmp_path: Pa
         code, _, err = command.end()
         assert (code, err.count("\n")) == (130, 3)
         assert err.startswith("interrupted. No item is lost")
-        assert run().end()[0] == 0
+        assert run(*arguments, PROMPTLAYER_BASE_URL=sim.base_url)[0] == 0
         assert len(sim.runs) == 1
 
 

@@ -712,22 +712,19 @@ class TestTerminal:
         assert "\x1b" not in text
         assert 'reply  SUCCESS  "Good\\nday"\n' in text
 
-    def test_results(self, sim: Simulator, terminal: Callable[..., Any]) -> None:
+    def test_results(self, sim: Simulator, call: Call, terminal: Callable[..., Any]) -> None:
         """`results` prints an escaped string or indented JSON, and `--all` a table."""
         execution_id = sim.add_execution(
             Scenario([SimNode("reply", "One\n[b]\x1b[2J", is_output_node=True)])
         )
         nested = sim.add_execution(Scenario([SimNode("n", {"a": ["日本"]}, is_output_node=True)]))
-        screens = [
-            terminal("results", execution_id),
-            terminal("results", execution_id, "--all"),
-            terminal("results", nested),
-        ]
-        assert screens[0].end() == (0, "One\n[b]\\x1b[2J\n")
-        code, text = screens[1].end()
+        text = "One\n[b]\\x1b[2J\n"
+        assert call("results", execution_id, on_screen=True) == (0, text, "")
+        indented = '{\n  "a": [\n    "日本"\n  ]\n}\n'
+        assert call("results", nested, on_screen=True) == (0, indented, "")
+        code, text = terminal("results", execution_id, "--all").end()
         assert code == 0
         assert re.search(r'\nreply +SUCCESS +"One\\n\[b\]\\u001b\[2J" *\n', shown(text))
-        assert screens[2].end() == (0, '{\n  "a": [\n    "日本"\n  ]\n}\n')
 
 
 class TestResults:
