@@ -144,6 +144,36 @@ async def test_a_late_joiner_gets_the_latest_answer_at_once(
     assert sim.request_count == 2
 
 
+async def test_a_complete_run_behind_an_error_is_shared(sim: Simulator, workers: Any) -> None:
+    """The others need no request to know that it is over, and one that comes later needs none."""
+    first, second, third = workers
+    nodes = [SimNode("Answer", "42", None)]
+    execution_id = sim.add_execution(Scenario(nodes, no_output_status=400))
+    async with streaming([first, second], execution_id) as streams:
+        await second.polled(2)
+        sim.finish(execution_id, "Answer")
+        assert all(last.complete for last in await asyncio.gather(*streams))
+    sent = sim.request_count
+    assert (await third.stream(execution_id)).nodes["Answer"].value == "42"
+    assert sim.request_count == sent
+
+
+async def test_a_200_that_comes_too_early_is_shared_as_running(
+    sim: Simulator, workers: Any, held: int
+) -> None:
+    """No session takes it for the end."""
+    sim.inject(Fault.early_completion(2))
+    seen: list[list[Snapshot]] = [[], [], []]
+    pairs = zip(workers, seen, strict=True)
+    tasks = [asyncio.create_task(worker.stream(held, shown)) for worker, shown in pairs]
+    await asyncio.gather(*(worker.polled(4) for worker in workers))
+    sim.finish(held, "Answer")
+    for last in await asyncio.gather(*tasks):
+        assert last.nodes["Answer"].value == "42"
+    for shown in seen:
+        assert [snapshot.complete for snapshot in shown] == [False] * (len(shown) - 1) + [True]
+
+
 async def test_another_session_polls_when_one_leaves(workers: Any, held: int) -> None:
     """Whether its stream ends or it closes, the others see neither an error nor a pause."""
     first, second, third = workers
