@@ -381,7 +381,7 @@ async def test_a_start_with_a_key_need_not_wait_for_the_response(
     hold(sim, gate)
     session = open_session(starts=store_of())
     with pytest.raises(ExecutionTimeout, match=r"no response .* same call with the key 'order'"):
-        await session.start(flow, INPUTS, key="order", timeout=0.1)
+        await session.start(flow, INPUTS, key="order", timeout=0.5)
     assert posts(sim) == 1
     second = start(session, flow)
     gate.opened.set()
