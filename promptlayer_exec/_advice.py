@@ -119,6 +119,7 @@ _SETTINGS = {
     "base_url": "Correct --base-url or PROMPTLAYER_BASE_URL.",
     "database_url": "Check --db or PROMPTLAYER_EXEC_DB: it must be like sqlite:///FILE or"
     " postgresql://user@host/database.",
+    "give_up_after": "Correct --give-up-after.",
     "max_in_flight": "Correct --max-in-flight.",
     "outage": "Correct --outage.",
     "rate": "Correct --rate.",

@@ -17,6 +17,7 @@ from promptlayer_exec._integration import duration, printable
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_management as management
 from promptlayer_exec.cli import _batch_options as options
+from promptlayer_exec.cli import _batch_retry as retrying
 from promptlayer_exec.cli._exit import (
     PROGRAM,
     THIS_SUBJECT,
@@ -30,7 +31,13 @@ from promptlayer_exec.cli._help import Program, help_epilog
 from promptlayer_exec.cli._item_file import ItemFile
 from promptlayer_exec.cli._options import BaseUrl, Database, NoPush, open_session
 from promptlayer_exec.cli._printing import err, quoted, shorten
-from promptlayer_exec.cli._result_file import LineFile, TableFile, open_results, write_results
+from promptlayer_exec.cli._result_file import (
+    LineFile,
+    Result,
+    TableFile,
+    open_results,
+    write_results,
+)
 
 if TYPE_CHECKING:
     from promptlayer_exec.cli._live import BatchProgress
@@ -78,6 +85,7 @@ async def _run(
     max_in_flight: options.MaxInFlight = None,
     rate: options.Rate = None,
     attempts: options.Attempts = None,
+    give_up_after: options.GiveUpAfter = None,
     same_server: options.SameServer = False,
     stop_after_failures: options.StopAfterFailures = None,
     no_push: NoPush = False,
@@ -107,6 +115,7 @@ async def _run(
             max_in_flight=max_in_flight,
             rate=rate,
             attempts=attempts,
+            give_up_after=give_up_after,
             same_server=same_server,
         )
 
@@ -140,8 +149,9 @@ async def _work(
     database: Database = None,
     max_in_flight: options.MaxInFlight = None,
     rate: options.Rate = None,
-    attempts: options.Attempts = None,
     *,
+    attempts: options.Attempts = None,
+    give_up_after: options.GiveUpAfter = None,
     same_server: options.SameServer = False,
     stop_after_failures: options.StopAfterFailures = None,
     no_push: NoPush = False,
@@ -163,6 +173,7 @@ async def _work(
         max_in_flight=max_in_flight,
         rate=rate,
         attempts=attempts,
+        give_up_after=give_up_after,
         same_server=same_server,
     )
 
@@ -174,8 +185,8 @@ for _name, _command, *_examples in (
     ("status", management.status, "batch status"),
     ("list", management.list_batches, "batch list"),
     ("show", management.show, "batch show item-17"),
-    ("recheck", management.recheck, "batch recheck"),
-    ("retry", management.retry, "batch retry --failed", "batch retry item-17 item-18"),
+    ("recheck", retrying.recheck, "batch recheck"),
+    ("retry", retrying.retry, "batch retry --failed", "batch retry item-17 item-18"),
     ("export", management.export, "batch export --out results.csv"),
     ("delete", management.delete, "batch delete --name night-2026-05-01"),
 ):
@@ -186,12 +197,11 @@ async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | Tab
     """Refuse to run items if the file has results of them that the database does not have."""
     kinds = await batch.kinds({result.key for result in file.results})
 
-    # Somebody may have requeued an item that did not succeed. One that succeeded never changes.
-    foreign = [
-        result.key
-        for result in file.results
-        if result.key not in kinds or (result.succeeded and kinds[result.key] != "succeeded")
-    ]
+    foreign = []
+    for result in file.results:
+        is_doubtful = result.succeeded and kinds.get(result.key) != "succeeded"
+        if result.key not in kinds or (is_doubtful and not await _is_earlier(batch, result)):
+            foreign.append(result.key)
 
     if foreign:
         raise Misuse(
@@ -199,6 +209,13 @@ async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | Tab
             f" {quoted(min(foreign))}: you would pay for that item again. Use the database that"
             " produced these results (--db, PROMPTLAYER_EXEC_DB), or another --out"
         )
+
+
+async def _is_earlier(batch: Batch, result: Result) -> bool:
+    """Return True if the result is of an earlier attempt, because somebody retried the item."""
+    item = await batch.item(result.key)
+    finished = [attempt.finished for attempt in item.attempts] if item is not None else []
+    return result.finished in [moment.isoformat() for moment in finished if moment is not None]
 
 
 async def _add(batch: Batch, items: ItemFile) -> int:

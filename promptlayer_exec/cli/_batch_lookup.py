@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Coroutine
 from functools import partial
 from itertools import count
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from promptlayer_exec import Session
 from promptlayer_exec._integration import install_hint, printable
-from promptlayer_exec.cli._exit import PROGRAM, Misuse, hint
+from promptlayer_exec.cli._exit import PROGRAM, ExitCode, Misuse, Subject, hint, run_command
 from promptlayer_exec.cli._printing import err
 
 if TYPE_CHECKING:
@@ -121,6 +124,41 @@ def status_line(name: str, status: BatchStatus) -> str:
 def item_count(count: int) -> str:
     """Return `1 item`, `2 items` and so on."""
     return f"{count} item" if count == 1 else f"{count} items"
+
+
+def confirm(
+    describe: Coroutine[Any, Any, None],
+    question: str,
+    *,
+    act: str,
+    repeat: Callable[[], str],
+    unchanged: str,
+) -> None:
+    """Describe what a command would do, and exit unless the user agrees to it.
+
+    `repeat` returns the command that does it without a question.
+    """
+
+    async def describe_on_terminal() -> None:
+        await describe
+        if not sys.stdin.isatty():
+            raise Misuse(
+                f"{act} needs a terminal to ask on, or --yes",
+                hint=hint("do it with:", f"{PROGRAM} {repeat()}"),
+            )
+
+    if code := run_command(describe_on_terminal(), Subject()):
+        raise typer.Exit(code)
+
+    # Not within `run_command`, which would wait for the user's reply after Ctrl-C.
+    try:
+        is_confirmed = typer.confirm(question, err=True)
+    except typer.Abort:
+        err(f"\ninterrupted: {unchanged}")
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    if not is_confirmed:
+        err(unchanged)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def hint_lines(status: BatchStatus, flags: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Iterator
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
@@ -17,21 +17,17 @@ from promptlayer_exec._integration import printable
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_options as options
 from promptlayer_exec.cli._exit import (
-    PROGRAM,
-    ExitCode,
     Misuse,
     Subject,
     command,
-    hint,
     run_command,
-    server_option,
 )
 from promptlayer_exec.cli._options import BaseUrl, Database, JsonLines
-from promptlayer_exec.cli._printing import err, out, preview, quoted
+from promptlayer_exec.cli._printing import err, out, preview
 from promptlayer_exec.cli._result_file import open_results, write_results
 
 if TYPE_CHECKING:
-    from promptlayer_exec.dbos import Batch, RunAttempt, StoredItem
+    from promptlayer_exec.dbos import RunAttempt, StoredItem
 
 
 @command
@@ -123,6 +119,8 @@ def _item_lines(batch: str, item: StoredItem) -> list[str]:
             lines.append(f"  {name}: {printable(shown)}")
 
     lines += [f"  {at}  {event}" for at, event in _events(item)]
+    if outcome is None and item.attempts and item.attempts[-1].execution_id is not None:
+        lines.append(f"  execution {item.attempts[-1].execution_id} is followed")
 
     # The outcome comes last, even if the clocks of two machines differ.
     if outcome is not None:
@@ -149,11 +147,18 @@ def _events(item: StoredItem) -> list[tuple[str, str]]:
         if attempt.finished is not None and not (is_last and outcome is not None):
             events.append((_time(attempt.finished), _ending(attempt)))
 
-    if outcome is not None and outcome.started is not None:
-        events.append((_time(outcome.started), f"execution {outcome.execution_id} started"))
+    for execution_id, started in dict.fromkeys(_runs(item)):
+        events.append((_time(started), f"execution {execution_id} started"))
 
     # Events of the same second keep this order.
     return sorted(events, key=itemgetter(0))
+
+
+def _runs(item: StoredItem) -> Iterator[tuple[int, datetime]]:
+    """Yield the runs of an item, and when they started. Several attempts may follow one run."""
+    for attempt in item.attempts:
+        if attempt.execution_id is not None and attempt.started is not None:
+            yield attempt.execution_id, attempt.started
 
 
 def _ending(attempt: RunAttempt) -> str:
@@ -197,77 +202,6 @@ async def export(
         await write_results(batch, file, until_done=False)
 
 
-@command
-async def recheck(
-    name: options.OnlyBatch = None,
-    database: Database = None,
-    base_url: BaseUrl = None,
-    *,
-    same_server: options.SameServer = False,
-) -> None:
-    """Follow every run without an output again, and start none."""
-    chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
-    flags = lookup.command_flags(chosen, database) + server_option(base_url)
-    _report_requeued(chosen, await batch.recheck(), "follow", flags)
-
-
-@command
-async def retry(
-    keys: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY", help="Only the items with these keys.")
-    ] = None,
-    name: options.OnlyBatch = None,
-    database: Database = None,
-    base_url: BaseUrl = None,
-    *,
-    same_server: options.SameServer = False,
-    failed: Annotated[bool, typer.Option("--failed", help="Start failed items again.")] = False,
-    unknown: Annotated[
-        bool,
-        typer.Option(
-            "--unknown", help="Start unknown items again. You may pay for some of them twice."
-        ),
-    ] = False,
-) -> None:
-    """Start items that did not succeed once more.
-
-    With keys, only those items are started. Keys without an option mean --failed.
-    """
-    if not (failed or unknown or keys):
-        raise Misuse("give --failed, --unknown, both, or the keys of failed items")
-
-    chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
-    if keys:
-        await _check_keys(chosen, batch, keys, unknown=unknown)
-    count = await batch.retry(failed=failed or not unknown, unknown=unknown, keys=keys or None)
-    flags = lookup.command_flags(chosen, database) + server_option(base_url)
-    _report_requeued(chosen, count, "start", flags)
-
-
-async def _check_keys(name: str, batch: Batch, keys: list[str], *, unknown: bool) -> None:
-    """Refuse keys that no item has, and name the items that need --unknown."""
-    kinds = await batch.kinds(keys)
-    absent = [key for key in keys if key not in kinds]
-    if absent:
-        raise Misuse(f"batch '{printable(name)}' has no item {quoted(absent[0])}")
-
-    if not unknown:
-        for key, kind in kinds.items():
-            if kind == "unknown":
-                err(
-                    f"item {quoted(key)} is unknown and stays so: its run may have started and be"
-                    " billed. To start it again, give --unknown"
-                )
-
-
-def _report_requeued(batch: str, count: int, act: str, flags: str) -> None:
-    if not count:
-        err(f"batch {printable(batch)}: there is no item to {act} again")
-        return
-    text = f"batch {printable(batch)}: a worker will {act} {lookup.item_count(count)} again"
-    err(hint(f"{text}. Start one with:", f"{PROGRAM} batch work{flags}"))
-
-
 def delete(
     name: options.OnlyBatch = None,
     database: Database = None,
@@ -286,12 +220,6 @@ def delete(
         nonlocal name
         name, batch = await lookup.chosen_batch(name, database)
         err(lookup.status_line(name, await batch.status()))
-        if not sys.stdin.isatty():
-            flags = lookup.command_flags(name, database)
-            raise Misuse(
-                "deleting a batch needs a terminal to ask on, or --yes",
-                hint=hint("delete it with:", f"{PROGRAM} batch delete --yes{flags}"),
-            )
 
     async def delete_chosen() -> None:
         chosen, batch = await lookup.chosen_batch(name, database)
@@ -302,17 +230,11 @@ def delete(
         err(f"deleted batch {printable(chosen)} with {lookup.item_count(deleted)}")
 
     if not is_confirmed:
-        if code := run_command(describe(), Subject()):
-            raise typer.Exit(code)
-
-        # Not within `run_command`, which would wait for the user's reply after Ctrl-C.
-        try:
-            is_confirmed = typer.confirm("Delete this batch with all its results?", err=True)
-        except typer.Abort:
-            err("\ninterrupted: nothing was deleted")
-            raise typer.Exit(ExitCode.INTERRUPTED) from None
-        if not is_confirmed:
-            err("nothing was deleted")
-            raise typer.Exit(ExitCode.FAILED)
-
+        lookup.confirm(
+            describe(),
+            "Delete this batch with all its results?",
+            act="deleting a batch",
+            repeat=lambda: f"batch delete --yes{lookup.command_flags(name or '', database)}",
+            unchanged="nothing was deleted",
+        )
     raise typer.Exit(run_command(delete_chosen(), Subject()))

@@ -51,6 +51,15 @@ Attempts = Annotated[
         rich_help_panel=_LIMITS,
     ),
 ]
+GiveUpAfter = Annotated[
+    float | None,
+    seconds(
+        "How long to follow a run that does not end, such as 1h, or inf. Then its item fails, and"
+        " `batch recheck` follows it again.",
+        default="as stored, or 1d",
+        heading=_LIMITS,
+    ),
+]
 StopAfterFailures = Annotated[
     int | None,
     typer.Option(

@@ -36,16 +36,38 @@ if TYPE_CHECKING:
 _SHOWN = ("definitions", "channels", "retry")
 
 
+# The units of durations, in seconds.
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
 # Headings of the options in the help.
 CONNECTION = "Connection"
 STORAGE = "Storage"
 
 
 def seconds(text: str, *, default: bool | str = True, heading: str | None = None) -> Any:
-    """Return an option in seconds with a help text."""
+    """Return an option in seconds, or in a larger unit, with a help text."""
     return typer.Option(
-        metavar="SECONDS", min=0, help=text, show_default=default, rich_help_panel=heading
+        metavar="SECONDS",
+        parser=parse_seconds,
+        help=text,
+        show_default=default,
+        rich_help_panel=heading,
     )
+
+
+def parse_seconds(text: str | float) -> float:
+    """Return the seconds of a text such as `90`, `90s`, `15m`, `1h`, `1d` or `inf`."""
+    number, unit = str(text), 1.0
+    if number[-1:] in _UNITS:
+        number, unit = number[:-1], _UNITS[number[-1]]
+    try:
+        amount = float(number) * unit
+    except ValueError:
+        amount = math.nan
+    if not amount >= 0.0:
+        expected = "must be seconds, or a duration such as 90s, 15m, 1h or 1d"
+        raise typer.BadParameter(f"{expected}, got {quoted(str(text), 40)}")
+    return amount
 
 
 def parse_id(text: str) -> int:

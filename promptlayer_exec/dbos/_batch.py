@@ -229,7 +229,7 @@ class Batch:
             with suppress(ConfigurationError):  # the worker notices and reports it
                 settings = await store.run_in_thread(reports.settings, store, self._name)
                 limiter.rate = settings.rate
-                following.give_up_after = _give_up_after(settings)
+                following.change_limit(_give_up_after(settings))
 
     async def outcomes(self, *, until_done: bool = True) -> AsyncGenerator[StoredOutcome, None]:
         """Yield the outcome of each item: first the stored ones, then each as soon as it finishes.

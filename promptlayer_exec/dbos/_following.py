@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import attrs
 
@@ -121,6 +121,7 @@ class Following:
     _now: Callable[[], datetime]
     give_up_after: float
     _outage_limit: float = attrs.field(init=False)
+    _waiting: set[asyncio.Task[Any]] = attrs.field(init=False, factory=set)
     # When the server last reported that a run has ended, or is still running after its time.
     _read_at: float = attrs.field(init=False, default=float("-inf"))
 
@@ -164,12 +165,32 @@ class Following:
                     return RunEnd(error=failure, is_refused=is_refused)
                 await asyncio.sleep(trouble.delay(_clock()))
 
+    def change_limit(self, give_up_after: float) -> None:
+        """Change the limit, also for the runs that are followed now."""
+        if give_up_after != self.give_up_after:
+            self.give_up_after = give_up_after
+            for task in self._waiting:
+                task.cancel()
+
     async def _output(self, run: FollowedRun) -> Any:
         # Another worker may have started it.
         integration.expect(self._session, run.workflow, run.execution_id)
-        left = self._seconds_left(run)
-        timeout = left if left > 0.0 else READ_PATIENCE.last_look
-        return await self._session.execution(run.execution_id).output(timeout=timeout)
+        execution = self._session.execution(run.execution_id)
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+
+        while True:
+            limit, left = self.give_up_after, self._seconds_left(run)
+            self._waiting.add(task)
+            try:
+                return await execution.output(
+                    timeout=left if left > 0.0 else READ_PATIENCE.last_look
+                )
+            except asyncio.CancelledError:
+                is_unchanged = limit == self.give_up_after
+                if is_unchanged or task.uncancel():  # somebody else has cancelled it
+                    raise
+            finally:
+                self._waiting.discard(task)
 
     def _seconds_left(self, run: FollowedRun) -> float:
         return self.give_up_after - (self._now() - run.followed_from).total_seconds()

@@ -660,11 +660,11 @@ def test_failed_and_unknown_items_are_started_again_on_request(
         *(2, ""),
         "give --failed, --unknown, both, or the keys of failed items\n",
     )
-    assert run("retry", "--failed")[2] == "batch night: there is no item to start again\n"
+    assert run("retry", "--failed")[2] == "batch night: there is no item to start or follow again\n"
     code, _, err = run("retry", "--unknown")
     assert code == 0
     assert err == (
-        "batch night: a worker will start 1 item again. Start one with:\n"
+        "batch night: a worker will start or follow 1 item again. Start one with:\n"
         "  promptlayer-exec batch work --name night\n"
     )
     assert run(*command)[0] == 0
@@ -724,7 +724,7 @@ def test_a_batch_can_be_deleted(sim: Simulator, start: Start, run: Run, tmp_path
     code, _, err = run("delete")
     assert code == 2
     assert err.startswith("batch night: 1 item: ")
-    assert err.endswith("\ndelete it with:\n  promptlayer-exec batch delete --yes --name night\n")
+    assert err.endswith("\ndo it with:\n  promptlayer-exec batch delete --yes --name night\n")
     assert run("delete", "--yes") == (0, "", "deleted batch night with 1 item\n")
     for command in ("status", "list"):
         code, out, err = run(command, "--json")
@@ -791,18 +791,77 @@ def test_only_the_items_with_these_keys_are_started_again(
     sim.clear_faults()
 
     assert run("retry", "c") == (2, "", "batch 'night' has no item 'c'\n")
-    reason = "its run may have started and be billed"
-    code, _, err = run("retry", "a", "lost")
-    assert (code, err.splitlines()) == (
-        0,
-        [
-            f"item 'lost' is unknown and stays so: {reason}. To start it again, give --unknown",
-            "batch night: a worker will start 1 item again. Start one with:",
-            "  promptlayer-exec batch work --name night",
-        ],
+    assert run("retry", "a", "lost") == (
+        *(2, ""),
+        (
+            "item 'lost' is unknown: its run may have started and be billed\n"
+            "start it again with:\n"
+            "  promptlayer-exec batch retry lost --unknown --name night\n"
+        ),
     )
-    assert "no item to start again" in run("retry", "b", "--unknown")[2]
-    assert "will start 1 item again" in run("retry", "lost", "--unknown")[2]
+    code, _, err = run("retry", "b", "--unknown")
+    assert code == 2
+    assert err.endswith("  promptlayer-exec batch retry b --name night\n")
+    assert "will start or follow 1 item again" in run("retry", "b")[2]
+    assert "will start or follow 1 item again" in run("retry", "lost", "--unknown")[2]
+
+
+def test_an_item_that_is_followed_shows_its_run(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """You have paid for it. It does not start again, and a command ends it."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "held", "inputs": {}})
+    sim.inject(Fault.status(401, times=None), path="/workflow-version-execution-results")
+    assert run("run", file)[0] == 1
+    (started,) = sim.runs
+    shown = run("show", "a")[1].splitlines()
+    assert shown[-1] == f"  execution {started.execution_id} is followed"
+    assert shown[-2].endswith(f"  execution {started.execution_id} started")
+    assert run("retry", "a") == (
+        *(2, ""),
+        (
+            f"item 'a' has not finished: the batch follows execution {started.execution_id}\n"
+            "end items whose runs take longer than an hour with:\n"
+            "  promptlayer-exec batch work --give-up-after 1h --name night\n"
+        ),
+    )
+
+    sim.clear_faults()
+    assert run("work", "--give-up-after", "1.5s")[0] == 1
+    assert "ExecutionTimeout: execution" in run("show", "a")[1]
+    assert " after its start" in run("show", "a")[1]
+    sim.finish(started.execution_id, "Answer")
+    assert run("recheck")[0] == 0
+    assert run("work")[0] == 0
+    assert len(sim.runs) == 1
+
+
+def test_a_second_run_is_paid_for_deliberately(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """With `--again`, which asks; the results have both."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    command = ("run", file, "--out", "out.jsonl")
+    assert run(*command)[0] == 0
+    assert run("retry", "a") == (
+        *(2, ""),
+        (
+            "item 'a' has succeeded, so there is nothing to repeat\n"
+            "pay for a second run with:\n"
+            "  promptlayer-exec batch retry a --again --name night\n"
+        ),
+    )
+    assert run("retry", "a", "--again") == (
+        *(2, ""),
+        (
+            "batch night: a second run of 1 item, billed like the first\n"
+            "paying for a second run needs a terminal to ask on, or --yes\n"
+            "do it with:\n"
+            "  promptlayer-exec batch retry a --again --yes --name night\n"
+        ),
+    )
+    assert run("retry", "--again", "--yes")[0] == 2
+    assert len(sim.runs) == 1
+    assert "a worker will start 1 item again" in run("retry", "a", "--again", "--yes")[2]
+    assert run(*command)[0] == 0
+    assert len(sim.runs) == 2
+    assert [line["succeeded"] for line in results(tmp_path / "out.jsonl")] == [True, True]
 
 
 def test_an_item_shows_its_attempts(sim: Simulator, run: Run, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ KINDS = {
     "trickle": (COMMON, Fault.trickle(0.05)),
     "delay": (COMMON, Fault.delay(0.05)),
     "oversize": (COMMON, Fault.oversize(TOO_LARGE)),
+    "another shape": (COMMON, Fault.status(200, body=b'{"Answer": {"status": null}}')),
     "429": (RARE, Fault.status(429)),
     "429 with Retry-After": (RARE, Fault.status(429, retry_after=0.02)),
 }

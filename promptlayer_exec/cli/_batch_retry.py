@@ -1,0 +1,201 @@
+"""The `batch` commands that put finished items back into the queue: `recheck` and `retry`."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Annotated
+
+import attrs
+import typer
+
+from promptlayer_exec._integration import printable
+from promptlayer_exec.cli import _batch_lookup as lookup
+from promptlayer_exec.cli import _batch_options as options
+from promptlayer_exec.cli._exit import (
+    PROGRAM,
+    Misuse,
+    Subject,
+    command,
+    hint,
+    run_command,
+    server_option,
+)
+from promptlayer_exec.cli._options import BaseUrl, Database
+from promptlayer_exec.cli._printing import err, quoted
+
+if TYPE_CHECKING:
+    from promptlayer_exec.dbos import Batch
+
+
+@command
+async def recheck(
+    name: options.OnlyBatch = None,
+    database: Database = None,
+    base_url: BaseUrl = None,
+    *,
+    same_server: options.SameServer = False,
+) -> None:
+    """Follow every run without an output again, and start none.
+
+    This costs nothing. A batch gives up a run that it cannot read, or that does not end, but the
+    run may have an output by now.
+    """
+    chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
+    flags = lookup.command_flags(chosen, database) + server_option(base_url)
+    _report(chosen, await batch.recheck(), "follow", flags)
+
+
+def retry(
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY", help="Only the items with these keys.")
+    ] = None,
+    name: options.OnlyBatch = None,
+    database: Database = None,
+    base_url: BaseUrl = None,
+    *,
+    same_server: options.SameServer = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Start failed items again.")] = False,
+    unknown: Annotated[
+        bool,
+        typer.Option(
+            "--unknown", help="Start unknown items again. You may pay for some of them twice."
+        ),
+    ] = False,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again",
+            help="Pay for a second run of each KEY, even if the first succeeded, or may still be"
+            " running.",
+        ),
+    ] = False,
+    is_confirmed: Annotated[
+        bool, typer.Option("--yes", help="Skip the confirmation prompt of --again.")
+    ] = False,
+) -> None:
+    """Start items that did not succeed once more.
+
+    With keys, only those items are started. Keys without an option mean --failed. If a run may
+    still bring an output, it is followed again instead, for free.
+    """
+    wanted = _Choice(keys or [], failed, unknown, again)
+
+    async def choose() -> tuple[str, Batch, str]:
+        """Return the batch, and the options of commands about it, if the items can run again."""
+        wanted.check()
+        chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
+        flags = lookup.command_flags(chosen, database) + server_option(base_url)
+        await _check(chosen, batch, wanted, flags)
+        return chosen, batch, flags
+
+    shown_flags = ""
+
+    async def describe() -> None:
+        nonlocal shown_flags
+        chosen, _, shown_flags = await choose()
+        count = lookup.item_count(len(wanted.keys))
+        err(f"batch {printable(chosen)}: a second run of {count}, billed like the first")
+
+    async def retry_chosen() -> None:
+        chosen, batch, flags = await choose()
+        count = await wanted.retry(batch)
+        _report(chosen, count, "start" if again else "start or follow", flags)
+
+    if again and not is_confirmed:
+        lookup.confirm(
+            describe(),
+            "Pay for a second run of each?",
+            act="paying for a second run",
+            repeat=lambda: f"batch retry {shlex.join(wanted.keys)} --again --yes{shown_flags}",
+            unchanged="nothing was changed",
+        )
+    raise typer.Exit(run_command(retry_chosen(), Subject()))
+
+
+@attrs.frozen
+class _Choice:
+    """Which items to retry. Without an option, keys mean failed items."""
+
+    keys: list[str]
+    failed: bool
+    unknown: bool
+    again: bool
+
+    def check(self) -> None:
+        """Refuse options that do not go together."""
+        is_chosen = self.failed or self.unknown
+        if self.again and (is_chosen or not self.keys):
+            raise Misuse("give --again with the keys of items, and without --failed or --unknown")
+        if not (is_chosen or self.keys):
+            raise Misuse("give --failed, --unknown, both, or the keys of failed items")
+
+    @property
+    def kinds(self) -> list[str]:
+        if self.again:
+            return ["succeeded", "failed", "unknown"]
+        failed = self.failed or not self.unknown
+        return ["failed"] * failed + ["unknown"] * self.unknown
+
+    async def retry(self, batch: Batch) -> int:
+        if self.again:
+            return await batch.retry(keys=self.keys, again=True)
+
+        return await batch.retry(
+            failed="failed" in self.kinds, unknown="unknown" in self.kinds, keys=self.keys or None
+        )
+
+
+async def _check(name: str, batch: Batch, wanted: _Choice, flags: str) -> None:
+    """Refuse the first key whose item cannot run again, with the command that leads on."""
+    found = await batch.kinds(wanted.keys) if wanted.keys else {}
+    for key in wanted.keys:
+        if key not in found:
+            raise Misuse(f"batch '{printable(name)}' has no item {quoted(key)}")
+        kind = found[key]
+        if kind not in wanted.kinds:
+            raise await _refusal(batch, key, kind, flags)
+
+
+async def _refusal(batch: Batch, key: str, kind: str | None, flags: str) -> Misuse:
+    item = f"item {quoted(key)}"
+    argument = shlex.quote(printable(key))
+    if kind == "succeeded":
+        return Misuse(
+            f"{item} has succeeded, so there is nothing to repeat",
+            hint=hint(
+                "pay for a second run with:", f"{PROGRAM} batch retry {argument} --again{flags}"
+            ),
+        )
+    if kind == "unknown":
+        return Misuse(
+            f"{item} is unknown: its run may have started and be billed",
+            hint=hint("start it again with:", f"{PROGRAM} batch retry {argument} --unknown{flags}"),
+        )
+    if kind == "failed":
+        return Misuse(
+            f"{item} has failed, and is not unknown",
+            hint=hint("start it again with:", f"{PROGRAM} batch retry {argument}{flags}"),
+        )
+
+    stored = await batch.item(key)
+    attempt = stored.attempts[-1] if stored is not None and stored.attempts else None
+    if attempt is not None and attempt.execution_id is not None:
+        return Misuse(
+            f"{item} has not finished: the batch follows execution {attempt.execution_id}",
+            hint=hint(
+                "end items whose runs take longer than an hour with:",
+                f"{PROGRAM} batch work --give-up-after 1h{flags}",
+            ),
+        )
+    return Misuse(
+        f"{item} has not finished: no run of it is known yet",
+        hint=hint("start or continue it with:", f"{PROGRAM} batch work{flags}"),
+    )
+
+
+def _report(batch: str, count: int, act: str, flags: str) -> None:
+    if not count:
+        err(f"batch {printable(batch)}: there is no item to {act} again")
+        return
+    text = f"batch {printable(batch)}: a worker will {act} {lookup.item_count(count)} again"
+    err(hint(f"{text}. Start one with:", f"{PROGRAM} batch work{flags}"))
