@@ -7,13 +7,14 @@ import hmac
 import secrets
 import threading
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn, Self, TypeVar, cast, overload
 from uuid import uuid4
 
+import attrs
 import cattrs
 from yarl import URL
 
@@ -50,7 +51,7 @@ from promptlayer_exec._values.errors import (
     SessionClosed,
     StartUnknown,
 )
-from promptlayer_exec._values.events import Observer, StartFailed, WakeSource, broadcast
+from promptlayer_exec._values.events import Emit, Observer, StartFailed, WakeSource, broadcast
 from promptlayer_exec._values.models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._values.policies import (
     Deadline,
@@ -77,6 +78,21 @@ ItemT = TypeVar("ItemT")
 def _digest(api_key: str, what: str) -> str:
     """Return a name that only processes with the key can compute, and that does not reveal it."""
     return hmac.digest(api_key.encode(), what.encode(), "sha256").hex()[:32]
+
+
+@attrs.frozen
+class _Reporting:
+    """Emits `StartFailed` for an error before `SendOnce`, which emits its own."""
+
+    _request: StartRequest
+    _emit: Emit
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, Exception | asyncio.CancelledError):
+            self._emit(StartFailed(None, self._request, error))
 
 
 class Session:
@@ -598,7 +614,7 @@ class Session:
         has_key = request.key is not None and self._settings.starts is not None
         is_recorded = has_key and hooks is None
 
-        with self._reporting(request):
+        with _Reporting(request, self._emit):
             if is_recorded:
                 check_key(request.key)
             prepared = self._prepare(request, token)
@@ -611,7 +627,7 @@ class Session:
         sends = cast(RecordedSends, client.recorded_sends)
         claim = sends.claim(prepared)
         while True:
-            with self._reporting(request):
+            with _Reporting(request, self._emit):
                 record = await sends.settled(claim, deadline)
             if record is not None:
                 return self._repeated(request, record)
@@ -640,7 +656,7 @@ class Session:
         """Check the inputs against the definition, and send the request."""
         request = prepared.request
         if self._settings.check_inputs:
-            with self._reporting(request):
+            with _Reporting(request, self._emit):
                 await client.check_inputs(request, prepared.inputs, deadline)
 
         run = await client.send(prepared, deadline, hooks, is_recorded=is_recorded)
@@ -650,15 +666,6 @@ class Session:
             key=request.key,
             into=request.into,
         )
-
-    @contextmanager
-    def _reporting(self, request: StartRequest) -> Iterator[None]:
-        """Emit `StartFailed` for an error before `SendOnce`, which emits its own."""
-        try:
-            yield
-        except (Exception, asyncio.CancelledError) as error:
-            self._emit(StartFailed(None, request, error))
-            raise
 
     def _repeated(self, request: StartRequest, record: StoredStart) -> Execution:
         """Return the handle of the run that a key has already started."""
