@@ -8,10 +8,11 @@ private module.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from promptlayer_exec import _structuring
 from promptlayer_exec._api.messages import Reply, Response, oversize_reason
 from promptlayer_exec._api.runs import NewRun, NodeMap, run_request
 from promptlayer_exec._engine.backplane import OpenSession, Poll
@@ -40,7 +41,7 @@ from promptlayer_exec._values.errors import (
     what_happened,
 )
 from promptlayer_exec._values.events import WakeSource
-from promptlayer_exec._values.models import StartRequest, node_dict
+from promptlayer_exec._values.models import Node, Snapshot, StartRequest, node_dict
 from promptlayer_exec._values.policies import (
     Limiter,
     check_seconds,
@@ -57,7 +58,11 @@ from promptlayer_exec._values.start_records import (
 )
 from promptlayer_exec._values.statuses import UNKNOWN_STATUS, status_entry
 from promptlayer_exec._values.text import duration, indented, printable, short_repr
+from promptlayer_exec._values.workflow import Workflow
 from promptlayer_exec._values.workflow_definition import WorkflowDefinition, near
+
+if TYPE_CHECKING:
+    import cattrs
 
 # These come from other modules. The functions below are part of the interface as well.
 __all__ = [
@@ -148,6 +153,54 @@ def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
     inputs = session._encode_inputs(request)
     run_request(request, inputs)
     return inputs
+
+
+def workflows_by_name(
+    workflows: Iterable[str | Workflow[Any, Any]],
+) -> dict[str, Workflow[Any, Any]]:
+    """Return the workflows that clients may start, by the name or id that they pass.
+
+    Raises:
+        TypeError: one of them is neither a name nor a `Workflow`, or all are a single string.
+        ValueError: a name is empty, or two workflows share one.
+    """
+    if isinstance(workflows, str):
+        raise TypeError(f"workflows takes several: write [{workflows!r:.100}]")
+
+    found: dict[str, Workflow[Any, Any]] = {}
+    for given in workflows:
+        if not isinstance(given, str | Workflow):
+            raise TypeError(f"workflows takes names and Workflows, got {given!r:.100}")
+        workflow = given if isinstance(given, Workflow) else Workflow(given)
+        name = str(workflow.name)
+        if not name:
+            raise ValueError("workflow name must not be empty")
+        if found.setdefault(name, workflow) != workflow:
+            raise ValueError(f"workflows has {name!r:.100} twice, and clients know only its name")
+    return found
+
+
+def structure_inputs(session: Session, workflow: Workflow[Any, Any], inputs: dict[str, Any]) -> Any:
+    """Return inputs that a client sent as JSON as the type that a workflow takes.
+
+    Raises:
+        InvalidInputs: they do not match it.
+    """
+    return _structuring.structure_inputs(inputs, workflow, session._settings.converter)
+
+
+def required_inputs(workflow: Workflow[Any, Any]) -> dict[str, str] | None:
+    """Return the kind of each input that a workflow's type requires, or None without a type."""
+    return None if workflow.inputs is Any else _structuring.kinds_of(workflow.inputs)
+
+
+def check_output(
+    workflow: Workflow[Any, Any], node: str, value: Any, converter: cattrs.Converter | None
+) -> None:
+    """Raise `InvalidOutput` if the value of an output node is no output of a workflow."""
+    if workflow.output is not Any:
+        snapshot = Snapshot(0, True, {node: Node(node, "SUCCESS", value, is_output_node=True)})
+        _structuring.structure_output(value, workflow.output, converter, snapshot)
 
 
 def is_open(session: Session) -> bool:

@@ -301,8 +301,8 @@ class SendOnce:
     def _unanswered(self, deadline: Deadline) -> ExecutionTimeout:
         timeout = deadline.timeout or 0.0
         return ExecutionTimeout(
-            f"no response to the start request within {timeout:g} s. The request continues, and the"
-            f" same call with the key {short_repr(self._request.key)} picks up its run",
+            f"no response to the start request within {timeout:g} s, but the request continues",
+            advice="Repeat the call with the same key: it picks up the run.",
             timeout=timeout,
         )
 

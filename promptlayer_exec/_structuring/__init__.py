@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import cattrs
 
-    from promptlayer_exec._structuring.inputs import encode_inputs
+    from promptlayer_exec._structuring.fields import kinds_of
+    from promptlayer_exec._structuring.inputs import encode_inputs, structure_inputs
     from promptlayer_exec._structuring.outputs import (
         check_type,
         structure_output,
@@ -21,16 +22,25 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        if name not in __all__:
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module = "inputs" if name == "encode_inputs" else "outputs"
-        return getattr(import_module(f"{__name__}.{module}"), name)
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
+_MODULES = {
+    "check_type": "outputs",
+    "encode_inputs": "inputs",
+    "kinds_of": "fields",
+    "structure_inputs": "inputs",
+    "structure_output": "outputs",
+    "structure_outputs": "outputs",
+}
 __all__ = [
     "check_type",
     "encode_inputs",
+    "kinds_of",
     "strict_converter",
+    "structure_inputs",
     "structure_output",
     "structure_outputs",
 ]

@@ -13,9 +13,14 @@ import attrs
 import cattrs
 from cattrs.cols import is_namedtuple
 
-from promptlayer_exec._structuring.mismatch import step
+from promptlayer_exec._structuring.fields import fields_of, kinds_of
+from promptlayer_exec._structuring.mismatch import locate, step
+from promptlayer_exec._structuring.outputs import find_hook
 from promptlayer_exec._structuring.rules import STRICT
+from promptlayer_exec._values.errors import InvalidInputs
 from promptlayer_exec._values.text import json_kind
+from promptlayer_exec._values.workflow import InputsT, Workflow
+from promptlayer_exec._values.workflow_definition import WorkflowDefinition
 
 
 def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dict[str, Any]:
@@ -36,6 +41,37 @@ def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dic
             f" got {json_kind(inputs)}"
         )
     return encoded
+
+
+def structure_inputs(
+    inputs: dict[str, Any], workflow: Workflow[Any, InputsT], converter: cattrs.Converter | None
+) -> InputsT:
+    """Structure inputs that a client sent as JSON into the type that a workflow takes.
+
+    Raises:
+        InvalidInputs: they do not match it.
+    """
+    form = workflow.inputs
+    if form is Any:
+        return inputs  # type: ignore[return-value]
+    converter = converter or STRICT
+    hook = find_hook(form, converter)
+
+    # The error of a definition names all missing inputs, and likely misspellings.
+    kinds = kinds_of(form)
+    keys = {field.name: field.keys for field in fields_of(form, hook) or ()}
+    required = {name: kind for name, kind in kinds.items() if keys[name] == {name}}
+    WorkflowDefinition(0, str(workflow.name), required_inputs=required).check_inputs(inputs)
+
+    try:
+        return hook(inputs, form)  # type: ignore[no-any-return]
+    except Exception as error:
+        path, reason, _ = locate(error, inputs, converter)
+        name = f"workflow {workflow.name!r:.100}"
+        raise InvalidInputs(
+            f"the inputs do not match {name} at {path}: {reason}",
+            advice="The workflow's inputs= shows what it takes.",
+        ) from error
 
 
 @attrs.define(eq=False)

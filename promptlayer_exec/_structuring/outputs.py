@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar, get_origin, is_typeddict
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import attrs
 import cattrs
 
+from promptlayer_exec._structuring.fields import fields_of
 from promptlayer_exec._structuring.mismatch import failed_keys, locate
 from promptlayer_exec._structuring.rules import STRICT, Hook, UnionHook
 from promptlayer_exec._values.errors import InvalidOutput
@@ -35,7 +34,7 @@ def structure_output(
 ) -> T:
     """Structure the main output of an execution into a type, by the rules in `docs/outputs.md`."""
     converter = converter or STRICT
-    hook = _find_hook(into, converter)
+    hook = find_hook(into, converter)
     for candidate in (value, *_json_in(value)):
         try:
             return hook(candidate, into)  # type: ignore[no-any-return]
@@ -53,13 +52,14 @@ def structure_outputs(
     converter = converter or STRICT
     if not converter.detailed_validation:  # only detailed errors name the node
         converter = converter.copy(detailed_validation=True)
-    hook = _find_hook(into, converter)
+    hook = find_hook(into, converter)
 
     outputs = {node.name: node.value for node in snapshot.output_nodes if node.succeeded}
-    names = _field_names(into, hook)
-    if names is not None:
+    fields = fields_of(into, hook)
+    if fields is not None:
+        wanted = {key for field in fields for key in field.keys}
         succeeded = (node for node in snapshot.nodes.values() if node.succeeded)
-        outputs = {node.name: node.value for node in succeeded if node.name in names}
+        outputs = {node.name: node.value for node in succeeded if node.name in wanted}
 
     given, parsed = dict(outputs), set[str]()
     while True:
@@ -86,7 +86,7 @@ def structure_outputs(
 
 def check_type(into: Any, converter: cattrs.Converter | None = None) -> None:
     """Check that values can be structured into a type, before there is a value."""
-    _find_hook(into, converter or STRICT)
+    find_hook(into, converter or STRICT)
 
 
 def _json_in(value: Any) -> Iterator[Any]:
@@ -131,35 +131,7 @@ def _misfit(
     return error
 
 
-def _field_names(into: Any, hook: Hook) -> set[str] | None:
-    """Return the keys that a class with fields reads from an object, or None for another type."""
-    kind = get_origin(into) or into
-    if is_typeddict(kind):
-        names = kind.__required_keys__ | kind.__optional_keys__
-    elif isinstance(kind, type) and attrs.has(kind):
-        names = {field.name for field in attrs.fields(kind)}
-    elif dataclasses.is_dataclass(kind):
-        names = {field.name for field in dataclasses.fields(kind)}
-    elif hasattr(kind, "model_fields"):
-        return _model_keys(kind)
-    else:
-        return None
-
-    overrides = getattr(hook, "overrides", {})
-    renamed = {name: override.rename for name, override in overrides.items() if override.rename}
-    return {renamed.get(name, name) for name in names}
-
-
-def _model_keys(model: Any) -> set[str]:
-    """Return the names and aliases of a pydantic model's fields."""
-    keys = set(model.model_fields)
-    for field in model.model_fields.values():
-        alias = field.validation_alias
-        keys.update(it for it in getattr(alias, "choices", [alias]) if isinstance(it, str))
-    return keys
-
-
-def _find_hook(into: Any, converter: cattrs.Converter) -> Hook:
+def find_hook(into: Any, converter: cattrs.Converter) -> Hook:
     if isinstance(into, str):
         raise TypeError(f"into must be a type, such as the class {into:.100}, not its name")
 

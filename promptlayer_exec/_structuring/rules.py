@@ -133,7 +133,7 @@ def _from_object(kind: Any, converter: cattrs.Converter) -> Hook:
     if _is_mapping(kind):
         hook: Callable[..., Any] = mapping_structure_factory(kind, converter, dict)
     elif typing.is_typeddict(_origin(kind)):
-        hook = converter.gen_structure_typeddict(_evaluated(kind))
+        hook = converter.gen_structure_typeddict(evaluated_typed_dict(kind))
     else:
         hook = converter.gen_structure_attrs_fromdict(kind)
 
@@ -145,7 +145,7 @@ def _from_object(kind: Any, converter: cattrs.Converter) -> Hook:
 
 
 @cache  # cattrs recognises a TypedDict that contains itself by identity
-def _evaluated(kind: Any) -> Any:
+def evaluated_typed_dict(kind: Any) -> Any:
     """Return an equal TypedDict with evaluated annotations.
 
     If annotations are strings, Python takes keys marked `NotRequired` for required.

@@ -127,10 +127,10 @@ class ConfigurationError(PromptLayerExecError, ValueError):
 
 
 class InvalidInputs(PromptLayerExecError, ValueError):
-    """Inputs that the workflow requires are missing, so no run was started.
+    """Inputs that the workflow requires are missing, or do not match its type. No run was started.
 
     Attributes:
-        missing: their names.
+        missing: the names of those that are missing.
     """
 
     _usual_advice = "Session.definition shows all the inputs that it requires."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
@@ -23,6 +23,7 @@ from promptlayer_exec import (
     InvalidInputs,
     PromptLayerExecError,
     Session,
+    Workflow,
 )
 from promptlayer_exec._integration import (
     MAX_ID,
@@ -33,6 +34,8 @@ from promptlayer_exec._integration import (
     note_start,
     report_undelivered,
     settings,
+    structure_inputs,
+    workflows_by_name,
 )
 from promptlayer_exec.fastapi._admission import Admission, RequestRefused
 from promptlayer_exec.fastapi._kept_responses import KeptResponses
@@ -116,7 +119,7 @@ def create_router(
     *,
     authorize: Callable[..., Any],
     tickets: Tickets | None = None,
-    workflows: Collection[str] = (),
+    workflows: Collection[str | Workflow[Any, Any]] = (),
     fields: Collection[str] = DEFAULT_FIELDS,
     max_streams: int | None = None,
 ) -> APIRouter:
@@ -154,7 +157,9 @@ def create_router(
         tickets: lets clients read executions with a ticket, as `?ticket=` or as a bearer token,
             instead of `authorize`. A ticket never allows starting a run. The response to
             `POST /executions` then has a ticket.
-        workflows: the names of the workflows that clients may start.
+        workflows: the workflows that clients may start, as names or `Workflow`s. A `Workflow` runs
+            with its own label or version, and with its metadata. Inputs that do not match its type
+            get a 422 with the path, and start nothing.
         fields: the fields of a node that clients see, besides its name, status, times and
             `is_output_node`: any of `value`, `error_message` and `raw_error_message` (tracebacks).
             Without `value`, there is no `.../output`.
@@ -164,16 +169,15 @@ def create_router(
     Raises:
         ConfigurationError: `max_streams` is not an int of at least 1.
         TypeError: an argument has the wrong type.
-        ValueError: a field is unknown.
+        ValueError: a field is unknown, or two workflows share a name.
     """
     if not callable(authorize):
         raise TypeError(f"authorize must be a dependency, got {authorize!r:.100}")
-    if isinstance(workflows, str):
-        raise TypeError(f"workflows takes several names: write [{workflows!r:.100}]")
     if not isinstance(tickets, Tickets | None):
         raise TypeError(f"tickets must be Tickets(secret), got {tickets!r:.100}")
     if max_streams is not None:
         check_count("max_streams", max_streams)
+    startable = workflows_by_name(workflows)
     hidden_names = hidden_fields(fields)
     opened = session_dependency(session)
     # Not in an annotation: these are strings here, and cannot name a local dependency.
@@ -209,8 +213,8 @@ def create_router(
         router.include_router(by_ticket, include_in_schema=False)
     by_authorize = APIRouter(route_class=Route, dependencies=[*checked, admitted])
     add_reads(by_authorize)
-    if workflows:
-        _add_start(by_authorize, opened, admitted, frozenset(workflows), tickets)
+    if startable:
+        _add_start(by_authorize, opened, admitted, startable, tickets)
     router.include_router(by_authorize)
     return router
 
@@ -382,7 +386,7 @@ def _add_start(
     router: APIRouter,
     opened: Any,
     admitted: Any,
-    workflows: Collection[str],
+    workflows: Mapping[str, Workflow[Any, Any]],
     tickets: Tickets | None,
 ) -> None:
     schema = started_schema(has_ticket=tickets is not None)
@@ -401,8 +405,13 @@ def _add_start(
 
         If PromptLayer warns of something, such as a missing input, the response has a `warning`.
         """
-        if body.workflow not in workflows:
+        workflow = workflows.get(body.workflow)
+        if workflow is None:
             raise HTTPException(403, "This server does not start this workflow.")
+        try:
+            inputs = structure_inputs(session, workflow, body.inputs)
+        except InvalidInputs as error:
+            raise HTTPException(422, error.problem) from error
 
         key = None
         if idempotency_key is not None:
@@ -411,7 +420,8 @@ def _add_start(
             else:
                 key = _stored_key(idempotency_key, client)
 
-        started = await _started(request, body, session, key)
+        start = session.start(workflow, inputs, key=key)
+        started = await _started(request, session, start, has_key=key is not None)
         content = {"execution_id": str(started.id)}
         if tickets is not None:
             content["ticket"] = tickets.issue(started)
@@ -424,16 +434,15 @@ def _add_start(
 
 
 async def _started(
-    request: Request, body: _NewExecution, session: Session, key: str | None
+    request: Request, session: Session, start: Awaitable[Execution], *, has_key: bool
 ) -> Execution:
     try:
-        start = session.start(body.workflow, body.inputs, key=key)
         return await _unless_disconnected(request, start)
     except InvalidInputs as error:
-        raise HTTPException(422, str(error)) from error
+        raise HTTPException(422, error.problem) from error
     except ConfigurationError as error:
         # In an open session, only the start store can raise this.
-        if key is not None and is_open(session):
+        if has_key and is_open(session):
             raise store_is_away(error, "Nothing was started. Try again later.") from error
         raise
     except PromptLayerExecError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable
 from secrets import compare_digest
+from typing import Any
 
 import attrs
 from mcp import types
@@ -13,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from promptlayer_exec import Session
+from promptlayer_exec import Session, Workflow
 from promptlayer_exec._uvicorn import serve_until_cancelled
 from promptlayer_exec.mcp._mcp_server import make_server
 from promptlayer_exec.mcp._tool_calls import Calls
@@ -34,7 +35,7 @@ async def serve_http(
     listener: socket.socket,
     *,
     token: str,
-    workflows: Iterable[str],
+    workflows: Iterable[str | Workflow[Any, Any]],
     hosts: Iterable[str] = (),
 ) -> None:
     """Serve MCP clients over Streamable HTTP, at the path `/mcp`, until cancelled.

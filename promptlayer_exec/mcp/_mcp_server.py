@@ -14,7 +14,7 @@ from mcp import MCPError, types
 from mcp.server import Server, ServerRequestContext
 from mcp.server.stdio import stdio_server
 
-from promptlayer_exec import PromptLayerExecError, Session, __version__
+from promptlayer_exec import PromptLayerExecError, Session, Workflow, __version__
 from promptlayer_exec.mcp._tool_arguments import CallFailed, parse_id, shown
 from promptlayer_exec.mcp._tool_calls import CALLS, Calls
 from promptlayer_exec.mcp._tool_errors import error_result, error_text
@@ -27,7 +27,9 @@ _Context = ServerRequestContext[Any]
 _Page = types.PaginatedRequestParams | None
 
 
-def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[Any]:
+def create_server(
+    session: Session, *, workflows: Iterable[str | Workflow[Any, Any]] = ()
+) -> Server[Any]:
     """Return an MCP server whose tools run workflows and wait for them.
 
     It supports all revisions of the protocol and all transports of the SDK. It has no
@@ -39,17 +41,22 @@ def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[
         session: starts and follows executions. You close it. With `starts=`, the tools that start a
             run take an optional `idempotency_key`. A repeated call with the same key gets the same
             run.
-        workflows: the names or ids of the workflows that agents may start. Empty means all. Each of
-            them gets its own tool, `run_...`, which waits for the output.
+        workflows: the workflows that agents may start, as names, ids in text form or `Workflow`s.
+            Empty means all. Each of them gets its own tool, `run_...`, which waits for the output.
+            Agents read the description of a `Workflow` first. It runs with its own metadata and, if
+            it has one, only with its own label or version. Inputs that do not match its type start
+            nothing.
 
     Raises:
-        TypeError: `workflows` is a single string.
-        ValueError: a name is not a str, or empty.
+        TypeError: `workflows` is a single string, or contains something else.
+        ValueError: a name is empty, or two workflows share one.
     """
     return make_server(Calls(session, workflows))
 
 
-async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> None:
+async def serve_stdio(
+    session: Session, *, workflows: Iterable[str | Workflow[Any, Any]] = ()
+) -> None:
     """Serve one MCP client over standard input and output, until it closes them.
 
     Give agents one workflow as a tool::

@@ -8,7 +8,7 @@ from typing import Any
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from jsonschema.exceptions import best_match  # type: ignore[import-untyped]
 
-from promptlayer_exec import StartRequest
+from promptlayer_exec import StartRequest, Workflow
 from promptlayer_exec._integration import check_execution_id
 from promptlayer_exec._integration import near as near_names
 from promptlayer_exec.mcp._tool_values import clip
@@ -41,11 +41,25 @@ def _usual(name: str, value: Any) -> Any:
 
 
 def start_request(
-    workflow: str, *, idempotency_key: str | None = None, **options: Any
+    workflows: Mapping[str, Workflow[Any, Any]],
+    workflow: str,
+    *,
+    idempotency_key: str | None = None,
+    **options: Any,
 ) -> StartRequest:
+    """Return the request for a workflow, which is one of `workflows` if the server has any."""
     if "label" in options and "version" in options:
         raise CallFailed("give either label or version, not both")
-    return StartRequest(workflow, key=idempotency_key, **options)
+
+    known = workflows.get(workflow, Workflow(workflow))
+    for option, own in (("label", known.label), ("version", known.version)):
+        others = {"label", "version"} & options.keys()
+        if own is not None and others and options.get(option) != own:
+            raise CallFailed(
+                f"this server uses workflow {shown(workflow)} with the {option} {shown(own)} alone:"
+                " leave out label and version"
+            )
+    return StartRequest(known, key=idempotency_key, **options)
 
 
 def execution_id(arguments: Mapping[str, Any]) -> int:

@@ -20,6 +20,7 @@ from promptlayer_exec import (
     Session,
     Snapshot,
     StartRequest,
+    Workflow,
     WorkflowDefinition,
     WorkflowSummary,
 )
@@ -28,6 +29,8 @@ from promptlayer_exec._integration import (
     definition,
     is_repeated,
     settings,
+    structure_inputs,
+    workflows_by_name,
 )
 from promptlayer_exec.mcp import _tool_arguments as read
 from promptlayer_exec.mcp import _tool_results as results
@@ -47,17 +50,6 @@ Report = Callable[[float, float | None, str | None], Awaitable[None]]
 
 _logger = logging.getLogger("promptlayer_exec")
 _MOST_WORKFLOWS = 100
-
-
-def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
-    """Return the given names, each once."""
-    if isinstance(workflows, str):
-        raise TypeError(f"workflows takes several names: write [{workflows!r:.100}]")
-    names = tuple(dict.fromkeys(workflows))
-    for name in names:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"workflows must be names or ids as text, got {name!r:.100}")
-    return names
 
 
 def _names_of(summary: WorkflowSummary) -> tuple[str, ...]:
@@ -84,9 +76,10 @@ def _strings_among(names: Iterable[str], workflow: WorkflowDefinition | None) ->
 class Calls:
     """The tools of one server, and the executions that it has seen."""
 
-    def __init__(self, session: Session, workflows: Iterable[str]) -> None:
+    def __init__(self, session: Session, workflows: Iterable[str | Workflow[Any, Any]]) -> None:
         self.session = session
-        self.allowed = _names(workflows)
+        self.workflows = workflows_by_name(workflows)
+        self.allowed = tuple(self.workflows)
         self.run_tools = run_tool_names(self.allowed)  # the workflow of each tool `run_...`
         # The argument for the key of a request, by its name, if the session has a start store.
         self.keys: Mapping[str, Any] = {}
@@ -98,15 +91,15 @@ class Calls:
 
     async def tools(self) -> list[Tool]:
         """Return the tools, with the inputs of the allowed workflows if they are available."""
-        reads = (self._definition(StartRequest(name)) for name in self.allowed)
+        reads = (self._definition(StartRequest(it)) for it in self.workflows.values())
         found = await asyncio.gather(*reads)
 
-        for name, workflow in zip(self.allowed, found, strict=True):
-            if workflow is not None:
-                self._inputs[name] = workflow.required_inputs or {}
+        for name, known in zip(self.allowed, found, strict=True):
+            if known is not None:
+                self._inputs[name] = known.required_inputs or {}
         own = [
-            run_tool(tool, name, workflow, self.keys)
-            for tool, name, workflow in zip(self.run_tools, self.allowed, found, strict=True)
+            run_tool(tool, self.workflows[name], known, self.keys)
+            for (tool, name), known in zip(self.run_tools.items(), found, strict=True)
         ]
         return [*common_tools(self.allowed, self.keys), *own]
 
@@ -169,14 +162,13 @@ class Calls:
                 known.extend(names)
                 is_allowed = not self.allowed or {*names} & {*self.allowed}
                 if names and is_allowed and search in summary.name.casefold():
-                    listed.append(
-                        {
-                            "id": summary.id,
-                            "name": clean(summary.name),
-                            "labels": [clean(label) for label in summary.labels],
-                            "latest_version": summary.latest_version,
-                        }
-                    )
+                    entry = {
+                        "id": summary.id,
+                        "name": clean(summary.name),
+                        "labels": [clean(label) for label in summary.labels],
+                        "latest_version": summary.latest_version,
+                    }
+                    listed.append(entry | self._description(*names))
                 if len(listed) > _MOST_WORKFLOWS:
                     break
 
@@ -191,17 +183,26 @@ class Calls:
         return results.tool_result({"message": message, "workflows": workflows})
 
     async def describe_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
-        request = read.start_request(**arguments)
+        request = read.start_request(self.workflows, **arguments)
         try:
-            workflow = await definition(
+            found = await definition(
                 self.session, request.workflow, label=request.label, version=request.version
             )
         except NotFound as error:
             raise CallFailed(await self._not_found(request)) from error
-        return results.tool_result(results.workflow_fields(workflow))
+        description = self._description(arguments["workflow"])
+        return results.tool_result(results.workflow_fields(found, **description))
+
+    def _description(self, *names: str) -> dict[str, str]:
+        """Return what a workflow is for, as a field, if the app has described it."""
+        described = (self.workflows[name] for name in names if name in self.workflows)
+        for workflow in described:
+            if workflow.description is not None:
+                return {"description": clip(workflow.description, 2_000)}
+        return {}
 
     async def start_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
-        execution, warning = await self._start(read.start_request(**arguments))
+        execution, warning = await self._start(read.start_request(self.workflows, **arguments))
         name = clean(arguments["workflow"])
         message = f"Execution {execution.id} of workflow {name!r:.200} has started."
         if is_repeated(execution):
@@ -239,16 +240,17 @@ class Calls:
         """
         name = self.run_tools[tool]
         required = self._inputs.get(name, {})
+        workflow = self.workflows[name]
         if "inputs" in arguments and "inputs" not in required:
-            options = read.check(arguments, run_arguments(self.keys))
+            options = read.check(arguments, run_arguments(workflow, self.keys))
             seconds = options.pop("timeout", WAIT)
-            return read.start_request(name, **options), seconds
+            return read.start_request(self.workflows, name, **options), seconds
 
         inputs = dict(arguments)
         own = {"timeout", *self.keys} - required.keys()
         options = {option: inputs.pop(option) for option in own & inputs.keys()}
-        options = read.check(options, run_arguments(self.keys))
-        request = StartRequest(name, inputs, key=options.get("idempotency_key"))
+        options = read.check(options, run_arguments(workflow, self.keys))
+        request = StartRequest(workflow, inputs, key=options.get("idempotency_key"))
         return request, options.get("timeout", WAIT)
 
     async def _run(self, tool: str, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
@@ -265,11 +267,15 @@ class Calls:
         await self._refuse_numbers(request)
 
         try:
+            inputs = request.inputs
+            if name in self.workflows:
+                inputs = structure_inputs(self.session, self.workflows[name], inputs)
             execution = await self.session.start(
-                name,
-                request.inputs,
+                request.workflow,
+                inputs,
                 label=request.label,
                 version=request.version,
+                metadata=request.metadata,
                 key=request.key,
             )
         except NotFound as error:

@@ -121,7 +121,9 @@ def _nodes(snapshot: Snapshot) -> dict[str, Any]:
     return {name: fits[name] for name in map(clean, snapshot.nodes) if name in fits}
 
 
-def workflow_fields(workflow: WorkflowDefinition) -> dict[str, Any]:
+def workflow_fields(
+    workflow: WorkflowDefinition, *, description: str | None = None
+) -> dict[str, Any]:
     inputs = workflow.required_inputs
     if inputs is None:
         needs = "PromptLayer does not list its inputs."
@@ -143,8 +145,9 @@ def workflow_fields(workflow: WorkflowDefinition) -> dict[str, Any]:
     if workflow.version is not None:
         title += f", version {workflow.version}"
 
+    purpose = "" if description is None else f"{description}\n\n"
     fields = {
-        "message": f"{title}. {needs}",
+        "message": f"{purpose}{title}. {needs}",
         "id": workflow.id,
         "name": clip(workflow.name, 1_000),
         "version": workflow.version,

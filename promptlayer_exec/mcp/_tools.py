@@ -8,7 +8,7 @@ from typing import Any
 
 from mcp.types import Tool, ToolAnnotations
 
-from promptlayer_exec import WorkflowDefinition
+from promptlayer_exec import Workflow, WorkflowDefinition
 
 WAIT = 50.0  # seconds: clients often give up after 60
 
@@ -63,9 +63,12 @@ def _arguments(required: Iterable[str] = (), /, **properties: Any) -> dict[str, 
     return {**_schema(required, **properties), "additionalProperties": False}
 
 
-def run_arguments(keys: Mapping[str, Any]) -> dict[str, Any]:
+def run_arguments(workflow: Workflow[Any, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
     """Return the schema of a tool `run_...` whose inputs are unknown, or are an object."""
-    return _arguments(inputs=_INPUTS, label=_LABEL, version=_VERSION, timeout=_TIMEOUT, **keys)
+    choices = {"label": _LABEL, "version": _VERSION}
+    if workflow.label is not None or workflow.version is not None:
+        choices = {}
+    return _arguments(inputs=_INPUTS, **choices, timeout=_TIMEOUT, **keys)
 
 
 _EXECUTION = _schema(
@@ -160,19 +163,24 @@ def common_tools(allowed: tuple[str, ...], keys: Mapping[str, Any]) -> list[Tool
 
 
 def run_tool(
-    name: str, workflow: str, definition: WorkflowDefinition | None, keys: Mapping[str, Any]
+    name: str,
+    workflow: Workflow[Any, Any],
+    definition: WorkflowDefinition | None,
+    keys: Mapping[str, Any],
 ) -> Tool:
     """Return the tool that runs one workflow, with its required inputs as arguments."""
     if definition is None or definition.required_inputs is None:
-        schema = run_arguments(keys)
+        schema = run_arguments(workflow, keys)
     else:
         inputs = {name: _input(kind) for name, kind in definition.required_inputs.items()}
         schema = _schema(list(inputs), **{"timeout": _TIMEOUT, **keys, **inputs})
 
+    shown = f"{str(workflow.name)!r:.100}"
+    purpose = "" if workflow.description is None else f"{workflow.description}\n\n"
     return Tool(
         name=name,
-        title=f"Run {workflow!r:.100} (paid)",
-        description=f"Run the PromptLayer workflow {workflow!r:.100}, which costs money, and return"
+        title=f"Run {shown} (paid)",
+        description=f"{purpose}Run the PromptLayer workflow {shown}, which costs money, and return"
         f" its output, or which node failed and why. After {WAIT:.0f} seconds, or `timeout`, it"
         " returns timed_out: true and an execution_id: call wait_execution with it.",
         input_schema=schema,

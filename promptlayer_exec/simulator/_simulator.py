@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 from aiohttp import web
@@ -15,6 +15,7 @@ from anyio.from_thread import start_blocking_portal
 from yarl import URL
 
 from promptlayer_exec.simulator._backend import Backend, SimRun
+from promptlayer_exec.simulator._described import checked, required_inputs
 from promptlayer_exec.simulator._faults import Fault, FaultQueue
 from promptlayer_exec.simulator._log import Log, SimRequest
 from promptlayer_exec.simulator._notifications import Notifications, SimPost
@@ -22,6 +23,11 @@ from promptlayer_exec.simulator._operations import Operations, TokenBucket
 from promptlayer_exec.simulator._push_server import PushServer
 from promptlayer_exec.simulator._scenario import Scenario
 from promptlayer_exec.simulator._workflow_bodies import ScenarioSource
+
+if TYPE_CHECKING:
+    import cattrs
+
+    from promptlayer_exec import Workflow
 
 
 class Simulator:
@@ -158,7 +164,7 @@ class Simulator:
 
     def add_workflow(
         self,
-        name: str,
+        name: str | Workflow[Any, Any],
         scenario: ScenarioSource,
         *,
         warning: str | None = None,
@@ -166,6 +172,7 @@ class Simulator:
         labels: Iterable[str] = (),
         definition: Scenario | None = None,
         external_ids: Mapping[str, str] | None = None,
+        converter: cattrs.Converter | None = None,
     ) -> int:
         """Add a workflow. Each `POST /workflows/{name}/run` starts an execution of it.
 
@@ -174,7 +181,11 @@ class Simulator:
         selects that version.
 
         Args:
-            name: its name, with any characters.
+            name: its name, with any characters, or the `Workflow` of the program under test. It
+                then has that label, declares the inputs that the `Workflow` requires, and refuses
+                a scenario whose output does not match. If a function returns scenarios, it
+                refuses them in the start request. It does not check a value that a node computes,
+                or that you pass to `finish`.
             scenario: what each execution does, or a function of the input variables that returns
                 it.
             warning: the warning in the response to each start request. By default, it lists the
@@ -185,14 +196,21 @@ class Simulator:
             definition: the scenario that describes the workflow. By default `scenario`, or no nodes
                 if that is a function.
             external_ids: ids in other systems by source, for filtering the list.
+            converter: the converter of the sessions that use the `Workflow`, if they have one.
 
         Returns:
             The id of the workflow, which you can use instead of its name.
 
         Raises:
-            ValueError: the name is in use.
+            ValueError: the name is in use, or the output does not match the `Workflow`.
             TypeError: `labels` is a string.
         """
+        if not isinstance(name, str):
+            workflow, name = name, str(name.name)
+            scenario = checked(workflow, scenario, converter)
+            inputs = required_inputs(workflow) if inputs is None else inputs
+            if workflow.label is not None and not isinstance(labels, str):
+                labels = dict.fromkeys([workflow.label, *labels])
         return self._backend.add_workflow(
             name,
             labels,
