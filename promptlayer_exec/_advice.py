@@ -52,7 +52,7 @@ def explain_briefly(error: Exception) -> str:
 def sentence(error: Exception) -> str:
     """Return what happened, for a place that shows the execution, and what will happen next."""
     text = integration.what_happened(error)
-    return f"{text[0].upper()}{text[1:]}."
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def explain_stored(kind: str, problem: str, data: Data) -> str:
@@ -114,8 +114,8 @@ TLS_ADVICE = {
 
 # What to do about a wrong setting, by the name of the argument of `Session` or `Batch`.
 _SETTINGS = {
-    "api_key": "Create one in PromptLayer's settings, and set the environment variable"
-    " PROMPTLAYER_API_KEY to it.",
+    "api_key": "Set the environment variable PROMPTLAYER_API_KEY to one from PromptLayer's"
+    " settings.",
     "base_url": "Correct --base-url or PROMPTLAYER_BASE_URL.",
     "database_url": "Check --db or PROMPTLAYER_EXEC_DB: it must be like sqlite:///FILE or"
     " postgresql://user@host/database.",
@@ -150,6 +150,6 @@ _ADVICE: Mapping[type, str | Callable[[Data], str]] = {
     StartUnknown: _about_unknown,
     ExecutionTimeout: "",  # the commands show how to follow it
     ExecutionFailed: "",  # the commands show how to print the whole error
-    InvalidOutput: "Change the type or the workflow's output node.",
+    InvalidOutput: "",
     PromptLayerExecError: "",
 }

@@ -56,36 +56,39 @@ _URN = "urn:promptlayer-exec:"
 _REFUSED = "PromptLayer refused this server's credentials."
 _INVALID = "PromptLayer refused the request as invalid."
 
-# Clients never get an error's str(), which may contain PromptLayer's text and address.
-_STATUSES_AND_TITLES: Mapping[type[Exception], tuple[int, str]] = {
-    BadRequest: (422, _INVALID),
-    InvalidInputs: (422, "Inputs that the workflow requires are missing."),
-    KeyConflict: (422, "The key belongs to another request. Use another key."),
-    InvalidSignature: (401, "The webhook's signature is not valid."),
-    Unauthorized: (502, _REFUSED),
-    Forbidden: (502, _REFUSED),
-    NotFound: (404, "The execution or workflow does not exist."),
-    UnprocessableEntity: (422, _INVALID),
-    RateLimited: (503, "This server exceeded PromptLayer's rate limit. Try again later."),
-    ServerError: (502, "PromptLayer failed. Try again later."),
-    StatusError: (502, "PromptLayer refused the request."),
-    ConnectionFailed: (502, "This server could not reach PromptLayer. Try again later."),
-    RequestTimeout: (504, "PromptLayer did not respond in time. Try again later."),
-    InvalidResponse: (502, "This server could not read PromptLayer's response."),
-    ResponseTooLarge: (502, "PromptLayer's response is larger than this server accepts."),
+# Each error's status, what happened, and what a client can do. Clients never get an error's str(),
+# which may contain PromptLayer's text and address.
+_PROBLEMS: Mapping[type[Exception], tuple[int, str, str]] = {
+    BadRequest: (422, _INVALID, ""),
+    InvalidInputs: (422, "Inputs that the workflow requires are missing.", ""),
+    KeyConflict: (422, "The key belongs to another request.", "Use another key."),
+    InvalidSignature: (401, "The webhook's signature is not valid.", ""),
+    Unauthorized: (502, _REFUSED, ""),
+    Forbidden: (502, _REFUSED, ""),
+    NotFound: (404, "The execution or workflow does not exist.", ""),
+    UnprocessableEntity: (422, _INVALID, ""),
+    RateLimited: (503, "This server exceeded PromptLayer's rate limit.", "Try again later."),
+    ServerError: (502, "PromptLayer failed.", "Try again later."),
+    StatusError: (502, "PromptLayer refused the request.", ""),
+    ConnectionFailed: (502, "This server could not reach PromptLayer.", "Try again later."),
+    RequestTimeout: (504, "PromptLayer did not respond in time.", "Try again later."),
+    InvalidResponse: (502, "This server could not read PromptLayer's response.", ""),
+    ResponseTooLarge: (502, "PromptLayer's response is larger than this server accepts.", ""),
     StartUnknown: (
         502,
-        "The run may have started and be billed: look in PromptLayer before starting it again.",
+        "The run may have started and be billed:",
+        "look in PromptLayer before starting it again.",
     ),
     ExecutionTimeout: (
         504,
-        "The execution did not complete in time. It is still running: request it again.",
+        "The execution did not complete in time.",
+        "It is still running: request it again.",
     ),
-    ExecutionFailed: (409, "The execution completed without an output."),
-    InvalidOutput: (502, "The execution's output does not have the expected structure."),
-    SessionClosed: (503, "This server is shutting down. Try again."),
-    ConfigurationError: (500, "This server is not configured for PromptLayer."),
-    Exception: (500, "This server failed."),
+    ExecutionFailed: (409, "The execution completed without an output.", ""),
+    InvalidOutput: (502, "The execution's output does not have the expected structure.", ""),
+    SessionClosed: (503, "This server is shutting down.", "Try again."),
+    ConfigurationError: (500, "This server is not configured for PromptLayer.", ""),
+    Exception: (500, "This server failed.", ""),
 }
 
 
@@ -125,13 +128,24 @@ def tagged_response(
 
 def describe(error: Exception) -> tuple[int, str, str]:
     """Return an error's status, and the type and text that a client may see."""
-    known = next(cls for cls in type(error).__mro__ if cls in _STATUSES_AND_TITLES)
-    status, title = _STATUSES_AND_TITLES[known]
+    known = _known_class(error)
+    status, what, advice = _PROBLEMS[known]
+    title = f"{what} {advice}".rstrip()
     if known is Exception:
         return status, "InternalServerError", title
     if isinstance(error, ExecutionTimeout) and error.execution_id is None:
         title = "The run did not start in time. Try again."
     return status, known.__name__, title
+
+
+def describe_retry(error: Exception) -> tuple[str, str]:
+    """Return the type and text for an error that this server retries by itself."""
+    known = _known_class(error)
+    return known.__name__, f"{_PROBLEMS[known][1]} Trying again."
+
+
+def _known_class(error: Exception) -> type[Exception]:
+    return next(cls for cls in type(error).__mro__ if cls in _PROBLEMS)
 
 
 def describe_and_log(error: Exception) -> tuple[int, str, str]:

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from promptlayer_exec import Execution, NotFound, Session, SessionClosed, Snapshot
 from promptlayer_exec._integration import News, Waiting, follow, session_of
 from promptlayer_exec.fastapi._admission import Refusal
-from promptlayer_exec.fastapi._responses import describe, describe_and_log
+from promptlayer_exec.fastapi._responses import describe_and_log, describe_retry
 from promptlayer_exec.fastapi._sse import (
     EventStream,
     event,
@@ -260,8 +260,7 @@ def _reason(execution_id: int, failure: Exception | None) -> dict[str, str]:
     """Return the data of the event `waiting`: why there is nothing new."""
     kind, message = "NoAnswer", "PromptLayer has not responded yet."
     if failure is not None:
-        _, kind, title = describe(failure)
-        message = f"{title.partition('.')[0]}. Trying again."
+        kind, message = describe_retry(failure)
         if isinstance(failure, NotFound):
             message = "PromptLayer has no results of this new run yet. Trying again."
     return {"execution_id": str(execution_id), "type": kind, "message": message}

@@ -904,7 +904,7 @@ async def test_standard_output_has_nothing_but_the_protocol(held: int, serve_mcp
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ([], "there is no API key. Create one in PromptLayer"),
+        ([], "there is no API key. Set the environment variable"),
         (["--workflow", ""], "must not be empty"),
         (["--db", "mysql://x/y"], "Check --db"),
     ],
