@@ -17,7 +17,7 @@ _STRUCTURE = {
     *("is_output_node", "is_draft", "is_deleted", "is_and", "commit_message", "issued", "expires"),
     *("page", "per_page", "pages", "total", "has_next", "has_prev", "next_num", "prev_num"),
 }
-_WORDS = {"status", "node_type", "type", "loc", "messaging_backend"}  # of the server
+_WORDS = {"status", "node_type", "type", "messaging_backend"}  # of the server
 _MESSAGES = {"message", "error", "detail", "msg", "warning"}  # of the server, for people
 _NAMES = {
     *("name", "workflow_name", "source_node_name", "target_node_name", "dependencies"),
@@ -28,7 +28,13 @@ _PRIVATE = {
     *("value", "error_message", "raw_error_message", "configuration", "conditionals"),
     *("external_ids", "user_id", "workspace_id", "token", "clientId"),
 }
-_FIELDS = _STRUCTURE | _WORDS | _MESSAGES | _NAMES | _KEYS | _PRIVATE
+_LOCATION = "loc"  # where a parameter of the request is wrong: it may lead to an input
+_FIELDS = _STRUCTURE | _WORDS | _MESSAGES | _NAMES | _KEYS | _PRIVATE | {_LOCATION}
+_PARAMETERS = {
+    *("body", "header", "path", "query", "input_variables", "metadata", "callback_url"),
+    *("workflow_label_name", "workflow_version_number", "return_all_outputs"),
+    *("workflow_version_execution_id", "channel_name_suffix", "capability", "page", "per_page"),
+}
 _INPUT_TYPES = {"string", "integer", "number", "float", "boolean", "object", "array", "json"}
 
 
@@ -136,26 +142,34 @@ class Anonymizer:
         if isinstance(value, list):
             return [self._value(item) for item in value]
         if isinstance(value, str):
-            return self._removed(value)
+            return self._private_text(value)
         if type(value) in (int, float):
             return type(value)(0)
         return value
 
     def _text(self, text: str, field: str, depth: int) -> str:
-        if field in _WORDS and re.fullmatch("[A-Za-z_ -]{1,40}", text):
+        if self._is_word(text, field):
             return text
-        if field == "required_input_variables" and text in _INPUT_TYPES:
-            return text
-        if field in _NAMES:
+        if field in _NAMES or field == _LOCATION:
             return self.alias(text)
-        if field in _MESSAGES and depth <= 1 and not self._is_indiscreet(text):
-            return re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`|https?://\S+|\d+", "...", text)[:300]
-        return self._removed(text)
+        if field not in _MESSAGES or depth > 1:
+            return self._private_text(text)
+        if self._is_indiscreet(text):
+            return _removed(text)
+        return re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`|https?://\S+|\d+", "...", text)[:300]
 
-    def _removed(self, text: str) -> str:
+    def _is_word(self, text: str, field: str) -> bool:
+        """Return whether a text is a word of the server, and not of the user."""
+        if field == "required_input_variables":
+            return text in _INPUT_TYPES
+        if field == _LOCATION:
+            return text in _PARAMETERS and text.casefold() not in self._private
+        return field in _WORDS and re.fullmatch("[A-Za-z_ -]{1,40}", text) is not None
+
+    def _private_text(self, text: str) -> str:
         if text.strip():
             self._private.add(text.casefold())
-        return f"<text {len(text)}>"
+        return _removed(text)
 
     def _is_indiscreet(self, message: str) -> bool:
         """Return whether a message contains a private text, or three words of one in a row."""
@@ -167,6 +181,10 @@ class Anonymizer:
             if quotes and not quotes.isdisjoint(_triples(text)):
                 return True
         return False
+
+
+def _removed(text: str) -> str:
+    return f"<text {len(text)}>"
 
 
 def _triples(text: str) -> Iterator[tuple[str, ...]]:

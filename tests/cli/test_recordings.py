@@ -24,12 +24,12 @@ Call = Callable[..., Any]
 
 KEY = "key-of-a-recording-3141592653"
 WORKFLOW = "workflow/name 2718281828"
-INPUT, INPUT_VALUE = "input-name-1414213562", "input-value-1732050807"
-FIRST, SECOND, OUTPUT_NODE = "first-node-1618", "message", "output-node-0339"
+INPUT, INPUT_VALUE = "onlyotters", "input-value-1732050807"
+FIRST, SECOND, OUTPUT_NODE = "firstwhisker", "message", "output-node-0339"
 OUTPUT = "otters eat sixty crabs before breakfast"
 PRIVATE = (
     *(KEY, "2718281828", INPUT, INPUT_VALUE, FIRST, OUTPUT_NODE, OUTPUT, "sixty", "crabs"),
-    *("label-5772", "source-1442", "external-6931", "field-4669", "inner-2502", "trace-7642"),
+    *("furrylabel", "source-1442", "external-6931", "field-4669", "inner-2502", "trace-7642"),
     *("diagnostic-9159", "looks-like-a-node-8346", "page-3358", "header-1234", "reason-5678"),
     *("127.0.0.1", "87654321", "12345.75", "whispering"),
 )
@@ -55,8 +55,8 @@ def sim() -> Iterator[Simulator]:
         simulator.add_workflow(
             WORKFLOW,
             Scenario(NODES),
-            inputs={INPUT: "string", "more": "label-5772"},
-            labels=["label-5772"],
+            inputs={INPUT: "string", "more": "furrylabel"},
+            labels=["furrylabel"],
             external_ids={"source-1442": "external-6931"},
             warning=f"Unused input variables: {INPUT}",
         )
@@ -197,6 +197,18 @@ def test_a_replayed_run_has_the_same_snapshots(sim: Simulator, call: Call, har: 
     seen = [[str(node.status) for node in snapshot.nodes.values()] for snapshot in snapshots]
     assert seen == recorded
     assert len(seen) > 2
+
+
+def test_a_refused_input_is_private(sim: Simulator, call: Call, har: Path) -> None:
+    """FastAPI's location of an error leads to it."""
+    detail = {"loc": ["body", "input_variables", INPUT], "msg": f"{INPUT}?", "type": "missing"}
+    body = json.dumps({"detail": [detail]}).encode()
+    sim.inject(Fault.status(422, body=body), path="/run")
+    text, entries = record(call, har)
+    assert INPUT not in text
+    (shown,) = json.loads(bodies(entries, "/run")[0])["detail"]
+    assert shown["loc"][:2] == ["body", "input_variables"]
+    assert (shown["msg"], shown["type"]) == ("<text 11>", "missing")
 
 
 def test_a_refused_run_is_recorded(sim: Simulator, call: Call, har: Path) -> None:
