@@ -145,17 +145,13 @@ class Output(io.TextIOWrapper):
     def flush(self) -> None:
         """Write what is buffered to the file."""
         super().flush()
-        new = self._text().splitlines(keepends=True)[self._lines :]
+        new = self.text().splitlines(keepends=True)[self._lines :]
         self._lines += len(new)
         for line in new:
             self._on_line(line)
 
-    def end(self) -> str:
-        """Close the file, and return its text."""
-        self.close()
-        return self._text()
-
-    def _text(self) -> str:
+    def text(self) -> str:
+        """Return what has reached the file."""
         return self._path.read_bytes().decode(self.encoding) if self._path.is_file() else ""
 
 
@@ -246,11 +242,13 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
         on_line: Callable[[str], object] = str,
         **env: str,
     ) -> Finished:
-        with pytest.MonkeyPatch.context() as patch:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            Output(out, encoding, is_screen=on_screen, on_line=on_line) as written,
+            Output(streams / "err", "utf-8", is_screen=False, on_line=str) as errors,
+        ):
             for name, value in env.items():
                 patch.setenv(name, value)
-            written = Output(out, encoding, is_screen=on_screen, on_line=on_line)
-            errors = Output(streams / "err", "utf-8", is_screen=False, on_line=str)
             patch.setattr(sys, "argv", ["promptlayer-exec", *map(str, arguments)])
             if isinstance(stdin, str):
                 stdin = io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")
@@ -259,8 +257,8 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
             patch.setattr(sys, "stderr", errors)
             with pytest.raises(SystemExit) as exited:
                 main()
-            text, error_text = written.end(), errors.end()
 
+        text, error_text = written.text(), errors.text()
         assert "Traceback" not in error_text, error_text
         if on_screen:
             text = re.sub(r"\x1b\[\d*m", "", text)
