@@ -1,4 +1,4 @@
-"""The `batch` commands that put finished items back into the queue: `recheck` and `retry`."""
+"""The `batch` commands that lead out of an item's state: `recheck`, `retry` and `give-up`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from promptlayer_exec.cli._exit import (
     run_command,
     server_option,
 )
-from promptlayer_exec.cli._options import BaseUrl, Database
+from promptlayer_exec.cli._options import BaseUrl, Database, seconds
 from promptlayer_exec.cli._printing import err, quoted
 
 if TYPE_CHECKING:
@@ -112,6 +112,52 @@ def retry(
     raise typer.Exit(run_command(retry_chosen(), Subject()))
 
 
+@command
+async def give_up(
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY", help="Only the items with these keys.")
+    ] = None,
+    name: options.OnlyBatch = None,
+    database: Database = None,
+    base_url: BaseUrl = None,
+    *,
+    running_for: Annotated[
+        float | None,
+        seconds("Only items that have been followed for this long, such as 1h.", default=False),
+    ] = None,
+    same_server: options.SameServer = False,
+) -> None:
+    """End items that the batch follows, without waiting for the ends of their runs.
+
+    They fail, with the ids of their runs, which continue on PromptLayer. `batch recheck` follows
+    them again, for free.
+    """
+    if not keys and running_for is None:
+        raise Misuse("give the keys of items, or --running-for 1h for all that take longer")
+
+    chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
+    flags = lookup.command_flags(chosen, database) + server_option(base_url)
+    count = await batch.give_up(keys or None, running_for=running_for or 0.0)
+    if not count and keys:
+        raise Misuse(await _why_not_given_up(chosen, batch, keys))
+    if not count:
+        err(f"batch {printable(chosen)}: there is no item to give up")
+        return
+    text = f"batch {printable(chosen)}: gave up {lookup.item_count(count)}"
+    err(hint(f"{text}. Follow their runs again with:", f"{PROGRAM} batch recheck{flags}"))
+
+
+async def _why_not_given_up(name: str, batch: Batch, keys: list[str]) -> str:
+    kinds = await batch.kinds(keys)
+    key = next((key for key in keys if key not in kinds), None)
+    if key is not None:
+        return f"batch '{printable(name)}' has no item {quoted(key)}"
+    key, kind = next(iter(kinds.items()))
+    if kind is None:
+        return f"item {quoted(key)} has no known run yet, or not for that long"
+    return f"item {quoted(key)} has finished: {kind}"
+
+
 @attrs.frozen
 class _Choice:
     """Which items to retry. Without an option, keys mean failed items."""
@@ -182,10 +228,7 @@ async def _refusal(batch: Batch, key: str, kind: str | None, flags: str) -> Misu
     if attempt is not None and attempt.execution_id is not None:
         return Misuse(
             f"{item} has not finished: the batch follows execution {attempt.execution_id}",
-            hint=hint(
-                "end items whose runs take longer than an hour with:",
-                f"{PROGRAM} batch work --give-up-after 1h{flags}",
-            ),
+            hint=hint("end it with:", f"{PROGRAM} batch give-up {argument}{flags}"),
         )
     return Misuse(
         f"{item} has not finished: no run of it is known yet",

@@ -318,6 +318,31 @@ class Batch:
                 store, Reason.RETRY, kinds=kinds, keys=chosen, unknown_for=unknown_for
             )
 
+    async def give_up(self, keys: Iterable[str] | None = None, *, running_for: float = 0.0) -> int:
+        """End items that the batch follows, without waiting for the ends of their runs.
+
+        They fail with `ExecutionTimeout` and the id of their run, which continues on PromptLayer.
+        Workers let go of them within seconds. `recheck` follows the runs again.
+
+        Args:
+            keys: only these items. None means all. It ignores items without a known run, and those
+                that have finished.
+            running_for: only items that have been followed for this many seconds.
+
+        Returns:
+            The number of these items.
+
+        Raises:
+            TypeError: `keys` is a str, or contains something else than str.
+            ValueError: `running_for` is negative.
+        """
+        integration.check_seconds("running_for", running_for)
+        chosen = None if keys is None else _check_keys(keys)
+        async with self._open() as store:
+            await self._check_owner(store)
+            act = partial(requeue.give_up, store, self._name, chosen, running_for=running_for)
+            return await store.run_in_thread(act)
+
     async def _requeue(self, store: Store, reason: Reason, **which: Any) -> int:
         act = partial(requeue.requeue, store, self._name, reason, **which)
         return await store.run_in_thread(act)

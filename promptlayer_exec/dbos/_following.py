@@ -121,7 +121,10 @@ class Following:
     _now: Callable[[], datetime]
     give_up_after: float
     _outage_limit: float = attrs.field(init=False)
+    # The tasks that follow runs, those that shall let go of theirs, and those cancelled from here.
     _waiting: set[asyncio.Task[Any]] = attrs.field(init=False, factory=set)
+    _let_go: set[asyncio.Task[Any]] = attrs.field(init=False, factory=set)
+    _interrupted: set[asyncio.Task[Any]] = attrs.field(init=False, factory=set)
     # When the server last reported that a run has ended, or is still running after its time.
     _read_at: float = attrs.field(init=False, default=float("-inf"))
 
@@ -129,12 +132,46 @@ class Following:
         policy = integration.settings(self._session).retry
         self._outage_limit = integration.or_infinity(policy.watch_outage)
 
-    async def end(self, run: FollowedRun) -> RunEnd:
-        """Wait for the end of a run.
+    async def end(self, run: FollowedRun) -> RunEnd | None:
+        """Wait for the end of a run. Return None if this worker shall let go of it.
 
         Raises:
             PromptLayerExecError: every other run would have this problem, too. The item stays.
         """
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._waiting.add(task)
+        try:
+            while task not in self._let_go:
+                try:
+                    return await self._follow(run)
+                except asyncio.CancelledError:
+                    if task not in self._interrupted or task.uncancel():  # it was somebody else
+                        raise
+                    self._interrupted.discard(task)
+            return None
+        finally:
+            for tasks in (self._waiting, self._let_go, self._interrupted):
+                tasks.discard(task)
+
+    def change_limit(self, give_up_after: float) -> None:
+        """Change the limit, also for the runs that are followed now."""
+        if give_up_after != self.give_up_after:
+            self.give_up_after = give_up_after
+            for task in self._waiting:
+                self._interrupt(task)
+
+    def let_go(self, task: asyncio.Task[Any]) -> None:
+        """Let the task stop following its run, if it does."""
+        if task in self._waiting:
+            self._let_go.add(task)
+            self._interrupt(task)
+
+    def _interrupt(self, task: asyncio.Task[Any]) -> None:
+        if task not in self._interrupted:
+            self._interrupted.add(task)
+            task.cancel()
+
+    async def _follow(self, run: FollowedRun) -> RunEnd:
         trouble: Trouble | None = None
         while True:
             try:
@@ -165,32 +202,12 @@ class Following:
                     return RunEnd(error=failure, is_refused=is_refused)
                 await asyncio.sleep(trouble.delay(_clock()))
 
-    def change_limit(self, give_up_after: float) -> None:
-        """Change the limit, also for the runs that are followed now."""
-        if give_up_after != self.give_up_after:
-            self.give_up_after = give_up_after
-            for task in self._waiting:
-                task.cancel()
-
     async def _output(self, run: FollowedRun) -> Any:
         # Another worker may have started it.
         integration.expect(self._session, run.workflow, run.execution_id)
-        execution = self._session.execution(run.execution_id)
-        task = cast("asyncio.Task[Any]", asyncio.current_task())
-
-        while True:
-            limit, left = self.give_up_after, self._seconds_left(run)
-            self._waiting.add(task)
-            try:
-                return await execution.output(
-                    timeout=left if left > 0.0 else READ_PATIENCE.last_look
-                )
-            except asyncio.CancelledError:
-                is_unchanged = limit == self.give_up_after
-                if is_unchanged or task.uncancel():  # somebody else has cancelled it
-                    raise
-            finally:
-                self._waiting.discard(task)
+        left = self._seconds_left(run)
+        timeout = left if left > 0.0 else READ_PATIENCE.last_look
+        return await self._session.execution(run.execution_id).output(timeout=timeout)
 
     def _seconds_left(self, run: FollowedRun) -> float:
         return self.give_up_after - (self._now() - run.followed_from).total_seconds()

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import partial
 from typing import Any, cast
@@ -152,6 +152,12 @@ class Items:
             self._probes.leave(workflow)
             del self.active[workflow]
 
+    def let_go(self, workflows: Iterable[str]) -> None:
+        """Stop following the runs of items that somebody has given up or deleted."""
+        for workflow in workflows:
+            if workflow in self.active:
+                self.following.let_go(self.active[workflow])
+
     async def close(self) -> None:
         """Stop sending requests and following executions, but record the responses that are due."""
         self._is_closing = True
@@ -182,7 +188,10 @@ class Items:
             if started is None:
                 return
 
-            outcome, end = await self._follow(item, started)
+            followed = await self._follow(item, started)
+            if followed is None:
+                continue  # somebody gave it up, or deleted it
+            outcome, end = followed
             ending = Ending.of(
                 attempt, outcome, follows_again=started.get("followed_from") is not None
             )
@@ -336,8 +345,11 @@ class Items:
 
     async def _follow(
         self, item: Item, started: StartRecord
-    ) -> tuple[StoredOutcome, RunEnd | None]:
-        """Return the outcome of an item, and how its run ended, if there is one."""
+    ) -> tuple[StoredOutcome, RunEnd | None] | None:
+        """Return the outcome of an item, and how its run ended, if there is one.
+
+        Return None if the item is no longer this worker's.
+        """
         key = item.key
         at = datetime.fromisoformat(started["at"])
         execution_id = started["execution_id"]
@@ -353,6 +365,8 @@ class Items:
             datetime.fromisoformat(started.get("followed_from") or started["at"]),
         )
         end = await self.following.end(run)
+        if end is None:
+            return None
 
         now = self._store.moment()
 

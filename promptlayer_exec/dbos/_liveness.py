@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import attrs
 
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._tables import items, key_and_attempt
 
 logger = logging.getLogger("promptlayer_exec")
 
@@ -55,6 +56,7 @@ class Liveness:
     _batch: str
     _executor: str
     _active: Mapping[str, object]  # the DBOS workflows that this worker runs
+    _let_go: Callable[[Iterable[str]], None]  # stops running some of them
     # The last heartbeat of each other worker, and for how many seconds it has not changed.
     _seen: dict[str, tuple[Any, float]] = attrs.field(init=False, factory=dict)
     _seen_at: float = attrs.field(init=False, factory=time.monotonic)
@@ -71,6 +73,7 @@ class Liveness:
         while True:
             try:
                 await self._store.run_in_thread(self._look, {*self._active})
+                self._let_go(await self._store.run_in_thread(self._ended, {*self._active}))
             except ConfigurationError as error:
                 logger.warning(
                     "could not check whether other workers are alive, trying again: %.300s", error
@@ -85,6 +88,18 @@ class Liveness:
         if self._rounds % PULSE.look_every == 0:
             mine = {item for item, executor in taken.items() if executor == self._executor}
             self._put_back_what_was_lost(mine.difference(active))
+
+    def _ended(self, active: Collection[str]) -> list[str]:
+        """Return those of the running items that have an outcome, or another attempt, or no row."""
+        attempts = {workflow: key_and_attempt(workflow) for workflow in active}
+        keys = [key for key, _ in attempts.values()]
+        columns = items.c.attempt, items.c.kind
+        rows = {row.key: row for row in self._store.rows_of(self._batch, keys, *columns)}
+        return [
+            workflow
+            for workflow, (key, attempt) in attempts.items()
+            if key not in rows or rows[key].kind is not None or rows[key].attempt != attempt
+        ]
 
     def _recover_from_dead_workers(self, taken: Mapping[str, str]) -> None:
         """Put the items of dead workers back into the queue."""

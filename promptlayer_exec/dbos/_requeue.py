@@ -23,7 +23,9 @@ import attrs
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from promptlayer_exec.dbos._records import Ending, StoredOutcome, start_record
+from promptlayer_exec import ExecutionTimeout
+from promptlayer_exec._integration import duration
+from promptlayer_exec.dbos._records import Ending, StoredOutcome, start_record, stored_error
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import batches, callbacks, called_back, items, lock_batch
 
@@ -181,6 +183,45 @@ def _start_to_follow(
     started_at = outcome.started or outcome.finished
     followed_from = None if reason is Reason.CALLBACK else now
     return json.dumps(start_record(started_at, execution_id, followed_from=followed_from))
+
+
+def give_up(
+    store: Store, batch: str, keys: Iterable[str] | None = None, *, running_for: float = 0.0
+) -> int:
+    """End items whose run is known and has no end, and return how many.
+
+    Each run has been followed for `running_for` seconds. The workers notice it.
+    """
+    which = [_item.batch == batch, _item.kind.is_(None), _item.started.is_not(None)]
+    followed = sa.select(_item.key, _item.attempt, _item.started, store.now.label("now"))
+
+    count = 0
+    for page in _pages(store, which, keys):
+        rows = store.rows(followed.where(*which, _item.key.in_(page)))
+        endings = [ending for row in rows if (ending := _given_up(row, running_for)) is not None]
+        if endings:
+            count += len(store.finish(batch, endings))
+    return count
+
+
+def _given_up(row: Any, running_for: float) -> Ending | None:
+    """Return the ending of an item that is given up, or None if its run is not old enough."""
+    record = json.loads(row.started)
+    now = datetime.fromtimestamp(row.now, UTC)
+    followed_from = datetime.fromisoformat(record.get("followed_from") or record["at"])
+    if record["execution_id"] is None or (now - followed_from).total_seconds() < running_for:
+        return None
+
+    started = datetime.fromisoformat(record["at"])
+    age = max((now - started).total_seconds(), 0.0)
+    error = ExecutionTimeout(
+        f"given up by hand {duration(age)} after its start, still running then",
+        timeout=age,
+        execution_id=record["execution_id"],
+    )
+    stored = stored_error(error)
+    outcome = StoredOutcome(row.key, record["execution_id"], False, None, stored, started, now)
+    return Ending.of(row.attempt, outcome)
 
 
 def record_callback(store: Store, batch: str, token: str, execution_id: int) -> bool:

@@ -63,7 +63,9 @@ class Worker:
     def __attrs_post_init__(self) -> None:
         store, batch = self._store, self._batch
         self._items = Items(store, batch, self._session, self._give_up, self._following)
-        self._liveness = Liveness(store, batch, self._executor, self._items.active)
+        self._liveness = Liveness(
+            store, batch, self._executor, self._items.active, self._items.let_go
+        )
 
     async def run(self, *, until_done: bool) -> None:
         """Work on the batch. Before returning, wait for the responses to requests in flight."""

@@ -819,10 +819,29 @@ def test_an_item_that_is_followed_shows_its_run(sim: Simulator, run: Run, tmp_pa
         *(2, ""),
         (
             f"item 'a' has not finished: the batch follows execution {started.execution_id}\n"
-            "end items whose runs take longer than an hour with:\n"
-            "  promptlayer-exec batch work --give-up-after 1h --name night\n"
+            "end it with:\n"
+            "  promptlayer-exec batch give-up a --name night\n"
         ),
     )
+    assert run("give-up") == (
+        *(2, ""),
+        "give the keys of items, or --running-for 1h for all that take longer\n",
+    )
+    assert run("give-up", "--running-for", "1h") == (
+        *(0, ""),
+        "batch night: there is no item to give up\n",
+    )
+    assert run("give-up", "b") == (2, "", "batch 'night' has no item 'b'\n")
+    assert run("give-up", "a") == (
+        *(0, ""),
+        (
+            "batch night: gave up 1 item. Follow their runs again with:\n"
+            "  promptlayer-exec batch recheck --name night\n"
+        ),
+    )
+    assert run("give-up", "a") == (2, "", "item 'a' has finished: failed\n")
+    assert "given up by hand" in run("show", "a")[1]
+    assert run("recheck")[0] == 0
 
     sim.clear_faults()
     assert run("work", "--give-up-after", "1.5s")[0] == 1

@@ -307,6 +307,20 @@ class TestGiveUpAfter:
         assert (await batch_of().settings()).give_up_after == math.inf
         assert "give_up_after changed from 3600 to inf for all its workers" in caplog.text
 
+    async def test_a_limit_that_another_worker_stores_counts_for_runs_that_are_followed(
+        self, sim: Simulator, batch_of: Callable[..., Batch], adjust: Callable[..., None]
+    ) -> None:
+        """It need not be restarted."""
+        batch = batch_of()
+        await batch.add(requests("a", "held"))
+        working = asyncio.create_task(batch.work())
+        await run_of(sim, "a")
+        await asyncio.sleep(0.2)
+        other = batch_of(give_up_after=1.0)
+        async with other._open() as store:
+            store.store_settings("nightly", other._settings)
+        assert (await asyncio.wait_for(working, 20)).failed == 1
+
     async def test_infinity_means_never(
         self, sim: Simulator, batch_of: Callable[..., Batch]
     ) -> None:
@@ -316,6 +330,45 @@ class TestGiveUpAfter:
         working = asyncio.create_task(batch.work())
         sim.finish(await run_of(sim, "a"), "Answer")
         assert (await working).succeeded == 1
+
+
+class TestGiveUp:
+    """`give_up`, by hand."""
+
+    async def test_the_queue_goes_on_at_once(
+        self, sim: Simulator, batch_of: Callable[..., Batch]
+    ) -> None:
+        """The worker lets go of the item, and `recheck` follows its run again."""
+        batch = batch_of(max_in_flight=1)
+        await batch.add(requests("a", "held"))
+        working = asyncio.create_task(batch.work())
+        run = await run_of(sim, "a")
+        await batch.add(requests("b"))
+        while await batch.give_up(["a"]) == 0:  # noqa: ASYNC110 - a record has no event
+            await asyncio.sleep(0.01)
+        status = await asyncio.wait_for(working, 20)
+        assert (status.succeeded, status.failed) == (1, 1)
+        ended = (await outcomes(batch))["a"]
+        assert (ended.error.type, ended.execution_id) == ("ExecutionTimeout", run)
+        assert "given up by hand" in ended.error.message
+
+        assert await batch.give_up() == 0
+        sim.finish(run, "Answer")
+        assert await batch.recheck() == 1
+        assert (await batch.work()).succeeded == 2
+        assert most_starts(sim) == 1
+
+    async def test_only_what_has_been_followed_for_long_is_given_up(
+        self, sim: Simulator, batch: Batch
+    ) -> None:
+        """So that one command ends what hangs, and nothing else."""
+        await batch.add(requests("a", "held"))
+        working = asyncio.create_task(batch.work())
+        await run_of(sim, "a")
+        assert await batch.give_up(running_for=3600.0) == 0
+        while await batch.give_up(running_for=0.5) == 0:  # noqa: ASYNC110 - nor has time
+            await asyncio.sleep(0.05)
+        assert (await working).failed == 1
 
 
 class TestProbes:
