@@ -51,6 +51,8 @@ def explain_briefly(error: Exception) -> str:
 
 def sentence(error: Exception) -> str:
     """Return what happened, for a place that shows the execution, and what will happen next."""
+    if not isinstance(error, PromptLayerExecError):
+        return integration.problem_of(error)  # it may begin with the name of an argument
     text = integration.what_happened(error)
     return f"{text[:1].upper()}{text[1:]}."
 

@@ -404,7 +404,7 @@ async def test_an_error_of_any_kind_ends_a_watch_visibly(
         async with asyncio.timeout(20):
             while board.cards[held].state != "lost":
                 await board.changed.wait()
-        assert board.cards[held].problem.text == "The limiter is gone."
+        assert board.cards[held].problem.text == "the limiter is gone"
 
 
 async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Any) -> None:

@@ -196,7 +196,7 @@ const SERVER = {
   unreachable: ["PromptLayer is unreachable", `Check the network of the machine that runs the viewer. ${GOES_ON}`],
   slow: ["PromptLayer does not respond", GOES_ON],
   stale: ["PromptLayer does not respond", GOES_ON],
-  failing: ["PromptLayer has errors", GOES_ON],
+  failing: ["PromptLayer has errors", `There is nothing to do but wait. ${GOES_ON}`],
   waiting: ["PromptLayer asks to wait", `Start fewer runs in parallel if this happens often. ${GOES_ON}`],
   refused: ["PromptLayer refuses the key", "Start the viewer again with another one."],
 };
