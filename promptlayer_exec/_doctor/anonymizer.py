@@ -18,7 +18,7 @@ _STRUCTURE = {
     *("page", "per_page", "pages", "total", "has_next", "has_prev", "next_num", "prev_num"),
 }
 _WORDS = {"status", "node_type", "type", "messaging_backend"}  # of the server
-_MESSAGES = {"message", "error", "detail", "msg", "warning"}  # of the server, for people
+_MESSAGES = {"message", "error", "detail", "msg"}  # of the server, for people
 _NAMES = {
     *("name", "workflow_name", "source_node_name", "target_node_name", "dependencies"),
     "release_labels",
@@ -27,6 +27,7 @@ _KEYS = {"required_input_variables", "capability"}  # whose keys are names
 _PRIVATE = {
     *("value", "error_message", "raw_error_message", "configuration", "conditionals"),
     *("external_ids", "user_id", "workspace_id", "token", "clientId"),
+    "warning",  # about inputs, by their names
 }
 _LOCATION = "loc"  # where a parameter of the request is wrong: it may lead to an input
 _FIELDS = _STRUCTURE | _WORDS | _MESSAGES | _NAMES | _KEYS | _PRIVATE | {_LOCATION}

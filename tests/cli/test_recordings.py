@@ -31,7 +31,7 @@ PRIVATE = (
     *(KEY, "2718281828", INPUT, INPUT_VALUE, FIRST, OUTPUT_NODE, OUTPUT, "sixty", "crabs"),
     *("furrylabel", "source-1442", "external-6931", "field-4669", "inner-2502", "trace-7642"),
     *("diagnostic-9159", "looks-like-a-node-8346", "page-3358", "header-1234", "reason-5678"),
-    *("127.0.0.1", "87654321", "12345.75", "whispering"),
+    *("127.0.0.1", "87654321", "12345.75", "whispering", "lookingfor"),
 )
 RUN = ("--workflow", WORKFLOW, "-i", f"{INPUT}={INPUT_VALUE}", "--yes")
 RESULTS = "/workflow-version-execution-results"
@@ -58,7 +58,7 @@ def sim() -> Iterator[Simulator]:
             inputs={INPUT: "string", "more": "furrylabel"},
             labels=["furrylabel"],
             external_ids={"source-1442": "external-6931"},
-            warning=f"Unused input variables: {INPUT}",
+            warning="Unused input variables: lookingfor",
         )
         yield simulator
 
