@@ -31,6 +31,8 @@ from promptlayer_exec._values.errors import (
     UnprocessableEntity,
 )
 from promptlayer_exec._values.events import (
+    CallEnded,
+    CallStarted,
     Event,
     ExecutionStarted,
     Observer,
@@ -65,6 +67,8 @@ from promptlayer_exec._version import __version__
 __all__ = [
     "Backplane",
     "BadRequest",
+    "CallEnded",
+    "CallStarted",
     "ConfigurationError",
     "ConnectionFailed",
     "Event",

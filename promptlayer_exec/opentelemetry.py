@@ -15,7 +15,7 @@ import attrs
 from promptlayer_exec._integration import ExpiringDict, install_hint, log_text
 
 try:
-    from opentelemetry import metrics, trace
+    from opentelemetry import context, metrics, trace
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
 except ModuleNotFoundError as error:
@@ -23,6 +23,8 @@ except ModuleNotFoundError as error:
     raise
 
 from promptlayer_exec import (
+    CallEnded,
+    CallStarted,
     Event,
     ExecutionStarted,
     Polled,
@@ -38,7 +40,7 @@ from promptlayer_exec import (
 
 __all__ = ["OpenTelemetryObserver"]
 
-# The last version with the conventions for GenAI. Their new repository has not published any yet.
+# The last version with the conventions for GenAI, before they got a repository of their own.
 _SCHEMA = "https://opentelemetry.io/schemas/1.41.0"
 # The buckets of the semantic conventions for HTTP, and more up to an hour for watches. The SDK's
 # defaults are for milliseconds.
@@ -47,6 +49,7 @@ _WATCH_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 18
 _HISTOGRAMS = {
     "poll.duration": ("From sending a poll to the last byte of its response.", _REQUEST_SECONDS),
     "poll.lateness": ("How late a poll was sent, compared with its schedule.", _REQUEST_SECONDS),
+    "run.duration": ("From the call of run to its output or error.", _WATCH_SECONDS),
     "watch.duration": ("How long a watch took.", _WATCH_SECONDS),
     "start.duration": ("From calling start to its response or error.", _REQUEST_SECONDS),
 }
@@ -59,18 +62,27 @@ class _WatchSpan:
     is_failing: bool = False
 
 
+@attrs.define
+class _CallSpan:
+    span: trace.Span
+    attached: Any  # the token with which to detach its context
+
+
 class OpenTelemetryObserver:
-    """Records metrics, and a span for each start request and each watch.
+    """Records metrics, and a span for each run, with its start request and its watch.
 
     Pass it to a session::
 
         session = Session(observers=[OpenTelemetryObserver()])
 
-    Spans follow the semantic conventions for GenAI agents. Each is named `invoke_agent` plus the
-    workflow, and its parent is the current span at the call. The span of a watch links to the one
-    of its start request. It has an event for each poll with a status change, for the last poll, for
-    each wake-up, and for the first failure and the recovery of each outage. The span of something
-    that failed has an `exception` event.
+    The span of a run, from `Session.run` or a fan-out, follows the semantic conventions for GenAI
+    agents. It is named `invoke_agent` plus the workflow, its parent is the current span at the
+    call, and it has the error that the caller gets. Its start request and its watch are its
+    children. If you call `start` yourself, the span of the start request is that of the run.
+
+    The span of a watch links to the one of its start request. It has an event for each poll with a
+    status change, for the last poll, for each wake-up, and for the first failure and the recovery
+    of each outage. The span of something that failed has an `exception` event.
 
     By default it records no values, no inputs, and no texts that may quote them. Spans have
     execution ids, but metrics never do.
@@ -98,6 +110,10 @@ class OpenTelemetryObserver:
         # By task, as two sessions may watch the same execution, and a session may start a new watch
         # while the previous one is still ending.
         self._watches: WeakKeyDictionary[Any, _WatchSpan] = WeakKeyDictionary()
+        # By task as well: each call has one task, and a task has one call at a time.
+        self._calls: WeakKeyDictionary[Any, _CallSpan] = WeakKeyDictionary()
+        # Set in the context of a call, which the tasks of its start request and watch inherit.
+        self._is_called = context.create_key("call of promptlayer_exec")
 
         meter = metrics.get_meter("promptlayer_exec", __version__, meter_provider, _SCHEMA)
         self._active = meter.create_up_down_counter(
@@ -134,12 +150,40 @@ class OpenTelemetryObserver:
                 self._watch_ended(event)
             case ExecutionStarted() | StartFailed():
                 self._start_ended(event)
+            case CallStarted():
+                self._call_started(event)
+            case CallEnded():
+                self._call_ended(event)
+
+    def _call_started(self, event: CallStarted) -> None:
+        attributes = _run_attributes("run", event.workflow, event.base_url)
+        if isinstance(event.key, str):
+            attributes["promptlayer_exec.key"] = _text(event.key)
+        span = self._tracer.start_span(
+            _name("invoke_agent", event.workflow),
+            kind=trace.SpanKind.CLIENT,
+            attributes=attributes,
+        )
+
+        within = context.set_value(self._is_called, True, trace.set_span_in_context(span))
+        self._calls[asyncio.current_task()] = _CallSpan(span, context.attach(within))
+
+    def _call_ended(self, event: CallEnded) -> None:
+        call = self._calls.pop(asyncio.current_task())
+        context.detach(call.attached)
+        if event.execution_id is not None:
+            call.span.set_attribute("promptlayer_exec.execution.id", event.execution_id)
+
+        metric = _agent(event.workflow)
+        if event.error is not None:
+            metric["error.type"] = self._record_error(call.span, event.error)
+        self._seconds["run.duration"].record(event.elapsed, metric)
+        call.span.end()
 
     def _watch_started(self, event: WatchStarted) -> None:
         start = self._starts.get((event.base_url, event.execution_id))
         span = self._tracer.start_span(
-            _name(event.workflow),
-            kind=trace.SpanKind.CLIENT,
+            _name("watch", event.workflow),
             attributes={
                 **_attributes("watch", event.workflow, event.base_url),
                 "promptlayer_exec.execution.id": event.execution_id or 0,
@@ -213,13 +257,18 @@ class OpenTelemetryObserver:
     def _start_ended(self, event: ExecutionStarted | StartFailed) -> None:
         """Record a span from the call of `Session.start` until now."""
         request, ended = event.request, time.time_ns()
-        attributes = _attributes("start", request.workflow, event.base_url)
+        if context.get_value(self._is_called):
+            name, kind = "start", trace.SpanKind.INTERNAL
+            attributes = _attributes("start", request.workflow, event.base_url)
+        else:  # then it is the span of the run
+            name, kind = "invoke_agent", trace.SpanKind.CLIENT
+            attributes = _run_attributes("start", request.workflow, event.base_url)
         if request.version is not None:
             attributes["gen_ai.agent.version"] = str(request.version)
 
         span = self._tracer.start_span(
-            _name(request.workflow),
-            kind=trace.SpanKind.CLIENT,
+            _name(name, request.workflow),
+            kind=kind,
             start_time=ended - int(event.duration * 1e9),
             attributes=attributes,
         )
@@ -259,10 +308,10 @@ class OpenTelemetryObserver:
         return kind
 
 
-def _name(workflow: str | int | None) -> str:
+def _name(operation: str, workflow: str | int | None) -> str:
     if workflow is None:
-        return "invoke_agent"
-    return _text(f"invoke_agent {workflow}")
+        return operation
+    return _text(f"{operation} {workflow}")
 
 
 def _agent(workflow: str | int | None) -> dict[str, str]:
@@ -274,7 +323,6 @@ def _agent(workflow: str | int | None) -> dict[str, str]:
 def _attributes(operation: str, workflow: str | int | None, base_url: str) -> dict[str, str | int]:
     """Return the attributes that a sampler may need when the span is created."""
     attributes: dict[str, str | int] = {
-        "gen_ai.operation.name": "invoke_agent",
         "gen_ai.provider.name": "promptlayer",
         "promptlayer_exec.operation": operation,
         **_agent(workflow),
@@ -283,6 +331,12 @@ def _attributes(operation: str, workflow: str | int | None, base_url: str) -> di
     if isinstance(workflow, int):
         attributes["gen_ai.agent.id"] = str(workflow)
     return attributes
+
+
+def _run_attributes(operation: str, workflow: str | int, base_url: str) -> dict[str, str | int]:
+    """Return the attributes of the one span of a run, by which dashboards count runs."""
+    operation_name = {"gen_ai.operation.name": "invoke_agent"}
+    return {**operation_name, **_attributes(operation, workflow, base_url)}
 
 
 def _server(base_url: str) -> dict[str, str | int]:

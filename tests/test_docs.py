@@ -33,6 +33,7 @@ from typer.testing import CliRunner
 import promptlayer_exec
 import promptlayer_exec.simulator
 from promptlayer_exec import (
+    ExecutionFailed,
     ExecutionStarted,
     ExecutionTimeout,
     PromptLayerExecError,
@@ -585,9 +586,12 @@ async def test_the_page_on_observing_is_right(
                 execution = await session.start("report")
                 session.wake(execution.id)
                 await execution.wait()
+                with pytest.raises(ExecutionFailed):
+                    await session.run("report")
             url = f"http://127.0.0.1:{server.server_port}/metrics"
             with await asyncio.to_thread(urllib.request.urlopen, url) as response:
-                check_dashboard(response.read().decode())
+                scraped = response.read().decode()
+            check_dashboard(scraped)
         finally:
             meters.shutdown()
             server.shutdown()
@@ -600,6 +604,10 @@ async def test_the_page_on_observing_is_right(
     shown = set(re.findall(f"`{name}`", text))
     shown |= {f"promptlayer_exec{suffix}" for suffix in re.findall(r"`(\.[a-z]+)`", text)}
     assert emitted <= shown
+    alerts = re.findall(r"promptlayer_exec_\w+_count", text)
+    assert len(alerts) == 2
+    for counter in alerts:
+        assert re.search(f'^{counter}{{.*error_type="promptlayer_exec', scraped, re.MULTILINE)
 
 
 def check_dashboard(scraped: str) -> None:

@@ -25,7 +25,7 @@ from promptlayer_exec._values.errors import (
     copy_error,
 )
 from promptlayer_exec._values.models import Snapshot, StartRequest
-from promptlayer_exec._values.policies import check_timeout
+from promptlayer_exec._values.policies import Deadline, check_timeout
 from promptlayer_exec._values.text import short_repr
 
 if TYPE_CHECKING:
@@ -187,10 +187,14 @@ class _FanOut(Generic[ItemT]):
         if not isinstance(item, StartRequest):
             running.execution = handle_of(session, item)
         deadline = session._settings.deadline(self._timeout, now=clock())
-        if isinstance(item, StartRequest):
-            running.execution = await session._start(item, deadline)
+        if not isinstance(item, StartRequest):
+            return await self._output_of(cast(Execution, running.execution), deadline)
 
-        execution = cast(Execution, running.execution)
+        with session._calling(item) as call:
+            running.execution = call.execution = await session._start(item, deadline)
+            return await self._output_of(call.execution, deadline)
+
+    async def _output_of(self, execution: Execution, deadline: Deadline) -> Any:
         into = self._into if execution._into is Any else execution._into
         return await execution._output(deadline, into)
 

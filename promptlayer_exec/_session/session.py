@@ -7,8 +7,8 @@ import hmac
 import secrets
 import threading
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import partial
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn, Self, TypeVar, cast, overload
@@ -51,7 +51,15 @@ from promptlayer_exec._values.errors import (
     SessionClosed,
     StartUnknown,
 )
-from promptlayer_exec._values.events import Emit, Observer, StartFailed, WakeSource, broadcast
+from promptlayer_exec._values.events import (
+    CallEnded,
+    CallStarted,
+    Emit,
+    Observer,
+    StartFailed,
+    WakeSource,
+    broadcast,
+)
 from promptlayer_exec._values.models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._values.policies import (
     Deadline,
@@ -93,6 +101,12 @@ class _Reporting:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, Exception | asyncio.CancelledError):
             self._emit(StartFailed(None, self._request, error))
+
+
+class Call:
+    """The run of a call, once it has started."""
+
+    execution: Execution[Any] | None = None
 
 
 class Session:
@@ -540,8 +554,9 @@ class Session:
         )
 
         deadline = self._settings.deadline(timeout, now=clock())
-        execution = await self._start(request, deadline)
-        return await execution._deliver(deadline)
+        with self._calling(request) as call:
+            call.execution = await self._start(request, deadline)
+            return await call.execution._deliver(deadline)
 
     @hiding_unknown
     async def definition(
@@ -717,6 +732,31 @@ class Session:
         client = self._open()
         execution_id = await client.recover(error, token, client.deadline(timeout))
         return Execution(self, execution_id, error.workflow, key=error.key)
+
+    @contextmanager
+    def _calling(self, request: StartRequest[Any, Any]) -> Iterator[Call]:
+        """Tell observers of a run as its caller sees it, from the call to its output or error."""
+        call = Call()
+        if not self._settings.observers:
+            yield call
+            return
+
+        base_url = ""
+        with suppress(ConfigurationError):  # the call itself raises it
+            base_url = find_base_url(self._settings.base_url)
+        called_at = clock()
+        self._emit(CallStarted(None, request.workflow, request.key, base_url))
+
+        error: BaseException | None = None
+        try:
+            yield call
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            execution_id = None if call.execution is None else call.execution.id
+            elapsed = clock() - called_at
+            self._emit(CallEnded(execution_id, request.workflow, request.key, elapsed, error))
 
     def _check_type(self, into: Any) -> None:
         """Check that outputs can be structured into a type, before there is one."""

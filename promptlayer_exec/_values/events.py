@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import attrs
 
@@ -95,6 +95,39 @@ class WatchEnded(Event):
     error: Exception | None
     succeeded: bool | None = None
     workflow: str | int | None = None
+
+
+@attrs.frozen
+class CallStarted(Event):
+    """`Session.run` was called, or a fan-out took a `StartRequest`. `CallEnded` follows.
+
+    Attributes:
+        workflow: the workflow's name or id.
+        key: the key of the call or request, if it has one.
+        base_url: the server's URL.
+    """
+
+    workflow: str | int
+    key: Any = None
+    base_url: str = ""
+
+
+@attrs.frozen
+class CallEnded(Event):
+    """The caller of a run got its output, or an error. Its task is that of `CallStarted`.
+
+    Attributes:
+        workflow: as for `CallStarted`.
+        key: as for `CallStarted`.
+        elapsed: seconds since the call.
+        error: what the caller got instead of an output, such as `ExecutionTimeout` or
+            `InvalidOutput`.
+    """
+
+    workflow: str | int
+    key: Any
+    elapsed: float
+    error: BaseException | None = None
 
 
 WakeSource: TypeAlias = Literal["push", "webhook", "callback", "caller"]  # of `Session.wake`

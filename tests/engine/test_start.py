@@ -543,7 +543,7 @@ async def test_an_error_of_a_limiter_reaches_only_its_caller(
     assert caught.value is limiter.error
     (outcome,) = await session.collect([StartRequest(NAME)])
     assert outcome.error is limiter.error
-    assert [event.error for event in recorder.events] == [limiter.error] * 2
+    assert [event.error for event in recorder.of(StartFailed)] == [limiter.error] * 2
     assert posts(sim) == 0
     limiter.error = None
     await session.start(NAME)

@@ -7,6 +7,8 @@ import attrs
 import pytest
 
 from promptlayer_exec._values.events import (
+    CallEnded,
+    CallStarted,
     Event,
     ExecutionStarted,
     Polled,
@@ -28,6 +30,8 @@ EVENTS = [
     Throttled(None, 2.0),
     WatchEnded(787, 3, 1.5, None),
     WatchWoken(787, "push"),
+    CallStarted(None, "a/b", "order-42"),
+    CallEnded(787, "a/b", "order-42", 1.5, TimeoutError("slow")),
     ExecutionStarted(787, StartRequest("a/b"), abandoned=True),
     StartFailed(None, StartRequest("a/b"), TimeoutError("slow")),
 ]

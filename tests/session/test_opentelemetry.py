@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -16,7 +17,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from promptlayer_exec import (
+    CallEnded,
     ExecutionStarted,
+    ExecutionTimeout,
+    InvalidOutput,
     InvalidResponse,
     NotFound,
     Polled,
@@ -103,11 +107,13 @@ async def observed(
     assert collected.totals().get("promptlayer_exec.active_watches", 0) == 0
 
 
+INVOKES = {"gen_ai.operation.name": "invoke_agent"}  # of the one span of a run
+
+
 def common(sim: Simulator, operation: str, workflow: str | None = None) -> dict[str, Any]:
     """Return the attributes that every span has."""
     agent = {} if workflow is None else {"gen_ai.agent.name": workflow}
     return {
-        "gen_ai.operation.name": "invoke_agent",
         "gen_ai.provider.name": "promptlayer",
         "promptlayer_exec.operation": operation,
         "server.address": "127.0.0.1",
@@ -136,7 +142,7 @@ async def test_a_watch_is_one_span_whose_events_are_the_changes(
         __version__,
     )
     assert span.instrumentation_scope.schema_url == SCHEMA
-    assert (span.name, span.kind, span.links) == ("invoke_agent", SpanKind.CLIENT, ())
+    assert (span.name, span.kind, span.links) == ("watch", SpanKind.INTERNAL, ())
     polls = len(recorder.of(Polled))
     assert dict(span.attributes or {}) == {
         **common(sim, "watch"),
@@ -225,13 +231,124 @@ async def test_a_watch_is_linked_to_the_start_of_its_run(
     execution = await observed.start("write/report", version=3)
     await observed.execution(execution.id).wait()
     (start,), (watch,) = collected.spans("start"), collected.spans("watch")
-    assert start.name == watch.name == "invoke_agent write/report"
-    assert start.kind is watch.kind is SpanKind.CLIENT
+    assert (start.name, start.kind) == ("invoke_agent write/report", SpanKind.CLIENT)
+    assert (watch.name, watch.kind) == ("watch write/report", SpanKind.INTERNAL)
+    assert INVOKES.items() <= dict(start.attributes or {}).items()
+    assert "gen_ai.operation.name" not in dict(watch.attributes or {})
     assert [link.context for link in watch.links] == [start.context]
     assert common(sim, "watch", "write/report").items() <= dict(watch.attributes or {}).items()
     assert (start.attributes or {})["gen_ai.agent.version"] == "3"
     keys = {*(start.attributes or {}), *(watch.attributes or {})}
     assert not {key for key in keys if key.startswith(("gen_ai.request", "gen_ai.usage"))}
+
+
+async def test_each_run_is_one_trace_with_the_error_of_its_caller(
+    collected: Collected, observed: Session, sim: Simulator
+) -> None:
+    """Five runs, two of them late and one with a wrong output: the alert finds three errors."""
+    sim.add_workflow("late", Scenario([SimNode("Out", 1, None, is_output_node=True)]))
+    sim.add_workflow("good", Scenario([SimNode("Out", 1, is_output_node=True)]))
+    sim.add_workflow("wrong", Scenario([SimNode("Out", "x", is_output_node=True)]))
+
+    requests = [StartRequest(name, key=f"{name} item") for name in ("good", "late", "wrong")]
+    outcomes = await observed.collect(requests, timeout=0.3, into=int)
+    assert [type(outcome.error) for outcome in outcomes] == [
+        type(None),
+        ExecutionTimeout,
+        InvalidOutput,
+    ]
+    assert await observed.run("good", into=int) == 1
+    with pytest.raises(ExecutionTimeout):
+        await observed.run("late", timeout=0.3)
+    await observed.aclose()  # the last watches end
+
+    traces: dict[int, dict[str, ReadableSpan]] = {}
+    for operation in ("run", "start", "watch"):
+        for span in collected.spans(operation):
+            assert span.context is not None
+            assert operation not in traces.setdefault(span.context.trace_id, {})
+            traces[span.context.trace_id][operation] = span
+    assert len(traces) == 5
+    for spans in traces.values():
+        run = spans["run"]
+        assert (run.parent, run.kind) == (None, SpanKind.CLIENT)
+        assert run.name.removeprefix("invoke_agent ") in ("good", "late", "wrong")
+        for operation in ("start", "watch"):
+            child = spans[operation]
+            assert child.parent is not None
+            assert run.context is not None
+            assert child.parent.span_id == run.context.span_id
+            assert child.kind is SpanKind.INTERNAL
+            assert child.name == run.name.replace("invoke_agent", operation)
+            assert "gen_ai.operation.name" not in (child.attributes or {})
+
+    points = collected.metrics()["promptlayer_exec.run.duration"].data.data_points
+    errors = [str((point.attributes or {}).get("error.type")) for point in points]
+    counted = {
+        kind: sum(p.count for p, e in zip(points, errors, strict=True) if e == kind)
+        for kind in errors
+    }
+    assert counted == {
+        "None": 2,
+        "promptlayer_exec.ExecutionTimeout": 2,
+        "promptlayer_exec.InvalidOutput": 1,
+    }
+
+
+async def test_the_span_of_a_run_has_its_key_and_its_error(
+    collected: Collected, observed: Session, sim: Simulator
+) -> None:
+    """A key that is no text is left out, since it may be any value of the program."""
+    sim.add_workflow("wrong", Scenario([SimNode("Out", "secret", is_output_node=True)]))
+    requests = [StartRequest("wrong", key=key) for key in ("row 1", object(), None)]
+    await observed.collect(requests, into=int, max_in_flight=1)
+    first, second, third = collected.spans("run")
+    assert dict(first.attributes or {}) == {
+        **INVOKES,
+        **common(sim, "run", "wrong"),
+        "promptlayer_exec.key": "row 1",
+        "promptlayer_exec.execution.id": sim.runs[0].execution_id,
+        "error.type": "promptlayer_exec.InvalidOutput",
+    }
+    assert "promptlayer_exec.key" not in {*(second.attributes or {}), *(third.attributes or {})}
+    ((name, attributes),) = span_events(first)
+    assert name == "exception"
+    assert "secret" not in str(attributes)
+
+
+async def test_the_current_span_of_a_caller_is_its_own_again_after_a_run(
+    collected: Collected, observed: Session, sim: Simulator
+) -> None:
+    """The span of the run is current only during the call, also if it fails."""
+    sim.add_workflow("good", Scenario([SimNode("Out", 1, is_output_node=True)]))
+    with collected.tracer.start_as_current_span("request") as parent:
+        await observed.run("good")
+        with pytest.raises(TypeError):
+            await observed.run("good", {"x": object()})
+        assert trace.get_current_span() is parent
+    runs = collected.spans("run")
+    assert [run.parent == parent.get_span_context() for run in runs] == [True, True]
+    (started,) = [
+        span for span in collected.spans("start") if "error.type" not in (span.attributes or {})
+    ]
+    assert started.parent == runs[0].context
+    assert [run.status.status_code for run in runs] == [StatusCode.UNSET, StatusCode.ERROR]
+
+
+async def test_a_call_that_is_cancelled_ends_its_span(
+    collected: Collected, observed: Session, recorder: Any, sim: Simulator
+) -> None:
+    """The event and the span have the cancellation as error, and the id of the run."""
+    sim.add_workflow("late", Scenario([SimNode("Out", 1, None, is_output_node=True)]))
+    running = asyncio.create_task(observed.run("late"))
+    await recorder.next(Polled)
+    running.cancel()
+    await asyncio.wait([running])
+    (ended,) = recorder.of(CallEnded)
+    assert (ended.execution_id, ended.workflow) == (sim.runs[0].execution_id, "late")
+    assert isinstance(ended.error, asyncio.CancelledError)
+    (span,) = collected.spans("run")
+    assert (span.attributes or {})["error.type"] == "asyncio.exceptions.CancelledError"
 
 
 @pytest.mark.parametrize(
@@ -253,6 +370,7 @@ async def test_a_failed_start_is_an_error(
     assert span.parent is not None
     assert span.parent.span_id == parent.get_span_context().span_id
     assert dict(span.attributes or {}) == {
+        **INVOKES,
         **common(sim, "start", "42"),
         "gen_ai.agent.id": "42",
         "error.type": error,
@@ -402,6 +520,7 @@ async def test_a_start_is_a_child_of_its_caller_s_span(
     spans = collected.spans("start")
     assert [dict(span.attributes or {}) for span in spans] == [
         {
+            **INVOKES,
             **common(sim, "start", "write/report"),
             "promptlayer_exec.execution.id": id_,
             "promptlayer_exec.abandoned": is_abandoned,
