@@ -222,6 +222,14 @@ def test_any_other_error_status_is_an_error(status, output):
     assert len(str(caught.value.body)) <= 64 * 1024
 
 
+def test_a_body_that_is_too_deep_is_an_error():
+    """Python cannot write such nodes as JSON again, even where msgspec can read them."""
+    deep = b"[" * 5_000 + b"]" * 5_000
+    body = b'{"output": {"A": {"status": "SUCCESS", "value": %b}}}' % deep
+    with pytest.raises(StatusError):
+        read(body, 400)
+
+
 def test_unknown_status_is_logged_once_per_reader(caplog):
     """An unknown status is kept, and each reader logs it once."""
     response = Response(200, b'{"a": {"status": "PAUSED"}, "b": {"status": "PAUSED"}}')
