@@ -423,10 +423,9 @@ async def test_a_session_describes_a_workflow(sim: Simulator, session: Session) 
 
 
 async def test_the_errors_of_a_description(
-    sim: Simulator, open_session: Callable[..., Session]
+    sim: Simulator, session: Session, open_session: Callable[..., Session]
 ) -> None:
     """They are retried and raised like those of any single call."""
-    session = open_session(wait_timeout=0.05)
     sim.add_workflow("w", PLAN)
     sim.inject(Fault.status(503))
     assert (await session.definition("w")).name == "w"
@@ -438,7 +437,7 @@ async def test_the_errors_of_a_description(
         await session.definition("w", workflow_version=1)  # type: ignore[arg-type]
     sim.inject(Fault.stall())
     with pytest.raises(ExecutionTimeout, match=r"^no response within 0\.05 s") as caught:
-        await session.definition("w")
+        await open_session(wait_timeout=0.05).definition("w")
     assert caught.value.execution_id is None
     await session.aclose()
     with pytest.raises(SessionClosed):

@@ -411,9 +411,9 @@ def test_a_run_with_nothing_to_do_says_so(run: Run, tmp_path: Path) -> None:
 def test_an_outage_is_reported_once(run: Run, tmp_path: Path) -> None:
     """The number of requests that fail in it does not matter."""
     file = write(tmp_path / "night", *({"workflow": "echo", "inputs": {"n": n}} for n in range(10)))
-    code, _, err = run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "2")
+    code, _, err = run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "0.5")
     assert code == 4
-    assert err.count("Trying again for up to 2 s") == 1
+    assert err.count("Trying again for up to 0.5 s") == 1
     assert err.count("could not check the inputs: workflow 'echo': ") == 1
     assert len(err.splitlines()) == 6
 
