@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -176,39 +177,27 @@ def may_have_nodes(request: Request, status: int) -> bool:
     return request.execution_id is not None and status in _STATUSES_WITH_NODES
 
 
-def nodes_behind_error(response: Response) -> dict[str, Any] | None:
-    """Return the nodes of a complete run from the body of a 400 or 500, or None.
+def as_documented(response: Response) -> Response:
+    """Return the documented 200 instead of a 400 or 500 with all nodes of a complete run.
 
-    For a workflow without an output node, PromptLayer has described such responses instead of the
-    documented 200, first with 500 and then with 400: `{"success": false, "message": "No output node
-    found for this workflow", "output": nodes}`.
+    For a workflow without an output node, PromptLayer has described such responses, first with 500
+    and then with 400: `{"success": false, "message": "No output node found for this workflow",
+    "output": nodes}`. Every other response is returned unchanged.
     """
     if response.status not in _STATUSES_WITH_NODES:
-        return None
-    try:
-        body = loads(response.body)
-    except (ValueError, RecursionError):
-        return None
+        return response
 
-    nodes = body.get("output") if isinstance(body, dict) else None
-    if not isinstance(nodes, dict) or not nodes or not all(map(_is_final, nodes.values())):
-        return None
-    return nodes
+    with suppress(ValueError, RecursionError):
+        body = loads(response.body)
+        nodes = body.get("output") if isinstance(body, dict) else None
+        if isinstance(nodes, dict) and nodes and all(map(_is_final, nodes.values())):
+            return Response(200, json.dumps(nodes).encode())
+    return response
 
 
 def _is_final(node: Any) -> bool:
     status = node.get("status") if isinstance(node, dict) else None
     return isinstance(status, str) and STATUSES.get(status) in FINAL
-
-
-def _as_documented(response: Response) -> Response:
-    """Return the documented 200 instead of an error status with the nodes of a complete run."""
-    if (nodes := nodes_behind_error(response)) is None:
-        return response
-    try:
-        return Response(200, json.dumps(nodes).encode())
-    except RecursionError:
-        return response
 
 
 @attrs.define
@@ -240,7 +229,7 @@ class NodeMapReader:
         if before is not None and before.source == (response.status, response.body):
             return before
 
-        response = _as_documented(response)
+        response = as_documented(response)
         check_status(response)
         raw = decode(response)
         if not isinstance(raw, dict):
@@ -292,7 +281,7 @@ class NodeMapReader:
 
 def read_main_output(response: Response, execution_id: int) -> MainOutput:
     """Read the main output in a response. A 202 may have any body."""
-    response = _as_documented(response)
+    response = as_documented(response)
     check_status(response)
     try:
         value = decode(response)

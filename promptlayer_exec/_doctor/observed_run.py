@@ -11,7 +11,7 @@ import attrs
 from aiohttp import web
 
 from promptlayer_exec._api.json import loads
-from promptlayer_exec._api.runs import nodes_behind_error, results_request
+from promptlayer_exec._api.runs import as_documented, results_request
 from promptlayer_exec._doctor.exchanges import Exchange, NoResponse, Wire
 from promptlayer_exec._doctor.listener import Listener
 from promptlayer_exec._values.models import Node, contradicts_completion
@@ -202,7 +202,7 @@ class CallbackReceiver:
 
 def is_completion(poll: Exchange) -> bool:
     """Return whether a poll found the run complete."""
-    return poll.status == 200 or nodes_behind_error(poll.response) is not None
+    return as_documented(poll.response).status == 200
 
 
 def contradicts_itself(poll: Exchange) -> bool:
@@ -216,9 +216,7 @@ def contradicts_itself(poll: Exchange) -> bool:
 
 def nodes_in(poll: Exchange) -> dict[str, Any] | None:
     """Return the nodes in the response to a poll, decoded, or None if it has none."""
-    if poll.status >= 300:
-        return nodes_behind_error(poll.response)
-    return node_map(poll.body)
+    return node_map(as_documented(poll.response).body)
 
 
 def node_map(body: bytes) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from promptlayer_exec._api.runs import (
     NewRun,
     NodeMap,
     NodeMapReader,
-    nodes_behind_error,
+    as_documented,
     read_main_output,
     read_new_run,
     results_request,
@@ -241,7 +241,7 @@ class Client:
         request = results_request(snapshot.execution_id, return_all_outputs=False)
 
         def read(response: Response) -> MainOutput | None:
-            if nodes_behind_error(response) is not None:
+            if as_documented(response) is not response:
                 return None
             return read_main_output(response, snapshot.execution_id)
 
