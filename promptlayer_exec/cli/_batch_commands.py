@@ -187,6 +187,7 @@ for _name, _command, *_examples in (
     ("show", management.show, "batch show item-17"),
     ("recheck", retrying.recheck, "batch recheck"),
     ("retry", retrying.retry, "batch retry --failed", "batch retry item-17 item-18"),
+    ("adopt", retrying.adopt, "batch adopt item-17 1002"),
     ("give-up", retrying.give_up, "batch give-up item-17", "batch give-up --running-for 6h"),
     ("export", management.export, "batch export --out results.csv"),
     ("delete", management.delete, "batch delete --name night-2026-05-01"),

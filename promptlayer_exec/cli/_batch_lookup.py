@@ -177,7 +177,10 @@ def hint_lines(status: BatchStatus, flags: str) -> list[str]:
         ]
 
     if status.unknown:
-        advice = "unknown items may have started and be billed: look for them in PromptLayer."
+        advice = (
+            "unknown items may have started and be billed: look for them in PromptLayer, and follow"
+            " what you find with `batch adopt KEY ID`."
+        )
         again = f"{PROGRAM} batch retry --unknown{flags}"
         lines.append(hint(f"{advice} Start them again with:", again))
 

@@ -1,4 +1,4 @@
-"""The `batch` commands that lead out of an item's state: `recheck`, `retry` and `give-up`."""
+"""The `batch` commands that lead out of an item's state."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import attrs
 import typer
 
+from promptlayer_exec import NotFound
+from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_options as options
@@ -20,11 +22,14 @@ from promptlayer_exec.cli._exit import (
     run_command,
     server_option,
 )
-from promptlayer_exec.cli._options import BaseUrl, Database, seconds
+from promptlayer_exec.cli._options import BaseUrl, Database, ExecutionId, open_session, seconds
 from promptlayer_exec.cli._printing import err, quoted
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch
+
+# Seconds to retry a request for a run that somebody found.
+_READ_WITHIN = 30.0
 
 
 @command
@@ -145,6 +150,44 @@ async def give_up(
         return
     text = f"batch {printable(chosen)}: gave up {lookup.item_count(count)}"
     err(hint(f"{text}. Follow their runs again with:", f"{PROGRAM} batch recheck{flags}"))
+
+
+@command
+async def adopt(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Key of an unknown item.")],
+    execution_id: ExecutionId,
+    name: options.OnlyBatch = None,
+    database: Database = None,
+    base_url: BaseUrl = None,
+    *,
+    same_server: options.SameServer = False,
+) -> None:
+    """Follow the run that you found for an unknown item, and start none.
+
+    Look for the run in PromptLayer: its metadata has promptlayer_exec.batch and
+    promptlayer_exec.key.
+    """
+    chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
+    kinds = await batch.kinds([key])
+    if key not in kinds:
+        raise Misuse(f"batch '{printable(chosen)}' has no item {quoted(key)}")
+    if kinds[key] != "unknown":
+        state = "has not finished" if kinds[key] is None else f"has {kinds[key]}"
+        raise Misuse(f"item {quoted(key)} {state}, and is not unknown")
+
+    async with open_session(base_url, _READ_WITHIN) as session:
+        try:
+            await session.execution(execution_id).snapshot()
+        except NotFound as error:
+            raise Misuse(explain(error)) from error
+    try:
+        await batch.adopt(key, execution_id)
+    except ValueError as error:
+        raise Misuse(printable(str(error))) from error
+
+    flags = lookup.command_flags(chosen, database) + server_option(base_url)
+    text = f"batch {printable(chosen)}: a worker will follow execution {execution_id} for item"
+    err(hint(f"{text} {quoted(key)}. Start one with:", f"{PROGRAM} batch work{flags}"))
 
 
 async def _why_not_given_up(name: str, batch: Batch, keys: list[str]) -> str:

@@ -318,6 +318,33 @@ class Batch:
                 store, Reason.RETRY, kinds=kinds, keys=chosen, unknown_for=unknown_for
             )
 
+    async def adopt(self, key: str, execution_id: int) -> bool:
+        """Follow the run that you found for an unknown item, without starting anything.
+
+        Look for it on PromptLayer's dashboard: its `metadata` has `promptlayer_exec.batch` and
+        `promptlayer_exec.key`. This asks PromptLayer nothing. The next `work`, or one that is
+        running, follows the run.
+
+        Args:
+            key: the key of the item.
+            execution_id: the id of its run.
+
+        Returns:
+            True if the item has this run now. False if it has another one, is not unknown, or does
+            not exist.
+
+        Raises:
+            TypeError: `key` is not a str, or `execution_id` not an int.
+            ValueError: the run belongs to another item of the batch, or `execution_id` is out of
+                range.
+        """
+        _check_keys([key])
+        execution_id = integration.check_execution_id(execution_id)
+        async with self._open() as store:
+            await self._check_owner(store)
+            act = partial(requeue.adopt, store, self._name, key, execution_id)
+            return await store.run_in_thread(act)
+
     async def give_up(self, keys: Iterable[str] | None = None, *, running_for: float = 0.0) -> int:
         """End items that the batch follows, without waiting for the ends of their runs.
 

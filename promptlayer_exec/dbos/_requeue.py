@@ -185,6 +185,44 @@ def _start_to_follow(
     return json.dumps(start_record(started_at, execution_id, followed_from=followed_from))
 
 
+def adopt(store: Store, batch: str, key: str, execution_id: int) -> bool:
+    """Let a worker follow the run that somebody found for an unknown item.
+
+    Returns False if there is no such item, or it is not unknown.
+
+    Raises:
+        ValueError: another item of the batch has this run.
+    """
+    id_in_json = f'%"execution_id": {execution_id},%'
+    others = sa.select(_item.key).where(
+        _item.batch == batch,
+        _item.key != key,
+        sa.or_(_item.started.like(id_in_json), _item.history.like(id_in_json)),
+    )
+    query = sa.select(_item.attempt, _item.kind, _item.outcome, _item.history, store.now)
+    query = query.where(_item.batch == batch, _item.key == key, _item.kind == "unknown")
+
+    def work(connection: sa.Connection) -> bool:
+        try:
+            lock_batch(connection, batch)
+        except exc.NoResultFound:  # the batch does not exist
+            return False
+        if other := connection.execute(others.limit(1)).scalar():
+            raise ValueError(f"execution {execution_id} is the run of item {other!r:.100}")
+
+        for attempt, kind, text, history, now in connection.execute(query).all():
+            outcome = StoredOutcome.from_json(text)
+            moment = datetime.fromtimestamp(now, UTC)
+            record = start_record(outcome.finished, execution_id, followed_from=moment)
+            earlier = _with_attempt(history, attempt, outcome)
+            found = NextAttempt(key, attempt + 1, kind, json.dumps(record), earlier)
+            _begin(store, connection, batch, [found])
+            return True
+        return False
+
+    return store.transact(work)
+
+
 def give_up(
     store: Store, batch: str, keys: Iterable[str] | None = None, *, running_for: float = 0.0
 ) -> int:

@@ -381,7 +381,7 @@ def test_unknown_items_are_retried_on_request(sim: Simulator, run: Run, tmp_path
     sim.inject(on("POST", "/", Fault.disconnect()))
     code, _, err = run(*command)
     assert code == 1
-    assert "unknown items may have started and be billed: look for them in PromptLayer." in err
+    assert "unknown items may have started and be billed: look for them in PromptLayer, and " in err
     sim.clear_faults()
     assert run("retry", "--unknown")[0] == 0
     assert run(*command)[0] == 0
@@ -850,6 +850,28 @@ def test_an_item_that_is_followed_shows_its_run(sim: Simulator, run: Run, tmp_pa
     sim.finish(started.execution_id, "Answer")
     assert run("recheck")[0] == 0
     assert run("work")[0] == 0
+    assert len(sim.runs) == 1
+
+
+def test_a_run_that_somebody_found_is_adopted(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """Its item is unknown no longer. A run that PromptLayer does not have is refused."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    sim.inject(on("POST", "/", Fault.disconnect()))
+    assert "follow what you find with `batch adopt KEY ID`" in run("run", file)[2]
+    sim.clear_faults()
+    found = sim.add_execution(Scenario([SimNode("Answer", 1, is_output_node=True)]))
+    code, _, err = run("adopt", "a", found + 1)
+    assert (code, err.startswith(f"execution {found + 1}: ")) == (2, True)
+    assert run("adopt", "b", found) == (2, "", "batch 'night' has no item 'b'\n")
+    assert run("adopt", "a", found) == (
+        *(0, ""),
+        (
+            f"batch night: a worker will follow execution {found} for item 'a'. Start one with:\n"
+            "  promptlayer-exec batch work --name night\n"
+        ),
+    )
+    assert run("work")[0] == 0
+    assert run("adopt", "a", found) == (2, "", "item 'a' has succeeded, and is not unknown\n")
     assert len(sim.runs) == 1
 
 

@@ -166,20 +166,26 @@ async def test_a_refused_key_ends_no_item(sim: Simulator, batch_of: Callable[...
     assert (await batch_of().status()).finished == 0
 
 
-async def test_a_run_that_alone_gets_the_errors_of_an_outage_ends_its_item(
-    sim: Simulator, batch_of: Callable[..., Batch]
+@pytest.mark.parametrize(("status", "error"), [(503, "ServerError"), (403, "Forbidden")])
+async def test_a_run_that_alone_gets_errors_ends_its_item_soon(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    adjust: Callable[..., None],
+    status: int,
+    error: str,
 ) -> None:
-    """The server reports how others end, so that it is no outage."""
+    """The server reports how others end, so that it is neither an outage nor a gateway."""
+    adjust(following, "READ_PATIENCE", refused_alone=0.3, refused=3600.0)
     batch = batch_of(watch_outage=0.5)
     await batch.add(requests(["odd"], "held"))
     working = asyncio.create_task(batch.work())
-    sim.inject(Fault.status(503, times=None, execution_id=await run_of(sim, "odd")))
+    sim.inject(Fault.status(status, times=None, execution_id=await run_of(sim, "odd")))
     for number in range(20):
         await batch.add(requests([number]))
         await asyncio.sleep(0.05)
-    status = await working
-    assert (status.succeeded, status.failed) == (20, 1)
-    assert (await outcomes(batch))["odd"].error.type == "ServerError"
+    ended = await asyncio.wait_for(working, 20)
+    assert (ended.succeeded, ended.failed) == (20, 1)
+    assert (await outcomes(batch))["odd"].error.type == error
 
 
 async def test_refusals_between_the_errors_of_an_outage_do_not_keep_an_item_for_ever(
@@ -371,6 +377,45 @@ class TestGiveUp:
         assert (await working).failed == 1
 
 
+class TestAdopt:
+    """`adopt`, of the run that somebody found for an unknown item."""
+
+    @pytest.fixture
+    async def lost(self, sim: Simulator, batch: Batch) -> int:
+        """Return the run of the unknown item "a"; the item "b" has succeeded."""
+        await batch.add(requests("b"))
+        await batch.work()
+        sim.inject(Fault.disconnect(), path="/run")
+        await batch.add(requests("a"))
+        assert (await batch.work()).unknown == 1
+        return sim.add_execution(Scenario([SimNode("Answer", "a", is_output_node=True)]))
+
+    async def test_the_run_is_followed_and_nothing_starts(
+        self, sim: Simulator, batch: Batch, lost: int
+    ) -> None:
+        """The item is no longer unknown."""
+        started = len(sim.runs)
+        assert await batch.adopt("a", lost)
+        status = await batch.status()
+        assert (status.unknown, status.waiting) == (0, 1)
+        assert (await batch.work()).succeeded == 2
+        assert (await outcomes(batch))["a"].execution_id == lost
+        assert len(sim.runs) == started
+        assert not await batch.adopt("a", lost)
+        assert not await batch.adopt("none", lost + 1)
+
+    async def test_the_run_of_another_item_is_refused(
+        self, sim: Simulator, batch: Batch, lost: int
+    ) -> None:
+        """Each run belongs to one item, however it ended."""
+        run = await run_of(sim, "b")
+        assert run != lost
+        with pytest.raises(ValueError, match=f"execution {run} is the run of item 'b'"):
+            await batch.adopt("a", run)
+        with pytest.raises(TypeError):
+            await batch.adopt(1, run)  # type: ignore[arg-type]
+
+
 class TestProbes:
     """While no run ends readably, a worker starts one item at a time, and stops after three."""
 
@@ -395,15 +440,28 @@ class TestProbes:
         assert (await batch_of().work()).succeeded == 60
         assert most_starts(sim) == 1
 
-    async def test_odd_runs_among_others_do_not_stop_the_work(
+    async def test_items_that_wait_for_their_turn_to_send_do_not_start_either(
         self, sim: Simulator, batch_of: Callable[..., Batch], odd: set[str]
     ) -> None:
-        """Even if there is only one item at a time."""
-        odd.update("258")
+        """They are in progress for the queue, but nobody has paid for them yet."""
+        odd.update(f"{number}" for number in range(80))
+        sim.inject(Fault.delay(0.4, times=None), path="/run")
+        await batch_of().add(requests(range(80)))
+        with pytest.raises(InvalidResponse):
+            await batch_of(max_in_flight=80).work()
+        assert len(sim.runs) < 80
+
+    @pytest.mark.parametrize("names", ["258", "012456"])
+    async def test_odd_runs_among_others_do_not_stop_the_work(
+        self, sim: Simulator, batch_of: Callable[..., Batch], odd: set[str], names: str
+    ) -> None:
+        """Even if there is only one item at a time, and some follow each other."""
+        odd.update(names)
         batch = batch_of(max_in_flight=1)
-        await batch.add(requests(range(10)))
+        for number in range(10):
+            await batch.add(requests([number]))
         status = await batch.work()
-        assert (status.succeeded, status.failed) == (7, 3)
+        assert (status.succeeded, status.failed) == (10 - len(names), len(names))
         assert most_starts(sim) == 1
 
     async def test_a_probe_that_ends_readably_lets_all_others_start(
