@@ -148,12 +148,14 @@ async def test_batches_say_what_is_wrong_and_what_goes_on(
     await expect(page.locator(".batch")).to_contain_text("45 items, nobody works on it")
     await check(page, "batches")
     await page.get_by_role("link", name="night's run").click()
-    await page.get_by_text("Other commands").click()
     shown = page.locator(".command code")
+    await expect(shown).to_have_text("promptlayer-exec batch work --name 'night'\\''s run'")
+    one |= {"waiting": 0, "running": 0}
+    await page.get_by_text("Other commands").click()
     await expect(shown).to_have_text(
         [
             f"promptlayer-exec batch {verb} --name 'night'\\''s run'"
-            for verb in ("work", "retry --failed", "recheck", "retry --unknown")
+            for verb in ("retry --failed", "recheck", "retry --unknown")
         ]
     )
     await expect(page.locator(".item .name")).to_have_text(["failed", "unknown", "succeeded"])

@@ -9,6 +9,7 @@ import { compareView } from "./views/compare.js";
 import { announce, byId, find, findAll, notify, show, write } from "./library/dom.js";
 import { historyView } from "./views/history.js";
 import { listenToKeys } from "./parts/keys.js";
+import { changePlace, returnTo } from "./library/places.js";
 import { board, connection, connectionChanged, groupOf, Run, runOf, runs, serverProblem, STATES } from "./library/model.js";
 import { route } from "./library/router.js";
 import { runView } from "./views/run.js";
@@ -41,8 +42,9 @@ let checked = null; // the instance of the viewer whose key this tab has tried
 
 // Views
 
-function showView() {
+async function showView() {
   const { parts, params } = route();
+  const place = changePlace();
   const next = (parts[0] === "executions" && !parts[1] ? null : VIEWS[parts[0]]) ?? boardView;
   if (view !== null && view !== next) {
     view.hide?.();
@@ -53,7 +55,7 @@ function showView() {
   view = next;
   next.element.hidden = false;
   if (isOther && !isFirst) scrollTo(0, 0); // before the view scrolls to what it shows
-  next.show(parts, params);
+  const shown = next.show(parts, params);
   for (const link of findAll(".views a")) {
     const isHere = VIEWS[link.dataset.view] === next || (link.dataset.view === "board" && next === boardView);
     if (isHere) link.setAttribute("aria-current", "page");
@@ -61,6 +63,9 @@ function showView() {
   }
   if (isOther && !isFirst) next.element.querySelector("h2")?.focus({ preventScroll: true });
   showTitle();
+  if (place === null) return;
+  await shown; // some views request their lines first
+  if (view === next) returnTo(place, next.element);
 }
 
 function showTitle() {
@@ -186,6 +191,19 @@ async function checkKey() {
   if (kind === "refused") board.refusal = { kind, text: reason, since: Date.now() / 1000, until: null };
 }
 
+// A refused key may work again, for example if somebody has corrected its rights. Then the banner
+// goes, and the viewer follows what it had given up because of the key.
+async function checkRefusedKey() {
+  if (serverProblem()?.kind !== "refused") return;
+  const { kind } = await api.get("api/key").catch(() => ({ kind: "refused" }));
+  if (kind === "refused") return;
+
+  board.refusal = null;
+  if (!leads()) return;
+  const refused = [...runs.values()].filter(({ data }) => data.state === "lost" && data.problem?.kind === "refused");
+  for (const { id } of refused) await api.call("POST", "api/executions", { execution_id: id }).catch(() => null);
+}
+
 // What a new tab needs.
 function replay() {
   if (lastBoard === null) return [];
@@ -239,7 +257,10 @@ setInterval(() => {
   showGone();
   if (connection.state === "live") showConnection("live");
 }, TICK);
-setInterval(() => view?.refresh?.(), 15_000);
+setInterval(() => {
+  view?.refresh?.();
+  checkRefusedKey();
+}, 15_000);
 
 // Menus close as they do elsewhere.
 function closeMenus(isMeant) {

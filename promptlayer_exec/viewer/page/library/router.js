@@ -33,7 +33,7 @@ export function go(address) {
 export function replace(parts, params) {
   const address = addressOf(parts, params);
   if (location.hash !== address && !(location.hash === "" && address === "#/")) {
-    history.replaceState(null, "", address === "#/" ? location.pathname : address);
+    history.replaceState(history.state, "", address === "#/" ? location.pathname : address);
   }
 }
 

@@ -15,6 +15,12 @@ export async function remove(id) {
   }
 }
 
+// Follows several again, one after the other. If one fails, the others would, too.
+export async function followAllAgain(ids, button) {
+  for (const id of ids) if (!(await followAgain(id, button))) return false;
+  return true;
+}
+
 export async function followAgain(id, button) {
   button.disabled = true;
   try {

@@ -10,6 +10,7 @@ import { itemSentenceOf } from "../library/sentence.js";
 import { counted, duration, fully } from "../library/times.js";
 
 const EVERY = 5000; // milliseconds
+const STARTING = 15; // seconds in which a new batch need not have a worker yet
 const PAGE = 200;
 const KINDS = { failed: "failed", unknown: "unknown", running: "running", waiting: "queued", succeeded: "success" };
 
@@ -33,7 +34,7 @@ export const batchesView = {
     write(byId("batches-empty"), "Reading the database …");
     clearInterval(timer);
     timer = setInterval(load, EVERY);
-    load();
+    return load();
   },
 
   hide() {
@@ -108,16 +109,18 @@ function headOf(batch, isLink) {
     const text = `${batch[kind].toLocaleString("en")} ${kind}`;
     return make("span", { class: "count", "data-kind": kind }, text);
   });
-  const { workers, total } = batch;
+  const { workers, total, created } = batch;
   const isOpen = batch.waiting + batch.running > 0;
-  const who = workers === 0 ? "nobody works on it" : counted(workers, "worker");
+  const isNew = Date.now() / 1000 - created < STARTING;
+  const nobody = isNew ? "its worker is starting" : "nobody works on it";
+  const who = workers === 0 ? nobody : counted(workers, "worker");
   return make(
     "div",
     { class: "batch" },
     ...(isLink ? [make("p", { class: "batch-name" }, link)] : []),
     bar,
     make("p", { class: "counts" }, ...words),
-    make("p", { class: workers === 0 && isOpen ? "idle" : "muted" }, isOpen ? `${counted(total, "item")}, ${who}` : counted(total, "item")),
+    make("p", { class: workers === 0 && isOpen && !isNew ? "idle" : "muted" }, isOpen ? `${counted(total, "item")}, ${who}` : counted(total, "item")),
     ...(isLink ? [datesOf(batch)] : []),
   );
 }
@@ -214,14 +217,16 @@ function moreOf({ matching, items }) {
   return [button];
 }
 
-// What is happening with a batch.
-function commandsOf({ name, waiting, running, workers, failed, unknown }) {
+// What people do next with a batch. Nothing is due for failed items while others wait.
+function commandsOf({ name, created, waiting, running, workers, failed, unknown }) {
+  const isOpen = waiting + running > 0;
+  const isNew = Date.now() / 1000 - created < STARTING;
   const quoted = /^[\w./:@%+=,-]+$/.test(name) ? name : `'${name.replaceAll("'", "'\\''")}'`;
   const all = [
-    [waiting + running > 0 && workers === 0, "work", "Nobody works on it now. Continue it with:"],
-    [failed > 0, "retry --failed", "Start the failed items again, which costs again:"],
-    [failed > 0, "recheck", "Follow the runs without an output again, and start none:"],
-    [unknown > 0, "retry --unknown", "Start the unknown items again, which may cost twice:"],
+    [isOpen && workers === 0 && !isNew, "work", "Nobody works on it now. Continue it with:"],
+    [failed > 0 && !isOpen, "retry --failed", "Start the failed items again, which costs again:"],
+    [failed > 0 && !isOpen, "recheck", "Follow the runs without an output again, and start none:"],
+    [unknown > 0 && !isOpen, "retry --unknown", "Start the unknown items again, which may cost twice:"],
   ];
   const wanted = all.filter(([isWanted]) => isWanted);
   return wanted.map(([, verb, what]) => ({ what, command: `promptlayer-exec batch ${verb} --name ${quoted}` }));

@@ -3,7 +3,7 @@
 
 import { call, getRemembered } from "../library/api.js";
 import { announce, byId, clone, find, findAll, make, oneLine, part, placeAt, timeOf, write, writeTime } from "../library/dom.js";
-import { followAgain, remove } from "../parts/actions.js";
+import { followAgain, followAllAgain, remove } from "../parts/actions.js";
 import { handle, showErrors } from "../parts/forms.js";
 import { board, groupOf, runs, STATES } from "../library/model.js";
 import { showSegments, showSentence, showState, showTime } from "../parts/progress.js";
@@ -99,7 +99,9 @@ function lineOf(run) {
   title.href = addressOf(["executions", id]);
   // The whole line leads to the run, but one can select its text.
   find(".line-head", root).addEventListener("click", ({ target }) => {
-    if (target.closest("a, button") === null && getSelection().isCollapsed) title.click();
+    if (target.closest("a, button") !== null || !getSelection().isCollapsed) return;
+    title.focus({ preventScroll: true }); // where Back returns to
+    title.click();
   });
   part(root, "progress").setAttribute("aria-label", `Final nodes of execution ${id}`);
   part(root, "remove").setAttribute("aria-label", `Remove execution ${id} from this page`);
@@ -302,6 +304,10 @@ byId("filter").addEventListener("input", changeFilter);
 byId("states").addEventListener("change", changeFilter);
 byId("board").addEventListener("pointerleave", arrangeSoon);
 byId("board").addEventListener("focusout", arrangeSoon);
+byId("follow-all").addEventListener("click", () => {
+  const lost = listed().filter((run) => run.data.state === "lost");
+  followAllAgain(lost.map((run) => run.id), byId("follow-all"));
+});
 byId("unfold").addEventListener("click", () => {
   isUnfolded = !isUnfolded;
   arrange();

@@ -18,7 +18,7 @@ let asked = "";
 let opened = new Set();
 let changed = new Set();
 let hasOtherInputs = false;
-let isOpenedOnce = false; // inputs that differ, and what failed on one side, are open at first
+let isOpenedOnce = false; // what differs first is open at first
 let pending = null;
 let isUnfolded = false; // the nodes that are equal
 
@@ -93,10 +93,11 @@ function render(left, right) {
   const rows = names.map((name) => compareNodes(name, left, right));
   const differing = rows.filter((row) => row.marks.length > 0);
   const equal = rows.filter((row) => row.marks.length === 0);
-  const broken = differing.find(({ marks }) => marks.includes("error"));
+  // A failed node is where a difference became visible. It began where a value differs.
+  const first = differing.find(hasOtherValue) ?? differing.find(({ marks }) => marks.includes("error"));
   if (!isOpenedOnce && hasOtherInputs) opened.add(INPUTS);
-  if (!isOpenedOnce && broken !== undefined) opened.add(broken.name);
-  isOpenedOnce ||= hasOtherInputs || broken !== undefined;
+  if (!isOpenedOnce && first !== undefined) opened.add(first.name);
+  isOpenedOnce ||= hasOtherInputs || first !== undefined;
   const list = make("ol", { class: "nodes", "aria-label": "Nodes of both executions" });
   list.append(...differing.map((row) => rowOf(row, left, right)));
   if (equal.length > 0) list.append(foldOfEqual(equal, left, right));
@@ -157,6 +158,11 @@ function compareNodes(name, left, right) {
     if (isTimed && differInTime(lengthOf(one, left), lengthOf(other, right))) marks.push("duration");
   }
   return { name, one, other, marks };
+}
+
+// Whether both have values, which differ.
+function hasOtherValue({ one, other, marks }) {
+  return marks.includes("value") && one.value !== null && other.value !== null;
 }
 
 // One line for all equal nodes.
@@ -254,7 +260,10 @@ function valuesOf(name, one, other, left, right) {
     }
     try {
       const texts = await Promise.all([textOf(one, left), textOf(other, right)]);
-      place.replaceChildren(...linesOf(`value of ${name}`, ...texts));
+      // Nothing in an error corresponds to a part of a value.
+      const isPair = (one?.value == null) === (other?.value == null);
+      const boxes = isPair ? linesOf(`value of ${name}`, ...texts) : [boxFor(name, one, texts[0]), boxFor(name, other, texts[1])];
+      place.replaceChildren(...boxes);
     } catch (error) {
       place.replaceChildren(make("p", { class: "error" }, error.message));
     }
@@ -312,6 +321,12 @@ function lineOf(line, isSame, words) {
     return make("span", { class: "diff changed" }, ...parts);
   }
   return make("span", { class: isSame ? "diff" : "diff changed" }, line === "" ? "\u00a0" : line);
+}
+
+// The value or the error of one side alone.
+function boxFor(name, node, text) {
+  const what = node?.value == null ? "error" : "value";
+  return boxOf(`The ${what} of ${name}`, [make("span", { class: "diff" }, text === "" ? "\u00a0" : text)]);
 }
 
 function boxOf(label, lines) {

@@ -27,8 +27,8 @@ export const historyView = {
     const choice = find(`input[name=outcome][value="${CSS.escape(outcome)}"]`);
     (choice ?? find("input[name=outcome]")).checked = true;
     chooseWorkflow(params.get("workflow") ?? "");
-    load();
     loadTrends();
+    return load();
   },
 
   // A search that is still to come would write its filters into the address of the next view.
