@@ -103,7 +103,7 @@ class _Reporting:
             self._emit(StartFailed(None, self._request, error))
 
 
-class Call:
+class CalledRun:
     """The run of a call, once it has started."""
 
     execution: Execution[Any] | None = None
@@ -734,9 +734,9 @@ class Session:
         return Execution(self, execution_id, error.workflow, key=error.key)
 
     @contextmanager
-    def _calling(self, request: StartRequest[Any, Any]) -> Iterator[Call]:
+    def _calling(self, request: StartRequest[Any, Any]) -> Iterator[CalledRun]:
         """Tell observers of a run as its caller sees it, from the call to its output or error."""
-        call = Call()
+        call = CalledRun()
         if not self._settings.observers:
             yield call
             return
