@@ -170,6 +170,8 @@ class Batch:
             How many items are in which state.
 
         Raises:
+            InvalidResponse, StatusError: three runs in a row, started one at a time, ended in a way
+                that nobody can read. Or PromptLayer was failing for longer than `watch_outage`.
             Unauthorized: PromptLayer refused the API key.
             ConnectionFailed: the session could not reach PromptLayer.
             RequestTimeout: PromptLayer did not respond in time.

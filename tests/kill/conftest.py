@@ -135,15 +135,20 @@ class Scene:
         requests = [StartRequest(workflow, {"key": key}, key=key) for key in sorted(self._keys)]
         assert asyncio.run(self.batch.add(requests)) == count
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of processes that use the simulator."""
+        here = {
+            "PROMPTLAYER_API_KEY": self.sim.api_key,
+            "PROMPTLAYER_BASE_URL": self.sim.base_url,
+        }
+        return {**os.environ, **here}
+
     def start(self, program: str, *arguments: object, **options: Any) -> subprocess.Popen[Any]:
         """Start a program with the URL of the database, the name of the batch, and arguments."""
         process = subprocess.Popen(
             [sys.executable, "-c", program, self.url, NAME, *map(str, arguments)],
-            env={
-                **os.environ,
-                "PROMPTLAYER_API_KEY": self.sim.api_key,
-                "PROMPTLAYER_BASE_URL": self.sim.base_url,
-            },
+            env=self.environment,
             **options,
         )
         self._processes.append(process)
