@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import attrs
+
+logger = logging.getLogger("promptlayer_exec")
 
 
 @attrs.frozen
@@ -155,6 +158,8 @@ class Probes:
             self._refused += 1
         self._is_unreadable = True
         if self._refused >= CAUTION.probes:
+            text = "starting no more runs, because nobody can read how the last %d of them ended"
+            logger.warning(text, self._refused)
             self._stop(error)
 
     def leave(self, item: str) -> None:

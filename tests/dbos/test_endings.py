@@ -421,7 +421,12 @@ class TestProbes:
 
     @pytest.mark.parametrize("good", [0, 4])
     async def test_a_server_that_changes_its_shapes_costs_little(
-        self, sim: Simulator, batch_of: Callable[..., Batch], odd: set[str], good: int
+        self,
+        sim: Simulator,
+        batch_of: Callable[..., Batch],
+        odd: set[str],
+        caplog: pytest.LogCaptureFixture,
+        good: int,
     ) -> None:
         """What was in flight and three more. What has started has an outcome, or is followed."""
         odd.update(f"{number}" for number in range(good, 60))
@@ -433,6 +438,7 @@ class TestProbes:
             readable = good if attempt == 0 else 0
             assert 3 < len(sim.runs) - before <= readable + 5 + 3
 
+        assert "starting no more runs, because nobody can read how the last 3" in caplog.text
         status = await batch_of().status()
         assert (status.succeeded, status.failed) == (good, len(sim.runs) - good)
         odd.clear()
