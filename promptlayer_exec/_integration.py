@@ -41,7 +41,7 @@ from promptlayer_exec._values.errors import (
     what_happened,
 )
 from promptlayer_exec._values.events import WakeSource
-from promptlayer_exec._values.models import Node, Snapshot, StartRequest, node_dict
+from promptlayer_exec._values.models import Snapshot, StartRequest, node_dict
 from promptlayer_exec._values.policies import (
     Limiter,
     check_seconds,
@@ -195,12 +195,29 @@ def required_inputs(workflow: Workflow[Any, Any]) -> dict[str, str] | None:
 
 
 def check_output(
-    workflow: Workflow[Any, Any], node: str, value: Any, converter: cattrs.Converter | None
+    workflow: Workflow[Any, Any], value: Any, converter: cattrs.Converter | None
 ) -> None:
-    """Raise `InvalidOutput` if the value of an output node is no output of a workflow."""
+    """Raise `InvalidOutput` if a value is no output of a workflow."""
     if workflow.output is not Any:
-        snapshot = Snapshot(0, True, {node: Node(node, "SUCCESS", value, is_output_node=True)})
+        snapshot = Snapshot(0, True, {})
         _structuring.structure_output(value, workflow.output, converter, snapshot)
+
+
+def check_type(session: Session, into: Any) -> None:
+    """Raise `TypeError` if a session cannot structure outputs into a type."""
+    session._check_type(into)
+
+
+def structure_output(session: Session, execution_id: int | None, value: Any, into: Any) -> Any:
+    """Return a main output that was stored, as a type.
+
+    Raises:
+        InvalidOutput: it does not match it.
+    """
+    if into is Any:
+        return value
+    snapshot = Snapshot(execution_id or 0, True, {})
+    return _structuring.structure_output(value, into, session._settings.converter, snapshot)
 
 
 def is_open(session: Session) -> bool:

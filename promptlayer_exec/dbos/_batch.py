@@ -8,12 +8,12 @@ import math
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, closing, suppress
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import anyio
 import attrs
 
-from promptlayer_exec import ConfigurationError, Session, StartRequest
+from promptlayer_exec import ConfigurationError, InvalidOutput, Session, StartRequest
 from promptlayer_exec import _integration as integration
 from promptlayer_exec._database.location import database_url as locate
 from promptlayer_exec._database.location import prepare_default, shown
@@ -24,11 +24,14 @@ from promptlayer_exec.dbos._adding import Addition, check_text
 from promptlayer_exec.dbos._following import Following
 from promptlayer_exec.dbos._liveness import count_workers
 from promptlayer_exec.dbos._rate import SharedRate
-from promptlayer_exec.dbos._records import BatchStatus, Kind, StoredOutcome
+from promptlayer_exec.dbos._records import BatchStatus, Kind, StoredOutcome, stored_error
 from promptlayer_exec.dbos._reports import BatchSettings, Durations, Failure, StoredItem
 from promptlayer_exec.dbos._requeue import Reason
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._worker import Worker
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeForm
 
 T = TypeVar("T")
 
@@ -233,7 +236,19 @@ class Batch:
                 limiter.rate = settings.rate
                 following.change_limit(_give_up_after(settings))
 
-    async def outcomes(self, *, until_done: bool = True) -> AsyncGenerator[StoredOutcome, None]:
+    @overload
+    def outcomes(
+        self, *, into: None = None, until_done: bool = True
+    ) -> AsyncGenerator[StoredOutcome, None]: ...
+
+    @overload
+    def outcomes(
+        self, *, into: TypeForm[T], until_done: bool = True
+    ) -> AsyncGenerator[StoredOutcome[T], None]: ...
+
+    async def outcomes(
+        self, *, into: Any = None, until_done: bool = True
+    ) -> AsyncGenerator[StoredOutcome[Any], None]:
         """Yield the outcome of each item: first the stored ones, then each as soon as it finishes.
 
         The iterator stops when every item has an outcome and no `work` of this object is still
@@ -241,8 +256,16 @@ class Batch:
         `contextlib.aclosing`.
 
         Args:
+            into: the type of the outputs, as for `Execution.output`. If an output does not match,
+                its outcome has an `InvalidOutput` as error, and `succeeded` is False. That changes
+                nothing in the database: the run has succeeded, and `retry` does not repeat it.
             until_done: whether to wait for new outcomes, or to stop after the last stored one.
+
+        Raises:
+            TypeError: `into` is not a type that values can be structured into.
         """
+        if into is not None:
+            integration.check_type(self._session, into)
         last = 0
         async with self._open() as store:
             await self._check_owner(store)
@@ -253,10 +276,22 @@ class Batch:
                 is_last = not until_done or (not self._working and await self._is_finished(store))
                 while rows := await store.run_in_thread(store.outcomes, self._name, last):
                     for row in rows:
-                        yield StoredOutcome.from_json(row.outcome)
+                        yield self._typed(StoredOutcome.from_json(row.outcome), into)
                     last = rows[-1].seq
                 if not is_last:
                     await asyncio.sleep(POLL_INTERVAL)
+
+    def _typed(self, outcome: StoredOutcome[Any], into: Any) -> StoredOutcome[Any]:
+        """Return an outcome with an output of a type, or else with the error."""
+        if into is None or not outcome.succeeded:
+            return outcome
+        try:
+            output = integration.structure_output(
+                self._session, outcome.execution_id, outcome.output, into
+            )
+        except InvalidOutput as error:
+            return attrs.evolve(outcome, succeeded=False, output=None, error=stored_error(error))
+        return attrs.evolve(outcome, output=output)
 
     async def recheck(self) -> int:
         """Follow every failed item that has an execution id again, without starting anything.

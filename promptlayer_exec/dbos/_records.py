@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from typing import Any, Literal, TypedDict
+from typing import Any, Generic, Literal, TypedDict
 
 import attrs
+from typing_extensions import TypeVar  # with a default
 
 from promptlayer_exec._integration import problem_of, short_repr, stored_data
 
+OutputT = TypeVar("OutputT", default=Any)
 Kind = Literal["succeeded", "failed", "unknown"]
 
 
@@ -30,7 +32,7 @@ class StoredError:
 
 
 @attrs.frozen
-class StoredOutcome:
+class StoredOutcome(Generic[OutputT]):
     """How one item of a batch finished.
 
     Attributes:
@@ -46,7 +48,7 @@ class StoredOutcome:
     key: str = attrs.field(repr=short_repr)
     execution_id: int | None
     succeeded: bool
-    output: Any = attrs.field(repr=short_repr)
+    output: OutputT = attrs.field(repr=short_repr)
     error: StoredError | None = attrs.field(repr=short_repr)
     started: datetime | None
     finished: datetime

@@ -51,7 +51,7 @@ def _check(
     misfit: InvalidOutput | None = None
     for node in outputs:
         try:
-            check_output(workflow, node.name, node.value, converter)
+            check_output(workflow, node.value, converter)
         except InvalidOutput as error:
             misfit = misfit or error
         else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, TypeVar,
 import attrs
 
 from promptlayer_exec import Execution, Outcome, Session, StartRequest, Workflow, WorkflowDefinition
+from promptlayer_exec.dbos import Batch, StoredOutcome
 from promptlayer_exec.webhooks import Callbacks
 
 if TYPE_CHECKING:
@@ -112,6 +113,16 @@ async def many(session: Session, ids: list[int], handles: list[Execution[Report]
     either = await session.collect([1, handles[0], plain[0]], into=Report)
     assert_type(either[0].result(), Report)
     assert_type((await session.collect(ids))[0].result(), Any)
+
+
+async def night(batch: Batch) -> None:
+    await batch.add(StartRequest(write_report, Topic(topic), key=topic) for topic in "ab")
+    async with aclosing(batch.outcomes(into=Report)) as outcomes:
+        async for outcome in outcomes:
+            assert_type(outcome, StoredOutcome[Report])
+            assert_type(outcome.output, Report)
+    async for stored in batch.outcomes():
+        assert_type(stored.output, Any)
 
 
 async def forward(session: Session, execution: Execution, into: TypeForm[T]) -> T:
