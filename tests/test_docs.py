@@ -28,6 +28,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient as WebClient
 from aiohttp.test_utils import TestServer as WebServer
 from fastapi.testclient import TestClient
+from mcp import Client
 from typer.testing import CliRunner
 
 import promptlayer_exec
@@ -360,6 +361,25 @@ async def test_the_page_on_testing_has_tests_that_pass(
         for name, test in list(page.items()):
             if name.startswith("test_"):
                 await (test(promptlayer_simulator) if test.__code__.co_argcount else test())
+
+
+async def test_the_server_on_mcp_tells_agents_what_a_workflow_is_for(
+    sim: Simulator, session: Session
+) -> None:
+    """The official client reads it, and a wrong input gets the error of the page, at no cost."""
+    sim.add_workflow("write-report", REPORT, inputs={"topic": "string"}, labels=["prod"])
+    with names("docs/mcp.md") as page:
+        async with Client(page["agent_server"](session)) as client:
+            tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+            wrong = {"topic": "otters", "length": "long"}
+            refused = await client.call_tool("run_write-report", wrong)
+        description = page["write_report"].description
+    assert (tools["run_write-report"].description or "").startswith(description)
+    assert refused.is_error
+    text = str(refused.content[0])
+    assert "$.length: expected an integer, got a string" in text
+    assert "No run was started" in text
+    assert not sim.runs
 
 
 async def test_the_code_on_push_is_pushed(server: Simulator) -> None:

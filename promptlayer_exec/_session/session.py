@@ -469,7 +469,22 @@ class Session:
     @overload
     async def run(
         self,
-        workflow: str | int | Workflow[OutputT, InputsT],
+        workflow: str | int,
+        inputs: Any = None,
+        *,
+        label: str | None = None,
+        version: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        callback_url: str | None = None,
+        key: str | None = None,
+        timeout: float | EllipsisType | None = ...,
+        into: None = None,
+    ) -> Any: ...
+
+    @overload
+    async def run(
+        self,
+        workflow: Workflow[OutputT, InputsT],
         inputs: InputsT | None = None,
         *,
         label: str | None = None,

@@ -9,7 +9,7 @@ import attrs
 import pytest
 
 from promptlayer_exec import StartRequest, Workflow, strict_converter
-from promptlayer_exec.dbos import Batch
+from promptlayer_exec.dbos import Batch, StoredOutcome
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 
@@ -57,7 +57,7 @@ async def test_outcomes_have_the_type_of_into(sim: Simulator, batch: Batch) -> N
     await batch.work()
     outcomes = {outcome.key: outcome async for outcome in batch.outcomes(into=Report)}
     assert (outcomes["a"].output, outcomes["b"].output) == (Report("x"), Report("y"))
-    misfit = outcomes["c"]
+    misfit: StoredOutcome[Any] = outcomes["c"]
     assert (misfit.succeeded, misfit.kind) == (False, "failed")
     assert misfit.output is None
     assert misfit.execution_id in sim.executions

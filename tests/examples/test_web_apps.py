@@ -40,7 +40,7 @@ def blocks(language: str, page: str = PAGE) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
-APP, RENEW, OWNERS = blocks("python")
+APP, DESCRIBED, RENEW, OWNERS = blocks("python")
 (HTML,) = blocks("html")
 SERVE, START, FOLLOW = blocks("sh")
 
@@ -310,6 +310,36 @@ def test_people_see_their_own_executions(threaded_sim: Simulator) -> None:
         sim.inject(Fault.status(401))
         refused = client.post("/reports?topic=newts")
         assert (refused.status_code, refused.headers["content-type"]) == (502, PROBLEM)
+
+
+def test_clients_send_what_the_described_workflow_takes(
+    threaded_sim: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The problem is the one that the page shows, and the app's own route reads the output."""
+    sim = threaded_sim
+    for name, value in (
+        ("APP_SECRET", "of the app"),
+        ("APP_PASSWORD", "secret"),
+        ("PROMPTLAYER_API_KEY", sim.api_key),
+        ("PROMPTLAYER_BASE_URL", sim.base_url),
+    ):
+        monkeypatch.setenv(name, value)
+    sim.add_workflow("write-report", Scenario([SimNode("Report", "a\nb", is_output_node=True)]))
+    before, _, after = APP.partition("app.include_router(")
+    app = before + DESCRIBED + after.partition("\n)\n")[2]
+    namespace: dict[str, Any] = {"__name__": "app"}
+    exec(compile(app, "app.py", "exec"), namespace)
+    with TestClient(namespace["app"], headers=AUTHORIZATION) as client:
+        body: dict[str, Any] = {"workflow": "write-report", "inputs": {"topic": "otters"}}
+        execution_id = client.post("/executions", json=body).json()["execution_id"]
+        assert client.get(f"/reports/{execution_id}").json() == "a"
+        body["inputs"]["length"] = "3"
+        refused = client.post("/executions", json=body)
+    assert refused.status_code == 422
+    assert refused.json()["detail"].rstrip(".") in " ".join(PAGE.split())
+    (run,) = sim.runs
+    assert run.inputs == {"topic": "otters", "length": 3}
+    assert run.body["workflow_label_name"] == "prod"
 
 
 def test_the_files_in_production_fit_together() -> None:

@@ -139,8 +139,8 @@ def callbacks() -> Callbacks:
 
 async def misuse(session: Session) -> None:
     """Hand over wrong values; mypy and ty must refuse each: they report unused ignores."""
-    await session.run(write_report, {"topic": "x"})  # type: ignore[misc]  # ty: ignore[invalid-argument-type]
-    await session.run(write_report, Report("x"))  # type: ignore[misc]  # ty: ignore[invalid-argument-type]
+    await session.run(write_report, {"topic": "x"})  # type: ignore[misc]  # ty: ignore[no-matching-overload]
+    await session.run(write_report, Report("x"))  # type: ignore[misc]  # ty: ignore[no-matching-overload]
     await session.run(write_report, Topic("x"), into=Row)  # type: ignore[call-overload]  # ty: ignore[no-matching-overload]
     await session.start(write_report, Report("x"))  # type: ignore[misc]  # ty: ignore[invalid-argument-type]
     StartRequest(write_report, Report("x"))  # type: ignore[misc]  # ty: ignore[invalid-argument-type]
