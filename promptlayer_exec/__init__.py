@@ -27,6 +27,7 @@ from promptlayer_exec._values.errors import (
     SessionClosed,
     StartUnknown,
     StatusError,
+    StoreUnavailable,
     Unauthorized,
     UnprocessableEntity,
 )
@@ -109,6 +110,7 @@ __all__ = [
     "StartStore",
     "StartUnknown",
     "StatusError",
+    "StoreUnavailable",
     "Throttled",
     "Unauthorized",
     "UnprocessableEntity",

@@ -7,6 +7,7 @@ text. So it explains an error that a database stored as well as one that was jus
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ from promptlayer_exec import (
     SessionClosed,
     StartUnknown,
     StatusError,
+    StoreUnavailable,
     Unauthorized,
     UnprocessableEntity,
 )
@@ -98,9 +100,11 @@ def _about_missing(data: Data) -> str:
 def _about_unknown(data: Data) -> str:
     if not data.get("is_key_stored"):
         return "Look for it in PromptLayer before you start it again, or you may pay twice."
+    key = shlex.quote(str(data["key"]))
     return (
-        "This --key starts nothing now. If PromptLayer shows the run, follow it by its id with"
-        " `promptlayer-exec watch ID`. If not, use another --key."
+        "The key starts nothing now. Look in PromptLayer for the metadata promptlayer_exec.key"
+        f" {key}. If the run is there, `promptlayer-exec starts adopt {key} ID` records its id. If"
+        f" not, `promptlayer-exec starts forget {key}`, and start it again. Use the same --db."
     )
 
 
@@ -137,6 +141,7 @@ _ADVICE: Mapping[type, str | Callable[[Data], str]] = {
     ConfigurationError: _about_setting,
     InvalidInputs: "",  # the commands show how to list the inputs
     KeyConflict: _about_key,
+    StoreUnavailable: "Check --db, and that the database is running. Then repeat the command.",
     SessionClosed: "",
     ConnectionFailed: _about_connection,
     RequestTimeout: "Try again.",

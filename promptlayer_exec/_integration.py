@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from promptlayer_exec import _structuring
@@ -17,7 +17,7 @@ from promptlayer_exec._api.messages import Reply, Response, oversize_reason
 from promptlayer_exec._api.runs import NewRun, NodeMap, run_request
 from promptlayer_exec._engine.backplane import OpenSession, Poll
 from promptlayer_exec._engine.expiring import ExpiringDict
-from promptlayer_exec._engine.recorded_sends import store_patience
+from promptlayer_exec._engine.recorded_sends import ask_store
 from promptlayer_exec._engine.send import (
     AlreadyClaimed,
     SendHooks,
@@ -34,8 +34,11 @@ from promptlayer_exec._session.session import Session
 from promptlayer_exec._values.arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._values.display import error_details, error_text
 from promptlayer_exec._values.errors import (
+    ConfigurationError,
     InvalidOutput,
     PromptLayerExecError,
+    SessionClosed,
+    StoreUnavailable,
     problem_of,
     stored_data,
     what_happened,
@@ -49,7 +52,7 @@ from promptlayer_exec._values.policies import (
     or_infinity,
 )
 from promptlayer_exec._values.start_records import (
-    PATIENCE,
+    KEY_METADATA,
     StartClaim,
     StartStore,
     StoredStart,
@@ -66,8 +69,8 @@ if TYPE_CHECKING:
 
 # These come from other modules. The functions below are part of the interface as well.
 __all__ = [
+    "KEY_METADATA",
     "MAX_ID",
-    "PATIENCE",
     "UNKNOWN_STATUS",
     "AlreadyClaimed",
     "ExpiringDict",
@@ -115,11 +118,6 @@ __all__ = [
 def report_undelivered(execution: Execution) -> None:
     """Log the id of a started run whose caller is gone."""
     execution._report_undelivered("id")
-
-
-def is_repeated(execution: Execution) -> bool:
-    """Return True if an earlier call with the same key started the run."""
-    return execution._is_repeated
 
 
 def log_text(error: BaseException) -> str:
@@ -297,15 +295,24 @@ def wake(session: Session, execution_id: int, source: WakeSource) -> bool:
 async def resolve_start(session: Session, token: str, execution_id: int) -> None:
     """Record the run that a callback named in the session's start store, if it has one.
 
-    `token` must be genuine. The session need not be open.
+    If the store is unavailable, the session keeps trying in the background until it closes, because
+    PromptLayer may not repeat the callback. `token` must be genuine. The session need not be open.
 
     Raises:
-        ConfigurationError: the store is unavailable, and recorded nothing.
+        StoreUnavailable: the store is unavailable, and has recorded nothing yet.
+        ConfigurationError: the store can never record it.
     """
     store = session._settings.starts
-    if store is not None:
-        patience = store_patience(session._settings.request_timeout)
-        await store.resolve(token, execution_id, patience=patience)
+    if store is None:
+        return
+    try:
+        await ask_store(store.resolve(token, execution_id))
+    except StoreUnavailable:
+        with suppress(ConfigurationError, SessionClosed):  # then it cannot open
+            sends = session._open().recorded_sends
+            if sends is not None:
+                sends.learn(token, execution_id)
+        raise
 
 
 def receive_callback(session: Session, token: str, execution_id: int) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Self
 import attrs
 
 from promptlayer_exec._integration import (
-    PATIENCE,
     StartClaim,
     StartStore,
     StoredStart,
@@ -32,15 +31,15 @@ try:
 
     from promptlayer_exec._database.database import LIMITS, Database, logger
     from promptlayer_exec._database.location import database_url as locate
-    from promptlayer_exec._database.location import prepare_default, shown
+    from promptlayer_exec._database.location import prepare_default, shown, shown_database_url
     from promptlayer_exec._database.threads import Group, OneThread, finished
 except ModuleNotFoundError as error:
     error.add_note(f"this needs {install_hint('starts')}")
     raise
 
-from promptlayer_exec import ConfigurationError
+from promptlayer_exec import ConfigurationError, StoreUnavailable
 
-__all__ = ["SQLStartStore", "StartClaim", "StartStore", "StoredStart"]
+__all__ = ["SQLStartStore", "StartClaim", "StartStore", "StoredStart", "shown_database_url"]
 
 _tables = sa.MetaData()
 _starts = sa.Table(
@@ -65,6 +64,13 @@ _starts = sa.Table(
     sa.Column("until", sa.Double, nullable=False),
 )
 _row = _starts.c
+# Few of millions of records are not settled, so that those are found at once.
+sa.Index(
+    "promptlayer_exec_starts_unsettled",
+    _row.key,
+    postgresql_where=_row.state != "started",
+    sqlite_where=_row.state != "started",
+)
 _has_token = sa.or_(
     _row.token == sa.bindparam("the_token"), _row.earlier_token == sa.bindparam("the_token")
 )
@@ -81,9 +87,34 @@ class _Resolved(NamedTuple):
     execution_id: int
 
 
+class _Adopted(NamedTuple):
+    key: str
+    execution_id: int
+
+
+class _Page(NamedTuple):
+    """A page of the records, by key."""
+
+    after: str
+    older_than: float
+    only_unknown: bool
+
+
+class _Forgotten(NamedTuple):
+    key: str
+    only_unknown: bool
+
+
 class _Released(NamedTuple):
     key: str
     token: str
+
+
+# Whether a key now has a run, or why it cannot.
+_Done = bool | ValueError
+
+# How many records one query returns.
+_PAGE_SIZE = 200
 
 
 @attrs.define(eq=False)
@@ -109,6 +140,7 @@ class _RecordTable:
     def __init__(self, database: Database, restart_after: float | None) -> None:
         self._restart_after = restart_after
         self._now = now = database.now
+        self._is_sqlite = database.is_sqlite
         insert = database.insert(_starts).values(
             key=sa.bindparam("the_key"),
             state="sending",
@@ -150,6 +182,11 @@ class _RecordTable:
         of_key = _row.key == sa.bindparam("the_key")
         of_token = _row.token == sa.bindparam("the_token")
         self._resolve = started
+        self._adopt = (
+            sa.update(_starts)
+            .where(of_key, self._is_unknown)
+            .values(state="started", execution_id=sa.bindparam("the_id"), updated=now)
+        )
         self._record = started.where(of_key)
         self._record_unknown = (
             sa.update(_starts)
@@ -252,10 +289,48 @@ class _RecordTable:
             for token, execution_id in resolved
         ]
 
-    def forget(self, connection: sa.Connection, keys: Sequence[str]) -> list[bool]:
-        found = {row.key for row in self._rows(connection, _row.key.in_(keys))}
-        connection.execute(sa.delete(_starts).where(_row.key.in_(keys)))
-        return [key in found for key in keys]
+    def adopt(self, connection: sa.Connection, adopted: Sequence[_Adopted]) -> list[_Done]:
+        """Record runs that people found. The result is an error if a run is another key's."""
+        if not self._is_sqlite:  # there, writing transactions take turns anyway
+            lock = sa.func.pg_advisory_xact_lock(0x61646F7074)
+            connection.execute(sa.select(lock))
+
+        return [self._adopt_one(connection, *pair) for pair in adopted]
+
+    def _adopt_one(self, connection: sa.Connection, key: str, execution_id: int) -> _Done:
+        owner = sa.select(_row.key).where(
+            _row.execution_id == execution_id,
+            _row.key != key,
+            _row.server == sa.select(_row.server).where(_row.key == key).scalar_subquery(),
+        )
+        if (other := connection.execute(owner.limit(1)).scalar()) is not None:
+            return ValueError(f"execution {execution_id} belongs to the key {other!r:.500}")
+
+        connection.execute(self._adopt, {"the_key": key, "the_id": execution_id})
+        found = self._rows(connection, _row.key == key)
+        return bool(found) and found[0].execution_id == execution_id
+
+    def page(self, connection: sa.Connection, pages: Sequence[_Page]) -> list[list[StoredStart]]:
+        """Return the next records after a key."""
+        found = []
+        for after, older_than, only_unknown in pages:
+            which = [_row.key > after, _row.updated <= self._now - older_than]
+            if only_unknown:
+                # The first condition lets the database use the index.
+                which += [_row.state != "started", self._is_unknown]
+            query = sa.select(_starts, self._now.label("now")).where(*which)
+            query = query.order_by(_row.key).limit(_PAGE_SIZE)
+            found.append([self._stored(row) for row in connection.execute(query)])
+        return found
+
+    def forget(self, connection: sa.Connection, forgotten: Sequence[_Forgotten]) -> list[bool]:
+        done = []
+        for key, only_unknown in forgotten:
+            deletion = sa.delete(_starts).where(_row.key == key)
+            if only_unknown:
+                deletion = deletion.where(self._is_unknown)
+            done.append(connection.execute(deletion).rowcount > 0)
+        return done
 
     def prune(self, connection: sa.Connection, older_than: Sequence[float]) -> list[int]:
         is_in_flight = sa.and_(_row.state == "sending", _row.until > self._now)
@@ -265,14 +340,22 @@ class _RecordTable:
             deleted.append(connection.execute(old).rowcount)
         return deleted
 
+    @property
+    def _is_unknown(self) -> sa.ColumnElement[bool]:
+        is_lost = sa.and_(_row.state == "sending", _row.until <= self._now)
+        return sa.or_(_row.state == "unknown", is_lost)
+
     def _rows(self, connection: sa.Connection, which: sa.ColumnElement[bool]) -> Sequence[Any]:
         query = sa.select(_starts, self._now.label("now")).where(which)
         return connection.execute(query).all()
 
     def _stored(self, row: Any) -> StoredStart:
-        state = row.state
-        if state == "sending" and row.until <= row.now:  # nobody recorded the loss
+        state, reason = row.state, None
+        if state == "unknown":
+            reason = "the response to its start request was lost"
+        elif state == "sending" and row.until <= row.now:
             state = "unknown"
+            reason = "the process that sent its start request recorded no response"
 
         after = self._restart_after
         is_over = after is not None and row.until + after <= row.now
@@ -290,6 +373,7 @@ class _RecordTable:
             earlier_token=row.earlier_token,
             age=max(0.0, row.now - row.updated),
             replaceable=state == "unknown" and is_over,
+            reason=reason,
         )
 
 
@@ -309,21 +393,23 @@ class _OpenStore:
     Args:
         url: the URL of the database.
         restart_after: as for `SQLStartStore`.
+        patience: as for `SQLStartStore`.
     """
 
-    def __init__(self, url: sa.URL, restart_after: float | None) -> None:
+    def __init__(self, url: sa.URL, restart_after: float | None, patience: float) -> None:
         # Calls are retried until their patience runs out, so a single try must be short.
         limits = attrs.evolve(LIMITS, locked=1.0, locked_file=1.0, connections=3, threads=1)
         self._url = url
+        self._patience = patience
         self.database = Database(url, limits)
         self._is_prepared = False
         self._running: set[Future[Any]] = set()
 
         table = _RecordTable(self.database, restart_after)
         works = [
-            (table.find, table.forget, table.prune),
+            (table.find, table.page, table.forget, table.prune),
             (table.claim, table.release),
-            (table.record, table.resolve),
+            (table.record, table.resolve, table.adopt),
         ]
         # Over a network, starts need not wait for each other's round trips. Connections to one file
         # would only block each other.
@@ -377,7 +463,7 @@ class _OpenStore:
     async def aclose(self) -> None:
         """Wait for the calls in progress, and close the connections."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(self._patience):
                 await self._all_finished()
 
         # A server that stands still may keep a call for longer. Do not try that call again.
@@ -410,17 +496,23 @@ class SQLStartStore:
             SQLite file in your user's state directory.
         restart_unknown_after: seconds after which the next call with the same key resends a request
             whose response was lost. **The first request may have started a run as well**, and you
-            pay for both. None: only a callback or `forget` frees the key.
+            pay for both. None: only a callback, `adopt` or `forget` settles the key.
+        patience: seconds for which each call waits for the database.
 
     Raises:
-        ConfigurationError: an argument is malformed. Each method also raises it if the database
-            is unavailable for `patience` seconds.
+        ConfigurationError: an argument is malformed. Each method also raises it if you may not use
+            the database, and `StoreUnavailable` if it is unavailable for `patience` seconds.
     """
 
     def __init__(
-        self, database_url: str | None = None, *, restart_unknown_after: float | None = None
+        self,
+        database_url: str | None = None,
+        *,
+        restart_unknown_after: float | None = None,
+        patience: float = 5.0,
     ) -> None:
         self._url = locate(database_url)
+        self._patience = check_seconds("patience", patience, zero=False)
         if restart_unknown_after is not None:
             restart_unknown_after = check_seconds("restart_unknown_after", restart_unknown_after)
         self._restart_after = restart_unknown_after
@@ -428,12 +520,17 @@ class SQLStartStore:
         # they stay here.
         self._open: dict[int, _OpenStore] = {}
 
-    async def find(self, key: str, *, patience: float = PATIENCE) -> StoredStart | None:
-        """Return the record of a key, or None if it has none."""
+    async def find(self, key: str, *, patience: float | None = None) -> StoredStart | None:
+        """Return the record of a key, or None if it has none.
+
+        Each method that takes `patience` uses the store's own if you pass none.
+        """
         found: StoredStart | None = await self._call("find", check_key(key), patience)
         return found
 
-    async def claim(self, claim: StartClaim, *, patience: float = PATIENCE) -> StoredStart | None:
+    async def claim(
+        self, claim: StartClaim, *, patience: float | None = None
+    ) -> StoredStart | None:
         """Record that the session is about to send a request. See `StartStore.claim`.
 
         If you cancel the call or it fails, it releases the claim soon after.
@@ -442,29 +539,92 @@ class SQLStartStore:
         return found
 
     async def record(
-        self, key: str, token: str, execution_id: int | None, *, patience: float = PATIENCE
+        self, key: str, token: str, execution_id: int | None, *, patience: float | None = None
     ) -> bool:
         """Record the id of the run that a request started. See `StartStore.record`."""
         done: bool = await self._call("record", _Recorded(key, token, execution_id), patience)
         return done
 
-    async def release(self, key: str, token: str, *, patience: float = PATIENCE) -> None:
+    async def release(self, key: str, token: str, *, patience: float | None = None) -> None:
         """Forget a claim whose request started nothing. See `StartStore.release`."""
         await self._call("release", _Released(key, token), patience)
 
-    async def resolve(self, token: str, execution_id: int, *, patience: float = PATIENCE) -> bool:
+    async def resolve(
+        self, token: str, execution_id: int, *, patience: float | None = None
+    ) -> bool:
         """Record the id of the run in a callback. See `StartStore.resolve`."""
         resolved = _Resolved(token, check_execution_id(execution_id))
         done: bool = await self._call("resolve", resolved, patience)
         return done
 
-    async def forget(self, key: str) -> bool:
-        """Delete the record of a key, so that its next request starts a new run.
+    async def adopt(self, key: str, execution_id: int) -> bool:
+        """Record the run that you found for an unknown key.
+
+        From then on, each call with the key returns the handle of this run. A late response or
+        callback with another id changes nothing, and logs that id.
+
+        Args:
+            key: the key.
+            execution_id: the id of the run on PromptLayer, which shows it with the metadata
+                `promptlayer_exec.key`. The store does not ask PromptLayer about it.
 
         Returns:
-            Whether there was a record.
+            Whether the key now has this run. False if it has another one, if its request is still
+            in flight, or if it has no record.
+
+        Raises:
+            ValueError: the run belongs to another key in this store.
         """
-        done: bool = await self._call("forget", check_key(key), PATIENCE)
+        adopted = _Adopted(check_key(key), check_execution_id(execution_id))
+        done: _Done = await self._call("adopt", adopted)
+        if isinstance(done, ValueError):
+            raise done
+        return done
+
+    def unknown(self, *, older_than: float = 0.0) -> AsyncGenerator[StoredStart, None]:
+        """Yield the records of keys that may have started a run that nobody knows, by key.
+
+        Look for each run on PromptLayer, and then `adopt` it, or `forget` the key.
+
+        Args:
+            older_than: the least age of a record, in seconds since it last changed.
+        """
+        return self._pages(check_seconds("older_than", older_than), only_unknown=True)
+
+    def records(self, *, older_than: float = 0.0) -> AsyncGenerator[StoredStart, None]:
+        """Yield the records of all keys, by key.
+
+        Args:
+            older_than: the least age of a record, in seconds since it last changed.
+        """
+        return self._pages(check_seconds("older_than", older_than), only_unknown=False)
+
+    async def _pages(
+        self, older_than: float, *, only_unknown: bool
+    ) -> AsyncGenerator[StoredStart, None]:
+        after = ""
+        while True:
+            page = _Page(after, older_than, only_unknown)
+            found: list[StoredStart] = await self._call("page", page)
+            for record in found:
+                yield record
+            if len(found) < _PAGE_SIZE:
+                return
+            after = found[-1].key
+
+    async def forget(self, key: str, *, only_unknown: bool = False) -> bool:
+        """Delete the record of a key, so that its next request starts a new run.
+
+        If the key is unknown, its first run may exist all the same, and you pay for both.
+
+        Args:
+            key: the key.
+            only_unknown: whether to keep a record whose run has become known meanwhile.
+
+        Returns:
+            Whether it deleted a record.
+        """
+        done: bool = await self._call("forget", _Forgotten(check_key(key), only_unknown))
         return done
 
     async def prune(self, *, older_than: float) -> int:
@@ -477,7 +637,7 @@ class SQLStartStore:
             The number of deleted records.
         """
         seconds = check_seconds("older_than", older_than)
-        pruned: int = await self._call("prune", seconds, PATIENCE)
+        pruned: int = await self._call("prune", seconds)
         return pruned
 
     async def aclose(self) -> None:
@@ -495,11 +655,12 @@ class SQLStartStore:
     def __repr__(self) -> str:
         return f"<SQLStartStore in {shown(self._url)}>"
 
-    async def _call(self, what: str, argument: Any, patience: float) -> Any:
+    async def _call(self, what: str, argument: Any, patience: float | None = None) -> Any:
+        patience = self._patience if patience is None else patience
         opened = self._open.get(os.getpid())
         if opened is None:
             # Another thread may have made one meanwhile.
-            new = _OpenStore(self._url, self._restart_after)
+            new = _OpenStore(self._url, self._restart_after, self._patience)
             opened = self._open.setdefault(os.getpid(), new)
 
         call = _StoreCall(argument, time.monotonic() + patience)
@@ -512,7 +673,7 @@ class SQLStartStore:
             self._give_up(opened, what, argument, future)
             if isinstance(error, TimeoutError):
                 raise opened.database.late(patience) from error
-            if isinstance(error, ConfigurationError):
+            if isinstance(error, ConfigurationError | StoreUnavailable):
                 raise copy.copy(error) from error  # other callers get the same one
             raise
 

@@ -21,7 +21,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from promptlayer_exec._database.location import shown
 from promptlayer_exec._database.threads import finished
-from promptlayer_exec._values.errors import ConfigurationError
+from promptlayer_exec._values.errors import ConfigurationError, StoreUnavailable
 
 T = TypeVar("T")
 
@@ -45,6 +45,17 @@ _POSTGRES_OPTIONS = {
 # States of PostgreSQL's errors.
 _UNTRANSLATABLE_CHARACTER = "22P05"
 _READ_ONLY_TRANSACTION = "25006"
+
+# SQLite's codes for a file that cannot be used right now: locked, full, or on a disk that fails.
+_PASSING_FILE_TROUBLE = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_INTERRUPT,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_PROTOCOL,
+}
 
 _stop: ContextVar[threading.Event] = ContextVar("stop")
 
@@ -90,7 +101,8 @@ class Database:
     """A database that retries its calls for a while.
 
     All methods block, except those that are coroutines. While the database is unavailable, all
-    threads wait for it, and then raise `ConfigurationError`.
+    threads wait for it, and then raise `StoreUnavailable`. What waiting cannot help, such as a
+    missing permission, raises `ConfigurationError`.
 
     Args:
         url: the URL of the database, as `check_url` returns it.
@@ -272,13 +284,13 @@ class Database:
                 self._away_since = None
                 logger.warning("the database %s works again", self._shown)
 
-    def late(self, seconds: float) -> ConfigurationError:
+    def late(self, seconds: float) -> StoreUnavailable | ConfigurationError:
         """Return the error of a call that has waited for this long."""
         if self._error is not None and self.unavailable_for:
             return self._unusable(self._error)
         return self._unusable(DatabaseLost(f"no response within {seconds:g} s"))
 
-    def _unusable(self, error: Exception) -> ConfigurationError:
+    def _unusable(self, error: Exception) -> StoreUnavailable | ConfigurationError:
         cause = getattr(error, "orig", None) or error
         needed = ""
         if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_CANTOPEN:
@@ -286,7 +298,7 @@ class Database:
         elif getattr(cause, "sqlstate", None) == _UNTRANSLATABLE_CHARACTER:
             needed = ". Its encoding must be UTF8: `createdb -T template0 -E UTF8 batches`"
         text = f"cannot use the database {self._shown}: {reason_of(error):.300}{needed}"
-        return ConfigurationError(text)
+        return StoreUnavailable(text) if _is_away(error) else ConfigurationError(text)
 
 
 def dispose(engine: sa.Engine) -> None:
@@ -308,6 +320,16 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, exc.OperationalError | exc.InterfaceError):
         return True
     return isinstance(error, exc.DBAPIError) and error.connection_invalidated
+
+
+def _is_away(error: Exception) -> bool:
+    """Return True if an error is about a database that is away, not about how it is set up."""
+    if isinstance(error, DatabaseLost | exc.TimeoutError):
+        return True
+    code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
+    if code is not None:
+        return code & 0xFF in _PASSING_FILE_TROUBLE  # an extended code has its class there
+    return _may_pass(error)
 
 
 def _mark_lost_connections(context: sa.ExceptionContext) -> None:

@@ -149,6 +149,7 @@ class Client:
             server=self.base_url,
             request_timeout=self._settings.request_timeout,
             is_recoverable=lambda token: callbacks is not None and callbacks.is_genuine(token),
+            called_back=self._memory.callbacks.execution_id,
             lifetime=self.lifetime,
         )
 
@@ -201,6 +202,8 @@ class Client:
 
     def called_back_elsewhere(self, token: str, execution_id: int) -> None:
         self._memory.callbacks.receive(token, execution_id, shared=True)
+        if self.recorded_sends is not None:
+            self.recorded_sends.learn(token, execution_id)
 
     def started_elsewhere(self, execution_id: int, left: float) -> None:
         """Record that for `left` seconds, the server may return 404 for another session's run."""
@@ -401,6 +404,8 @@ class Client:
             raise unknown from error
 
         self._memory.recent_runs.add(execution_id, error.workflow, now=clock())
+        if self.recorded_sends is not None and error.key is not None:
+            await self.recorded_sends.learn_now(token, execution_id, error.key, deadline)
         return execution_id
 
     async def _callback_of(self, error: StartUnknown, token: str) -> int:
@@ -409,7 +414,9 @@ class Client:
             return await self._memory.callbacks.wait(token)
 
         looking = self.spawn(
-            self.recorded_sends.wait_for_callback(error.key, token, self.called_back_elsewhere),
+            self.recorded_sends.wait_for_callback(
+                error.key, token, partial(self._memory.callbacks.receive, shared=True)
+            ),
             name="promptlayer_exec.RecordLookup",
         )
         try:

@@ -40,11 +40,13 @@ class Execution(Generic[OutputT]):
         workflow: the workflow's name or id, if this session started the run or you passed it to
             `Session.execution`.
         warning: the server's warning about the request, such as a missing input variable.
+        is_new: whether the call that returned this handle started the run. False if an earlier call
+            with the same key did, and from `Session.execution`, `find` and `recover`.
     """
 
     __slots__ = (
-        *("_into", "_is_repeated", "_key", "_last", "_main_output", "_session"),
-        *("id", "warning", "workflow"),
+        *("_into", "_key", "_last", "_main_output", "_session"),
+        *("id", "is_new", "warning", "workflow"),
     )
 
     def __init__(
@@ -54,19 +56,19 @@ class Execution(Generic[OutputT]):
         workflow: str | int | None = None,
         *,
         warning: str | None = None,
+        is_new: bool = False,
         key: Any = None,
         into: Any = Any,
     ) -> None:
         self._session = session
         self._into = into  # the type of its output
         self._key = key  # for the log
-        # Whether an earlier call with the same key started the run, so that this one cost nothing.
-        self._is_repeated = False
         self._last: Snapshot | None = None
         self._main_output: tuple[Any, ...] | None = None  # as from `Client.ask_main_output`
         self.id = execution_id
         self.workflow = workflow
         self.warning = warning
+        self.is_new = is_new
 
     async def snapshot(self) -> Snapshot:
         """Return the current state of all nodes, with one GET unless the execution is complete.
@@ -377,5 +379,11 @@ class Execution(Generic[OutputT]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The session is not pickled: it holds the API key.
-        unpickled = partial(type(self), warning=self.warning, key=self._key, into=self._into)
+        unpickled = partial(
+            type(self),
+            warning=self.warning,
+            is_new=self.is_new,
+            key=self._key,
+            into=self._into,
+        )
         return unpickled, (None, self.id, self.workflow)

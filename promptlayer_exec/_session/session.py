@@ -26,7 +26,7 @@ from promptlayer_exec._engine.callbacks import recoverable_token, with_callback_
 from promptlayer_exec._engine.client import Client, list_workflows
 from promptlayer_exec._engine.memory import Memory
 from promptlayer_exec._engine.network import Network
-from promptlayer_exec._engine.recorded_sends import RecordedSends
+from promptlayer_exec._engine.recorded_sends import RecordedSends, with_key
 from promptlayer_exec._engine.send import AlreadyClaimed, PreparedSend, SendHooks
 from promptlayer_exec._engine.settings import (
     Settings,
@@ -449,7 +449,7 @@ class Session:
             ValueError: an argument is out of range, or JSON cannot represent a value in the inputs.
             InvalidInputs: required inputs are missing.
             KeyConflict: the key belongs to a different request.
-            ConfigurationError: the database of `starts` is unavailable, so no run was started.
+            StoreUnavailable: the database of `starts` is unavailable, so no run was started.
             StartUnknown: the response was lost, so the run may have started. The session never
                 resends it.
             StatusError: the server refused the request.
@@ -647,7 +647,7 @@ class Session:
         with _Reporting(request, self._emit):
             if is_recorded:
                 check_key(request.key)
-            prepared = self._prepare(request, token)
+            prepared = self._prepare(request, token, is_recorded=is_recorded)
             client = self._open()
             deadline = deadline or client.deadline()
 
@@ -658,7 +658,7 @@ class Session:
         claim = sends.claim(prepared)
         while True:
             with _Reporting(request, self._emit):
-                record = await sends.settled(claim, deadline)
+                record = await sends.settled(claim.key, deadline, claim)
             if record is not None:
                 return self._repeated(request, record)
 
@@ -666,10 +666,14 @@ class Session:
             with suppress(AlreadyClaimed), sends.sending(claim) as recording:
                 return await self._send(client, prepared, deadline, recording, is_recorded=True)
 
-    def _prepare(self, request: StartRequest, token: str | None) -> PreparedSend:
+    def _prepare(
+        self, request: StartRequest, token: str | None, *, is_recorded: bool
+    ) -> PreparedSend:
         """Check a request, and encode it once for everything that needs it."""
         self._check_type(request.into)
         posted, secret = with_callback_url(request, self._settings.callbacks, token)
+        if is_recorded:
+            posted = with_key(posted)
         inputs = self._encode_inputs(request)
         http_request = run_request(posted, inputs, self._push_suffix())
         return PreparedSend(request, inputs, http_request, secret)
@@ -693,6 +697,7 @@ class Session:
         return Execution(
             *(self, run.execution_id, request.workflow),
             warning=run.warning,
+            is_new=True,
             key=request.key,
             into=request.into,
         )
@@ -703,11 +708,7 @@ class Session:
         # The server may still return 404 for it.
         self._memory.recent_runs.add(execution_id, request.workflow, now=clock() - record.age)
 
-        execution: Execution[Any] = Execution(
-            self, execution_id, request.workflow, key=request.key, into=request.into
-        )
-        execution._is_repeated = True
-        return execution
+        return Execution(self, execution_id, request.workflow, key=request.key, into=request.into)
 
     def _check_keys_are_kept(self, key: str | None) -> None:
         if key is not None and self._settings.starts is None:
@@ -723,6 +724,30 @@ class Session:
         callbacks = self._settings.callbacks
         return uuid4().hex if callbacks is None else callbacks.new_token()
 
+    async def find(self, key: str) -> Execution | None:
+        """Return the handle of the run that a key has started, or None if nobody has used the key.
+
+        It starts nothing. While another call is sending the request, it waits for the response, for
+        the session's `wait_timeout` at most.
+
+        Args:
+            key: the key of an earlier `start`.
+
+        Raises:
+            StartUnknown: the key may have started a run, but its response was lost.
+            KeyConflict: the key belongs to a run on another server.
+            StoreUnavailable: the database of `starts` is unavailable.
+            ExecutionTimeout: the response did not come in time.
+            ConfigurationError: the session has no `starts=`.
+            TypeError, ValueError: the key is malformed.
+        """
+        self._check_keys_are_kept(check_key(key))
+        client = self._open()
+        record = await cast(RecordedSends, client.recorded_sends).settled(key, client.deadline())
+        if record is None:
+            return None
+        return self._repeated(StartRequest(record.workflow, key=key), record)
+
     async def recover(
         self, error: StartUnknown, *, timeout: float | EllipsisType | None = ...
     ) -> Execution:
@@ -730,7 +755,8 @@ class Session:
 
         It never starts the run again. The callback must reach this session through
         `promptlayer_exec.fastapi`, before or during the call. The error may come from another
-        session with the same `Callbacks(url, secret=...)`.
+        session with the same `Callbacks(url, secret=...)`. If the start had a key, its store knows
+        the run when this returns, or is unavailable: then the session keeps trying to tell it.
 
         Args:
             error: what `start` raised, or an unpickled copy of it.

@@ -158,6 +158,15 @@ class KeyConflict(PromptLayerExecError, ValueError):
         self.batch = batch
 
 
+class StoreUnavailable(PromptLayerExecError):
+    """The database of keys or batches is unreachable, locked, full, or does not respond in time.
+
+    If it comes from a start, nothing was started. `__cause__` is what the store raised.
+    """
+
+    _usual_advice = "Try again once the database responds."
+
+
 class SessionClosed(PromptLayerExecError):
     """The session was closed before the call finished."""
 
@@ -421,8 +430,9 @@ class StartUnknown(PromptLayerExecError):
     def _find_advice(self) -> str:
         advice = "Look for it in PromptLayer before you start it again, or you may pay twice."
         if self.is_key_stored:
-            advice = "Look for it in PromptLayer. If it is not there, await store.forget(key), and"
-            advice += " start it again."
+            advice = f"Look in PromptLayer for the metadata promptlayer_exec.key {self.key!r:.500}."
+            advice += " If the run is there, await store.adopt(key, id). If not, await"
+            advice += " store.forget(key), and start it again."
         if self.callback_token is not None:
             advice = f"Session.recover(error) waits for its callback. {advice}"
         return advice

@@ -12,8 +12,8 @@ import attrs
 
 StartState = Literal["sending", "started", "unknown"]
 
-# How long a call of a store waits for its database by default, in seconds.
-PATIENCE = 10.0
+# What a start with a key adds to the run's metadata, so that you find the run on PromptLayer.
+KEY_METADATA = "promptlayer_exec.key"
 
 
 @attrs.frozen
@@ -48,7 +48,7 @@ class StoredStart:
         workflow: the name or id of the workflow.
         attempts: how often a session sent the request. More than 1 only if sessions resend unknown
             starts.
-        created: when a session first used the key (UTC).
+        created: when a session first used the key (UTC), just before it sent the request.
         updated: when the record last changed (UTC).
         server: the URL of the server.
         request: the request's `fingerprint`.
@@ -57,6 +57,7 @@ class StoredStart:
         replaceable: whether the state has been `unknown` for long enough that another claim with
             the same server and request may replace it.
         earlier_token: the token of the attempt before the latest one, if there was one.
+        reason: why the state is `unknown`, or None.
     """
 
     key: str
@@ -72,6 +73,7 @@ class StoredStart:
     age: float = attrs.field(repr=False)
     replaceable: bool = attrs.field(repr=False)
     earlier_token: str | None = attrs.field(default=None, repr=False)
+    reason: str | None = None
 
 
 class StartStore(Protocol):
@@ -83,14 +85,14 @@ class StartStore(Protocol):
     Each method must be atomic across processes, and repeatable: a second call with the same
     arguments changes nothing and returns the same. All methods use the store's own clock.
 
-    All methods wait at most `patience` seconds, and raise `ConfigurationError` if the store is
-    unavailable for that long.
+    All methods wait at most `patience` seconds. Whatever they raise, except for `KeyConflict` and
+    `ConfigurationError`, reaches the caller as the cause of a `StoreUnavailable`.
     """
 
-    async def find(self, key: str, *, patience: float = PATIENCE) -> StoredStart | None:
+    async def find(self, key: str, *, patience: float = 5.0) -> StoredStart | None:
         """Return the record of a key, or None if it has none."""
 
-    async def claim(self, claim: StartClaim, *, patience: float = PATIENCE) -> StoredStart | None:
+    async def claim(self, claim: StartClaim, *, patience: float = 5.0) -> StoredStart | None:
         """Record that a session is about to send a request, unless its key already has a record.
 
         A `replaceable` record with the same server and request gives way. Its token still counts
@@ -108,7 +110,7 @@ class StartStore(Protocol):
         """
 
     async def record(
-        self, key: str, token: str, execution_id: int | None, *, patience: float = PATIENCE
+        self, key: str, token: str, execution_id: int | None, *, patience: float = 5.0
     ) -> bool:
         """Record the id of the run that the request started, or None if the response was lost.
 
@@ -124,7 +126,7 @@ class StartStore(Protocol):
             Whether this is now the record.
         """
 
-    async def release(self, key: str, token: str, *, patience: float = PATIENCE) -> None:
+    async def release(self, key: str, token: str, *, patience: float = 5.0) -> None:
         """Forget a claim whose request started nothing.
 
         If there were earlier attempts, the state becomes `unknown` again, as before this one.
@@ -135,7 +137,7 @@ class StartStore(Protocol):
             patience: how long to wait for the store, in seconds.
         """
 
-    async def resolve(self, token: str, execution_id: int, *, patience: float = PATIENCE) -> bool:
+    async def resolve(self, token: str, execution_id: int, *, patience: float = 5.0) -> bool:
         """Record the id of the run that a request started, given only its callback's token.
 
         Args:

@@ -16,6 +16,7 @@ from promptlayer_exec.cli._help import Program, help_epilog, show_help
 from promptlayer_exec.cli._printing import out, prepare_streams
 from promptlayer_exec.cli._run_commands import demo, results, run, watch
 from promptlayer_exec.cli._server_commands import mcp, simulate, view
+from promptlayer_exec.cli._starts_commands import starts_app
 from promptlayer_exec.cli._workflow_commands import workflow, workflows
 
 app = Program(name=PROGRAM, context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,6 +66,7 @@ app.command("view", epilog=help_epilog("view 787"))(view)
 app.command("mcp", epilog=help_epilog("mcp --workflow support-agent"))(mcp)
 app.command("simulate")(simulate)
 app.add_typer(batch_app, name="batch")
+app.add_typer(starts_app, name="starts")
 app.command("help")(show_help)
 
 

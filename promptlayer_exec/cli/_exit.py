@@ -72,6 +72,7 @@ _EXIT_CODES: dict[type[Exception], ExitCode] = {
     promptlayer_exec.ExecutionFailed: ExitCode.FAILED,
     promptlayer_exec.StartUnknown: ExitCode.FAILED,
     promptlayer_exec.ExecutionTimeout: ExitCode.TIMED_OUT,
+    promptlayer_exec.StoreUnavailable: ExitCode.UNAVAILABLE,
     promptlayer_exec.RequestError: ExitCode.UNAVAILABLE,  # unless waiting does not help
     Interrupted: ExitCode.INTERRUPTED,
     Terminated: ExitCode.TERMINATED,
@@ -205,8 +206,9 @@ def _exit_code(error: Exception, subject: Subject) -> ExitCode:
 
 
 def may_pass(error: Exception) -> bool:
-    """Return True if PromptLayer is unreachable or failing, so the same command may work later."""
-    return isinstance(error, promptlayer_exec.ConnectionFailed) or (
+    """Return True if PromptLayer or the database is away, so the same command may work later."""
+    is_away = promptlayer_exec.ConnectionFailed | promptlayer_exec.StoreUnavailable
+    return isinstance(error, is_away) or (
         isinstance(error, promptlayer_exec.RequestError) and is_transient(error)
     )
 

@@ -31,6 +31,7 @@ from promptlayer_exec.cli._printing import err, quoted, shorten, show_warnings
 
 if TYPE_CHECKING:
     from promptlayer_exec.simulator import Simulator
+    from promptlayer_exec.starts import SQLStartStore
 
 # The modules whose warnings the commands show as they are.
 _SHOWN = ("definitions", "channels", "retry")
@@ -228,7 +229,7 @@ def needs(error: ValueError, workflow: str | int, base_url: str | None) -> str:
     return f"{explain(error)} See its inputs with `{command}`"
 
 
-def start_store(database: str | None, needed_by: str) -> StartStore:
+def start_store(database: str | None, needed_by: str) -> SQLStartStore:
     """Return the store of keys and the runs they started, in a database or the default one."""
     try:
         from promptlayer_exec.starts import SQLStartStore  # noqa: PLC0415 - an extra

@@ -29,7 +29,6 @@ from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import (
     encode_inputs,
     indented,
-    is_repeated,
     printable,
 )
 from promptlayer_exec.cli import _options as options
@@ -171,7 +170,7 @@ def run(
 def _report_start(execution: Execution) -> None:
     if execution.warning:
         err(f"warning: {printable(execution.warning)}")
-    if is_repeated(execution):
+    if not execution.is_new:
         err(f"an earlier command with this key started execution {execution.id}")
     else:
         err(f"execution {execution.id} started")

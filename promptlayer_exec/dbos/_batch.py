@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import anyio
 import attrs
 
-from promptlayer_exec import ConfigurationError, InvalidOutput, Session, StartRequest
+from promptlayer_exec import (
+    ConfigurationError,
+    InvalidOutput,
+    Session,
+    StartRequest,
+    StoreUnavailable,
+)
 from promptlayer_exec import _integration as integration
 from promptlayer_exec._database.location import database_url as locate
 from promptlayer_exec._database.location import prepare_default, shown
@@ -85,9 +91,10 @@ class Batch:
             runs.
 
     Raises:
-        ConfigurationError: a setting is malformed. Each method also raises it if the database is
-            unavailable. `add`, `work`, `outcomes`, `recheck`, `retry` and `check_server` raise it
-            if the batch belongs to another server.
+        ConfigurationError: a setting is malformed. `add`, `work`, `outcomes`, `recheck`, `retry`
+            and `check_server` also raise it if the batch belongs to another server. Each method
+            raises it if you may not use the database, and `StoreUnavailable` if the database is
+            unavailable.
     """
 
     def __init__(
@@ -231,7 +238,9 @@ class Batch:
         """Use the rate and the time limit that another worker stores meanwhile."""
         while True:
             await asyncio.sleep(SETTINGS_INTERVAL)
-            with suppress(ConfigurationError):  # the worker notices and reports it
+            with suppress(
+                ConfigurationError, StoreUnavailable
+            ):  # the worker notices and reports it
                 settings = await store.run_in_thread(reports.settings, store, self._name)
                 limiter.rate = settings.rate
                 following.change_limit(_give_up_after(settings))
@@ -570,7 +579,7 @@ async def batch_names(database_url: str | None = None) -> list[str]:
         database_url: as for `Batch`.
 
     Raises:
-        ConfigurationError: the database is unavailable.
+        StoreUnavailable: the database is unavailable.
     """
     url = locate(database_url)
     if url.get_backend_name() == "sqlite":

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import attrs
 import sqlalchemy as sa
 
-from promptlayer_exec import ConfigurationError, StartUnknown
+from promptlayer_exec import ConfigurationError, StartUnknown, StoreUnavailable
 from promptlayer_exec import _integration as integration
 from promptlayer_exec._database.threads import Group
 from promptlayer_exec.dbos._records import StartRecord
@@ -123,7 +123,7 @@ class PendingSend:
             # Not awaited here: while the database is away, other starts continue.
             self.recording = asyncio.create_task(self._record(outcome.execution_id))
         elif not isinstance(outcome, StartUnknown):
-            with suppress(ConfigurationError):  # then the item is unknown
+            with suppress(ConfigurationError, StoreUnavailable):  # then the item is unknown
                 await self._take_back()
 
     async def _take_back(self) -> None:

@@ -43,6 +43,7 @@ from promptlayer_exec import (
     StartRequest,
     StartUnknown,
     StatusError,
+    StoreUnavailable,
     Unauthorized,
 )
 from promptlayer_exec import _integration as integration
@@ -67,7 +68,7 @@ logger = logging.getLogger("promptlayer_exec")
 # Errors of a request that every other item would also meet.
 _NOT_THE_ITEMS_FAULT = (
     *(Unauthorized, ConnectionFailed, RateLimited, RequestTimeout),
-    *(SessionClosed, ConfigurationError),
+    *(SessionClosed, ConfigurationError, StoreUnavailable),
 )
 
 
@@ -334,7 +335,7 @@ class Items:
     def _to_send(self, item: Item) -> StartRequest:
         """Return a stored request, with metadata to find its run in PromptLayer."""
         stored = StartRequest(**json.loads(item.request), key=item.key)
-        ours = {"promptlayer_exec.batch": self._batch, "promptlayer_exec.key": item.key}
+        ours = {"promptlayer_exec.batch": self._batch, integration.KEY_METADATA: item.key}
         return attrs.evolve(stored, metadata={**(stored.metadata or {}), **ours})
 
     def _report_unrecorded(self, item: Item, execution_id: int) -> None:

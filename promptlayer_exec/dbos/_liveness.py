@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 
-from promptlayer_exec import ConfigurationError
+from promptlayer_exec import ConfigurationError, StoreUnavailable
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import items, key_and_attempt
 
@@ -74,7 +74,7 @@ class Liveness:
             try:
                 await self._store.run_in_thread(self._look, {*self._active})
                 self._let_go(await self._store.run_in_thread(self._ended, {*self._active}))
-            except ConfigurationError as error:
+            except (ConfigurationError, StoreUnavailable) as error:
                 logger.warning(
                     "could not check whether other workers are alive, trying again: %.300s", error
                 )

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from promptlayer_exec import ConfigurationError
+from promptlayer_exec import ConfigurationError, StoreUnavailable
 from promptlayer_exec._database.database import Database, DatabaseLost, dispose, reason_of
 from promptlayer_exec.dbos._dbos_calls import migrate
 from promptlayer_exec.dbos._tables import tables as _tables
@@ -88,7 +88,7 @@ class SharedDatabase(Database):
 
     def explain(self, error: Exception) -> Exception:
         """Return an error for the caller, instead of a raw error of the database."""
-        if isinstance(error.__cause__, ConfigurationError):
+        if isinstance(error.__cause__, ConfigurationError | StoreUnavailable):
             return error.__cause__  # the session reports the shared rate's as a limiter's defect
         if isinstance(error, (exc.SQLAlchemyError, DatabaseLost)):
             unusable = self._unusable(error)

@@ -15,7 +15,7 @@ import anyio
 import attrs
 from dbos import DBOS, DBOSPortableJSONSerializer
 
-from promptlayer_exec import ConfigurationError, Session
+from promptlayer_exec import ConfigurationError, Session, StoreUnavailable
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._dbos_calls import log_quietly
 from promptlayer_exec.dbos._following import Following
@@ -178,13 +178,14 @@ class Worker:
         is_finished = False
         if self._store.unavailable_for:
             self._store.ended.set()
-        with suppress(ConfigurationError):
+        with suppress(ConfigurationError, StoreUnavailable):
             is_finished = self._store.is_finished(self._batch)
 
         if DBOS.executor_id == self._executor:  # it was launched
             DBOS.destroy(workflow_completion_timeout_sec=0 if is_finished else TIMES.ending)
 
-        with suppress(ConfigurationError):  # the other workers notice its missing heartbeat
+        # If it cannot, the other workers notice its missing heartbeat.
+        with suppress(ConfigurationError, StoreUnavailable):
             release(self._store, self._batch, self._executor)
 
 

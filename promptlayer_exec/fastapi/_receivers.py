@@ -13,9 +13,9 @@ from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from promptlayer_exec import ConfigurationError, Session, SessionClosed
+from promptlayer_exec import Session, SessionClosed, StoreUnavailable
 from promptlayer_exec import _integration as integration
-from promptlayer_exec.fastapi._responses import ProblemRoute, store_is_away
+from promptlayer_exec.fastapi._responses import ProblemRoute
 from promptlayer_exec.fastapi._router import session_dependency
 from promptlayer_exec.fastapi._visible_fields import PROBLEMS
 from promptlayer_exec.webhooks import (
@@ -26,6 +26,8 @@ from promptlayer_exec.webhooks import (
     read_callback,
     read_webhook,
 )
+
+_Source = Literal["webhook", "callback"]
 
 _BODY_TIMEOUT = 30.0
 
@@ -81,9 +83,10 @@ def create_callback_router(
 
     If the response to a start request was lost, the callback lets `Session.recover` return. With
     `Session(starts=...)`, the route stores the id before it responds, even if another process sent
-    the request. While the store is unavailable, the response is 503, although nothing shows that
-    PromptLayer repeats a callback. Each callback also wakes the execution, as a webhook does. Only
-    the execution id in it counts, not the output.
+    the request. If the store is unavailable, the response is 503. Nothing documents that
+    PromptLayer repeats a callback, so the session also keeps the id, and stores it as soon as it
+    can. Each callback also wakes the execution, as a webhook does. Only the execution id in it
+    counts, not the output.
 
     The response is 404 if another secret than that of `callbacks` made the token, 413 for a body
     over the session's `max_response_bytes`, and 422 for one without an id.
@@ -121,31 +124,34 @@ def create_callback_router(
             raise HTTPException(422, str(error)) from None
 
         integration.receive_callback(session, token, execution_id)
+        unavailable = None
         try:
             await integration.resolve_start(session, token, execution_id)
-        except ConfigurationError as error:
-            raise store_is_away(error, "Send this callback again.") from error
+        except StoreUnavailable as error:
+            unavailable = error  # PromptLayer may not repeat the callback, so use it all the same
 
         if on_callback is not None:
             result = on_callback(token, execution_id)
             if isawaitable(result):
                 await result
 
+        if unavailable is not None:
+            await _wake(session, execution_id, "callback")
+            raise unavailable
         return _accepted(session, execution_id, "callback")
 
     return router
 
 
-def _accepted(
-    session: Session, execution_id: int, source: Literal["webhook", "callback"]
-) -> Response:
+def _accepted(session: Session, execution_id: int, source: _Source) -> Response:
     """Return a 204, and wake the execution after it is sent."""
+    waking = BackgroundTask(_wake, session, execution_id, source)
+    return Response(status_code=204, background=waking)
 
-    async def wake() -> None:
-        with suppress(SessionClosed):  # then nobody follows it here
-            integration.wake(session, execution_id, source)
 
-    return Response(status_code=204, background=BackgroundTask(wake))
+async def _wake(session: Session, execution_id: int, source: _Source) -> None:
+    with suppress(SessionClosed):  # then nobody follows it here
+        integration.wake(session, execution_id, source)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

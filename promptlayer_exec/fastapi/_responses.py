@@ -40,6 +40,7 @@ from promptlayer_exec import (
     SessionClosed,
     StartUnknown,
     StatusError,
+    StoreUnavailable,
     Unauthorized,
     UnprocessableEntity,
 )
@@ -86,6 +87,7 @@ _PROBLEMS: Mapping[type[Exception], tuple[int, str, str]] = {
     ),
     ExecutionFailed: (409, "The execution completed without an output.", ""),
     InvalidOutput: (502, "The execution's output does not have the expected structure.", ""),
+    StoreUnavailable: (503, "This server's database is unavailable.", "Try again later."),
     SessionClosed: (503, "This server is shutting down.", "Try again."),
     ConfigurationError: (500, "This server is not configured for PromptLayer.", ""),
     Exception: (500, "This server failed.", ""),
@@ -158,13 +160,6 @@ def describe_and_log(error: Exception) -> tuple[int, str, str]:
     return status, kind, title
 
 
-def store_is_away(error: ConfigurationError, advice: str) -> HTTPException:
-    """Return a 503 for an unavailable start store, and log why."""
-    logger.warning("%s", log_text(error))
-    detail = f"The store of keys is unavailable. {advice}"
-    return HTTPException(503, detail, {"Retry-After": "5"})
-
-
 def add_error_handlers(app: Starlette) -> None:
     """Make an app respond to this package's errors with problem+json.
 
@@ -189,9 +184,9 @@ async def _handle(_request: Request, error: Exception, *, hidden: Collection[str
     if isinstance(error, InvalidInputs):
         members["missing"] = error.missing
 
-    if isinstance(error, RateLimited):
+    if isinstance(error, RateLimited | StoreUnavailable):
         seconds = 5.0
-        if error.retry_after is not None:
+        if isinstance(error, RateLimited) and error.retry_after is not None:
             seconds = min(error.retry_after, 3600.0)
         headers["Retry-After"] = str(max(1, math.ceil(seconds)))
 

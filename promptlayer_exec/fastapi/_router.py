@@ -18,7 +18,6 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from promptlayer_exec import (
-    ConfigurationError,
     Execution,
     InvalidInputs,
     PromptLayerExecError,
@@ -29,8 +28,6 @@ from promptlayer_exec._integration import (
     MAX_ID,
     check_count,
     check_key,
-    is_open,
-    is_repeated,
     note_start,
     report_undelivered,
     settings,
@@ -43,7 +40,6 @@ from promptlayer_exec.fastapi._responses import (
     ProblemRoute,
     json_response,
     logger,
-    store_is_away,
     tagged_response,
 )
 from promptlayer_exec.fastapi._run_events import RunList, execution_events, list_events
@@ -421,7 +417,7 @@ def _add_start(
                 key = _stored_key(idempotency_key, client)
 
         start = session.start(workflow, inputs, key=key)
-        started = await _started(request, session, start, has_key=key is not None)
+        started = await _started(request, start)
         content = {"execution_id": str(started.id)}
         if tickets is not None:
             content["ticket"] = tickets.issue(started)
@@ -429,22 +425,15 @@ def _add_start(
             content["warning"] = started.warning
         # Relative, so that it works behind a proxy that removes a prefix.
         location = f"executions/{started.id}"
-        status = 200 if is_repeated(started) else 201
+        status = 201 if started.is_new else 200
         return json_response(content, status, {"Location": location})
 
 
-async def _started(
-    request: Request, session: Session, start: Awaitable[Execution], *, has_key: bool
-) -> Execution:
+async def _started(request: Request, start: Awaitable[Execution]) -> Execution:
     try:
         return await _unless_disconnected(request, start)
     except InvalidInputs as error:
         raise HTTPException(422, error.problem) from error
-    except ConfigurationError as error:
-        # In an open session, only the start store can raise this.
-        if has_key and is_open(session):
-            raise store_is_away(error, "Nothing was started. Try again later.") from error
-        raise
     except PromptLayerExecError:
         raise
     except (TypeError, ValueError) as error:  # an input is not JSON, such as NaN
@@ -501,5 +490,5 @@ def _end_unanswered(work: asyncio.Future[Any]) -> None:
     if work.cancelled() or work.exception() is not None:
         return
     execution = work.result()
-    if isinstance(execution, Execution) and not is_repeated(execution):
+    if isinstance(execution, Execution) and execution.is_new:
         report_undelivered(execution)

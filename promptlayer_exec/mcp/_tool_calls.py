@@ -27,7 +27,6 @@ from promptlayer_exec import (
 from promptlayer_exec._integration import (
     ExpiringDict,
     definition,
-    is_repeated,
     settings,
     structure_inputs,
     workflows_by_name,
@@ -205,7 +204,7 @@ class Calls:
         execution, warning = await self._start(read.start_request(self.workflows, **arguments))
         name = clean(arguments["workflow"])
         message = f"Execution {execution.id} of workflow {name!r:.200} has started."
-        if is_repeated(execution):
+        if not execution.is_new:
             message = f"An earlier call with this idempotency_key started execution {execution.id}"
             message += f" of workflow {name!r:.200}. This is the same run, not a new one."
         message += f" Call wait_execution with execution_id '{execution.id}' for its output."

@@ -23,6 +23,7 @@ from promptlayer_exec import (
     SessionClosed,
     StartUnknown,
     StatusError,
+    StoreUnavailable,
     Unauthorized,
 )
 from promptlayer_exec._integration import problem_of
@@ -72,6 +73,7 @@ _ADVICE: Mapping[type, str | Callable[[Any], str]] = {
     ConfigurationError: "Tell the user: they must correct how they start this server.",
     InvalidInputs: "No run was started. describe_workflow lists the inputs of the workflow.",
     KeyConflict: "A new run needs a new idempotency_key.",
+    StoreUnavailable: "Call the tool again in a minute, with the same idempotency_key.",
     SessionClosed: "The server of these tools is stopping. Runs continue on PromptLayer.",
     ConnectionFailed: _LATER,
     RequestTimeout: _LATER,

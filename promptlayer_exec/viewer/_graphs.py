@@ -10,6 +10,7 @@ from promptlayer_exec import (
     ConfigurationError,
     PromptLayerExecError,
     Session,
+    StoreUnavailable,
     WorkflowDefinition,
     WorkflowSummary,
 )
@@ -80,7 +81,7 @@ async def suggest_workflow(
     """
     known: dict[str, set[str]] = {}
     if history is not None:
-        with suppress(ConfigurationError):
+        with suppress(ConfigurationError, StoreUnavailable):
             known = await history.node_names()
 
     if nodes not in known.values():

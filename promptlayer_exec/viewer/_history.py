@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import attrs
 import sqlalchemy as sa
 
-from promptlayer_exec import ConfigurationError
+from promptlayer_exec import ConfigurationError, StoreUnavailable
 from promptlayer_exec._database.database import LIMITS as DEFAULT_LIMITS
 from promptlayer_exec._database.database import Database
 
@@ -110,7 +110,7 @@ class History:
         """Return the record of an execution, with its inputs, as far as it is readable."""
         try:
             return await self._find(_row.execution_id == execution_id)
-        except ConfigurationError as error:
+        except (ConfigurationError, StoreUnavailable) as error:
             self._report(error)
             return None
 

@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from promptlayer_exec import ConfigurationError, NodeStatus
+from promptlayer_exec import ConfigurationError, NodeStatus, StoreUnavailable
 from promptlayer_exec import _integration as integration
 from promptlayer_exec._advice import explain
 from promptlayer_exec._uvicorn import serve_until_cancelled
@@ -66,7 +66,8 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
     async def report(_: Request, error: Exception) -> Response:
         return routes.refuse(explain(error), 503)
 
-    app.add_exception_handler(ConfigurationError, report)  # of the databases
+    for of_the_databases in (ConfigurationError, StoreUnavailable):
+        app.add_exception_handler(of_the_databases, report)
 
     @app.get("/api/events")
     async def get_events() -> Response:

@@ -28,6 +28,7 @@ STATUS = {
 FIELDS = {
     "PromptLayerExecError": {},
     "ConfigurationError": {"setting": "rate", "got": "-1"},
+    "StoreUnavailable": {},
     "SessionClosed": {},
     "RequestError": REQUEST,
     "ConnectionFailed": {**REQUEST, "tls": "expired"},

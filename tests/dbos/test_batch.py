@@ -39,6 +39,7 @@ from promptlayer_exec import (
     SessionClosed,
     StartFailed,
     StartRequest,
+    StoreUnavailable,
     Unauthorized,
 )
 from promptlayer_exec._database.location import check_url
@@ -578,7 +579,7 @@ async def test_the_error_about_a_database_hides_its_password(
     shown = "postgresql://me:***@127.0.0.1:9/db"
     assert shown_database_url(url) == shown
     batch = batch_of(database_url=url)
-    with pytest.raises(ConfigurationError) as caught:
+    with pytest.raises(StoreUnavailable) as caught:
         await batch.status()
     assert str(caught.value).startswith(f"cannot use the database {shown}: ")
     assert "refused" in str(caught.value)

@@ -32,6 +32,7 @@ from promptlayer_exec import (
     ServerError,
     StartFailed,
     StartRequest,
+    StoreUnavailable,
 )
 from promptlayer_exec._database import database
 from promptlayer_exec._database.location import check_url
@@ -587,25 +588,25 @@ def test_a_server_that_became_a_standby_is_waited_for(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "failure",
+    ("failure", "expected"),
     [
-        sa.exc.InternalError("select", None, Exception("no")),
-        sa.exc.ProgrammingError("select", None, Exception("no")),
-        sa.exc.TimeoutError("no"),
+        (sa.exc.InternalError("select", None, Exception("no")), ConfigurationError),
+        (sa.exc.ProgrammingError("select", None, Exception("no")), ConfigurationError),
+        (sa.exc.TimeoutError("no"), StoreUnavailable),
     ],
-    ids=lambda failure: type(failure).__name__,
+    ids=lambda value: type(value).__name__,
 )
-def test_no_raw_error_of_sqlalchemy_comes_out(url: str, failure: Any) -> None:
+def test_no_raw_error_of_sqlalchemy_comes_out(url: str, failure: Any, expected: Any) -> None:
     """Whatever the database answers, and also if it is not retried."""
 
     def work() -> None:
         raise failure
 
     with closing(Store(check_url(url))) as store:
-        with pytest.raises(ConfigurationError, match=r"cannot use the database .*: no"):
+        with pytest.raises(expected, match=r"cannot use the database .*: no"):
             store.retry(work)
         explained = store.explain(failure)
-        assert isinstance(explained, ConfigurationError)
+        assert isinstance(explained, expected)
         assert explained.__cause__ is failure
         other = LookupError()
         assert store.explain(other) is other

@@ -46,6 +46,7 @@ from promptlayer_exec import (
     Snapshot,
     StartUnknown,
     StatusError,
+    StoreUnavailable,
     Unauthorized,
     UnprocessableEntity,
     WatchEnded,
@@ -368,6 +369,7 @@ ANSWERS: list[tuple[PromptLayerExecError, int]] = [
     (SessionClosed(SECRET, **CONTEXT), 503),
     (InvalidInputs(SECRET), 422),
     (KeyConflict(SECRET, key=SECRET), 422),
+    (StoreUnavailable(SECRET), 503),
     (ConfigurationError(SECRET), 500),
 ]
 

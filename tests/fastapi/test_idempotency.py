@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from fastapi import FastAPI, Header
 
-from promptlayer_exec import ConfigurationError, Session, StartUnknown
+from promptlayer_exec import Session, StartUnknown, StoreUnavailable
 from promptlayer_exec.fastapi import Tickets, create_callback_router, create_router
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.starts import SQLStartStore
@@ -25,7 +25,7 @@ class StoreThatIsAway:
     """A record of starts whose database cannot be reached."""
 
     async def _fail(self, *_: Any, **__: Any) -> NoReturn:
-        raise ConfigurationError("cannot use the database db.internal")
+        raise StoreUnavailable("cannot use the database db.internal")
 
     find = claim = record = release = resolve = _fail
 
@@ -164,7 +164,9 @@ async def test_a_record_that_is_away_starts_nothing(
     client = connect(starts=StoreThatIsAway())
     response = await post(client, "order-42")
     assert (response.status_code, response.headers["retry-after"]) == (503, "5")
-    assert "Nothing was started" in response.json()["detail"]
+    problem = response.json()
+    assert problem["type"] == "urn:promptlayer-exec:StoreUnavailable"
+    assert problem["title"] == "This server's database is unavailable. Try again later."
     assert "db.internal" not in response.text
     assert "db.internal" in caplog.text
     assert sim.runs == []

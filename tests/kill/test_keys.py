@@ -33,7 +33,7 @@ import uvicorn
 from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from promptlayer_exec import ConfigurationError, PollPolicy, Session, StartUnknown
+from promptlayer_exec import StoreUnavailable, PollPolicy, Session, StartUnknown
 from promptlayer_exec.fastapi import create_callback_router
 from promptlayer_exec.starts import SQLStartStore
 from promptlayer_exec.webhooks import Callbacks
@@ -65,7 +65,7 @@ async def place(order: str):
         output = await execution.output()
     except StartUnknown as error:
         return JSONResponse({"unknown": error.key}, 409)
-    except ConfigurationError as error:
+    except StoreUnavailable as error:
         return JSONResponse({"error": str(error)}, 503)
     return {"id": execution.id, "output": output}
 

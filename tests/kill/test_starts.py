@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from promptlayer_exec import ConfigurationError
+from promptlayer_exec import StoreUnavailable
 from promptlayer_exec.starts import SQLStartStore
 
 _spec = spec_from_file_location(
@@ -44,7 +44,7 @@ async def test_a_server_that_is_away_is_waited_for(
     await store.claim(on_sqlite.CLAIM)
     postgres_of_module.stop()
     try:
-        with pytest.raises(ConfigurationError, match=r"cannot use the database .*connection"):
+        with pytest.raises(StoreUnavailable, match=r"cannot use the database .*connection"):
             await store.find("order", patience=1.5)
     finally:
         postgres_of_module.start()

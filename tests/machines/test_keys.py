@@ -17,7 +17,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from promptlayer_exec import (
     BadRequest,
-    ConfigurationError,
     ConnectionFailed,
     Execution,
     ExecutionStarted,
@@ -26,6 +25,7 @@ from promptlayer_exec import (
     RateLimited,
     SessionClosed,
     StartUnknown,
+    StoreUnavailable,
 )
 from promptlayer_exec._database.database import Database
 from promptlayer_exec.simulator import Fault, Scenario, SimNode
@@ -119,10 +119,10 @@ class Process:
         await asyncio.sleep(0)
         if self.is_killed:
             await self.buried.wait()
-            raise ConfigurationError("it was killed")
+            raise StoreUnavailable("it was killed")
         if self.records.is_away:
             await asyncio.sleep(patience)
-            raise ConfigurationError("the database is away")
+            raise StoreUnavailable("the database is away")
         result = self.records.call(what, argument)
         if what == "claim" and result is None:
             key = argument.key
@@ -133,25 +133,25 @@ class Process:
         await asyncio.sleep(0)
         return result
 
-    async def find(self, key: str, *, patience: float = 10.0) -> Any:
+    async def find(self, key: str, *, patience: float = 5.0) -> Any:
         """Look at a row."""
         return await self._call("find", key, patience)
 
-    async def claim(self, claim: StartClaim, *, patience: float = 10.0) -> Any:
+    async def claim(self, claim: StartClaim, *, patience: float = 5.0) -> Any:
         """Claim a key."""
         return await self._call("claim", claim, patience)
 
     async def record(
-        self, key: str, token: str, execution_id: int | None, *, patience: float = 10.0
+        self, key: str, token: str, execution_id: int | None, *, patience: float = 5.0
     ) -> Any:
         """Record how a start has ended."""
         return await self._call("record", _Recorded(key, token, execution_id), patience)
 
-    async def release(self, key: str, token: str, *, patience: float = 10.0) -> Any:
+    async def release(self, key: str, token: str, *, patience: float = 5.0) -> Any:
         """Release a key."""
         return await self._call("release", _Released(key, token), patience)
 
-    async def resolve(self, token: str, execution_id: int, *, patience: float = 10.0) -> Any:
+    async def resolve(self, token: str, execution_id: int, *, patience: float = 5.0) -> Any:
         """Record what a callback says."""
         return await self._call("resolve", _Resolved(token, execution_id), patience)
 
@@ -377,7 +377,7 @@ class Keyed(RuleBasedStateMachine):
                 assert "inputs.topic" in str(error)
             case SessionClosed():
                 assert call.is_closed
-            case ConfigurationError() as error:
+            case StoreUnavailable() as error:
                 assert "started nothing" in str(error)
             case RateLimited() | ExecutionTimeout() | ConnectionFailed() | BadRequest():
                 pass

@@ -33,12 +33,14 @@ from promptlayer_exec import (
     StartRequest,
     StartUnknown,
     StatusError,
+    StoreUnavailable,
 )
+from promptlayer_exec import starts as starts_module
 from promptlayer_exec._engine import recorded_sends
 from promptlayer_exec._integration import receive_callback
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
-from promptlayer_exec.starts import SQLStartStore, StartStore
+from promptlayer_exec.starts import SQLStartStore, StartClaim
 from promptlayer_exec.webhooks import Callbacks
 
 INPUTS = {"topic": "otters"}
@@ -55,7 +57,7 @@ class Watched:
         after: called after each call of a method, by its name.
     """
 
-    def __init__(self, store: StartStore) -> None:
+    def __init__(self, store: SQLStartStore) -> None:
         self.store = store
         self.calls: list[str] = []
         self.before: dict[str, Callable[[], Awaitable[object]]] = {}
@@ -78,7 +80,7 @@ class Watched:
 
     async def aclose(self) -> None:
         """Close the store."""
-        await self.store.aclose()  # type: ignore[attr-defined]
+        await self.store.aclose()
 
 
 class Gate:
@@ -218,8 +220,9 @@ def start(session: Session, flow: str, key: str = "order") -> asyncio.Task[Execu
     return asyncio.create_task(session.start(flow, INPUTS, key=key))
 
 
-FORGET = (
-    "Look for it in PromptLayer. If it is not there, await store.forget(key), and start it again."
+WAYS_OUT = (
+    "Look in PromptLayer for the metadata promptlayer_exec.key 'order'. If the run is there, await"
+    " store.adopt(key, id). If not, await store.forget(key), and start it again."
 )
 
 
@@ -622,7 +625,7 @@ async def test_a_lost_response_stays_unknown(
     assert errors[0].callback_token is not None
     assert "so this call sent nothing" in str(errors[1])
     for error in errors:
-        assert str(error).endswith(FORGET)
+        assert str(error).endswith(WAYS_OUT)
         assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert posts(sim) == 1
     assert rows(url) == [("order", "unknown", None, 1)]
@@ -704,7 +707,7 @@ async def test_recover_survives_a_store_that_is_away(
 
     async def fail() -> None:
         gate.reached.set()
-        raise ConfigurationError("the database is away")
+        raise StoreUnavailable("the database is away")
 
     store.before["find"] = fail
     recovering = asyncio.create_task(session.recover(error))
@@ -893,19 +896,284 @@ async def test_a_batch_keeps_its_own_keys(
     assert store.calls == []
 
 
+# Ways out of an unknown start
+
+
+async def test_a_run_that_somebody_found_becomes_the_key_s(
+    session: Session, store: Watched, sim: Simulator, flow: str
+) -> None:
+    """From then on each call returns its handle. Adopting it again changes nothing."""
+    await lose(session, sim, flow)
+    (run,) = sim.runs
+    assert await store.adopt("order", run.execution_id)
+    assert await store.adopt("order", run.execution_id)
+    found = await session.start(flow, INPUTS, key="order")
+    assert (found.id, found.is_new) == (run.execution_id, False)
+    assert await found.output() == "otters"
+    assert posts(sim) == 1
+
+
+async def test_only_an_unknown_key_adopts_a_run(
+    session: Session, store: Watched, sim: Simulator, flow: str
+) -> None:
+    """It changes neither the run of a key, nor a start in flight, nor makes up a record."""
+    run = await session.start(flow, INPUTS, key="order")
+    assert not await store.adopt("order", 77)
+    assert not await store.adopt("another", 77)
+    gate = Gate()
+    hold(sim, gate)
+    starting = start(session, flow, "in flight")
+    await gate.arrive()
+    assert not await store.adopt("in flight", 77)
+    gate.opened.set()
+    assert (await starting).is_new
+    assert (await session.start(flow, INPUTS, key="order")).id == run.id
+
+
+async def test_a_run_of_one_key_cannot_be_another_s(
+    session: Session, store: Watched, sim: Simulator, flow: str
+) -> None:
+    """A mistyped id would give two orders the same report."""
+    run = await session.start(flow, INPUTS, key="order")
+    await lose(session, sim, flow, "second")
+    with pytest.raises(ValueError, match=rf"execution {run.id} belongs to the key 'order'"):
+        await store.adopt("second", run.id)
+    assert await store.adopt("second", sim.runs[1].execution_id)
+
+
+async def test_what_is_unknown_can_be_listed(
+    session: Session, store: Watched, sim: Simulator, flow: str, url: str
+) -> None:
+    """By key, with the reason, also if the process was killed before it could record one."""
+    await session.start(flow, INPUTS, key="started")
+    for key in ("b", "a"):
+        await lose(session, sim, flow, key)
+    with connected(url) as connection:
+        connection.execute(
+            "UPDATE promptlayer_exec_starts SET state = 'sending', until = 1 WHERE key = 'a'"
+        )
+    found = [record async for record in store.store.unknown()]
+    assert [(record.key, record.state, record.reason) for record in found] == [
+        ("a", "unknown", "the process that sent its start request recorded no response"),
+        ("b", "unknown", "the response to its start request was lost"),
+    ]
+    assert [record async for record in store.store.unknown(older_than=60.0)] == []
+    age(url, 61.0)
+    assert len([record async for record in store.store.unknown(older_than=60.0)]) == 2
+    everything = [record.key async for record in store.store.records()]
+    assert everything == ["a", "b", "started"]
+
+
+async def test_lists_have_more_than_one_page(
+    store: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each record comes once, whether the last page is full or not."""
+    monkeypatch.setattr(starts_module, "_PAGE_SIZE", 2)
+    for count in range(1, 6):
+        claim = StartClaim(f"{count}", f"{count}", "https://here", '{"workflow": "w"}', 0.0)
+        await store.claim(claim)
+        await store.record(claim.key, claim.token, None)
+        keys = [record.key async for record in store.store.unknown()]
+        assert keys == [f"{number}" for number in range(1, count + 1)]
+
+
+async def test_the_handle_tells_whether_the_run_is_new(session: Session, flow: str) -> None:
+    """Only the call that paid for it has a new one."""
+    first = await session.start(flow, INPUTS, key="order")
+    assert first.is_new
+    assert not (await session.start(flow, INPUTS, key="order")).is_new
+    assert (await session.start(flow, INPUTS)).is_new
+    assert not session.execution(first.id).is_new
+    assert pickle.loads(pickle.dumps(first)).is_new
+
+
+async def test_find_returns_the_run_of_a_key(
+    session: Session, sim: Simulator, flow: str, recorder: Any
+) -> None:
+    """It sends nothing, and reports no start."""
+    assert await session.find("order") is None
+    run = await session.start(flow, INPUTS, key="order")
+    found = await session.find("order")
+    assert found is not None
+    assert (found, found.workflow, found.is_new) == (run, flow, False)
+    assert await found.output() == "otters"
+    assert posts(sim) == 1
+    assert len(recorder.of(ExecutionStarted)) == 1
+
+
+async def test_find_waits_for_a_start_in_flight(
+    open_session: Callable[..., Session], store_of: Callable[..., Watched], sim: Any, flow: str
+) -> None:
+    """Also for one of another process."""
+    gate = Gate()
+    hold(sim, gate)
+    starting = start(open_session(starts=store_of()), flow)
+    await gate.arrive()
+    finding = asyncio.create_task(open_session(starts=store_of()).find("order"))
+    await asyncio.sleep(0)
+    assert not finding.done()
+    gate.opened.set()
+    found = await finding
+    assert found is not None
+    assert found.id == (await starting).id
+
+
+async def test_find_tells_why_there_is_no_run_to_return(
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    url: str,
+) -> None:
+    """An unknown start stays one, even if the next start may replace it."""
+    store = store_of(restart_unknown_after=1.0)
+    session = open_session(starts=store)
+    await lose(session, sim, flow)
+    age(url, 100.0)
+    with pytest.raises(StartUnknown):
+        await session.find("order")
+    elsewhere = open_session(starts=store, base_url=f"{sim.base_url}/staging")
+    with pytest.raises(KeyConflict):
+        await elsewhere.find("order")
+    with pytest.raises(ConfigurationError, match="needs a store"):
+        await open_session().find("order")
+    with pytest.raises(ValueError, match="1 to 500 characters"):
+        await session.find("")
+
+
+async def test_a_run_carries_its_key(
+    session: Session, sim: Simulator, flow: str, open_session: Callable[..., Session]
+) -> None:
+    """Beside the metadata of the call. A start without a store carries none."""
+    await session.start(flow, INPUTS, key="order", metadata={"tier": "gold"})
+    await session.start(flow, INPUTS, key="order", metadata={"tier": "gold"})
+    await session.start(flow, INPUTS)
+    assert [run.body.get("metadata") for run in sim.runs] == [
+        {"tier": "gold", "promptlayer_exec.key": "order"},
+        None,
+    ]
+
+
+async def test_recover_tells_the_store(
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    url: str,
+) -> None:
+    """So that no later call pays for a second run, however soon unknown starts are repeated."""
+    store = store_of(restart_unknown_after=1.0)
+    session = open_session(starts=store, callbacks=CALLBACKS)
+    error = await lose(session, sim, flow)
+    receive_callback(session, token_of(sim), sim.runs[0].execution_id)
+    run = await session.recover(error)
+    assert rows(url) == [("order", "started", run.id, 1)]
+    age(url, 100.0)
+    assert (await session.start(flow, INPUTS, key="order")).id == run.id
+    assert posts(sim) == 1
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_recover_learned_is_kept_while_the_database_is_away(
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    url: str,
+) -> None:
+    """It returns after the store's patience, and the session goes on trying."""
+    store = store_of(patience=0.1)
+    session = open_session(starts=store, callbacks=CALLBACKS)
+    error = await lose(session, sim, flow)
+    with Lock(url) as locks:
+        await locks.lock()
+        receive_callback(session, token_of(sim), sim.runs[0].execution_id)
+        run = await session.recover(error)
+    await session.aclose()  # which waits for it
+    assert rows(url) == [("order", "started", run.id, 1)]
+
+
+@pytest.mark.parametrize("state", ["unknown", "sending"])
+async def test_a_start_asks_the_callbacks_received(
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    *,
+    url: str,
+    state: str,
+) -> None:
+    """Before it raises StartUnknown, and before it waits for a sender that may be dead."""
+    await lose(open_session(starts=store_of(), callbacks=CALLBACKS), sim, flow)
+    with connected(url) as connection:
+        statement = "UPDATE promptlayer_exec_starts SET state = ?, until = until + 1000"
+        connection.execute(statement, (state,))
+    session = open_session(starts=store_of(), callbacks=CALLBACKS)
+    receive_callback(session, token_of(sim), sim.runs[0].execution_id)
+    async with asyncio.timeout(LONG):
+        run = await session.start(flow, INPUTS, key="order")
+    assert run.id == sim.runs[0].execution_id
+    await session.aclose()  # which waits for it
+    assert rows(url) == [("order", "started", run.id, 1)]
+
+
+async def test_a_start_asks_the_callbacks_of_a_request_in_flight(
+    session: Session, sim: Simulator, flow: str
+) -> None:
+    """The callback may be quicker than the response, which the other call still waits for."""
+    gate = Gate()
+    hold(sim, gate)
+    starting = start(session, flow)
+    await gate.arrive()
+    receive_callback(session, token_of(sim), sim.runs[0].execution_id)
+    async with asyncio.timeout(LONG):
+        run = await session.start(flow, INPUTS, key="order")
+    gate.opened.set()
+    assert run.id == (await starting).id
+    assert posts(sim) == 1
+
+
+async def test_whatever_a_store_raises_is_a_store_that_is_unavailable(
+    session: Session, store: Watched, sim: Simulator, flow: str
+) -> None:
+    """An app's own store raises its own errors, which are the cause."""
+
+    async def fail() -> None:
+        raise ZeroDivisionError("by a bug")
+
+    for what in ("find", "claim"):
+        store.before = {what: fail}
+        with pytest.raises(StoreUnavailable, match="nothing: the store of keys failed: Zero") as e:
+            await session.start(flow, INPUTS, key="order")
+        assert isinstance(root(e.value), ZeroDivisionError)
+    assert posts(sim) == 0
+
+
+def root(error: BaseException) -> BaseException:
+    """Return the first cause of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 # The database is away
 
 
 async def test_without_its_database_nothing_is_sent(
-    open_session: Callable[..., Session], store: Watched, sim: Simulator, flow: str, url: str
+    open_session: Callable[..., Session],
+    store_of: Callable[..., Watched],
+    sim: Simulator,
+    flow: str,
+    url: str,
 ) -> None:
-    """The error comes within a third of the request's own time, and says that nothing started."""
-    session = open_session(starts=store, request_timeout=1.2)
+    """The error comes within twice the store's patience, and says that nothing started."""
+    store = store_of(patience=0.2)
+    session = open_session(starts=store)
     await store.find("order")
     with locked(url):
         began = time.monotonic()
         nothing = "this call started nothing: cannot use the database"
-        with pytest.raises(ConfigurationError, match=nothing) as error:
+        with pytest.raises(StoreUnavailable, match=nothing) as error:
             await session.start(flow, INPUTS, key="order")
         assert time.monotonic() - began < 0.4 + 0.5
         assert error.value.execution_id is None
@@ -916,7 +1184,7 @@ async def test_without_its_database_nothing_is_sent(
 
 async def test_a_database_that_is_away_when_the_key_is_claimed(
     open_session: Callable[..., Session],
-    store: Watched,
+    store_of: Callable[..., Watched],
     sim: Simulator,
     flow: str,
     *,
@@ -924,12 +1192,13 @@ async def test_a_database_that_is_away_when_the_key_is_claimed(
     recorder: Any,
 ) -> None:
     """Nothing is sent either, and the claim that its thread may still write is taken back."""
-    session = open_session(starts=store, request_timeout=1.2)
+    store = store_of(patience=0.2)
+    session = open_session(starts=store)
     with Lock(url) as locks:
         store.before["claim"] = locks.lock
-        with pytest.raises(ConfigurationError, match="started nothing: cannot use the database"):
+        with pytest.raises(StoreUnavailable, match="started nothing: cannot use the database"):
             await session.start(flow, INPUTS, key="order")
-    assert [type(event.error) for event in recorder.of(StartFailed)] == [ConfigurationError]
+    assert [type(event.error) for event in recorder.of(StartFailed)] == [StoreUnavailable]
     await session.aclose()
     assert rows(url) == []
     assert sim.runs == []
@@ -947,7 +1216,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_times_of_a_record_are_those_that_are_promised() -> None:
     """The id is reported within a second, and the handle comes after five at most."""
     policy = recorded_sends._RECORD
-    assert (policy.until_reported, policy.until_delivered, policy.one_try) == (1.0, 5.0, 5.0)
+    assert (policy.until_reported, policy.until_delivered) == (1.0, 5.0)
 
 
 @pytest.mark.usefixtures("quick")
@@ -1032,7 +1301,7 @@ async def test_closing_gives_up_after_one_more_try(
     """A store that fails at once lets the id go to the log and to stderr, too."""
 
     async def fail() -> None:
-        raise ConfigurationError("the database is away")
+        raise StoreUnavailable("the database is away")
 
     gate = Gate()
     hold(sim, gate)
@@ -1049,7 +1318,7 @@ async def test_closing_gives_up_after_one_more_try(
     line = f"execution {sim.runs[0].execution_id} started for the key 'order', but"
     assert line in capfd.readouterr().err
     assert line in caplog.text
-    assert "key 'order' stays taken until you forget it" in caplog.text
+    assert "of the key 'order', so you must adopt or forget it: the database is away" in caplog.text
 
 
 @pytest.mark.usefixtures("quick")
@@ -1078,9 +1347,7 @@ async def test_a_release_that_hangs_does_not_undo_the_next_claim(
     gate = Gate()
     store.before["release"] = gate.wait
     sim.inject(Fault.status(429), path="/run")
-    with pytest.raises(
-        ConfigurationError, match="this call started nothing: the store is unavailable"
-    ):
+    with pytest.raises(StoreUnavailable, match="started nothing: the store of keys is unavail"):
         await session.start(flow, INPUTS, key="order")
     gate.opened.set()
     assert len(sim.runs) == 0
@@ -1096,7 +1363,7 @@ async def test_a_look_up_that_fails_when_all_callers_are_gone_is_nobody_s_error(
 
     async def fail() -> None:
         await gate.wait()
-        raise ConfigurationError("the database is away")
+        raise StoreUnavailable("the database is away")
 
     store.before["find"] = fail
     starting = start(session, flow)
