@@ -92,7 +92,7 @@ class _Adopted(NamedTuple):
     execution_id: int
 
 
-class _Page(NamedTuple):
+class _RecordPage(NamedTuple):
     """A page of the records, by key."""
 
     after: str
@@ -310,7 +310,9 @@ class _RecordTable:
         found = self._rows(connection, _row.key == key)
         return bool(found) and found[0].execution_id == execution_id
 
-    def page(self, connection: sa.Connection, pages: Sequence[_Page]) -> list[list[StoredStart]]:
+    def page(
+        self, connection: sa.Connection, pages: Sequence[_RecordPage]
+    ) -> list[list[StoredStart]]:
         """Return the next records after a key."""
         found = []
         for after, older_than, only_unknown in pages:
@@ -604,7 +606,7 @@ class SQLStartStore:
     ) -> AsyncGenerator[StoredStart, None]:
         after = ""
         while True:
-            page = _Page(after, older_than, only_unknown)
+            page = _RecordPage(after, older_than, only_unknown)
             found: list[StoredStart] = await self._call("page", page)
             for record in found:
                 yield record
