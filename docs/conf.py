@@ -53,12 +53,10 @@ nitpick_ignore = [
     ("py:class", name)
     for name in (
         "EllipsisType",
-        "ItemT",
         "MeterProvider",
-        "OutputT",
         "Path",
         "Redis",
-        "T",
+        "ScenarioSource",
         "TracerProvider",
         "TypeForm",
         "aiohttp.ClientSession",
@@ -74,18 +72,15 @@ nitpick_ignore = [
         "datetime.datetime",
         "fastapi.routing.APIRouter",
         "mcp.server.lowlevel.server.Server",
-        "promptlayer_exec._session.execution.T",
-        "promptlayer_exec._session.fanout.ItemT",
-        "promptlayer_exec._session.fanout.OutputT",
-        "promptlayer_exec._values.models.T",
-        "promptlayer_exec._session.session.ItemT",
-        "promptlayer_exec._session.session.OutputT",
+        "pathlib.Path",
         "promptlayer_exec.viewer._board.Card",
         "socket.socket",
         "starlette.responses.Response",
         "types.EllipsisType",
     )
 ]
+# Type variables, which no page describes.
+nitpick_ignore_regex = [("py:class", r"(.+\.)?(Inputs|Item|Output)?T")]
 
 
 class Commands(SphinxDirective):
