@@ -147,7 +147,9 @@ def types(session: nox.Session) -> None:
     session.run("pyrefly", "check", users)
     session.run("ty", "check", users)
     # Not limiter.py: pyright does not see that a method of pyrate-limiter is asynchronous.
-    session.run("pyright", *(f"{users}/{name}.py" for name in ("api", "output", "workflow")))
+    session.run(
+        "pyright", *(f"{users}/{name}.py" for name in ("api", "blocking", "output", "workflow"))
+    )
 
     # The programs of the documentation. mypy and pyrefly know more of attrs than these two.
     pages = session.create_tmp()

@@ -29,9 +29,14 @@ from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._session.combined_stream import News, Waiting, follow
 from promptlayer_exec._session.execution import Execution
-from promptlayer_exec._session.fanout import each
+from promptlayer_exec._session.fanout import each, report_abandoned
 from promptlayer_exec._session.session import Session
-from promptlayer_exec._values.arguments import MAX_ID, check_count, check_execution_id
+from promptlayer_exec._values.arguments import (
+    MAX_ID,
+    check_count,
+    check_execution_id,
+    hiding_unknown,
+)
 from promptlayer_exec._values.display import error_details, error_text
 from promptlayer_exec._values.errors import (
     ConfigurationError,
@@ -43,7 +48,7 @@ from promptlayer_exec._values.errors import (
     stored_data,
     what_happened,
 )
-from promptlayer_exec._values.events import WakeSource
+from promptlayer_exec._values.events import WakeSource, logger
 from promptlayer_exec._values.models import Snapshot, StartRequest, node_dict
 from promptlayer_exec._values.policies import (
     Limiter,
@@ -61,7 +66,7 @@ from promptlayer_exec._values.start_records import (
 )
 from promptlayer_exec._values.statuses import UNKNOWN_STATUS, status_entry
 from promptlayer_exec._values.text import duration, indented, printable, short_repr
-from promptlayer_exec._values.workflow import Workflow
+from promptlayer_exec._values.workflow import InputsT, OutputT, Workflow
 from promptlayer_exec._values.workflow_definition import WorkflowDefinition, near
 
 if TYPE_CHECKING:
@@ -74,10 +79,12 @@ __all__ = [
     "UNKNOWN_STATUS",
     "AlreadyClaimed",
     "ExpiringDict",
+    "InputsT",
     "NewRun",
     "News",
     "NodeMap",
     "OpenSession",
+    "OutputT",
     "Poll",
     "Reply",
     "Response",
@@ -96,15 +103,18 @@ __all__ = [
     "error_details",
     "error_text",
     "follow",
+    "hiding_unknown",
     "indented",
     "install_hint",
     "is_transient",
+    "logger",
     "near",
     "node_dict",
     "or_infinity",
     "oversize_reason",
     "printable",
     "problem_of",
+    "report_abandoned",
     "report_unrecorded",
     "short_repr",
     "status_entry",
@@ -115,9 +125,9 @@ __all__ = [
 ]
 
 
-def report_undelivered(execution: Execution) -> None:
+def report_undelivered(execution: Execution, what: str = "id") -> None:
     """Log the id of a started run whose caller is gone."""
-    execution._report_undelivered("id")
+    execution._report_undelivered(what)
 
 
 def log_text(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
 import attrs
+from typing_extensions import TypeVar as DefaultTypeVar
 
 from promptlayer_exec._engine.send import log_unknown
 from promptlayer_exec._engine.tasks import clock
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
 
 ItemT = TypeVar("ItemT")
 OutputT = TypeVar("OutputT")
+# `promptlayer_exec.sync` has handles of its own.
+HandleT = DefaultTypeVar("HandleT", default=Execution)
 
 
 @attrs.frozen
-class Outcome(Generic[ItemT, OutputT]):
+class Outcome(Generic[ItemT, OutputT, HandleT]):
     """The result of one item, from `Session.as_completed` or `Session.collect`.
 
     Attributes:
@@ -50,7 +53,7 @@ class Outcome(Generic[ItemT, OutputT]):
 
     index: int
     item: ItemT = attrs.field(repr=short_repr)
-    execution: Execution | None = None
+    execution: HandleT | None = None
     snapshot: Snapshot | None = None
     output: OutputT = attrs.field(default=cast(Any, None), repr=short_repr)
     error: Exception | None = attrs.field(default=None, repr=short_repr)
@@ -99,12 +102,12 @@ async def collected(
                 outcomes.append(outcome)  # noqa: PERF401 - not inside of aclosing
     except BaseException:
         for outcome in outcomes:
-            _report_abandoned(outcome)
+            report_abandoned(outcome)
         raise
     return sorted(outcomes, key=lambda outcome: outcome.index)
 
 
-def _report_abandoned(outcome: Outcome[Any, Any]) -> None:
+def report_abandoned(outcome: Outcome[Any, Any]) -> None:
     """Log a run that started or may have started, because nobody will get its outcome."""
     if not isinstance(outcome.item, StartRequest):
         return
@@ -221,7 +224,7 @@ class _FanOut(Generic[ItemT]):
 
         outcome = Outcome(item.index, item.item, item.execution, item.snapshot, output, error)
         if self._is_abandoned:
-            _report_abandoned(outcome)
+            report_abandoned(outcome)
         else:
             self._outcomes.put_nowait(outcome)
         self._remove(task)
@@ -240,7 +243,7 @@ class _FanOut(Generic[ItemT]):
         self._is_abandoned = True
         while not self._outcomes.empty():
             if (outcome := self._outcomes.get_nowait()) is not None:
-                _report_abandoned(outcome)
+                report_abandoned(outcome)
         self._cancel()
         while self._tasks:
             await asyncio.wait(self._tasks)
