@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import attrs
 import typer
 
-from promptlayer_exec._advice import explain, explain_stored
+from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import duration, printable
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_management as management
@@ -30,7 +30,7 @@ from promptlayer_exec.cli._exit import (
 from promptlayer_exec.cli._help import Program, help_epilog
 from promptlayer_exec.cli._item_file import ItemFile
 from promptlayer_exec.cli._options import BaseUrl, Database, NoPush, open_session
-from promptlayer_exec.cli._printing import err, quoted, shorten
+from promptlayer_exec.cli._printing import err, quoted
 from promptlayer_exec.cli._result_file import (
     LineFile,
     Result,
@@ -316,14 +316,9 @@ async def _follow(batch: Batch, progress: BatchProgress, stop_after: int | None)
 
 
 async def _summary(batch: Batch) -> list[str]:
-    """Return a line about how long runs took, and one for each type of error."""
+    """Return a line about how long runs took, and one for each cause of failures."""
     lines = []
     if durations := await batch.durations():
         median, p95, longest = map(duration, attrs.astuple(durations))
         lines = [f"  a run took {median} (median), 95 % at most {p95}, the longest {longest}"]
-
-    for failure in await batch.failures():
-        reason = explain_stored(*attrs.astuple(failure.error))
-        example = shorten(f"{printable(failure.key)}: {reason}", 160)
-        lines.append(f"{failure.count} {failure.error.type}, for example {example}")
-    return lines
+    return lines + await lookup.cause_lines(batch)

@@ -12,17 +12,20 @@ from itertools import count
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import typer
 
 from promptlayer_exec import Session
+from promptlayer_exec._advice import explain_stored
 from promptlayer_exec._integration import install_hint, printable
 from promptlayer_exec.cli._exit import PROGRAM, ExitCode, Misuse, Subject, hint, run_command
-from promptlayer_exec.cli._printing import err
+from promptlayer_exec.cli._printing import err, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch, BatchStatus
 
 DEFAULT_RATE = 100.0
+_MOST_CAUSES = 10  # causes to print
 
 
 def dbos() -> ModuleType:
@@ -159,6 +162,20 @@ def confirm(
     if not is_confirmed:
         err(unchanged)
         raise typer.Exit(ExitCode.FAILED)
+
+
+async def cause_lines(batch: Batch) -> list[str]:
+    """Return a line for each cause of failures, the most frequent first."""
+    failures = await batch.failures()
+    lines = []
+    for failure in failures[:_MOST_CAUSES]:
+        reason = explain_stored(*attrs.astuple(failure.error))
+        example = shorten(f"{printable(failure.key)}: {reason}", 160)
+        lines.append(f"{failure.count} {failure.error.type}, for example {example}")
+
+    if rest := len(failures) - len(lines):
+        lines.append(f"and {rest} other causes: `batch export` writes the reason of each item")
+    return lines
 
 
 def hint_lines(status: BatchStatus, flags: str) -> list[str]:

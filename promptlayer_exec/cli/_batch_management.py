@@ -50,6 +50,8 @@ async def status(
             continue
 
         out(lookup.status_line(batch_name, counts))
+        for line in await lookup.cause_lines(batch):
+            err(line)
         flags = lookup.command_flags(batch_name, database)
         for line in lookup.hint_lines(counts, flags):
             err(line)

@@ -77,6 +77,7 @@ def add_past_runs(simulator: Simulator, history: History, now: float) -> None:
             inputs=json.dumps(run.inputs, indent=2),
             outcome="succeeded" if run.problem is None else "failed",
             problem=run.problem,
+            failed_node=None if run.problem is None else run.problem.partition(": ")[0],
             began=began,
             is_started=True,
             duration=max(end for _, end in times.values()),

@@ -462,7 +462,7 @@ class Batch:
         return await self._report(reports.item, key)
 
     async def failures(self) -> tuple[Failure, ...]:
-        """Return the types of errors of failed items, the most frequent first."""
+        """Return why items failed, the most frequent cause first."""
         return await self._report(reports.failures)
 
     async def durations(self) -> Durations | None:

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from promptlayer_exec import ConfigurationError, Session
 from promptlayer_exec._advice import explain, explain_stored
+from promptlayer_exec._causes import stored_cause
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch, StoredOutcome
@@ -62,7 +63,7 @@ async def _read_items(batch: Batch, kind: str, reason: str, count: int) -> dict[
     Args:
         batch: the batch.
         kind: only items that finished so. Empty: all.
-        reason: only items that failed with this text, as in `groups`. Empty: all.
+        reason: only items that failed for this cause, as in `groups`. Empty: all.
         count: how many items to return.
     """
     ended: dict[str, Any] = {}  # by key: an item that runs again finishes again
@@ -83,9 +84,9 @@ async def _read_items(batch: Batch, kind: str, reason: str, count: int) -> dict[
 
     items = [*reversed(ended.values())]
     items.sort(key=lambda item: item["kind"] == "succeeded")
-    groups = Counter(_group(item) for item in items if item["kind"] != "succeeded")
+    groups = Counter(item["cause"] for item in items if item["kind"] != "succeeded")
     matching = [
-        item for item in items if kind in ("", item["kind"]) and reason in ("", _group(item))
+        item for item in items if kind in ("", item["kind"]) and reason in ("", item["cause"])
     ]
 
     view["groups"] = [{"text": text, "count": number} for text, number in groups.most_common(20)]
@@ -103,11 +104,6 @@ def _rate(finished: list[float]) -> float | None:
     return (len(latest) - 1) / (latest[-1] - latest[0])
 
 
-def _group(item: dict[str, Any]) -> str:
-    """Return what items that failed for one reason have in common."""
-    return item["reason"] if item["node"] is None else f"{item['node']}: {item['reason']}"
-
-
 def _item_view(outcome: StoredOutcome) -> dict[str, Any]:
     view: dict[str, Any] = {
         "key": outcome.key,
@@ -116,12 +112,14 @@ def _item_view(outcome: StoredOutcome) -> dict[str, Any]:
         "error": None,
         "node": None,
         "reason": "",
+        "cause": "",
         "finished": outcome.finished.timestamp(),
     }
     if outcome.error is not None:
         error = outcome.error
         text = explain_stored(error.type, error.message, error.data)
         view["error"] = f"{error.type}: {text}"[:1000]
+        view["cause"] = stored_cause(error.type, error.message, error.data)
         view["reason"] = (error.data.get("reason") or error.message or error.type)[:300]
         for node in error.data.get("failed", ())[:1]:
             view["node"], view["reason"] = node["name"], node["reason"] or "no reason given"

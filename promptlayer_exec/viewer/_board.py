@@ -13,7 +13,16 @@ from typing import Any, Self
 
 import attrs
 
-from promptlayer_exec import Event, Execution, RequestRetried, Session, Snapshot, StartUnknown
+from promptlayer_exec import (
+    Event,
+    Execution,
+    Node,
+    RequestRetried,
+    Session,
+    Snapshot,
+    StartUnknown,
+)
+from promptlayer_exec._causes import common_reason
 from promptlayer_exec._integration import error_text, indented
 from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._problems import Problem, explain, explain_retry
@@ -54,6 +63,20 @@ class Card:
         if not self.snapshot.complete:
             return "running"
         return "succeeded" if self.snapshot.succeeded else "failed"
+
+    @property
+    def failed_node(self) -> Node | None:
+        """The first node that failed, of an execution that failed."""
+        if self.snapshot is None or self.state != "failed" or not self.snapshot.failed_nodes:
+            return None
+        return self.snapshot.failed_nodes[0]
+
+    @property
+    def cause(self) -> str | None:
+        """Why it failed, without what differs from run to run. None if it did not fail."""
+        if self.state != "failed":
+            return None
+        return common_reason(_reason(self.failed_node))
 
     @property
     def elapsed(self) -> float | None:
@@ -278,7 +301,8 @@ class Board:
                 outcome=card.state,
                 duration=card.duration,
                 nodes=len(snapshot.nodes),
-                problem=_problem(snapshot),
+                problem=_problem(card),
+                failed_node=card.failed_node and card.failed_node.name,
                 origin=card.timeline.origin,
                 times=card.timeline.dump(),
             )
@@ -303,10 +327,14 @@ def _since(card: Card) -> float:
     return time.time() if card.problem is None else card.problem.since
 
 
-def _problem(snapshot: Snapshot) -> str | None:
-    if snapshot.succeeded:
+def _problem(card: Card) -> str | None:
+    if card.state != "failed":
         return None
-    failed = snapshot.failed_nodes
-    if not failed:
+    node = card.failed_node
+    return _reason(node) if node is None else f"{node.name}: {_reason(node)}"
+
+
+def _reason(failed: Node | None) -> str:
+    if failed is None:
         return "No output node succeeded."
-    return f"{failed[0].name}: {error_text(failed[0]) or 'the server gave no reason'}"
+    return error_text(failed) or "the server gave no reason"

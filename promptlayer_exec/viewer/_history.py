@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +16,14 @@ import attrs
 import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError, StoreUnavailable
+from promptlayer_exec._causes import common_reason
 from promptlayer_exec._database.database import LIMITS as DEFAULT_LIMITS
 from promptlayer_exec._database.database import Database
 
 T = TypeVar("T")
 
 PAGE_SIZE = 100
+_DAY = 86_400.0
 # Another viewer may hold the file for a moment. One thread, so that calls take effect in order.
 LIMITS = attrs.evolve(DEFAULT_LIMITS, locked_file=5.0, threads=1)
 
@@ -44,6 +48,7 @@ _executions = sa.Table(
     sa.Column("duration", sa.Double),  # in seconds. A minimum, unless it was started in a viewer
     sa.Column("nodes", sa.BigInteger),
     sa.Column("problem", sa.Text),
+    sa.Column("failed_node", sa.Text),  # the first one, with which the problem begins
     # When it was first polled, if it was not over by then.
     sa.Column("origin", sa.Double),
     # As JSON: when each node was first running and final.
@@ -63,7 +68,7 @@ _LINE = (
 )
 _SEARCHED = (
     *(_row.workflow, sa.cast(_row.execution_id, sa.Text)),
-    *(_row.inputs, _row.problem, _row.label),
+    *(_row.inputs, _row.problem, _row.label, _row.metadata),
 )
 
 _logger = logging.getLogger("promptlayer_exec")
@@ -134,7 +139,7 @@ class History:
         """Return a page of executions, the newest first, and how many there are by outcome.
 
         Args:
-            text: words that all must be in the workflow, id, inputs, error or label.
+            text: words that all must be in the workflow, id, inputs, error, label or metadata.
             outcome: the outcome of the executions, or all.
             workflow: their workflow, or all.
             since: when the earliest began, in seconds since 1970.
@@ -207,20 +212,26 @@ class History:
     async def usual(self, workflow: str) -> dict[str, Any]:
         """Return how long a workflow and its nodes usually take, and how its latest runs went.
 
-        The times are medians of its latest 40 runs that succeeded. A time that fewer than three
-        runs took is missing. How many failed is counted in its latest 40 runs.
+        The times are medians of runs that succeeded. A time that fewer than three runs took is
+        missing. They do not follow an incident: see `_settled`. How many failed, and why, is
+        counted in its latest 40 runs.
         """
         runs = sa.select(_executions).where(self._is_server, _row.workflow == workflow)
-        runs = runs.order_by(_row.began.desc()).limit(40)
-        ended = runs.where(_row.outcome.in_(["succeeded", "failed"]))
-        latest = [run["outcome"] for run in await self._call(_read, ended)]
-        succeeded = runs.where(_row.outcome == "succeeded", _row.execution_id.is_not(None))
+        newest = runs.order_by(_row.began.desc()).limit(40)
+        ended = newest.where(_row.outcome.in_(["succeeded", "failed"]))
+        latest = await self._call(_read, ended)
+        is_success = (_row.outcome == "succeeded", _row.execution_id.is_not(None))
+        failed = [dict(run) for run in latest if run["outcome"] == "failed"]
+        causes = Counter(cause_of(run) for run in failed)
+        first = {cause_of(run): run["began"] for run in failed}  # the oldest comes last
 
-        lengths, successes = list[float](), list[dict[str, Any]]()
-        nodes = dict[str, list[float]]()
-        for run in await self._call(_read, succeeded):
+        successes = list[dict[str, Any]]()
+        for run in await self._call(_read, newest.where(*is_success).limit(2)):
             end = round(run["began"] + (run["duration"] or 0.0), 3)
             successes.append({"execution_id": str(run["execution_id"]), "ended": end})
+
+        lengths, nodes = list[float](), dict[str, list[float]]()
+        for run in await self._call(_settled, runs.where(*is_success)):
             if run["duration"] is not None:
                 lengths.append(run["duration"])
 
@@ -232,10 +243,24 @@ class History:
         return {
             "duration": _median(lengths),
             "nodes": {name: length for name, length in usual.items() if length is not None},
-            "successes": successes[:2],  # the second is for the page of the first
-            "failed": latest.count("failed"),
+            "successes": successes,  # the second is for the page of the first
+            "failed": causes.total(),
+            "causes": [
+                {"failed_node": cause[1], "cause": cause[2], "count": count, "first": first[cause]}
+                for cause, count in causes.items()
+            ],
             "total": len(latest),
         }
+
+    async def failures(self, workflow: str = "", *, since: float = 0.0) -> list[dict[str, Any]]:
+        """Return the runs that failed, the newest first, with their inputs."""
+        failed = sa.select(_executions).where(
+            self._is_server, _row.outcome == "failed", _row.began >= since
+        )
+        if workflow:
+            failed = failed.where(_row.workflow == workflow)
+        newest = failed.order_by(_row.began.desc(), _row.key.desc())
+        return [dict(run) for run in await self._call(_read, newest)]
 
     async def delete(self, key: int) -> None:
         line = self._is_server, _row.key == key
@@ -321,6 +346,31 @@ def _execute(connection: sa.Connection, statement: sa.Executable) -> None:
 
 def _read(connection: sa.Connection, query: sa.Select[Any]) -> Sequence[sa.RowMapping]:
     return connection.execute(query).mappings().all()
+
+
+def cause_of(run: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return what a failed run shares with others: workflow, node and reason, or nothing of these.
+
+    Args:
+        run: a record of the history.
+    """
+    node, problem = run["failed_node"] or "", run["problem"] or ""
+    reason = problem.removeprefix(f"{node}: ") if node else problem
+    return run["workflow"] or "", node, common_reason(reason)
+
+
+def _settled(connection: sa.Connection, successes: sa.Select[Any]) -> Sequence[sa.RowMapping]:
+    """Return the runs that show what is usual: the latest 40 from before yesterday.
+
+    Slow runs must last for a day until they are usual. If there is nothing older, the first half of
+    the workflow's runs counts.
+    """
+    is_old = _row.began < time.time() - _DAY
+    old = _read(connection, successes.where(is_old).order_by(_row.began.desc()).limit(40))
+    if len(old) >= 3:
+        return old
+    first = _read(connection, successes.order_by(_row.began).limit(40))
+    return first[: max(3, (len(first) + 1) // 2)]
 
 
 def _median(lengths: list[float]) -> float | None:

@@ -19,6 +19,7 @@ from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._integration import base_url, error_details, error_text, indented, node_dict
 from promptlayer_exec.viewer._batch_pages import HAS_BATCHES
 from promptlayer_exec.viewer._board import Board, Card
+from promptlayer_exec.viewer._brief import brief_inputs
 from promptlayer_exec.viewer._problems import Problem
 
 _HEARTBEAT = 15.0
@@ -117,6 +118,9 @@ def _card_view(card: Card) -> dict[str, Any]:
         "version": card.version,
         "metadata": None if card.metadata is None else json.loads(card.metadata),
         "has_inputs": card.inputs is not None,
+        "inputs": brief_inputs(card.inputs),
+        "failed_node": card.failed_node and card.failed_node.name,
+        "cause": card.cause,
         "started": card.started,
         "since": card.timeline.origin,
         "warning": card.execution.warning,

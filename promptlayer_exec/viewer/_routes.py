@@ -54,7 +54,7 @@ def add_execution_routes(app: FastAPI, board: Board) -> None:
         except PromptLayerExecError as error:
             kind, message = explain(error)
             return refuse(message, 404 if kind == "missing" else 502, "execution_id")
-        return _json({"execution_id": str(int(text))}, 201)
+        return json_response({"execution_id": str(int(text))}, 201)
 
     @app.delete("/api/executions/{execution_id}")
     async def remove_execution(execution_id: int) -> Response:
@@ -80,7 +80,7 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
         card = board.cards.get(execution_id)
         if card is None or card.snapshot is None:
             return refuse("The viewer does not follow this execution.", 404)
-        return _json(card.snapshot.to_dict())
+        return json_response(card.snapshot.to_dict())
 
     @app.get("/api/executions/{execution_id}/inputs")
     async def get_inputs(execution_id: int) -> Response:
@@ -97,7 +97,9 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
 
         changed = [change.node.name for change in other.snapshot.diff(one.snapshot)]
         is_known = one.inputs is not None and other.inputs is not None
-        return _json({"changed": changed, "inputs_differ": is_known and one.inputs != other.inputs})
+        return json_response(
+            {"changed": changed, "inputs_differ": is_known and one.inputs != other.inputs}
+        )
 
 
 def add_workflow_routes(app: FastAPI, board: Board) -> None:
@@ -111,9 +113,9 @@ def add_workflow_routes(app: FastAPI, board: Board) -> None:
         try:
             summaries = await listed.get()
         except NoDefinition as error:
-            return _json({"workflows": [], "reason": str(error)})
+            return json_response({"workflows": [], "reason": str(error)})
         workflows = [{"id": str(summary.id), "name": summary.name} for summary in summaries]
-        return _json({"workflows": workflows, "reason": None})
+        return json_response({"workflows": workflows, "reason": None})
 
     @app.get("/api/definition")
     async def get_definition(
@@ -123,10 +125,10 @@ def add_workflow_routes(app: FastAPI, board: Board) -> None:
             latest = await find_definition(board.session, workflow)
             found = await find_definition(board.session, workflow, label, version)
         except NoDefinition as error:
-            return _json({"definition": None, "reason": str(error)})
+            return json_response({"definition": None, "reason": str(error)})
         labels = await _labels(listed, found)
         view = graph_view(found) | {"labels": labels, "latest_version": latest.version}
-        return _json({"definition": view, "reason": None})
+        return json_response({"definition": view, "reason": None})
 
 
 def _add_graph_routes(app: FastAPI, board: Board, listed: WorkflowList) -> None:
@@ -143,7 +145,7 @@ def _add_graph_routes(app: FastAPI, board: Board, listed: WorkflowList) -> None:
         nodes = set[str]()
         if card is not None and card.snapshot is not None:
             nodes = set(card.snapshot.nodes)
-        return _json(await suggest_workflow(board.session, listed, board.history, nodes))
+        return json_response(await suggest_workflow(board.session, listed, board.history, nodes))
 
     @app.put("/api/executions/{execution_id}/workflow")
     async def set_workflow(execution_id: int, workflow: _Text) -> Response:
@@ -164,8 +166,8 @@ def _add_key_route(app: FastAPI, board: Board) -> None:
         try:
             await WorkflowList(board.session).get()
         except NoDefinition as error:
-            return _json({"kind": error.kind, "reason": str(error)})
-        return _json({"kind": None, "reason": None})
+            return json_response({"kind": error.kind, "reason": str(error)})
+        return json_response({"kind": None, "reason": None})
 
 
 async def _find_graph(session: Session, card: Card) -> Response:
@@ -189,11 +191,11 @@ async def _labels(listed: WorkflowList, workflow: WorkflowDefinition) -> list[st
 
 def _graph(found: WorkflowDefinition | None, reason: str | None = None) -> Response:
     if found is None:
-        return _json({"definition": None, "reason": reason})
+        return json_response({"definition": None, "reason": reason})
     if not found.nodes:
         reason = "There is no graph: PromptLayer describes no nodes of this workflow."
-        return _json({"definition": None, "reason": reason})
-    return _json({"definition": graph_view(found), "reason": None})
+        return json_response({"definition": None, "reason": reason})
+    return json_response({"definition": graph_view(found), "reason": None})
 
 
 def add_start_routes(app: FastAPI, board: Board) -> None:
@@ -222,7 +224,7 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
         except (PromptLayerExecError, TypeError, ValueError) as error:
             return _refuse_start(error)
 
-        return _json({"execution_id": str(execution.id)}, 201)
+        return json_response({"execution_id": str(execution.id)}, 201)
 
 
 def _refuse_start(error: Exception) -> Response:
@@ -250,15 +252,15 @@ def add_history_routes(app: FastAPI, history: History) -> None:
         found = await history.search(
             search, outcome=outcome, workflow=workflow, since=since, offset=offset
         )
-        return _json(found)
+        return json_response(found)
 
     @app.get("/api/history/trends")
     async def get_trends() -> Response:
-        return _json(await history.trends())
+        return json_response(await history.trends())
 
     @app.get("/api/history/usual")
     async def get_usual(workflow: str) -> Response:
-        return _json(await history.usual(workflow))
+        return json_response(await history.usual(workflow))
 
     @app.get("/api/history/{key}/inputs")
     async def get_remembered_inputs(key: _Key) -> Response:
@@ -280,7 +282,7 @@ def add_history_routes(app: FastAPI, history: History) -> None:
 
 def refuse(message: str, status: int, field: str | None = None, **more: Any) -> Response:
     """Return a response with the reason why a request failed, and the wrong field of the form."""
-    return _json({"message": message, "field": field, **more}, status)
+    return json_response({"message": message, "field": field, **more}, status)
 
 
 def _read_inputs(text: str) -> dict[str, Any]:
@@ -298,7 +300,8 @@ def _read_inputs(text: str) -> dict[str, Any]:
     return inputs
 
 
-def _json(content: Any, status: int = 200) -> Response:
+def json_response(content: Any, status: int = 200) -> Response:
+    """Return a response with JSON."""
     # ASCII can represent lone surrogates, but UTF-8 cannot.
     return Response(json.dumps(content), status, media_type="application/json")
 

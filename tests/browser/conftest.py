@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, BrowserContext, Locator, Page, async_playwright, expect
 from pytest_asyncio import fixture
 
@@ -242,6 +243,21 @@ class Ui:
             and (event["pid"], event["tid"]) in main
             and "tdur" in event
         ]
+
+    async def check(self, name: str) -> None:
+        """Check that a view fits the screen, and that axe finds nothing, in both themes."""
+        sizes = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+        needed, there = await self.page.evaluate(sizes)
+        assert needed <= there, name
+        for theme in ("light", "dark"):
+            await self.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
+            results = await Axe().run(self.page)
+            found = [
+                (one["id"], [node["html"][:200] for node in one["nodes"]])
+                for one in results.response["violations"]
+            ]
+            assert found == [], (name, theme)
+            assert "color-contrast" in {one["id"] for one in results.response["passes"]}
 
     async def copied(self) -> str:
         """Return what was copied last."""

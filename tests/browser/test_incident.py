@@ -18,6 +18,7 @@ class Offers:
 
     def __init__(self, sim: Simulator, viewer: Any) -> None:
         self._board = viewer.board
+        self.seconds = 0.1  # of each node
         self._next = Scenario([])
         sim.add_workflow("churn-offer", lambda _: self._next)
 
@@ -26,8 +27,8 @@ class Offers:
         failed = {"status": "FAILED", "error_message": reason} if reason else {}
         self._next = Scenario(
             [
-                SimNode("load customer", {"seats": seats}, 0.1),
-                SimNode("choose offer", "annual", 0.1, after=["load customer"], **failed),
+                SimNode("load customer", {"seats": seats}, self.seconds),
+                SimNode("choose offer", "annual", self.seconds, after=["load customer"], **failed),
             ]
         )
         execution = await self._board.start("churn-offer", inputs or {"customer": "acme"})
@@ -86,6 +87,7 @@ async def test_the_failed_node_keeps_its_columns_on_a_wide_screen(
     offers: Offers, ui: Any, page: Page
 ) -> None:
     """The times of all nodes stand below each other, also of the one that is selected."""
+    offers.seconds = 0.6
     failed = await offers.start("overloaded")
     await page.set_viewport_size({"width": 1920, "height": 900})
     await ui.open_run(failed, "?node=choose%20offer")
@@ -132,3 +134,81 @@ async def test_all_lost_runs_are_followed_again_by_one_click(
     await page.get_by_role("button", name="Follow all again").click()
     await expect(page.locator('.line[data-state="running"]')).to_have_count(2)
     await expect(page.locator("#outage")).to_be_hidden()
+
+
+async def fail_together(offers: Offers, count: int) -> list[int]:
+    """Start a run that succeeds, and then some that fail for one cause; return the latter."""
+    await offers.start(customer="acme", plan="pro")
+    return [
+        await offers.start(f"no seats for {n}", seats=0, customer=f"globex {n}", plan="free")
+        for n in range(count)
+    ]
+
+
+async def test_failures_of_one_cause_are_one_line(offers: Offers, page: Page) -> None:
+    """It has their number, reason, and whom it hits, and unfolds into their lines."""
+    ids = await fail_together(offers, 4)
+    incident = page.locator(".incident")
+    await expect(incident).to_have_count(1)
+    await expect(incident).to_contain_text("4 failed")
+    await expect(incident.locator('[data-part="reason"]')).to_have_text("no seats for …")
+    hits = "Hits customer: globex 3, globex 2, globex 1 and 1 more. All have plan: free."
+    await expect(incident.locator('[data-part="hits"]')).to_have_text(hits)
+    await expect(incident).to_contain_text("4 of the latest 5 runs failed for this reason.")
+    difference = "Differs first from the last success in load customer: seats 0 ← 12"
+    await expect(incident.locator('[data-part="difference"]')).to_have_text(difference)
+    await expect(page.locator('[data-count="failed"]')).to_have_text("4")
+    for execution_id in ids:
+        await expect(line(page, execution_id)).to_be_hidden()
+
+    fold = incident.get_by_role("button", name="The 4 runs of churn-offer")
+    await fold.press("Enter")
+    await expect(fold).to_be_focused()
+    for execution_id in ids:
+        await expect(line(page, execution_id)).to_be_visible()
+    await page.get_by_label("Filter").fill("globex 2")
+    await expect(incident).to_have_count(0)
+    await expect(page.locator(".line:visible")).to_have_count(1)
+
+
+async def test_all_runs_of_a_cause_start_again_after_a_question(
+    sim: Simulator, offers: Offers, page: Page
+) -> None:
+    """The question has their number and that each is paid for; each runs with its own inputs."""
+    await fail_together(offers, 3)
+    again = page.get_by_role("button", name="Run all 3 again: churn-offer")
+    await again.click()
+    dialog = page.get_by_role("dialog")
+    await expect(dialog).to_contain_text("This starts 3 new runs with the same inputs, and you pay")
+    await dialog.get_by_role("button", name="Cancel").click()
+    assert len(sim.runs) == 4
+
+    await again.click()
+    await dialog.get_by_role("button", name="Start 3 new runs").click()
+    await expect(page.locator('[data-count="failed"]')).to_have_text("6")
+    inputs = [run.inputs["customer"] for run in sim.runs[4:]]
+    assert inputs == ["globex 2", "globex 1", "globex 0"]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+async def test_a_cause_has_a_page(offers: Offers, ui: Any, page: Page, width: int) -> None:
+    """It has when it began, whom it hit and its runs. Back returns to its line."""
+    await page.set_viewport_size({"width": width, "height": 844})
+    ids = await fail_together(offers, 2)
+    title = page.locator(".incident").get_by_role("link", name="churn-offer", exact=True)
+    await title.click()
+    await expect(page.locator("#cause-reason")).to_have_text("no seats for …")
+    await expect(page.locator("#cause-facts")).to_contain_text("2 of the latest 3 runs failed")
+    await expect(page.locator("#cause-difference")).to_contain_text("seats 0 ← 12")
+    await expect(page.get_by_role("img", name="At most 2 runs an hour")).to_be_visible()
+    await ui.check("cause")
+    names = page.locator("#cause-runs .name")
+    await expect(names).to_have_text([f"Execution {one}" for one in reversed(ids)])
+    await names.first.get_by_role("link").click()
+    await expect(ui.part("state")).to_have_text("Failed")
+
+    await page.go_back()
+    await expect(names.first.get_by_role("link")).to_be_focused()
+    await page.go_back()
+    await expect(title).to_be_focused()
+    await ui.check("board")

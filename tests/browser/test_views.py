@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import pytest
-from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Page, expect
 
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -30,22 +29,6 @@ def essay(inputs: Any) -> Scenario:
     return Scenario(nodes)
 
 
-async def check(page: Page, name: str) -> None:
-    """Check that a view fits the screen, and that axe finds nothing, in both themes."""
-    sizes = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    needed, there = await page.evaluate(sizes)
-    assert needed <= there, name
-    for theme in ("light", "dark"):
-        await page.emulate_media(color_scheme=theme, reduced_motion="reduce")
-        results = await Axe().run(page)
-        found = [
-            (one["id"], [node["html"][:200] for node in one["nodes"]])
-            for one in results.response["violations"]
-        ]
-        assert found == [], (name, theme)
-        assert "color-contrast" in {one["id"] for one in results.response["passes"]}
-
-
 @pytest.mark.parametrize("width", [1920, 1100, 360])
 async def test_every_view_fits_and_axe_finds_nothing(
     sim: Simulator, ui: Any, page: Page, browser_errors: Any, width: int
@@ -62,39 +45,39 @@ async def test_every_view_fits_and_axe_finds_nothing(
         await expect(ui.run).to_have_attribute("data-state", "succeeded")
     await expect(ui.selected.locator('[data-part="trace"]')).to_be_visible()
     await expect(ui.drawn("plan")).to_be_visible()
-    await check(page, "run")
+    await ui.check("run")
     await ui.select("plan")
     await expect(ui.selected.locator(".tree")).to_be_visible()
-    await check(page, "node")
+    await ui.check("node")
     await page.keyboard.press("Escape")
     await page.get_by_role("button", name="Compare", exact=True).first.click()
     await ui.run.locator(".snippet summary").nth(1).click()
-    await check(page, "overview")
+    await ui.check("overview")
     await page.get_by_role("button", name="Run again").click()
-    await check(page, "dialog")
+    await ui.check("dialog")
     await page.keyboard.press("Escape")
     await ui.open(f"#/compare/{ids[0]}/{ids[1]}?open=plan&open=")
     await expect(page.locator(".pair .diff.changed").first).to_be_visible()
-    await check(page, "compare")
+    await ui.check("compare")
     await ui.open(f"#/start?again={ids[1]}")
     await expect(page.get_by_label("topic")).to_have_value(WORD)
     await page.get_by_label("topic").fill("")
     await page.get_by_role("button", name="Start", exact=True).click()
     await expect(page.locator("#field-0-error")).not_to_be_empty()
-    await check(page, "start")
+    await ui.check("start")
     await ui.open(f"#/start?workflow={WORD}")
     await page.get_by_label("topic").fill("x")
     await page.get_by_label(f"{WORD} (number, as JSON)").fill("1")
     sim.inject(Fault.disconnect(), path="/run")
     await page.get_by_role("button", name="Start", exact=True).click()
     await expect(page.locator("#unknown-start")).to_be_visible()
-    await check(page, "unknown start")
+    await ui.check("unknown start")
     await ui.open("#/history")
     await expect(page.locator(".entry")).to_have_count(3)
-    await check(page, "history")
+    await ui.check("history")
     await ui.open_run(sim.add_execution(essay({})))
     await expect(ui.part("accept")).to_be_visible()
-    await check(page, "an id from elsewhere")
+    await ui.check("an id from elsewhere")
 
 
 BATCH = {
@@ -146,7 +129,7 @@ async def test_batches_say_what_is_wrong_and_what_goes_on(
     await page.route("**/api/batch?*", lambda route: route.fulfill(json=one))
     await ui.open("#/batches")
     await expect(page.locator(".batch")).to_contain_text("45 items, nobody works on it")
-    await check(page, "batches")
+    await ui.check("batches")
     await page.get_by_role("link", name="night's run").click()
     shown = page.locator(".command code")
     await expect(shown).to_have_text("promptlayer-exec batch work --name 'night'\\''s run'")
@@ -162,7 +145,7 @@ async def test_batches_say_what_is_wrong_and_what_goes_on(
     sentence = page.locator(".item .sentence")
     await expect(sentence.first).to_have_text(re.compile(f"^Failed .* days ago in a: {WORD}"[:60]))
     await expect(page.locator(".groups button").first).to_contain_text(f" a: {WORD}")
-    await check(page, "batch")
+    await ui.check("batch")
     link = page.get_by_role("link", name=f"Execution {run}").first
     await link.focus()
     one["succeeded"] += 1

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
@@ -64,6 +65,32 @@ async def test_what_did_not_succeed_comes_first(
         str(run.execution_id) for run in sim.runs
     }
     assert (found["is_whole"], found["problem"]) == (True, None)
+
+
+@pytest.mark.usefixtures("_database")
+async def test_items_that_fail_for_one_cause_are_one_group(
+    sim: Simulator, viewer: Any, open_session: Callable[..., Session]
+) -> None:
+    """What differs between them does not count, neither on the page nor for the batch itself."""
+
+    def fail(inputs: Any) -> Scenario:
+        reason = f"no text for customer {inputs['n']}" if inputs["n"] < 3 else "no price"
+        return Scenario([SimNode("answer", status="FAILED", error_message=reason)])
+
+    sim.add_workflow("echo", fail)
+    batch = Batch("night", session=lambda: open_session(push=False))
+    await batch.add([StartRequest("echo", {"n": n}, key=f"item {n}") for n in (1, 2, 3)])
+    async with asyncio.timeout(30):
+        await batch.work()
+    _, found = await viewer.send("GET", "batch?name=night")
+    cause = "answer: no text for customer …"
+    assert found["groups"] == [
+        {"text": cause, "count": 2},
+        {"text": "answer: no price", "count": 1},
+    ]
+    _, some = await viewer.send("GET", f"batch?{urlencode({'name': 'night', 'reason': cause})}")
+    assert sorted(item["key"] for item in some["items"]) == ["item 1", "item 2"]
+    assert [failure.count for failure in await batch.failures()] == [2, 1]
 
 
 @pytest.mark.usefixtures("_database")

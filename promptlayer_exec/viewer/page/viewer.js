@@ -5,6 +5,7 @@ import * as api from "./library/api.js";
 import { notifyOfEnd, showIcon } from "./parts/alerts.js";
 import { batchesView } from "./views/batches.js";
 import { boardView } from "./views/board.js";
+import { causeView } from "./views/cause.js";
 import { compareView } from "./views/compare.js";
 import { announce, byId, find, findAll, notify, show, write } from "./library/dom.js";
 import { historyView } from "./views/history.js";
@@ -33,6 +34,7 @@ const VIEWS = {
   batches: batchesView,
   start: startView,
   compare: compareView,
+  cause: causeView,
 };
 
 let view = null;

@@ -11,6 +11,7 @@ const { diffLines, diffWords } = await page("library/diff.js");
 const { layOut } = await page("library/layout.js");
 const { ago, duration, tickLabel, ticks } = await page("library/times.js");
 const { sentenceOf, textOf } = await page("library/sentence.js");
+const { causesOf, differenceText, hitBy, shortInputs } = await page("library/causes.js");
 const { criticalPath } = await page("library/critical.js");
 
 const SIZES = { along: 10, across: 10, gapAlong: 5, gapAcross: 5 };
@@ -194,4 +195,36 @@ test("every module is requested before the others import it", () => {
   const preloaded = [...textAt("index.html").matchAll(/"modulepreload" href="([^"]+)"/g)].map(([, path]) => path);
   const all = ["library", "parts", "views"].flatMap((name) => readdirSync(new URL(name, folder)).map((file) => `${name}/${file}`));
   assert.deepEqual(preloaded.sort(), all.sort());
+});
+
+test("runs of one workflow, node and cause are together, if there are two", () => {
+  const run = (id, data) => ({ id, data: { state: "failed", workflow: "w", failed_node: "n", cause: "c", ...data } });
+  const runs = [
+    run(1, {}),
+    run(2, { cause: "d" }),
+    run(3, {}),
+    run(4, { workflow: null }),
+    run(5, { workflow: null }),
+    run(6, { failed_node: "m" }),
+    run(7, { state: "succeeded", cause: null }),
+  ];
+  const found = [...causesOf(runs).values()];
+  assert.deepEqual(found.map((members) => members.map(({ id }) => id)), [[1, 3]]);
+});
+
+test("whom a cause hits are the inputs in which its runs differ", () => {
+  const all = ["a", "b", "c", "d", "e"].map((customer) => ({ customer, plan: "free" }));
+  assert.equal(hitBy([...all, null]), "Hits customer: a, b, c and 2 more. All have plan: free.");
+  assert.equal(hitBy([all[0]]), "");
+  assert.equal(hitBy([null, null]), "");
+  assert.equal(hitBy([{ a: "1" }, { b: "2" }]), "");
+});
+
+test("inputs and differences are short", () => {
+  assert.equal(shortInputs({ a: "1", b: "x".repeat(50), c: "", d: "4", e: "5" }), `a: 1 · b: ${"x".repeat(40)}… · c:  · d: 4`);
+  assert.equal(shortInputs(null), "");
+  const difference = { node: "load", path: "seats", now: "0", before: "12" };
+  assert.equal(differenceText(difference), "load: seats 0 ← 12");
+  assert.equal(differenceText({ ...difference, path: "" }), "load: 0 ← 12");
+  assert.equal(differenceText(null), "");
 });

@@ -10,7 +10,7 @@ const FEW = 4; // runs, from which the sentence counts those that failed
 const REASON = 220; // characters of a reason, unless a view needs fewer
 
 // What is usual for a workflow of which the history has nothing.
-export const NOTHING_USUAL = { duration: null, nodes: {}, successes: [], failed: 0, total: 0 };
+export const NOTHING_USUAL = { duration: null, nodes: {}, successes: [], failed: 0, causes: [], total: 0 };
 
 /** @typedef {{ kind: "text" | "node" | "compare" | "again", text: string, id?: string }} Piece */
 

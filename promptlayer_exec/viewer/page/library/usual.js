@@ -17,8 +17,8 @@ export function whenUsualIsKnown(callback) {
   onLoaded = callback;
 }
 
-// Returns { duration, nodes: { name: seconds }, successes: [{ execution_id, ended }, …], failed, total },
-// of which the last two are numbers of the latest runs.
+// Returns { duration, nodes: { name: seconds }, successes: [{ execution_id, ended }, …], failed, total,
+// causes: [{ failed_node, cause, count, first }, …] }: the latter are of the latest runs.
 export function usualOf(run) {
   const { workflow } = run.data;
   if (workflow === null || !board.hasHistory) return NOTHING_USUAL;

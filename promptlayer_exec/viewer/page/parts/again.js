@@ -1,9 +1,10 @@
 // @ts-check
 // Running again, which costs again: behind a question.
 
-import { call, getInputs } from "../library/api.js";
+import { call, getInputs, getText } from "../library/api.js";
 import { announce, confirmIn, notify } from "../library/dom.js";
 import { addressOf, go } from "../library/router.js";
+import { counted } from "../library/times.js";
 
 const COST = "It costs what a run of this workflow costs, and you cannot cancel it.";
 const LOST = "The run may have started: look in PromptLayer before you start it again.";
@@ -42,6 +43,41 @@ export async function runAgain(run) {
   } catch (error) {
     notify(error.isUnknown ? `The run may have started. ${error.message}` : error.message);
   }
+}
+
+// Asks, and starts a run for each of several that failed. `contents` has the settings of each, and
+// the path of its inputs, or null if they are not known.
+export async function runAllAgain(workflow, contents) {
+  const known = contents.filter(({ path }) => path !== null);
+  let all;
+  try {
+    all = await Promise.all(known.map(({ path }) => getText(path)));
+  } catch (error) {
+    return notify(error.message);
+  }
+  const count = counted(known.length, "new run");
+  const missing = contents.length - known.length;
+  const others = missing === 0 ? "" : ` The inputs of ${missing} others are not known here, so they do not run again.`;
+  const answer = await confirmIn({
+    title: `Run ${workflow} again ${known.length} times?`,
+    text: `This starts ${count} with the same inputs, and you pay for each. You cannot cancel them.${others}`,
+    details: all.join("\n"),
+    yes: `Start ${count}`,
+  });
+  if (answer !== "yes") return;
+
+  let started = 0;
+  for (const [index, { label, version, metadata }] of known.entries()) {
+    const number = version === null ? null : String(version);
+    try {
+      await startRun({ workflow, inputs: all[index], label, version: number, metadata });
+      started += 1;
+    } catch (error) {
+      const rest = `${started} of ${count} started, and the page starts no more.`;
+      return notify(`${rest} ${error.isUnknown ? "Another one may have started. " : ""}${error.message}`);
+    }
+  }
+  announce(`${count} of ${workflow} started.`);
 }
 
 export function confirmStart(workflow, details) {

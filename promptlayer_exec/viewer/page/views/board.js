@@ -5,6 +5,8 @@ import { call, getRemembered } from "../library/api.js";
 import { announce, byId, clone, find, findAll, make, oneLine, part, placeAt, timeOf, write, writeTime } from "../library/dom.js";
 import { followAgain, followAllAgain, remove } from "../parts/actions.js";
 import { handle, showErrors } from "../parts/forms.js";
+import { causesOf, keyOf, shortInputs } from "../library/causes.js";
+import { Incident } from "../parts/incident.js";
 import { board, groupOf, runs, STATES } from "../library/model.js";
 import { showSegments, showSentence, showState, showTime } from "../parts/progress.js";
 import { addressOf, replace } from "../library/router.js";
@@ -15,6 +17,8 @@ const FEW = 5; // succeeded runs to show before somebody asks for the others
 
 const lines = new Map(); // by id
 const open = new Set(); // ids of lines that show their nodes, also while a viewer restarts
+const incidents = new Map(); // by the key of a cause
+const unfolded = new Set(); // keys of causes that show their lines
 const groups = findAll(".group");
 let isShown = false;
 let frame = 0;
@@ -72,6 +76,7 @@ export const boardView = {
 
   refresh() {
     for (const line of lines.values()) tick(line);
+    for (const incident of incidents.values()) incident.tick();
     for (const group of groups) showLatest(group);
   },
 
@@ -79,7 +84,7 @@ export const boardView = {
 
   keys: {
     items: () => findAll(".line-name > a"),
-    isWanted: (item) => item.closest(".line").dataset.state === "failed",
+    isWanted: (item) => item.closest(".line, .incident").dataset.state === "failed",
   },
 };
 
@@ -143,6 +148,7 @@ function showLine(line) {
   write(part(root, "count"), total === 0 ? "" : `${count}/${total}`);
   part(root, "count").title = `${count} of ${counted(total, "node")} ${state === "failed" ? "succeeded" : "final"}`;
   write(part(root, "subtitle"), run.data.workflow === null ? "" : run.id);
+  write(part(root, "line-inputs"), shortInputs(run.data.inputs));
   tick(line);
 }
 
@@ -243,12 +249,16 @@ function placeGroup(group, found, state) {
   const members = listed().map(lineOf).filter((line) => groupNow(line) === name);
   const shown = new Set(members.filter((line) => found.has(line) && ["all", groupOf(line.run.data.state)].includes(state)));
   const isFolding = name === "succeeded" && state === "all" && byId("filter").value === "" && !isUnfolded;
-  members.forEach((line, index) => placeAt(list, index, line.root));
+  const causes = name === "failed" ? causesNow(members.filter((line) => shown.has(line)), isStill) : new Map();
+  placeMembers(list, members, causes);
   let few = 0;
   for (const line of members) {
+    const key = keyOf(line.run);
+    const isMember = causes.has(key);
+    line.root.classList.toggle("member", isMember);
     const isShownHere = shown.has(line) && (!isFolding || few < FEW || open.has(line.run.id));
     few += isShownHere ? 1 : 0;
-    line.root.hidden = !isShownHere;
+    line.root.hidden = !isShownHere || (isMember && !unfolded.has(key));
   }
   group.hidden = shown.size === 0;
   showLatest(group);
@@ -259,9 +269,42 @@ function placeGroup(group, found, state) {
   write(byId("unfold"), isUnfolded ? "Show fewer" : `Show ${rest.toLocaleString("en")} more that succeeded`);
 }
 
+// The runs of each cause. While somebody uses the board, no line disappears into a new one.
+function causesNow(members, isStill) {
+  const causes = causesOf(members.map((line) => line.run));
+  if (isStill) for (const key of causes.keys()) if (!incidents.has(key)) causes.delete(key);
+  for (const [key, { root }] of incidents) {
+    if (causes.has(key)) continue;
+    root.remove();
+    incidents.delete(key);
+  }
+  for (const [key, runs] of causes) {
+    if (!incidents.has(key)) incidents.set(key, new Incident(key, (isOpen) => unfold(key, isOpen)));
+    incidents.get(key).update(runs, unfolded.has(key));
+  }
+  return causes;
+}
+
+// Causes come first, each with its runs below.
+function placeMembers(list, members, causes) {
+  const ordered = [];
+  for (const key of causes.keys()) {
+    const same = members.filter((line) => keyOf(line.run) === key);
+    ordered.push(incidents.get(key), ...same);
+  }
+  ordered.push(...members.filter((line) => !causes.has(keyOf(line.run))));
+  ordered.forEach(({ root }, index) => placeAt(list, index, root));
+}
+
+function unfold(key, isOpen) {
+  if (isOpen) unfolded.add(key);
+  else unfolded.delete(key);
+  arrange();
+}
+
 // Moves lines by transforms, so that the eye can follow.
 function slide(change) {
-  const all = findAll(".group:not([hidden]) > h2, .line:not([hidden])");
+  const all = findAll(".group:not([hidden]) > h2, .line:not([hidden]), .incident");
   const before = new Map(all.map((one) => [one, one.getBoundingClientRect().top]));
   /** @type {any} */
   const focused = document.activeElement;
@@ -284,7 +327,9 @@ function slide(change) {
 }
 
 function isFound({ rows, run }, text) {
-  const about = [run.name, run.id, run.stateText()];
+  const { inputs, label, metadata } = run.data;
+  const known = [label ?? "", ...Object.values(inputs ?? {}), ...Object.entries(metadata ?? {}).flat()];
+  const about = [run.name, run.id, run.stateText(), ...known];
   const isWhole = about.some((one) => one.toLowerCase().includes(text));
   rows?.filter(text, isWhole);
   return isWhole || [...run.nodes.values()].some((node) => matches(node, text));
