@@ -684,6 +684,11 @@ class Session:
             )
         )
 
+    def find(self, key: str) -> Execution | None:
+        """Return the handle of the run that a key has started, or None. It starts nothing."""
+        execution = self._call(partial(self._session.find, key))
+        return None if execution is None else Execution(self, execution)
+
     def recover(
         self, error: StartUnknown, *, timeout: float | EllipsisType | None = ...
     ) -> Execution:

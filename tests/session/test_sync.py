@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from promptlayer_exec import (
     Workflow,
 )
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.starts import SQLStartStore
 from promptlayer_exec.sync import Session
 
 
@@ -122,6 +124,18 @@ def test_outcomes_have_the_items_and_handles_of_the_caller(session: Session) -> 
 
     streamed = list(session.stream_all([given, started.execution.id]))
     assert {execution.id for execution, _ in streamed} == {given.id, started.execution.id}
+
+
+def test_a_key_finds_its_run(sim: Simulator, tmp_path: Path) -> None:
+    """And starts nothing."""
+    store = SQLStartStore(f"sqlite:///{tmp_path / 'starts.sqlite'}")
+    with Session(sim.api_key, base_url=sim.base_url, starts=store) as session:
+        assert session.find("order-1") is None
+        assert session.run("echo", {"n": 1}, key="order-1") == {"n": 1}
+        found = session.find("order-1")
+        assert found is not None
+        assert found.output() == {"n": 1}
+    assert len(sim.runs) == 1
 
 
 def test_workflows_and_their_definitions(session: Session) -> None:
@@ -297,6 +311,7 @@ def test_a_child_process_opens_it_afresh(sim: Simulator) -> None:
 HEADER = """
 import os, signal, sys, threading
 from promptlayer_exec import StartRequest
+from promptlayer_exec.starts import SQLStartStore
 from promptlayer_exec.sync import Session
 session = Session()
 """

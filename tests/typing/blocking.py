@@ -75,6 +75,7 @@ def two(session: Session, error: StartUnknown) -> None:
     assert_type(session.start("a").output(), Any)
     assert_type(session.execution(1234, write_report), Execution[Report])
     assert_type(session.execution("1234"), Execution)
+    assert_type(session.find("a"), Execution | None)
     assert_type(session.recover(error, timeout=5), Execution)
     for followed, seen in session.stream_all([1, "2", execution]):
         assert_type(followed, Execution)

@@ -14,7 +14,6 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -260,19 +259,15 @@ def test_both_versions_of_the_function_return_the_same(
     assert capsys.readouterr().out == "About otters.\n"
 
 
-def test_a_synchronous_program_keeps_one_loop(
-    sim: Simulator, load: Callable[..., ModuleType]
+def test_a_synchronous_program(
+    sim: Simulator, load: Callable[..., ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One session serves all calls of a portal; those with other arguments need a `partial`."""
+    """It gets one output after the other, then its progress, then several in parallel."""
     page = load("In a script", "synchronous")
-    assert page.write_reports() == ["About otters.", "About newts."]
-    (call,) = re.findall(r"`(portal\.call\(partial.*)`", section("In a script"))
-    with (
-        page.start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(page.Session()) as session,
-    ):
-        names = {"partial": partial, "portal": portal, "session": session}
-        assert eval(call, names) == "About otters."
+    first, second, *others = page.write_reports()
+    assert [first, second] == ["About otters.", "About newts."]
+    assert sorted(others) == ["About seals.", "About toads."]
+    assert capsys.readouterr().out.endswith("100%\n")
 
 
 def test_threads_share_a_session(sim: Simulator, load: Callable[..., ModuleType]) -> None:
@@ -290,10 +285,10 @@ def test_threads_share_a_session(sim: Simulator, load: Callable[..., ModuleType]
     for thread in threads:
         thread.join(20)
     assert reports == {topic: f"About {topic}." for topic in topics}
-    page.call(page.session.aclose())
+    page.session.close()
 
 
-def test_a_program_with_such_a_loop_ends(sim: Simulator, tmp_path: Path) -> None:
+def test_a_program_with_an_open_session_ends(sim: Simulator, tmp_path: Path) -> None:
     """Its exit closes the session, and nothing keeps the process alive."""
     program = code("Threads and WSGI servers")[0] + "\nprint(write_report('otters'))"
     finished = subprocess.run(
@@ -360,9 +355,9 @@ urlpatterns = [path("report", views.report)]
 """
 
 
-def test_an_async_view_of_django(sim: Simulator, tmp_path: Path) -> None:
+def test_a_view_of_django(sim: Simulator, tmp_path: Path) -> None:
     """A real server answers one request after another from one session."""
-    (tmp_path / "views.py").write_text(code("Django")[0])
+    (tmp_path / "views.py").write_text(code("Threads and WSGI servers")[1])
     (tmp_path / "site_asgi.py").write_text(ASGI)
     uvicorn = [sys.executable, "-X", "dev", "-m", "uvicorn", "site_asgi:application", "--port", "0"]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
