@@ -53,6 +53,7 @@ from promptlayer_exec._values.models import Snapshot, StartRequest, node_dict
 from promptlayer_exec._values.policies import (
     Limiter,
     check_seconds,
+    is_from_gateway,
     is_transient,
     or_infinity,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "hiding_unknown",
     "indented",
     "install_hint",
+    "is_from_gateway",
     "is_transient",
     "logger",
     "near",

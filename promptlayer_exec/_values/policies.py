@@ -128,6 +128,18 @@ def is_transient(error: RequestError, statuses: frozenset[int] = TRANSIENT_STATU
     return not error.is_permanent
 
 
+# About the size of one request, so no outage, whoever responds with them.
+_TOO_LARGE_STATUSES = frozenset({413, 414, 431})
+
+
+def is_from_gateway(error: StatusError) -> bool:
+    """Return True if a gateway responded in PromptLayer's place, as while it is deployed.
+
+    PromptLayer's own errors are JSON objects.
+    """
+    return not isinstance(error.body, dict) and error.status not in _TOO_LARGE_STATUSES
+
+
 def _frozen(statuses: Iterable[int]) -> frozenset[int]:
     try:
         return frozenset(statuses)

@@ -54,8 +54,7 @@ Attempts = Annotated[
 GiveUpAfter = Annotated[
     float | None,
     seconds(
-        "How long to follow a run that does not end, such as 1h, or inf. Then its item fails, and"
-        " `batch recheck` follows it again.",
+        "How long to follow a run before its item fails, such as 1h, or inf.",
         default="as stored, or 1d",
         heading=_LIMITS,
     ),

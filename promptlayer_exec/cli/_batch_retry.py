@@ -132,7 +132,7 @@ async def give_up(
     ] = None,
     same_server: options.SameServer = False,
 ) -> None:
-    """End items that the batch follows, without waiting for the ends of their runs.
+    """End items that the batch follows, before their runs end.
 
     They fail, with the ids of their runs, which continue on PromptLayer. `batch recheck` follows
     them again, for free.

@@ -23,7 +23,7 @@ import typer
 import promptlayer_exec
 from promptlayer_exec import Snapshot
 from promptlayer_exec._advice import explain
-from promptlayer_exec._integration import is_transient, printable
+from promptlayer_exec._integration import is_from_gateway, is_transient, printable
 from promptlayer_exec.cli._printing import err, out
 from promptlayer_exec.cli._sentences import running_line
 
@@ -207,10 +207,15 @@ def _exit_code(error: Exception, subject: Subject) -> ExitCode:
 
 def may_pass(error: Exception) -> bool:
     """Return True if PromptLayer or the database is away, so the same command may work later."""
-    is_away = promptlayer_exec.ConnectionFailed | promptlayer_exec.StoreUnavailable
-    return isinstance(error, is_away) or (
-        isinstance(error, promptlayer_exec.RequestError) and is_transient(error)
-    )
+    if isinstance(error, promptlayer_exec.ConnectionFailed | promptlayer_exec.StoreUnavailable):
+        return True
+    if isinstance(error, promptlayer_exec.StatusError):
+        if error.status == 402:  # until somebody pays the account's bill
+            return True
+        # Unless it is about one run: a batch has already asked for its results for minutes.
+        if error.execution_id is None and is_from_gateway(error):
+            return True
+    return isinstance(error, promptlayer_exec.RequestError) and is_transient(error)
 
 
 def _note(error: Exception, subject: Subject) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from promptlayer_exec import NotFound, RequestError, Session, StartRequest
 from promptlayer_exec._advice import explain
-from promptlayer_exec._integration import MAX_ID, definition, printable
+from promptlayer_exec._integration import MAX_ID, definition, is_from_gateway, printable
 from promptlayer_exec.cli._exit import Misuse, suggest
 from promptlayer_exec.cli._options import needs
 from promptlayer_exec.cli._printing import err, quoted, shorten
@@ -113,14 +113,14 @@ class ItemFile:
         for (workflow, label, version), given in self._starts.items():
             try:
                 found = await definition(session, workflow, label=label, version=version)
-            except NotFound:
+            except RequestError as error:
+                if not isinstance(error, NotFound) or is_from_gateway(error):
+                    err(f"could not check the inputs: {explain(error)}")
+                    break
                 problem = _not_found(workflow, label, version, base_url)
                 for numbers in given.values():
                     problems |= dict.fromkeys(numbers, problem)
                 continue
-            except RequestError as error:
-                err(f"could not check the inputs: {explain(error)}")
-                break
 
             not_required = set[str]()
             for names, numbers in given.items():

@@ -47,7 +47,8 @@ class Breaker:
     """Lets starts through in the order in which they come, in the session's event loop.
 
     It records each failure and each good response. After failures that are not the item's fault
-    (5xx, a lost response, 403) it pauses, and then lets a single start through as a probe.
+    (5xx, a lost response, 403, a gateway's page) it pauses, and then lets a single start through as
+    a probe.
     """
 
     _patience: float  # seconds of failures before it calls `_give_up`

@@ -308,9 +308,11 @@ class Items:
         if isinstance(error, ExecutionTimeout):
             self._note_late_start(item, error, since)
             return None
-        if isinstance(error, StatusError) and error.status in (402, 403):  # about the account
-            self._starts.failed(error, since=since)
-            return None
+        if isinstance(error, StatusError):
+            is_about_account = error.status in (402, 403)
+            if is_about_account or integration.is_from_gateway(error):
+                self._starts.failed(error, since=since)
+                return None
         if isinstance(error, _NOT_THE_ITEMS_FAULT):
             raise error
 

@@ -452,6 +452,20 @@ def test_a_refused_key_is_exit_code_1(
     assert run("run", file)[0] == 0
 
 
+@pytest.mark.parametrize(("status", "body"), [(402, None), (404, b"<html>not found</html>")])
+def test_refusals_that_pass_are_exit_code_4(
+    run: Run, tmp_path: Path, sim: Simulator, status: int, body: bytes | None
+) -> None:
+    """The account's bill is not paid, or a gateway is deployed: the items wait for that."""
+    file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
+    sim.inject(Fault.status(status, body=body, times=None))
+    code, _, err = run("run", file, "--outage", "0.01")
+    assert code == 4
+    assert "No item is lost: run the same command again to continue." in err
+    sim.clear_faults()
+    assert run("run", file)[0] == 0
+
+
 def test_a_batch_of_another_server_is_refused(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sim: Simulator
 ) -> None:

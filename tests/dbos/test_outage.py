@@ -26,12 +26,15 @@ from promptlayer_exec import (
     ConfigurationError,
     ConnectionFailed,
     Forbidden,
+    InvalidResponse,
+    NotFound,
     RateLimited,
     RequestRetried,
     RequestTimeout,
     ServerError,
     StartFailed,
     StartRequest,
+    StatusError,
     StoreUnavailable,
 )
 from promptlayer_exec._database import database
@@ -51,6 +54,7 @@ from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 COUNT = 60
+PAGE = b"<html>404 page not found</html>"  # of a gateway, while it is deployed
 
 
 def requests(count: int = COUNT) -> list[StartRequest]:
@@ -99,18 +103,27 @@ async def until(reached: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize(("status", "lost"), [(503, range(3, 21)), (402, range(1))])
+@pytest.mark.parametrize(
+    ("status", "body", "lost"),
+    [
+        (503, b"{}", range(3, 21)),
+        (200, PAGE, range(3, 21)),
+        (402, b"{}", range(1)),
+        (404, PAGE, range(1)),
+        (404, b"", range(1)),
+    ],
+)
 async def test_starts_pause_while_the_server_fails(
-    sim: Simulator, batch: Batch, status: int, lost: range
+    sim: Simulator, batch: Batch, status: int, body: bytes, lost: range
 ) -> None:
     """A few may be unknown: those on the wire, and one probe for each pause. The rest succeeds.
 
-    Of starts that are refused because of the account, none is.
+    Of starts that PromptLayer refuses because of the account, or a gateway in its place, none is.
     """
     await batch.add(requests())
     working = asyncio.create_task(batch.work())
     await until(lambda: len(sim.runs) >= 10)
-    answers(sim, "POST", status)
+    answers(sim, "POST", status, body)
     await asyncio.sleep(1.0)
     sim.clear_faults()
     unknown = (await working).unknown
@@ -119,13 +132,28 @@ async def test_starts_pause_while_the_server_fails(
     assert most_starts(sim) == 1
 
 
-@pytest.mark.parametrize(("status", "error"), [(503, ServerError), (403, Forbidden)])
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [
+        (503, b"{}", ServerError),
+        (402, b"{}", StatusError),
+        (403, b"{}", Forbidden),
+        (404, PAGE, NotFound),
+        (404, b"", NotFound),
+        (302, PAGE, StatusError),
+        (200, PAGE, InvalidResponse),
+    ],
+)
 async def test_an_outage_that_lasts_ends_the_work(
-    sim: Simulator, batch_of: Callable[..., Batch], status: int, error: type[Exception]
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    status: int,
+    body: bytes,
+    error: type[Exception],
 ) -> None:
     """With the server's error, after the patience of the session; most items wait."""
     await batch_of().add(requests(20))
-    answers(sim, "POST", status)
+    answers(sim, "POST", status, body)
     with pytest.raises(error):
         await batch_of(outage=0.2).work()
     before = await batch_of().status()
@@ -134,6 +162,20 @@ async def test_an_outage_that_lasts_ends_the_work(
     sim.clear_faults()
     assert (await batch_of().work()).succeeded == 20 - before.unknown
     assert most_starts(sim) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [(404, b'{"message": "no such workflow"}', "NotFound"), (413, PAGE, "StatusError")],
+)
+async def test_a_refusal_of_one_item_is_its_outcome(
+    sim: Simulator, batch: Batch, status: int, body: bytes, error: str
+) -> None:
+    """PromptLayer refused it, or it is too large for the gateway."""
+    sim.inject(Fault.status(status, body=body))
+    await batch.add(requests(3))
+    assert (await batch.work()).failed == 1
+    assert await endings(batch) == Counter({"succeeded": 2, error: 1})
 
 
 def intents(url: str) -> int:
