@@ -20,7 +20,13 @@ from rich.text import Text
 from promptlayer_exec import Node, NodeStatus, Snapshot
 from promptlayer_exec._integration import duration, printable, status_entry
 from promptlayer_exec.cli._printing import err, running_time, show_warnings
-from promptlayer_exec.cli._sentences import final_count, node_detail, result_line
+from promptlayer_exec.cli._sentences import (
+    MOST_SKIPPED,
+    final_count,
+    node_detail,
+    result_line,
+    skipped_count,
+)
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import BatchStatus
@@ -74,6 +80,8 @@ class LiveDisplay:
         if snapshot.complete:  # what does not fit scrolls up, and can still be read
             now = snapshot.elapsed
             rows = len(snapshot.nodes)
+            if (skipped := skipped_count(snapshot)) > MOST_SKIPPED:
+                rows -= skipped - 1  # one line counts them
         else:
             now = snapshot.elapsed + time.monotonic() - self._shown_at
             # The other lines: the progress, an empty line, the header, and the cursor's line.

@@ -11,6 +11,13 @@ from promptlayer_exec import Node, NodeStatus, Snapshot
 from promptlayer_exec._integration import duration, error_details, error_text, printable
 from promptlayer_exec.cli._printing import preview, shorten
 
+MOST_SKIPPED = 3  # skipped nodes to show one by one: they hide what failed
+
+
+def skipped_count(snapshot: Snapshot) -> int:
+    """Return how many nodes were skipped."""
+    return sum(node.status == NodeStatus.SKIPPED for node in snapshot.nodes.values())
+
 
 def failure_reason(node: Node) -> str:
     return error_text(node) or "PromptLayer gave no reason"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
 
-from promptlayer_exec import Snapshot
+from promptlayer_exec import NodeStatus, Snapshot
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._printing import err, out
-from promptlayer_exec.cli._sentences import node_detail, result_line
+from promptlayer_exec.cli._sentences import MOST_SKIPPED, node_detail, result_line
 
 if TYPE_CHECKING:
     from promptlayer_exec.cli._live import LiveDisplay
@@ -45,11 +45,17 @@ class LineDisplay:
         # Names are aligned. A very long one shifts only its own line.
         longest = max((len(printable(name)) for name in snapshot.nodes), default=0)
         width = min(longest, 24)
-        for change in changes:
-            node = change.node
+        nodes = [change.node for change in changes]
+        skipped = [node for node in nodes if node.status == NodeStatus.SKIPPED]
+        are_many = len(skipped) > MOST_SKIPPED
+        for node in nodes:
+            if are_many and node.status == NodeStatus.SKIPPED:
+                continue
             columns = f"{printable(node.name):<{width}}  {printable(node.status):<7}"
             out(f"{snapshot.elapsed:7.1f} s  {columns}  {node_detail(node)}".rstrip())
 
+        if are_many:
+            out(f"{snapshot.elapsed:7.1f} s  {len(skipped)} other nodes were SKIPPED")
         if snapshot.complete:
             out(result_line(snapshot))
 

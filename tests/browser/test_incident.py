@@ -212,3 +212,33 @@ async def test_a_cause_has_a_page(offers: Offers, ui: Any, page: Page, width: in
     await page.go_back()
     await expect(title).to_be_focused()
     await ui.check("board")
+
+
+async def test_the_history_shows_causes_inputs_and_errors(
+    offers: Offers, ui: Any, page: Page
+) -> None:
+    """What made runs fail today is above the list, whose lines have the inputs and the error."""
+    await fail_together(offers, 2)
+    await expect(page.locator('[data-count="failed"]')).to_have_text("2")
+    await ui.open("#/history")
+    cause = page.locator("#failing-list li")
+    await expect(cause).to_contain_text(re.compile("2 . churn-offer in choose offer.*no seats for"))
+    entry = page.locator('.entry[data-state="failed"]').first
+    await expect(entry.locator('[data-part="preview"]')).to_have_text(
+        "choose offer: no seats for 1"
+    )
+    await expect(entry.locator('[data-part="line-inputs"]')).to_contain_text('"globex 1"')
+    await cause.get_by_role("link").click()
+    await expect(page.locator("#cause-reason")).to_have_text("no seats for …")
+
+
+async def test_the_sentence_leads_to_the_cause(offers: Offers, ui: Any, page: Page) -> None:
+    """It counts how many runs failed for the same reason."""
+    await offers.start()
+    await offers.start("overloaded")
+    failed = (await fail_together(offers, 2))[-1]
+    await ui.open_run(failed)
+    sentence = ui.part("sentence")
+    await expect(sentence).to_contain_text("3 of the latest 5 runs failed, 2 for this reason.")
+    await sentence.get_by_role("link", name="2 for this reason").click()
+    await expect(page.locator("#cause-reason")).to_have_text("no seats for …")

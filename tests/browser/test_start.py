@@ -70,20 +70,24 @@ async def test_a_workflow_without_a_definition_takes_json(
 async def test_there_is_a_field_for_each_required_input(
     sim: Simulator, ui: Any, page: Page
 ) -> None:
-    """Strings are text, other types are JSON; what is missing or wrong is said before sending."""
-    sim.add_workflow("report", DONE, inputs={"topic": "string", "depth": "number"})
+    """Each type has its field; all that is missing or wrong is said before sending."""
+    types = {"topic": "string", "depth": "number", "deep": "boolean"}
+    sim.add_workflow("report", DONE, inputs=types)
     sim.add_workflow("other", DONE)
     await choose(ui, page, "report")
-    topic, depth = page.get_by_label("topic"), page.get_by_label("depth (number, as JSON)")
+    topic, depth = page.get_by_label("topic"), page.get_by_label("depth (number)")
     await expect(topic).to_be_visible()
     options = page.locator("#workflows option")
     await expect(options).to_have_count(2)
     names = await options.evaluate_all("(all) => all.map((one) => one.value).sort()")
     assert names == ["other", "report"]
     await start_button(page).click()
-    await expect(page.locator("#field-0-error")).to_contain_text("requires topic")
+    for index, name in enumerate(types):
+        error = page.locator(f"#field-{index}-error")
+        await expect(error).to_contain_text(f"requires {name}")
     await expect(topic).to_be_focused()
     await topic.fill('say "hi"\nto otters')
+    await page.get_by_label("deep (boolean)").select_option("true")
     await depth.fill("deep")
     await start_button(page).click()
     await expect(page.locator("#field-1-error")).to_contain_text("Enter a ")
@@ -93,7 +97,12 @@ async def test_there_is_a_field_for_each_required_input(
     await start_button(page).click()
     await expect(page.get_by_role("heading", name="report")).to_be_visible()
     (run,) = sim.runs
-    assert run.inputs == {"topic": 'say "hi"\nto otters', "depth": BIG, "tone": "warm"}
+    assert run.inputs == {
+        "topic": 'say "hi"\nto otters',
+        "depth": BIG,
+        "deep": True,
+        "tone": "warm",
+    }
 
 
 async def test_a_label_or_a_version_can_be_chosen(sim: Simulator, ui: Any, page: Page) -> None:

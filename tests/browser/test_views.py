@@ -67,7 +67,7 @@ async def test_every_view_fits_and_axe_finds_nothing(
     await ui.check("start")
     await ui.open(f"#/start?workflow={WORD}")
     await page.get_by_label("topic").fill("x")
-    await page.get_by_label(f"{WORD} (number, as JSON)").fill("1")
+    await page.get_by_label(f"{WORD} (number)").fill("1")
     sim.inject(Fault.disconnect(), path="/run")
     await page.get_by_role("button", name="Start", exact=True).click()
     await expect(page.locator("#unknown-start")).to_be_visible()

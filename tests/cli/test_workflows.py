@@ -24,6 +24,7 @@ from promptlayer_exec import (
 from promptlayer_exec.cli import app
 from promptlayer_exec.cli._graph_drawing import draw
 from promptlayer_exec.cli._live import LiveDisplay
+from promptlayer_exec.cli._watch_display import LineDisplay
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 Call = Callable[..., Any]
@@ -374,6 +375,22 @@ def test_a_small_terminal_keeps_failed_and_running_nodes_in_sight() -> None:
     assert names[-3:] == ["n57", "n58", "n59"]
     assert names == sorted(names, key=lambda name: int(name[1:]))
     assert lines[-1] == "… 41 more: 39 SUCCESS, 1 QUEUED, 1 SKIPPED"
+
+
+def test_many_skipped_nodes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """They do not hide what failed, neither in the last table nor in a pipe. A few have lines."""
+    states = {0: "FAILED"} | dict.fromkeys(range(10, 60), "SKIPPED")
+    lines = show(large(states, complete=True), height=24)
+    assert [line.split()[0] for line in lines[3:-1]] == [f"n{number}" for number in range(10)]
+    assert lines[-1] == "… 50 more: 50 SKIPPED"
+    few = show(large({0: "FAILED", 1: "SKIPPED"}, complete=True), height=24)
+    assert len(few) == 63
+
+    LineDisplay(as_json=False).show(large(states, complete=True))
+    printed = capsys.readouterr().out
+    assert re.search("n0 +FAILED ", printed)
+    assert printed.count("SKIPPED") == 1
+    assert "50 other nodes were SKIPPED" in printed
 
 
 def test_a_warning_takes_the_place_of_nodes() -> None:

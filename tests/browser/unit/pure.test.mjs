@@ -107,7 +107,7 @@ const runOf = ({ state, nodes, time = 0, ended = null, problem = null, workflow 
   running: () => nodes.filter((node) => node.status === "RUNNING"),
   failed: () => nodes.filter((node) => node.status === "FAILED"),
 });
-const NOTHING = { duration: null, nodes: {}, successes: [], failed: 0, total: 0 };
+const NOTHING = { duration: null, nodes: {}, successes: [], failed: 0, causes: [], total: 0 };
 
 test("the sentence of a running run says whether it is stuck", () => {
   const nodes = [
@@ -151,6 +151,16 @@ test("the sentence of a run that ended says why, and what is next", () => {
   assert.equal(pieces.find((piece) => piece.kind === "compare").id, "786");
   const often = textOf(sentenceOf(failed, { ...NOTHING, failed: 2, total: 8 }));
   assert.equal(often, "Failed 3 minutes ago in fetch: HTTP 503 at x. 2 of the latest 8 runs failed. Run again.");
+  const because = (causes) => {
+    const known = { state: "failed", nodes, ended: now - 185 };
+    const run = runOf(known);
+    Object.assign(run.data, cause);
+    return textOf(sentenceOf(run, { ...NOTHING, failed: 3, total: 8, causes }));
+  };
+  const cause = { failed_node: "fetch", cause: "HTTP 503 at …" };
+  assert.match(because([{ ...cause, count: 2 }]), / 3 of the latest 8 runs failed, 2 for this reason\. Run again\.$/);
+  assert.match(because([{ ...cause, count: 3 }]), / failed, all for this reason\. /);
+  assert.match(because([{ ...cause, count: 1 }]), / 3 of the latest 8 runs failed\. /);
   const later = textOf(sentenceOf(failed, { ...NOTHING, successes: [{ execution_id: "788", ended: now - 70 }] }));
   assert.match(later, / A later run succeeded 1 minute ago: Compare · Run again\.$/);
   const unknown = runOf({ state: "failed", nodes: [], workflow: null });

@@ -24,6 +24,11 @@ export function comparisonOf(...ids) {
   return addressOf(["compare", ...ids.sort((one, other) => (BigInt(one) < BigInt(other) ? -1 : 1))]);
 }
 
+// The page of a cause.
+export function causeAddress({ workflow, failed_node, cause }) {
+  return addressOf(["cause"], { workflow, failed_node, cause });
+}
+
 export function go(address) {
   if (location.hash === address) dispatchEvent(new HashChangeEvent("hashchange"));
   else location.hash = address;

@@ -12,7 +12,7 @@ const REASON = 220; // characters of a reason, unless a view needs fewer
 // What is usual for a workflow of which the history has nothing.
 export const NOTHING_USUAL = { duration: null, nodes: {}, successes: [], failed: 0, causes: [], total: 0 };
 
-/** @typedef {{ kind: "text" | "node" | "compare" | "again", text: string, id?: string }} Piece */
+/** @typedef {{ kind: "text" | "node" | "compare" | "again" | "cause", text: string, id?: string }} Piece */
 
 // The pieces of the sentence: { pieces, isSlow }. `usual` is what `usualOf` returns, and `longest`
 // the most characters of a reason.
@@ -21,7 +21,7 @@ export function sentenceOf(run, usual, longest = REASON) {
   const { state } = run.data;
   if (state === "waiting") return plain("Waiting for the first response from PromptLayer.");
   if (state === "running") return runningSentence(run, usual);
-  if (state === "failed") return plain(...failedPieces(run, whenOf(run), longest), ...oftenOf(usual), ...nextOf(run, usual));
+  if (state === "failed") return plain(...failedPieces(run, whenOf(run), longest), ...oftenOf(run, usual), ...nextOf(run, usual));
   if (state === "lost") return plain(...lostPieces(run));
   return succeededSentence(run, usual, longest);
 }
@@ -88,9 +88,15 @@ function failedPieces(run, when, longest = REASON) {
   return [say(`Failed${when} in `), naming(node), say(`${others}: ${reasonOf(node, longest)}`)];
 }
 
-// Whether its runs often fail; of a few, nobody can tell.
-function oftenOf({ failed, total }) {
-  return total < FEW || failed === 0 ? [] : [say(` ${failed} of the latest ${total} runs failed.`)];
+// Whether its runs often fail, and how many for this reason; of a few, nobody can tell.
+/** @returns {Piece[]} */
+function oftenOf({ data: { failed_node: node, cause } }, { failed, total, causes }) {
+  if (total < FEW || failed === 0) return [];
+  const often = ` ${failed} of the latest ${total} runs failed`;
+  const same = causes.find((one) => one.cause === cause && one.failed_node === (node ?? ""));
+  if (same === undefined || same.count < 2) return [say(`${often}.`)];
+  const count = same.count === failed ? "all" : String(same.count);
+  return [say(`${often}, `), { kind: "cause", text: `${count} for this reason` }, say(".")];
 }
 
 // What people do next: they compare it with the last success, and run it again.

@@ -19,15 +19,17 @@ export async function listWorkflows() {
   }
 }
 
+// Shows an error at its field, which gets the focus, and `others` that it has at theirs.
 export function showErrors(form, error) {
+  const errors = error === null ? [] : [error, ...(error.others ?? [])];
   for (const input of form.querySelectorAll("input, textarea, select")) {
     const place = byId(`${input.id}-error`);
     if (place === null) continue;
-    const isWrong = error !== null && error.field === input.name;
-    write(place, isWrong ? error.message : "");
-    if (isWrong) input.setAttribute("aria-invalid", "true");
+    const wrong = errors.find(({ field }) => field === input.name);
+    write(place, wrong?.message ?? "");
+    if (wrong !== undefined) input.setAttribute("aria-invalid", "true");
     else input.removeAttribute("aria-invalid");
-    if (isWrong) input.focus();
+    if (wrong !== undefined && wrong === error) input.focus();
   }
 }
 

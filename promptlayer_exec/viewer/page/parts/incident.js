@@ -5,7 +5,7 @@ import { differenceText, hitBy } from "../library/causes.js";
 import { get } from "../library/api.js";
 import { clone, part, show, write, writeTime } from "../library/dom.js";
 import { board } from "../library/model.js";
-import { addressOf, comparisonOf } from "../library/router.js";
+import { causeAddress, comparisonOf } from "../library/router.js";
 import { ago, clock, counted } from "../library/times.js";
 import { usualOf } from "../library/usual.js";
 import { runAllAgain } from "./again.js";
@@ -61,7 +61,7 @@ export class Incident {
     if (latest > 0) writeTime(part(root, "when"), latest, ago(latest));
 
     const title = part(root, "title");
-    if (board.hasHistory) title.href = addressOf(["cause"], { workflow, failed_node: node, cause });
+    if (board.hasHistory) title.href = causeAddress({ workflow, failed_node: node, cause });
     const success = usual.successes.find((one) => !runs.some((run) => run.id === one.execution_id));
     part(root, "compare").hidden = success === undefined;
     if (success === undefined) return;

@@ -4,7 +4,7 @@
 import { runAgain } from "./again.js";
 import { draw, make, part, show, write } from "../library/dom.js";
 import { isServerWide, STATES } from "../library/model.js";
-import { addressOf, comparisonOf } from "../library/router.js";
+import { addressOf, causeAddress, comparisonOf } from "../library/router.js";
 import { sentenceOf } from "../library/sentence.js";
 import { clock, duration, sinceText } from "../library/times.js";
 import { usualOf } from "../library/usual.js";
@@ -83,7 +83,7 @@ export function writePieces(place, pieces, run) {
 
 function elementOf({ kind }, run) {
   if (kind === "text") return make("span");
-  if (kind === "node" || kind === "compare") return make("a", { "data-piece": kind });
+  if (["node", "compare", "cause"].includes(kind)) return make("a", { "data-piece": kind });
   const button = make("button", { type: "button", class: "link", "data-piece": kind });
   button.addEventListener("click", () => runAgain(run));
   return button;
@@ -92,5 +92,6 @@ function elementOf({ kind }, run) {
 /** @type {(piece: import("../library/sentence.js").Piece, run: any) => string | null} */
 function addressFor({ kind, text, id }, run) {
   if (kind === "node") return addressOf(["executions", run.id], { node: text });
+  if (kind === "cause") return causeAddress(run.data);
   return kind === "compare" ? comparisonOf(run.id, id) : null;
 }

@@ -7,6 +7,8 @@ import { counted } from "../library/times.js";
 import { linked } from "./links.js";
 
 const CHUNK = 100; // children to make together
+const FIRST = 4; // members of an object in its preview
+const SHORT = 40; // characters of each
 const LONG = 400; // characters of a string to show at first
 const DEEPEST_TEXT = 200_000; // characters of a string to read as JSON
 const MOST = 1000; // results of a search
@@ -34,7 +36,7 @@ export class Tree {
       item.append(leaf);
       return item;
     }
-    const summary = make("summary", {}, ...name, make("span", { class: "muted" }, sizeOf(node)));
+    const summary = make("summary", {}, ...name, make("span", { class: "muted" }, sizeOf(node)), make("span", { class: "muted peek" }, previewOf(node)));
     const details = make("details", {}, summary);
     const branch = new Branch(this, details, children);
     this.branches.set(node, branch);
@@ -149,6 +151,21 @@ function sizeOf(node) {
   const isObject = node.kind === "object";
   const [count, noun, brackets] = isObject ? [node.entries.length, "key", "{}"] : [node.items.length, "item", "[]"];
   return count === 0 ? brackets : `${brackets} ${counted(count, noun)}`;
+}
+
+// The first members of an object, such as ": id 7, name Ann". A list of objects is then readable
+// without opening each of them.
+function previewOf(node) {
+  if (node.kind !== "object") return "";
+  const plain = node.entries.filter(([, { kind }]) => kind !== "object" && kind !== "array").slice(0, FIRST);
+  if (plain.length === 0) return "";
+  const words = plain.map(([key, value]) => `${key} ${value.kind === "string" ? shortened(value.value) : value.text}`);
+  return `: ${words.join(", ")}`;
+}
+
+function shortened(text) {
+  const line = text.slice(0, 2 * SHORT).replace(/\s+/g, " ");
+  return line.length > SHORT ? `${line.slice(0, SHORT)}…` : line;
 }
 
 function leafOf(node) {

@@ -2,14 +2,15 @@
 // The view of the history: every execution that somebody watched or started here.
 
 import { call, get } from "../library/api.js";
-import { announce, byId, clone, confirmIn, draw, find, findAll, make, oneLine, part, show, write, writeTime } from "../library/dom.js";
+import { announce, byId, clone, confirmIn, draw, find, findAll, make, oneLine, part, show, timeOf, write, writeTime } from "../library/dom.js";
 import { groupOf, runs, STATES } from "../library/model.js";
 import { trendOf } from "../parts/plot.js";
-import { addressOf, go, replace } from "../library/router.js";
+import { addressOf, causeAddress, go, replace } from "../library/router.js";
 import { ago, clock, duration } from "../library/times.js";
 
 const PAUSE = 150; // milliseconds without typing until it searches
 const FIRST_PAGE = 100;
+const MOST_CAUSES = 5;
 
 const picked = new Map(); // by execution id: the entry
 let entries = [];
@@ -137,6 +138,7 @@ function rowOf(entry) {
   write(at("subtitle"), about.filter((one) => one !== null).join(" · "));
   const problem = runs.get(id)?.data.state === "running" ? null : entry.problem; // which is over
   write(at("preview"), oneLine(problem ?? entry.inputs ?? ""));
+  write(at("line-inputs"), problem === null ? "" : oneLine(entry.inputs ?? ""));
   at("preview").classList.toggle("wrong", problem !== null);
   showMoment(at("began"), entry);
   write(at("duration"), lengthOf(entry));
@@ -243,9 +245,22 @@ byId("history-compare").addEventListener("click", () => {
   go(addressOf(["compare", ...ids]));
 });
 
+// Which causes made runs fail lately, the most frequent first.
+async function loadCauses() {
+  const causes = await get("api/causes?days=1").catch(() => []); // the list shows the reason
+  byId("failing").hidden = causes.length === 0;
+  const items = causes.slice(0, MOST_CAUSES).map((one) => {
+    const where = one.failed_node === "" ? "" : ` in ${one.failed_node}`;
+    const link = make("a", { href: causeAddress(one) }, `${one.count} × ${one.workflow}${where}`);
+    return make("li", {}, link, make("span", {}, one.cause), timeOf(one.latest));
+  });
+  byId("failing-list").replaceChildren(...items);
+}
+
 // Trends
 
 async function loadTrends() {
+  loadCauses();
   let trends;
   try {
     trends = await get("api/history/trends");

@@ -14,6 +14,7 @@ let definition = null;
 let isAgain = false;
 let asked = 0;
 let chosen = ""; // the workflow of the fields
+let requested = ""; // the one whose fields are on their way, or here
 
 export const startView = {
   element: byId("view-start"),
@@ -58,6 +59,7 @@ function releaseOf(label, version) {
 // Shows the form for a workflow: its versions, and a field for each input that it requires.
 async function choose(workflow, release = "", inputs = null) {
   const number = (asked += 1);
+  requested = workflow;
   byId("workflow").value = workflow;
   showErrors(byId("start-form"), null);
   if (workflow.trim() === "") return showDefinition("", null, "", inputs);
@@ -126,17 +128,23 @@ const isString = (type) => /^(string|str|text)$/i.test(type);
 
 function fieldOf(name, type, index) {
   const id = `field-${index}`;
-  const kind = isString(type) ? "" : ` (${type}, as JSON)`;
+  const kind = isString(type) ? "" : ` (${type}${isScalar(type) ? "" : ", as JSON"})`;
   const error = make("p", { class: "error", id: `${id}-error`, role: "alert" });
-  const area = make("textarea", {
-    id,
-    name: `field:${name}`,
-    rows: "2",
-    spellcheck: "false",
-    "aria-describedby": `${id}-error`,
-    "aria-required": "true",
-  });
+  const common = { id, name: `field:${name}`, "aria-describedby": `${id}-error`, "aria-required": "true" };
+  const area = makeInput(type, { spellcheck: "false", ...common });
   return make("div", { class: "field-of" }, make("label", { for: id }, `${name}${kind}`), area, error);
+}
+
+const isScalar = (type) => /^(number|integer|boolean)$/i.test(type);
+
+// What is easiest to fill in for a type.
+function makeInput(type, attributes) {
+  if (/^boolean$/i.test(type)) {
+    const options = ["", "true", "false"].map((value) => make("option", { value }, value || "Choose"));
+    return make("select", attributes, ...options);
+  }
+  if (isScalar(type)) return make("input", { ...attributes, inputmode: /^integer$/i.test(type) ? "numeric" : "decimal", autocomplete: "off" });
+  return make("textarea", { ...attributes, rows: "2" });
 }
 
 const fieldAt = (index) => byId(`field-${index}`);
@@ -185,9 +193,11 @@ const WANTED = {
 };
 
 class Wrong extends Error {
-  constructor(field, message) {
+  // `others` are the wrong fields after this one.
+  constructor(field, message, others = []) {
     super(message);
     this.field = field;
+    this.others = others;
   }
 }
 
@@ -216,11 +226,13 @@ function composed() {
   if (required().length === 0) return more; // the response has the reason
   const root = jsonOf(more, "inputs");
   if (root.kind !== "object") throw new Wrong("inputs", "The inputs must be a JSON object.");
-  for (const [name, field, type] of missing) {
-    if (root.entries.some(([key]) => key === name)) continue;
-    const empty = isString(type) ? ' "" stands for an empty text.' : "";
-    throw new Wrong(field, `This workflow requires ${name}.${empty}`);
-  }
+  const wrong = missing
+    .filter(([name]) => !root.entries.some(([key]) => key === name))
+    .map(([name, field, type]) => {
+      const empty = isString(type) ? ' "" stands for an empty text.' : "";
+      return new Wrong(field, `This workflow requires ${name}.${empty}`);
+    });
+  if (wrong.length > 0) throw new Wrong(wrong[0].field, wrong[0].message, wrong.slice(1));
   if (given.length === 0) return more;
   return writeJson({ kind: "object", entries: [...given, ...root.entries] });
 }
@@ -257,12 +269,21 @@ byId("earlier").addEventListener("change", async () => {
   for (const index of required().keys()) fieldAt(index).value = "";
   spread(inputs, required());
 });
-byId("workflow").addEventListener("change", () => {
+// A name from the list brings its fields before somebody leaves this one for the next.
+byId("workflow").addEventListener("input", () => {
+  const options = [...byId("workflows").options];
+  if (options.some(({ value }) => value === byId("workflow").value)) changeWorkflow();
+});
+byId("workflow").addEventListener("change", () => changeWorkflow());
+
+function changeWorkflow() {
   const workflow = byId("workflow").value;
+  if (workflow === requested) return;
   replace(["start"], workflow === "" ? {} : { workflow });
   isAgain = false;
   choose(workflow);
-});
+}
+
 byId("version").addEventListener("change", () =>
   choose(byId("workflow").value, byId("version").value),
 );
