@@ -24,6 +24,7 @@ from promptlayer_exec import (
     StartFailed,
     StartRequest,
     StartUnknown,
+    StoreUnavailable,
 )
 from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import (
@@ -53,7 +54,7 @@ from promptlayer_exec.cli._watch_display import Display, choose_display
 
 _MAY_HAVE_STARTED = "the run may have started: waiting for its id (Ctrl-C again stops waiting)"
 # These already include whether a run was started.
-_START_ERRORS = (RequestError, StartUnknown, ExecutionTimeout, KeyConflict)
+_START_ERRORS = (RequestError, StartUnknown, ExecutionTimeout, KeyConflict, StoreUnavailable)
 
 
 def run(

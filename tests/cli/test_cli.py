@@ -457,10 +457,11 @@ class TestRun:
             assert code == 1
             assert "with the key 'order-43'" in err
             assert "no run was started" not in err
-            assert "forget" not in err  # no command does this
             assert err.endswith(
-                "This --key starts nothing now. If PromptLayer shows the run, follow it by its id"
-                " with `promptlayer-exec watch ID`. If not, use another --key.\n"
+                "The key starts nothing now. Look in PromptLayer for the metadata"
+                " promptlayer_exec.key order-43. If the run is there, `promptlayer-exec starts"
+                " adopt order-43 ID` records its id. If not, `promptlayer-exec starts forget"
+                " order-43`, and start it again. Use the same --db.\n"
             )
         assert len(sim.runs) == before + 1
 

@@ -198,6 +198,47 @@ async def test_a_callback_to_any_worker_ends_the_uncertainty(
     assert len(sim.runs) == 1
 
 
+async def test_a_callback_is_kept_while_the_database_is_away(
+    sim: Simulator, open_session: Callable[..., Session], url: str
+) -> None:
+    """It is a 503, the other receivers get it all the same, and the store does once it is back."""
+
+    class Away(SQLStartStore):
+        is_away = False
+
+        async def resolve(self, *arguments: Any, **options: Any) -> bool:
+            if self.is_away:
+                raise StoreUnavailable("cannot use the database db.internal")
+            return await super().resolve(*arguments, **options)
+
+    store = Away(url)
+    session = open_session(starts=store, callbacks=CALLBACKS)
+    sim.inject(Fault.disconnect())
+    with pytest.raises(StartUnknown) as lost:
+        await session.start("report", {"topic": "otters"}, key="order-42")
+    received: list[Any] = []
+    app = FastAPI()
+    on_callback = lambda *callback: received.append(callback)  # noqa: E731
+    app.include_router(
+        create_callback_router(session, callbacks=CALLBACKS, on_callback=on_callback)
+    )
+    store.is_away = True
+    execution_id = sim.runs[0].execution_id
+    body = {"workflow_version_execution_id": execution_id}
+    transport = httpx2.ASGITransport(app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://app") as client:
+        path = f"/callbacks/{lost.value.callback_token}"
+        assert (await client.post(path, json=body)).status_code == 503
+    assert received == [(lost.value.callback_token, execution_id)]
+
+    store.is_away = False
+    await session.aclose()  # which tries once more
+    async with SQLStartStore(url) as other:
+        record = await other.find("order-42")
+    assert record is not None
+    assert record.execution_id == execution_id
+
+
 async def test_a_callback_that_cannot_be_kept_is_not_acknowledged(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:

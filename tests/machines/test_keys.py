@@ -28,10 +28,13 @@ from promptlayer_exec import (
     StoreUnavailable,
 )
 from promptlayer_exec._database.database import Database
+from promptlayer_exec._integration import receive_callback, resolve_start
 from promptlayer_exec.simulator import Fault, Scenario, SimNode
 from promptlayer_exec.starts import (
     StartClaim,
     StoredStart,
+    _Adopted,
+    _Forgotten,
     _Recorded,
     _RecordTable,
     _Released,
@@ -295,8 +298,72 @@ class Keyed(RuleBasedStateMachine):
     @rule(key=st.sampled_from(KEYS))
     def forget(self, key: str) -> None:
         """Forget a key: the next start with it is another one."""
-        self.records.call("forget", key)
+        self.records.call("forget", _Forgotten(key, only_unknown=False))
         self.records.forgotten[key] += 1
+
+    @rule(key=st.sampled_from(KEYS))
+    def forget_if_unknown(self, key: str) -> None:
+        """Forget a key as somebody does who has seen that its run is not known."""
+        before = self.records.row(key)
+        is_forgotten = self.records.call("forget", _Forgotten(key, only_unknown=True))
+        assert is_forgotten == (before is not None and before.state == "unknown")
+        self.records.forgotten[key] += is_forgotten
+
+    @precondition(lambda self: self.sim.runs)
+    @rule(data=st.data(), key=st.sampled_from(KEYS))
+    def adopt(self, data: st.DataObject, key: str) -> None:
+        """Let somebody record a run that the dashboard shows for a key, or another key's."""
+        run = data.draw(st.sampled_from(self.sim.runs))
+        token = self.token_in(run.body)
+        before = self.records.row(key)
+        others = [self.records.row(other) for other in KEYS if other != key]
+        is_another_s = any(row and row.execution_id == run.execution_id for row in others)
+        if not (self.is_of(token, key) or is_another_s):
+            return  # nobody would take it for the key's
+
+        done = self.records.call("adopt", _Adopted(key, run.execution_id))
+        assert isinstance(done, ValueError) == (is_another_s and before is not None)
+        if isinstance(done, ValueError):
+            assert self.records.row(key) == before
+        elif done:
+            assert before is not None
+            assert before.state == "unknown" or before.execution_id == run.execution_id
+            assert cast(StoredStart, self.records.row(key)).execution_id == run.execution_id
+        elif self.is_of(token, key):
+            assert before is None or before.state != "unknown"
+
+    def is_of(self, token: str, key: str) -> bool:
+        """Return True if a token is that of a start of a key since it was forgotten."""
+        return token in self.tokens(key)
+
+    @rule(number=st.integers(0, SESSIONS - 1), key=st.sampled_from(KEYS), seconds=SECONDS)
+    def find(self, number: int, key: str, seconds: float) -> None:
+        """Begin to look for the run of a key."""
+        about = {"key": key, "topic": None, "is_checked": False}
+        epoch, process = self.records.forgotten[key], self.process_of(number)
+        call = self.sessions[number].find(key)
+        self.world.begin(call, seconds, epoch=epoch, process=process, **about)
+
+    @precondition(lambda self: self.sim.runs)
+    @rule(data=st.data(), number=st.integers(0, SESSIONS - 1), is_away=st.booleans())
+    def learn(self, data: st.DataObject, number: int, *, is_away: bool) -> None:
+        """Let the router of a process receive a callback, perhaps while the database is away."""
+        run = data.draw(st.sampled_from(self.sim.runs))
+        token = self.token_in(run.body)
+        _, key, _ = self.records.claims[token]
+        before = self.records.row(key)
+        is_news = before is not None and token in self.tokens(key)[-2:]
+
+        session = self.sessions[number]
+        self.records.is_away = is_away
+        self.records.has_been_away |= is_away
+        receive_callback(session, token, run.execution_id)
+        (outcome,) = self.world.run(settled(resolve_start(session, token, run.execution_id)))
+        assert isinstance(outcome, StoreUnavailable) == is_away
+        self.records.is_away = False
+        self.world.run(asyncio.sleep(6.0))
+        if is_news:
+            assert cast(StoredStart, self.records.row(key)).execution_id is not None
 
     @precondition(lambda self: self.is_stormy and self.world.running())
     @rule(seconds=st.sampled_from([0.5, 4.0, 12.0]))
@@ -367,8 +434,10 @@ class Keyed(RuleBasedStateMachine):
             assert call.is_cancelled
             return
         match call.error:
-            case None:
+            case None if call.task.result() is not None:
                 self.check_handle(call, call.task.result())
+            case None:
+                assert call.topic is None, "only a look-up finds nothing"
             case StartUnknown() as error:
                 assert error.key == call.key
                 assert self.may_be_lost(call.key, {call.epoch, self.records.forgotten[call.key]})
@@ -404,7 +473,7 @@ class Keyed(RuleBasedStateMachine):
     def check_handle(self, call: Any, handle: Execution) -> None:
         """Check that a handle is that of a run with the call's key and inputs."""
         (run,) = [run for run in self.sim.runs if run.execution_id == handle.id]
-        assert run.inputs == {"topic": call.topic}
+        assert call.topic is None or run.inputs == {"topic": call.topic}
         assert self.records.claims[self.token_in(run.body)][1] == call.key
 
     def teardown(self) -> None:
@@ -445,7 +514,9 @@ class Keyed(RuleBasedStateMachine):
         for number in range(SESSIONS):
             call = self.sessions[number].start("write", {"topic": "otters"}, key=key)
             (outcome,) = self.world.run(settled(call))
+            (found,) = self.world.run(settled(self.sessions[number].find(key)))
             if isinstance(outcome, Execution):
+                assert found == outcome
                 assert row is None or row.execution_id in {None, outcome.id}
                 row = self.records.row(key)
                 assert row is not None
@@ -487,7 +558,9 @@ async def settled(call: Any) -> list[Any]:
 
 def has_handle(call: Any) -> bool:
     """Return True if a call has returned a handle."""
-    return bool(call.task.done() and not call.task.cancelled() and call.error is None)
+    if not call.task.done() or call.task.cancelled() or call.error is not None:
+        return False
+    return call.task.result() is not None
 
 
 @pytest.mark.timeout(3600)
