@@ -11,6 +11,7 @@ import inspect
 import os
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -127,9 +128,13 @@ class _Call(Generic[T]):
 
 
 class _LoopThread:
-    """A thread with an event loop, for the calls of all other threads."""
+    """A thread with an event loop, for the calls of all other threads.
 
-    def __init__(self) -> None:
+    `on_interrupt` is called in a thread whose call was interrupted.
+    """
+
+    def __init__(self, on_interrupt: Callable[[], object]) -> None:
+        self._on_interrupt = on_interrupt
         # Not `start_blocking_portal`: it waits for its thread if Ctrl-C interrupts it, but never
         # tells the thread to stop.
         self._opened: Future[BlockingPortal] = Future()
@@ -171,6 +176,7 @@ class _LoopThread:
             with suppress(RuntimeError):
                 portal.call(call.cancel)
             _report_unreceived(call.outcome)
+            self._on_interrupt()
             raise
         finally:
             self._calls.discard(call)
@@ -384,7 +390,9 @@ class Session:
     A child process opens the session of its parent afresh.
 
     Args:
-        settings: those of `promptlayer_exec.Session`.
+        settings: those of `promptlayer_exec.Session`. It calls observers and the limiter in its own
+            thread. It cannot borrow an `aiohttp.ClientSession`, because that belongs to the event
+            loop in which you create it.
 
     Raises:
         ConfigurationError: a setting is malformed. A missing key raises it in the first call.
@@ -403,7 +411,7 @@ class Session:
         self._lock = threading.RLock()
         self._thread: _LoopThread | None = None
         # The runs that it started, by id, until their outcomes are received.
-        self._started: dict[int, asynchronous.Execution[Any]] = {}
+        self._started: OrderedDict[int, asynchronous.Execution[Any]] = OrderedDict()
 
     def _reset_after_fork(self) -> None:
         if self._thread is not None:
@@ -436,7 +444,7 @@ class Session:
         self._is_closed = True
         thread = self._thread
         if thread is None:
-            thread = _LoopThread()  # the asynchronous session must know
+            thread = _LoopThread(self._report_started)  # the asynchronous session must know
         with suppress(SessionClosed):  # another thread was quicker
             thread.call(self._session.aclose)
         thread.stop()
@@ -461,7 +469,7 @@ class Session:
         a complete handle remembers.
         """
         if self._is_closed:
-            thread = _LoopThread()
+            thread = _LoopThread(self._report_started)
             try:
                 yield thread
             finally:
@@ -472,7 +480,7 @@ class Session:
             if self._thread is None:
                 _refuse_in_coroutine()
                 _open_sessions.add(self)
-                self._thread = _LoopThread()
+                self._thread = _LoopThread(self._report_started)
             thread = self._thread
         yield thread
 
@@ -482,21 +490,7 @@ class Session:
         inbox: SimpleQueue[Callable[[], object]] | None = None,
     ) -> T:
         with self._loop() as thread:
-            return self._call_in(thread, function, inbox)
-
-    def _call_in(
-        self,
-        thread: _LoopThread,
-        function: Callable[[], Awaitable[T]],
-        inbox: SimpleQueue[Callable[[], object]] | None,
-    ) -> T:
-        try:
             return thread.call(function, inbox)
-        except Exception:
-            raise
-        except BaseException:  # Ctrl-C
-            self._report_started()
-            raise
 
     def _iterate(
         self,
@@ -509,7 +503,7 @@ class Session:
         """
         following = partial(anext, values, _END)
         with self._loop() as thread:
-            while (value := self._call_in(thread, following, inbox)) is not _END:
+            while (value := thread.call(following, inbox)) is not _END:
                 yield value
 
     def _seen(self, execution_id: int, snapshot: Snapshot) -> Snapshot:
@@ -522,9 +516,10 @@ class Session:
 
     def _report_started(self) -> None:
         """Log the id of each run whose outcome nobody received."""
-        while self._started:
-            _, execution = self._started.popitem()
-            _integration.report_undelivered(execution, "outcome")
+        for execution_id in list(self._started):
+            execution = self._started.pop(execution_id, None)
+            if execution is not None:  # no other thread was quicker
+                _integration.report_undelivered(execution, "outcome")
 
     @overload
     def get_results(
@@ -586,7 +581,7 @@ class Session:
         """Remember a run until its outcome is received. In the loop, so that Ctrl-C finds it."""
         self._started[execution.id] = execution
         if len(self._started) > _MOST_STARTED:
-            self._started.pop(next(iter(self._started)), None)
+            self._started.popitem(last=False)
         return execution
 
     @overload

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -394,8 +395,9 @@ def test_ctrl_c_prints_the_ids(sim: Simulator, call: str, has_logging: bool) -> 
     assert all(f"execution {run.execution_id} of" in printed for run in sim.runs), printed
 
 
+@pytest.mark.parametrize("has_handle", [False, True])
 def test_what_interrupts_a_call_in_its_thread_cancels_it(
-    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
+    sim: Simulator, caplog: pytest.LogCaptureFixture, has_handle: bool
 ) -> None:
     """A signal handler may raise any exception, as Celery does at the end of a time limit."""
 
@@ -407,13 +409,15 @@ def test_what_interrupts_a_call_in_its_thread_cancels_it(
             signal.raise_signal(signal.SIGUSR1)
 
     previous = signal.signal(signal.SIGUSR1, handle)
+    session = Session(sim.api_key, base_url=sim.base_url, observers=[observe])
+    call = partial(session.run, "held")
+    if has_handle:
+        call = session.start("held").output
     try:
-        with (
-            Session(sim.api_key, base_url=sim.base_url, observers=[observe]) as observed,
-            pytest.raises(LookupError, match="time limit"),
-        ):
-            observed.run("held")
+        with pytest.raises(LookupError, match="time limit"):
+            call()
     finally:
         signal.signal(signal.SIGUSR1, previous)
     (message,) = caplog.messages
     assert message.startswith(f"execution {sim.runs[0].execution_id} of workflow 'held' started")
+    session.close()
