@@ -184,6 +184,7 @@ async def _work(
 for _name, _command, *_examples in (
     ("status", management.status, "batch status"),
     ("list", management.list_batches, "batch list"),
+    ("items", management.items, "batch items --state unknown --older-than 1h"),
     ("show", management.show, "batch show item-17"),
     ("recheck", retrying.recheck, "batch recheck"),
     ("retry", retrying.retry, "batch retry --failed", "batch retry item-17 item-18"),

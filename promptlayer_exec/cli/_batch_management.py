@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
+from contextlib import aclosing
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import attrs
 import typer
 
 from promptlayer_exec._advice import explain, explain_stored
-from promptlayer_exec._integration import printable
+from promptlayer_exec._integration import KEY_METADATA, printable
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_options as options
 from promptlayer_exec.cli._exit import (
+    PROGRAM,
     Misuse,
     Subject,
     command,
+    hint,
     run_command,
 )
-from promptlayer_exec.cli._options import BaseUrl, Database, JsonLines
+from promptlayer_exec.cli._options import BaseUrl, Database, JsonLines, seconds
 from promptlayer_exec.cli._printing import err, out, preview
 from promptlayer_exec.cli._result_file import open_results, write_results
 
 if TYPE_CHECKING:
-    from promptlayer_exec.dbos import RunAttempt, StoredItem
+    from promptlayer_exec.dbos import BatchItem, RunAttempt, StoredItem
+    from promptlayer_exec.dbos._reports import ItemState
 
 
 @command
@@ -84,6 +89,85 @@ async def list_batches(database: Database = None, *, as_json: JsonLines = False)
 
 
 @command
+async def items(
+    name: options.OnlyBatch = None,
+    database: Database = None,
+    *,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STATE",
+            help="Only items that are waiting, sending, following, unknown, failed or succeeded.",
+        ),
+    ] = None,
+    older_than: Annotated[
+        float, seconds("Only items whose state has not changed for this long, such as 1h.")
+    ] = 0.0,
+    as_json: JsonLines = False,
+) -> None:
+    """List the items of a batch, each with the command that leads on.
+
+    A line shows the state of an item, since when (UTC), its run, and why it has no output. An item
+    is `sending` while the response may still come, and `unknown` if it was lost.
+    """
+    chosen, batch = await lookup.chosen_batch(name, database)
+    flags = lookup.command_flags(chosen, database)
+    listed = batch.items(state=cast("ItemState | None", state), older_than=older_than)
+
+    count, unknown = 0, 0
+    try:
+        async with aclosing(listed):
+            async for item in listed:
+                count += 1
+                unknown += item.state == "unknown"
+                out(_json_line(item, flags) if as_json else _line(item, flags))
+    except ValueError as error:  # of the state
+        raise Misuse(str(error)) from error
+
+    if not count:
+        err(f"batch {printable(chosen)}: there is no such item")
+    if unknown and not as_json:
+        err(
+            hint(
+                f"{lookup.item_count(unknown)} unknown: each may have started a run and be billed."
+                f" In PromptLayer, search for the metadata {KEY_METADATA} = KEY. If the run is"
+                " there, adopt it, with the command at the end of the line. If it is not, start"
+                " the item again with:",
+                f"{PROGRAM} batch retry KEY --unknown{flags}",
+            )
+        )
+
+
+def _line(item: BatchItem, flags: str) -> str:
+    """Return an item as one line, which ends with the command that leads on."""
+    text = f"{item.state} since {_time(item.since)}"
+    if item.execution_id is not None:
+        text += f", execution {item.execution_id}"
+    if item.why is not None:
+        text += f": {printable(item.why)}"
+    return f"{printable(item.key)}  {text}  {_way_out(item, flags)}"
+
+
+def _json_line(item: BatchItem, flags: str) -> str:
+    fields = attrs.asdict(item) | {"command": _way_out(item, flags)}
+    return json.dumps(fields, default=datetime.isoformat)
+
+
+def _way_out(item: BatchItem, flags: str) -> str:
+    """Return the command that leads on from the state of an item."""
+    key = shlex.quote(item.key)
+    act = {
+        "waiting": "work",
+        "sending": "work",  # if its worker died, it becomes unknown
+        "following": f"give-up {key}",
+        "unknown": f"adopt {key} ID",
+        "failed": f"retry {key}",  # if its run may still bring an output, it is followed again
+        "succeeded": f"show {key}",
+    }[item.state]
+    return printable(f"{PROGRAM} batch {act}{flags}")
+
+
+@command
 async def show(
     key: Annotated[str, typer.Argument(metavar="KEY", help="Key of the item.")],
     name: options.OnlyBatch = None,
@@ -109,11 +193,7 @@ async def show(
 
 def _item_lines(batch: str, item: StoredItem) -> list[str]:
     outcome = item.outcome
-    state: str = "stored"
-    if outcome is not None:
-        state = outcome.kind
-    elif item.attempts:
-        state = item.attempts[-1].state
+    state = item.attempts[-1].state if item.attempts else "stored"
     lines = [f"item {printable(item.key)} of batch {printable(batch)}: {state}"]
     for name, value in item.request.items():
         if value is not None:

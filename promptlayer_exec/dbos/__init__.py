@@ -7,6 +7,7 @@ try:
     from promptlayer_exec.dbos._batch import Batch, batch_names
     from promptlayer_exec.dbos._records import BatchStatus, StoredError, StoredOutcome
     from promptlayer_exec.dbos._reports import (
+        BatchItem,
         BatchSettings,
         Durations,
         Failure,
@@ -19,6 +20,7 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "Batch",
+    "BatchItem",
     "BatchSettings",
     "BatchStatus",
     "Durations",

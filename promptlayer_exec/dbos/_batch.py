@@ -31,7 +31,14 @@ from promptlayer_exec.dbos._following import Following
 from promptlayer_exec.dbos._liveness import count_workers
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._records import BatchStatus, Kind, StoredOutcome, stored_error
-from promptlayer_exec.dbos._reports import BatchSettings, Durations, Failure, StoredItem
+from promptlayer_exec.dbos._reports import (
+    BatchItem,
+    BatchSettings,
+    Durations,
+    Failure,
+    ItemState,
+    StoredItem,
+)
 from promptlayer_exec.dbos._requeue import Reason
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._worker import Worker
@@ -437,6 +444,29 @@ class Batch:
             found = await store.run_in_thread(store.status, self._name)
             workers = await store.run_in_thread(count_workers, store, self._name)
             return attrs.evolve(found, workers=workers)
+
+    async def items(
+        self, *, state: ItemState | None = None, older_than: float = 0.0
+    ) -> AsyncGenerator[BatchItem, None]:
+        """Yield the items of the batch, in the order of their keys, each as it is now.
+
+        Args:
+            state: only items in this state: `waiting`, `sending`, `following`, `unknown`, `failed`
+                or `succeeded`. None means all.
+            older_than: only items whose state has not changed for this many seconds.
+
+        Raises:
+            ValueError: `state` is another one, or `older_than` is negative.
+        """
+        reports.check_state(state)
+        integration.check_seconds("older_than", older_than)
+        last = ""
+        async with self._open() as store:
+            read = partial(reports.items_after, store, self._name)
+            while page := await store.run_in_thread(read, last, state, older_than):
+                for item in page:
+                    yield item
+                last = page[-1].key
 
     async def settings(self) -> BatchSettings:
         """Return the settings that all workers share."""

@@ -154,9 +154,9 @@ def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
 
     def write(connection: sa.Connection) -> set[str]:
         if taken_back:
-            connection.execute(_TAKE_BACK, taken_back)
+            connection.execute(_TAKE_BACK.values(since=store.now), taken_back)
         if given:
-            connection.execute(_RECORD, given)
+            connection.execute(_RECORD.values(since=store.now), given)
         return _recorded(connection, batch, [intent.key for intent in intents])
 
     recorded = store.transact(write)
@@ -178,7 +178,7 @@ def write_started(store: Store, batch: str, starts: Sequence[SendResult]) -> lis
     ]
 
     def write(connection: sa.Connection) -> set[str]:
-        connection.execute(_RECORD_START, rows)
+        connection.execute(_RECORD_START.values(since=store.now), rows)
         return _recorded(connection, batch, [start.key for start in starts], with_result=True)
 
     recorded = store.transact(write)

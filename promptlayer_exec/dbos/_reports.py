@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal, get_args
 
 import attrs
 import sqlalchemy as sa
@@ -16,6 +16,7 @@ from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import batches, items, key_and_attempt
 
 _item = items.c
+_PAGE = 500
 
 
 @attrs.frozen
@@ -38,6 +39,29 @@ class BatchSettings:
     created: datetime | None
 
 
+ItemState = Literal["waiting", "sending", "following", "unknown", "failed", "succeeded"]
+
+
+@attrs.frozen
+class BatchItem:
+    """The state of an item, and what led to it.
+
+    Attributes:
+        key: its key.
+        state: `waiting` in the queue, `sending` its start request, `following` its run, `unknown`
+            if the run may or may not have started, `failed` or `succeeded`.
+        why: why it has no output, or None if it has one, or has not finished.
+        since: when its state last changed (UTC).
+        execution_id: the id of its run, or None if none is known.
+    """
+
+    key: str
+    state: ItemState
+    why: str | None
+    since: datetime
+    execution_id: int | None
+
+
 @attrs.frozen
 class RunAttempt:
     """One attempt to run an item. A retry begins the next one.
@@ -47,7 +71,7 @@ class RunAttempt:
         added: when it joined the queue (UTC).
         taken: when the last worker took it (UTC), or None if none has.
         worker: the worker that has it, or the last one that had it: its host, and an id.
-        state: `waiting`, `running` or `ended`.
+        state: that of the item in this attempt, as in `BatchItem`.
         execution_id: its run, or None if it has no known run.
         started: when its run started (UTC), or None if that is unknown.
         error: why it finished without an output, or None if it did not.
@@ -58,7 +82,7 @@ class RunAttempt:
     added: datetime
     taken: datetime | None
     worker: str | None
-    state: str
+    state: ItemState
     execution_id: int | None = None
     started: datetime | None = None
     error: StoredError | None = None
@@ -112,6 +136,49 @@ class Durations:
     longest: float
 
 
+_state = sa.case(
+    (_item.kind.is_not(None), _item.kind),
+    (_item.started.is_not(None), "following"),
+    (_item.intent.is_not(None), "sending"),
+    else_="waiting",
+).label("state")
+
+
+def check_state(state: Any) -> None:
+    if state is not None and state not in get_args(ItemState):
+        known = ", ".join(get_args(ItemState))
+        raise ValueError(f"state must be one of {known}, got {state!r:.100}")
+
+
+def items_after(
+    store: Store, batch: str, last: str, state: ItemState | None, older_than: float
+) -> list[BatchItem]:
+    """Return the next items after a key, in the order of their keys."""
+    # An output may have megabytes, and the id of its run is in the row.
+    outcome = sa.case((_item.kind != "succeeded", _item.outcome)).label("outcome")
+    query = sa.select(_item.key, _state, _item.started, _item.since, outcome)
+    query = query.where(_item.batch == batch, _item.key > last)
+
+    if state in ("succeeded", "failed", "unknown"):
+        query = query.where(_item.kind == state)
+    elif state is not None:
+        query = query.where(_item.kind.is_(None), _state == state)
+    if older_than:
+        query = query.where(_item.since <= store.now - older_than)
+    return [_batch_item(row) for row in store.rows(query.order_by(_item.key).limit(_PAGE))]
+
+
+def _batch_item(row: Any) -> BatchItem:
+    execution_id = None if row.started is None else json.loads(row.started)["execution_id"]
+    why = None
+    if row.outcome is not None:
+        outcome = StoredOutcome.from_json(row.outcome)
+        execution_id = outcome.execution_id
+        why = None if outcome.error is None else outcome.error.message
+    since = datetime.fromtimestamp(row.since, UTC)
+    return BatchItem(row.key, row.state, why, since, execution_id)
+
+
 def kinds(store: Store, batch: str, keys: Iterable[str]) -> dict[str, Kind | None]:
     """Return how each item finished, None for one that has not. Leave out unknown keys."""
     return {row.key: row.kind for row in store.rows_of(batch, [*keys], _item.kind)}
@@ -139,7 +206,8 @@ def settings(store: Store, batch: str) -> BatchSettings:
 
 
 def item(store: Store, batch: str, key: str) -> StoredItem | None:
-    query = sa.select(_item.attempt, _item.outcome, _item.request, _item.history, _item.started)
+    columns = (_item.attempt, _item.outcome, _item.request, _item.history, _item.started)
+    query = sa.select(*columns, _state)
     query = query.where(_item.batch == batch, _item.key == key)
     for row in store.rows(query):
         # What is known about each attempt, by its number.
@@ -158,14 +226,14 @@ def item(store: Store, batch: str, key: str) -> StoredItem | None:
             }
 
         workflows = store.workflows(batch, key, row.attempt)
-        attempts = tuple(_attempt(workflow, known) for workflow in workflows)
+        attempts = tuple(_attempt(workflow, known, row) for workflow in workflows)
         return StoredItem(key, json.loads(row.request), attempts, outcome)
     return None
 
 
-def _attempt(workflow: Any, known: Mapping[int, Mapping[str, Any]]) -> RunAttempt:
-    states = {"ENQUEUED": "waiting", "DELAYED": "waiting", "PENDING": "running"}
+def _attempt(workflow: Any, known: Mapping[int, Mapping[str, Any]], row: Any) -> RunAttempt:
     number = key_and_attempt(workflow.workflow_id)[1]
+    state = row.state if number == row.attempt else _ended_state(known[number]["error"])
     taken = None
     if workflow.dequeued_at is not None:
         taken = datetime.fromtimestamp(workflow.dequeued_at / 1000, UTC)
@@ -174,7 +242,7 @@ def _attempt(workflow: Any, known: Mapping[int, Mapping[str, Any]]) -> RunAttemp
         datetime.fromtimestamp(workflow.created_at / 1000, UTC),
         taken,
         workflow.executor_id or None,
-        states.get(workflow.status, "ended"),
+        state,
     )
 
     if number not in known:
@@ -188,6 +256,12 @@ def _attempt(workflow: Any, known: Mapping[int, Mapping[str, Any]]) -> RunAttemp
         error=None if error is None else StoredError(**error),
         finished=_moment(run["finished"]),
     )
+
+
+def _ended_state(error: Mapping[str, Any] | None) -> ItemState:
+    if error is None:
+        return "succeeded"
+    return "unknown" if error["type"] == "StartUnknown" else "failed"
 
 
 def _moment(text: str | None) -> datetime | None:

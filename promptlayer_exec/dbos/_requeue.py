@@ -344,6 +344,7 @@ def _begin(
             attempt=sa.bindparam("number"),
             started=sa.bindparam("start"),
             history=sa.bindparam("earlier"),
+            since=store.now,
             **nothing,
         ),
         [

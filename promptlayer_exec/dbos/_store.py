@@ -156,7 +156,8 @@ class Store(SharedDatabase):
     def add(self, batch: str, rows: Sequence[Row]) -> int:
         """Add and enqueue the new items, check the others, and return how many were new."""
         unique = by_key(batch, rows)
-        insert = self.insert(_items).on_conflict_do_nothing().returning(_item.key)
+        insert = self.insert(_items).values(since=self.now)
+        insert = insert.on_conflict_do_nothing().returning(_item.key)
         items = [
             {"batch": batch, "attempt": 1, "key": key, "request": row.request, "digest": row.digest}
             for key, row in unique.items()
@@ -200,7 +201,7 @@ class Store(SharedDatabase):
                 }
                 for seq, ending in enumerate(endings, first)
             ]
-            connection.execute(_FINISH, rows)
+            connection.execute(_FINISH.values(since=self.now), rows)
 
             # Some may not have been stored.
             new = sa.select(_item.key, _item.attempt, _item.kind)

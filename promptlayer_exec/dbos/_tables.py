@@ -55,6 +55,8 @@ items = sa.Table(
     sa.Column("started", sa.Text),
     # How long its run took, in seconds.
     sa.Column("seconds", sa.Double),
+    # When its state last changed, by the database's clock.
+    sa.Column("since", sa.Double, nullable=False),
     # The earlier attempts and how they finished, as JSON.
     sa.Column("history", sa.Text),
     sa.Index("promptlayer_item_kind", "batch", "kind"),

@@ -657,7 +657,7 @@ def test_an_item_can_be_looked_at(sim: Simulator, run: Run, tmp_path: Path) -> N
     ]
     shown = json.loads(run("show", "bad", "--json")[1])
     assert shown["outcome"]["error"]["type"] == "ExecutionFailed"
-    assert [attempt["state"] for attempt in shown["attempts"]] == ["ended"]
+    assert [attempt["state"] for attempt in shown["attempts"]] == ["failed"]
     assert run("show", "c") == (2, "", "batch 'night' has no item 'c'\n")
 
 
@@ -889,6 +889,40 @@ def test_a_run_that_somebody_found_is_adopted(sim: Simulator, run: Run, tmp_path
     assert run("work")[0] == 0
     assert run("adopt", "a", found) == (2, "", "item 'a' has succeeded, and is not unknown\n")
     assert len(sim.runs) == 1
+
+
+def test_items_are_listed_with_the_command_that_leads_on(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """Why an item has no output, since when, and what to type next."""
+    lines = [{"key": key, "workflow": "echo", "inputs": {"n": key}} for key in ("lost", "ok")]
+    sim.inject(on("POST", "/", Fault.disconnect()))
+    assert run("run", write(tmp_path / "night.jsonl", lines[0]))[0] == 1
+    sim.clear_faults()
+    assert run("run", write(tmp_path / "night.jsonl", *lines))[0] == 1
+
+    code, listed, err = run("items")
+    assert code == 0
+    lost, succeeded = listed.splitlines()
+    assert lost.startswith("lost  unknown since 20")
+    assert lost.endswith("  promptlayer-exec batch adopt lost ID --name night")
+    assert succeeded.startswith("ok  succeeded since 20")
+    assert succeeded.endswith(
+        f", execution {sim.runs[-1].execution_id}  promptlayer-exec batch show ok --name night"
+    )
+    assert "1 item unknown: each may have started a run and be billed." in err
+    assert err.endswith("  promptlayer-exec batch retry KEY --unknown --name night\n")
+
+    (line,) = run("items", "--state", "unknown", "--json")[1].splitlines()
+    unknown = json.loads(line)
+    assert (unknown["state"], unknown["execution_id"]) == ("unknown", None)
+    assert unknown["why"]
+    nothing = (0, "", "batch night: there is no such item\n")
+    assert run("items", "--older-than", "1h") == nothing
+    assert run("items", "--state", "failed") == nothing
+    code, _, err = run("items", "--state", "running")
+    assert code == 2
+    assert err.startswith("state must be one of waiting, sending, following, unknown, ")
 
 
 def test_a_second_run_is_paid_for_deliberately(sim: Simulator, run: Run, tmp_path: Path) -> None:

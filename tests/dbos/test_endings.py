@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -76,6 +77,48 @@ def odd(sim: Simulator) -> set[str]:
 
     sim.inject(Fault(effect, times=None))
     return names
+
+
+async def test_items_are_listed_with_their_states(sim: Simulator, batch: Batch) -> None:
+    """In the order of their keys: why each has no output, since when, and its run."""
+    await batch.add([*requests(["bad", "good"]), *requests(["held"], "held")])
+    before = [item async for item in batch.items()]
+    assert [(item.key, item.state, item.execution_id) for item in before] == [
+        *(("bad", "waiting", None), ("good", "waiting", None), ("held", "waiting", None))
+    ]
+    working = asyncio.create_task(batch.work())
+    run = await run_of(sim, "held")
+    async with asyncio.timeout(20):
+        for key, state in (("bad", "failed"), ("good", "succeeded"), ("held", "following")):
+            while key not in [item.key async for item in batch.items(state=state)]:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.01)
+    found = [item async for item in batch.items()]
+    assert [item.state for item in found] == ["failed", "succeeded", "following"]
+    assert found[0].why.startswith(f"execution {await run_of(sim, 'bad')}")
+    assert (found[1].why, found[1].execution_id) == (None, await run_of(sim, "good"))
+    assert (found[2].why, found[2].execution_id) == (None, run)
+    assert all(now.since > then.since for then, now in zip(before, found, strict=True))
+    clock = timedelta(milliseconds=2)  # the resolution of SQLite's
+    assert found[0].since >= (await batch.item("bad")).outcome.finished - clock
+    assert found[2].since >= (await batch.item("held")).attempts[-1].started - clock
+    assert [item.key async for item in batch.items(state="following")] == ["held"]
+    assert [item.key async for item in batch.items(older_than=3600.0)] == []
+    with pytest.raises(ValueError, match="state must be one of waiting, sending"):
+        await anext(batch.items(state="running"))  # type: ignore[arg-type]
+    sim.finish(run, "Answer")
+    await working
+
+    sim.inject(Fault.status(503))
+    await batch.add(requests(["lost"]))
+    await batch.work()
+    (lost,) = [item async for item in batch.items(state="unknown")]
+    assert (lost.key, lost.execution_id) == ("lost", None)
+    assert lost.why is not None
+    stored = await batch.item("lost")
+    assert [attempt.state for attempt in stored.attempts] == ["unknown"]
+    assert await batch.retry(unknown=True) == 1
+    stored = await batch.item("lost")
+    assert [attempt.state for attempt in stored.attempts] == ["unknown", "waiting"]
 
 
 @pytest.mark.parametrize("error", REFUSALS)
