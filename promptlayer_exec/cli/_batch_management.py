@@ -9,7 +9,7 @@ from contextlib import aclosing
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import attrs
 import typer
@@ -32,7 +32,6 @@ from promptlayer_exec.cli._result_file import open_results, write_results
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import BatchItem, RunAttempt, StoredItem
-    from promptlayer_exec.dbos._reports import ItemState
 
 
 @command
@@ -112,7 +111,7 @@ async def items(
     """
     chosen, batch = await lookup.chosen_batch(name, database)
     flags = lookup.command_flags(chosen, database)
-    listed = batch.items(state=cast("ItemState | None", state), older_than=older_than)
+    listed = batch.items(state=cast("Any", state), older_than=older_than)
 
     count, unknown = 0, 0
     try:
