@@ -319,7 +319,8 @@ class _RecordTable:
             which = [_row.key > after, _row.updated <= self._now - older_than]
             if only_unknown:
                 # The first condition lets the database use the index.
-                which += [_row.state != "started", self._is_unknown]
+                is_unsettled = _row.state != sa.literal_column("'started'")
+                which += [is_unsettled, self._is_unknown]
             query = sa.select(_starts, self._now.label("now")).where(*which)
             query = query.order_by(_row.key).limit(_PAGE_SIZE)
             found.append([self._stored(row) for row in connection.execute(query)])

@@ -500,7 +500,7 @@ class Keyed(RuleBasedStateMachine):
         for run in self.sim.runs:
             process, key, _ = self.records.claims[self.token_in(run.body)]
             is_known = run.execution_id in rows | handles or f"execution {run.execution_id} " in log
-            is_unknown = f"with the key {key!r} started" in log or any(
+            is_unknown = f"with the key {key!r} may have started" in log or any(
                 isinstance(call.error, StartUnknown) and call.key == key
                 for call in self.world.calls
                 if call.task.done() and not call.task.cancelled()
