@@ -1,8 +1,7 @@
 """Functions that the package's own integrations need beyond the public API.
 
-Internal: names here may change in any release. An integration (`fastapi`, `dbos`, `viewer`, `mcp`,
-`cli`) imports the public API and, if that is not enough, this module. It never imports another
-private module.
+Internal: names here may change in any release. An integration, such as `fastapi` or `starts`,
+imports the public API and, if that is not enough, this module. It imports nothing else of the core.
 """
 
 from __future__ import annotations
@@ -49,7 +48,12 @@ from promptlayer_exec._values.errors import (
     what_happened,
 )
 from promptlayer_exec._values.events import WakeSource, logger
-from promptlayer_exec._values.models import Snapshot, StartRequest, node_dict
+from promptlayer_exec._values.models import (
+    Snapshot,
+    StartRequest,
+    contradicts_completion,
+    node_dict,
+)
 from promptlayer_exec._values.policies import (
     Limiter,
     check_seconds,
@@ -99,6 +103,7 @@ __all__ = [
     "check_execution_id",
     "check_key",
     "check_seconds",
+    "contradicts_completion",
     "duration",
     "each",
     "error_details",

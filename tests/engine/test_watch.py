@@ -386,6 +386,18 @@ async def test_a_200_that_contradicts_its_nodes_is_believed_the_third_time(
     assert last.nodes["A"].succeeded is (early < 3)
 
 
+async def test_only_poll_after_poll_makes_a_200_that_contradicts_its_nodes_credible(
+    sim: Simulator, session: Session
+) -> None:
+    """A 202 between them shows that the execution still runs, however often it alternates."""
+    for _ in range(4):
+        sim.inject(Fault.status(200, body=EARLY))
+        sim.inject(Fault.status(202, body=EARLY))
+    sim.inject(Fault.status(200, body=b'{"A":{"status":"SUCCESS"}}'))
+    snapshot = await session.execution(1).wait()
+    assert (snapshot.poll, snapshot.nodes["A"].succeeded) == (9, True)
+
+
 async def test_a_single_read_shows_a_200_that_contradicts_its_nodes(
     sim: Simulator, session: Session
 ) -> None:

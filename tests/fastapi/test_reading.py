@@ -232,6 +232,20 @@ async def test_a_complete_answer_is_kept_and_has_a_tag(
         assert (await client.get(path, headers=known)).status_code == 403
 
 
+async def test_an_answer_that_contradicts_its_nodes_is_not_kept(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """The next one may show how the run finished, so a browser must ask for it."""
+    path = f"/executions/{held}"
+    sim.inject(Fault.early_completion())
+    async with connect(session) as client:
+        early = await client.get(path)
+        assert early.json()["complete"]
+        assert "etag" not in early.headers
+        sim.finish(held, "Answer")
+        assert (await client.get(path)).json() != early.json()
+
+
 async def test_complete_answers_are_kept_in_bounded_memory(
     sim: Simulator, session: Session
 ) -> None:
