@@ -57,7 +57,7 @@ class _Fetch:
     _request: Request
     _node_maps: NodeMapReader
     _latest: NodeMap | None = None
-    _early: int = 0  # how many responses were complete too early
+    _early: int = 0  # how many responses in a row were complete too early
 
     async def __call__(
         self,
@@ -80,8 +80,10 @@ class _Fetch:
         execution_id = cast(int, self._request.execution_id)
         latest = self._node_maps.read(response, execution_id, self._latest)
 
-        # The server may report a run as complete too early. Believe it the third time.
-        if latest.is_early and latest.source is not None and self._early < 2:
+        # The server may report a run as complete too early. Believe it the third time in a row.
+        if not latest.is_early:
+            self._early = 0
+        elif latest.source is not None and self._early < 2:
             self._early += 1
             latest = attrs.evolve(latest, complete=False, source=(202, latest.source[1]))
 

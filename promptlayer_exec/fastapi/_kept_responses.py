@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from promptlayer_exec import Session
+from promptlayer_exec._integration import contradicts_completion
 from promptlayer_exec.fastapi._responses import dump_json
 from promptlayer_exec.fastapi._visible_fields import shown_snapshot
 
@@ -48,8 +49,8 @@ class KeptResponses:
         snapshot = await session.execution(execution_id).snapshot()
         shown = shown_snapshot(snapshot, self._hidden)
         body = dump_json(shown).encode()
-        if not snapshot.complete:
-            return body, None
+        if not snapshot.complete or contradicts_completion(snapshot.nodes.values()):
+            return body, None  # the next response may differ
 
         tagged = body, _tag(shown)
         if len(body) <= 2**20:  # a larger one would displace many
