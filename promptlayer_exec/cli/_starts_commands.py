@@ -52,7 +52,7 @@ async def _list(
     older_than: OlderThan = 0.0,
     as_json: options.JsonLines = False,
 ) -> None:
-    """List the keys in a database, each with the command that leads on (UTC).
+    """List the keys in a database, each with the command that leads on.
 
     A key is `sending` while the response may still come, `started` once its run is known, and
     `unknown` if the response was lost.
@@ -117,7 +117,7 @@ async def _adopt(
     database: options.Database = None,
     base_url: options.BaseUrl = None,
 ) -> None:
-    """Record the run that you found for an unknown key. It starts nothing.
+    """Record the run that you found for an unknown key, and start none.
 
     From then on, each start with the key returns this run. The command reads the run once, to check
     that it exists.
