@@ -18,7 +18,7 @@ class Offers:
 
     def __init__(self, sim: Simulator, viewer: Any) -> None:
         self._board = viewer.board
-        self.seconds = 0.1  # of each node
+        self.seconds: float | None = 0.1  # of each node
         self._next = Scenario([])
         sim.add_workflow("churn-offer", lambda _: self._next)
 
@@ -53,6 +53,9 @@ async def test_back_returns_to_the_line(offers: Offers, ui: Any, page: Page, key
     ids = [
         await offers.start(f"{reason} by {'x' * number}") for number, reason in enumerate(reasons)
     ]
+    await page.emulate_media(reduced_motion="reduce")
+    await expect(page.locator('[data-count="failed"]')).to_have_text(str(len(ids)))
+    await expect(page.locator('.line[data-state="failed"]')).to_have_count(len(ids))
     opened = line(page, ids[1])
     await opened.scroll_into_view_if_needed()
     before = await opened.bounding_box()
@@ -242,3 +245,27 @@ async def test_the_sentence_leads_to_the_cause(offers: Offers, ui: Any, page: Pa
     await expect(sentence).to_contain_text("3 of the latest 5 runs failed, 2 for this reason.")
     await sentence.get_by_role("link", name="2 for this reason").click()
     await expect(page.locator("#cause-reason")).to_have_text("no seats for …")
+
+
+async def test_slow_runs_are_a_group(
+    sim: Simulator, viewer: Any, offers: Offers, page: Page
+) -> None:
+    """They have a chip and a count, and leave the group of running ones."""
+    for number in range(3):
+        viewer.board.history.record(
+            execution_id=sim.add_execution(Scenario([SimNode("load customer")])),
+            workflow="churn-offer",
+            outcome="succeeded",
+            began=1000.0 + number,
+            is_started=True,
+            duration=0.05,
+            times="{}",
+        )
+    offers.seconds = None
+    slow = await offers.start()
+    group = page.locator('.group[data-group="slow"]')
+    await expect(group.locator(f'.line[data-id="{slow}"]')).to_be_visible()
+    await expect(page.locator('[data-count="slow"]')).to_have_text("1")
+    await expect(page.locator('[data-count="running"]')).to_have_text("0")
+    await page.get_by_label("Slow 1").check()
+    await expect(page.locator(".line:visible")).to_have_count(1)

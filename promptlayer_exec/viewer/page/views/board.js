@@ -152,11 +152,20 @@ function showLine(line) {
   tick(line);
 }
 
+// Runs that take much longer than usual are a group of their own.
+function groupNow(run) {
+  const group = groupOf(run.data.state);
+  const isSlow = lines.get(run.id)?.root.classList.contains("slow") ?? false;
+  return isSlow && (group === "running" || group === "succeeded") ? "slow" : group;
+}
+
 function tick(line) {
   const { root, run, rows } = line;
+  const wasSlow = root.classList.contains("slow");
   const problem = showTime(root, run) ?? run.data.warning ?? "";
   write(part(root, "problem"), run.data.state === "lost" ? "" : problem);
   showSentence(root, run);
+  if (root.classList.contains("slow") !== wasSlow) arrangeSoon();
   showWhen(part(root, "when"), run.endedAt());
   if (rows !== null && !part(root, "body").hidden) rows.tick(run.now());
 }
@@ -169,7 +178,7 @@ function showWhen(time, moment) {
 // When the latest run of a group finished.
 function showLatest(group) {
   const moments = listed()
-    .filter((run) => groupOf(run.data.state) === group.dataset.group)
+    .filter((run) => groupNow(run) === group.dataset.group)
     .map((run) => run.endedAt() ?? 0);
   const latest = Math.max(0, ...moments);
   write(part(group, "latest"), latest === 0 ? "" : `latest ${ago(latest)}`);
@@ -205,11 +214,11 @@ function arrange() {
   if (!isShown) return;
   const text = byId("filter").value.trim().toLowerCase();
   const state = find("input[name=state]:checked").value;
-  const counts = { all: 0, failed: 0, lost: 0, running: 0, succeeded: 0 };
+  const counts = { all: 0, failed: 0, lost: 0, slow: 0, running: 0, succeeded: 0 };
   const found = new Set(listed().map(lineOf).filter((line) => isFound(line, text)));
   for (const { run } of found) {
     counts.all += 1;
-    counts[groupOf(run.data.state)] += 1;
+    counts[groupNow(run)] += 1;
   }
   for (const [name, count] of Object.entries(counts)) {
     write(find(`[data-count=${name}]`), String(count));
@@ -245,9 +254,9 @@ function placeGroup(group, found, state) {
   const list = group.querySelector(".lines");
   const isStill = isUsed();
   // A line that may not move now stays in its place.
-  const groupNow = (line) => (isStill && line.root.isConnected ? line.root.closest(".group").dataset.group : groupOf(line.run.data.state));
-  const members = listed().map(lineOf).filter((line) => groupNow(line) === name);
-  const shown = new Set(members.filter((line) => found.has(line) && ["all", groupOf(line.run.data.state)].includes(state)));
+  const groupHere = (line) => (isStill && line.root.isConnected ? line.root.closest(".group").dataset.group : groupNow(line.run));
+  const members = listed().map(lineOf).filter((line) => groupHere(line) === name);
+  const shown = new Set(members.filter((line) => found.has(line) && ["all", groupNow(line.run)].includes(state)));
   const isFolding = name === "succeeded" && state === "all" && byId("filter").value === "" && !isUnfolded;
   const causes = name === "failed" ? causesNow(members.filter((line) => shown.has(line)), isStill) : new Map();
   placeMembers(list, members, causes);
