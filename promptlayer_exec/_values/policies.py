@@ -128,16 +128,13 @@ def is_transient(error: RequestError, statuses: frozenset[int] = TRANSIENT_STATU
     return not error.is_permanent
 
 
-# About the size of one request, so no outage, whoever responds with them.
-_TOO_LARGE_STATUSES = frozenset({413, 414, 431})
-
-
 def is_from_gateway(error: StatusError) -> bool:
-    """Return True if a gateway responded in PromptLayer's place, as while it is deployed.
+    """Return True for the 404 of a gateway that knows no server, as while one is deployed.
 
-    PromptLayer's own errors are JSON objects.
+    PromptLayer's own errors are JSON objects. With other statuses, a gateway may refuse the content
+    of one request.
     """
-    return not isinstance(error.body, dict) and error.status not in _TOO_LARGE_STATUSES
+    return error.status == 404 and not isinstance(error.body, dict)
 
 
 def _frozen(statuses: Iterable[int]) -> frozenset[int]:

@@ -140,7 +140,6 @@ async def test_starts_pause_while_the_server_fails(
         (403, b"{}", Forbidden),
         (404, PAGE, NotFound),
         (404, b"", NotFound),
-        (302, PAGE, StatusError),
         (200, PAGE, InvalidResponse),
     ],
 )
@@ -166,12 +165,16 @@ async def test_an_outage_that_lasts_ends_the_work(
 
 @pytest.mark.parametrize(
     ("status", "body", "error"),
-    [(404, b'{"message": "no such workflow"}', "NotFound"), (413, PAGE, "StatusError")],
+    [
+        (404, b'{"message": "no such workflow"}', "NotFound"),
+        (400, PAGE, "BadRequest"),
+        (413, PAGE, "StatusError"),
+    ],
 )
 async def test_a_refusal_of_one_item_is_its_outcome(
     sim: Simulator, batch: Batch, status: int, body: bytes, error: str
 ) -> None:
-    """PromptLayer refused it, or it is too large for the gateway."""
+    """PromptLayer refused it, or a gateway did for its content or its size."""
     sim.inject(Fault.status(status, body=body))
     await batch.add(requests(3))
     assert (await batch.work()).failed == 1
