@@ -31,8 +31,8 @@ class ReadPatience:
     """How often and how long a worker asks for results that it cannot read, in seconds.
 
     Complete responses of another shape, or larger than the session's limit, end the item after
-    `responses` of them. Refused requests (4xx) end it after `refused_alone` if other runs finished
-    meanwhile, and else after `refused`, because gateways refuse requests while they are deployed.
+    `responses` of them. Refused requests (4xx) end it after `refused_alone` if only this run has
+    the problem, and else after `refused`, because gateways refuse requests during a deployment.
 
     A run that is older than the batch's limit is followed for `last_look`. Pauses between requests
     grow from `first_delay` to `longest_delay`. Time limits are kept within `precision`.
@@ -228,15 +228,22 @@ class Following:
         if trouble.refused_since is None:
             if now - trouble.since < self._outage_limit:
                 return False
-            if self._read_at <= trouble.since:
+            if not self._is_alone(trouble.since):
                 raise failure
-            return True  # the server reports how other runs end
+            return True
 
         if trouble.unreadable >= READ_PATIENCE.responses:
             return True
-        is_alone = self._read_at > trouble.refused_since
+        is_alone = self._is_alone(trouble.refused_since)
         patience = READ_PATIENCE.refused_alone if is_alone else READ_PATIENCE.refused
         return now - trouble.refused_since >= patience
+
+    def _is_alone(self, since: float) -> bool:
+        """Return True if another run ended readably in the second half of the time since then.
+
+        In the first half, an outage may not have reached all runs yet.
+        """
+        return self._read_at > (since + _clock()) / 2
 
     def _unfinished(self, run: FollowedRun, seen: Snapshot | None) -> ExecutionTimeout:
         """Return the error of a run that has not ended in time."""

@@ -199,6 +199,39 @@ async def test_an_outage_stops_the_work_and_ends_no_item(
     assert most_starts(sim) == 1
 
 
+@pytest.mark.parametrize("status", [503, 404])
+async def test_an_outage_that_reaches_one_run_after_another_ends_no_item(
+    sim: Simulator, batch_of: Callable[..., Batch], adjust: Callable[..., None], status: int
+) -> None:
+    """A run may still end readably soon after the first request for another one has failed."""
+    adjust(following, "READ_PATIENCE", refused_alone=1.5, refused=3600.0)
+    batch = batch_of(watch_outage=2.5, max_in_flight=5)
+    await batch.add(requests(range(5), "held"))
+    working = asyncio.create_task(batch.work())
+    *early, last = [await run_of(sim, f"{number}") for number in range(5)]
+
+    for run in early:
+        sim.inject(Fault.status(status, times=None, execution_id=run))
+    await asyncio.sleep(0.5)
+    sim.finish(last, "Answer")
+    while not (await batch.status()).succeeded:  # noqa: ASYNC110 - there is no event for it
+        await asyncio.sleep(0.01)
+    sim.inject(Fault.status(status, times=None), path="/workflow-version-execution-results")
+
+    if status == 503:
+        with pytest.raises(ServerError):
+            await asyncio.wait_for(working, 20)
+        sim.clear_faults()
+        working = asyncio.create_task(batch.work())
+    else:
+        await asyncio.wait({working}, timeout=2.0)
+        sim.clear_faults()
+    for run in early:
+        sim.finish(run, "Answer")
+    assert (await asyncio.wait_for(working, 20)).succeeded == 5
+    assert most_starts(sim) == 1
+
+
 async def test_a_refused_key_ends_no_item(sim: Simulator, batch_of: Callable[..., Batch]) -> None:
     """It stops the work at once, however often somebody tries again."""
     await batch_of().add(requests(range(3)))
