@@ -1082,9 +1082,8 @@ async def test_what_recover_learned_is_kept_while_the_database_is_away(
     url: str,
 ) -> None:
     """It returns after the store's patience, and the session goes on trying."""
-    store = store_of(patience=0.1)
-    session = open_session(starts=store, callbacks=CALLBACKS)
-    error = await lose(session, sim, flow)
+    error = await lose(open_session(starts=store_of(), callbacks=CALLBACKS), sim, flow)
+    session = open_session(starts=store_of(patience=0.1), callbacks=CALLBACKS)
     with Lock(url) as locks:
         await locks.lock()
         receive_callback(session, token_of(sim), sim.runs[0].execution_id)

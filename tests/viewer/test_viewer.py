@@ -116,7 +116,6 @@ def test_the_page_has_no_inline_code_and_no_external_resources() -> None:
     assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", page)
     namespace, vendor = "http://www.w3.org/2000/svg", "https://api.promptlayer.com"
     for name, text in files.items():
-        assert len(text.splitlines()) <= 520, name
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
         rest = text.replace(namespace, "").replace(vendor, "")  # the latter is only ever shown
         assert not re.search(r"https?:|\burl\(|@import|//\w+\.", rest), name
