@@ -21,6 +21,7 @@ from promptlayer_exec import (
     StartRequest,
     Unauthorized,
 )
+from promptlayer_exec._http.throttle import Rate
 from promptlayer_exec.dbos import Batch, StoredOutcome
 from promptlayer_exec.dbos import _following as following
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -183,9 +184,14 @@ async def test_a_main_output_that_nobody_can_read_ends_its_item(
     ("status", "body"), [(503, b"[1]"), (502, b""), (429, b""), (402, b""), (200, b"<html>")]
 )
 async def test_an_outage_stops_the_work_and_ends_no_item(
-    sim: Simulator, batch_of: Callable[..., Batch], status: int, body: bytes
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    adjust: Callable[..., None],
+    status: int,
+    body: bytes,
 ) -> None:
     """The next worker follows the same runs."""
+    adjust(Rate, "_policy", least_growth=100.0)  # a session is slow for a while after a 429
     await batch_of().add(requests(range(6)))
     sim.inject(
         Fault.status(status, body=body, times=None), path="/workflow-version-execution-results"
