@@ -197,8 +197,13 @@ def adopt(store: Store, batch: str, key: str, execution_id: int) -> bool:
     others = sa.select(_item.key).where(
         _item.batch == batch,
         _item.key != key,
-        sa.or_(_item.started.like(id_in_json), _item.history.like(id_in_json)),
+        sa.or_(
+            _item.started.like(id_in_json),
+            _item.history.like(id_in_json),
+            _callback_id == execution_id,  # a worker will follow it, once the item is unknown
+        ),
     )
+    others = others.select_from(items.outerjoin(callbacks, called_back))
     query = sa.select(_item.attempt, _item.kind, _item.outcome, _item.history, store.now)
     query = query.where(_item.batch == batch, _item.key == key, _item.kind == "unknown")
 
@@ -247,7 +252,7 @@ def _given_up(row: Any, running_for: float) -> Ending | None:
     record = json.loads(row.started)
     now = datetime.fromtimestamp(row.now, UTC)
     followed_from = datetime.fromisoformat(record.get("followed_from") or record["at"])
-    if record["execution_id"] is None or (now - followed_from).total_seconds() < running_for:
+    if (now - followed_from).total_seconds() < running_for:
         return None
 
     started = datetime.fromisoformat(record["at"])

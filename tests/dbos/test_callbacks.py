@@ -144,6 +144,25 @@ async def test_a_callback_may_come_before_its_item_is_unknown(world: World) -> N
     assert (outcome.output, outcome.execution_id) == ("found", execution_id)
 
 
+async def test_the_run_of_a_callback_is_not_adopted_by_another_item(world: World) -> None:
+    """It belongs to the item whose token it brought, although nobody follows it yet."""
+    await lose_one(world)
+    await world.batch().add([StartRequest("echo", key="b")])
+    world.sim.inject(Fault.stall())
+    asked = world.sim.request_count
+    working = asyncio.create_task(world.batch(request_timeout=1.5).work())
+    await world.sim.wait_for_requests(asked + 1)
+    with closing(sqlite3.connect(world.path)) as database:
+        query = "SELECT intent FROM promptlayer_item WHERE key = 'b'"
+        (token,) = database.execute(query).fetchone()
+    found = world.sim.add_execution(Scenario([SimNode("A", "found", is_output_node=True)]))
+    assert await world.batch().resolve(token, found) is False
+
+    with pytest.raises(ValueError, match=f"execution {found} is the run of item 'b'"):
+        await world.batch().adopt("a", found)
+    assert (await working).succeeded == 1
+
+
 @pytest.mark.parametrize("is_retried", [False, True])
 async def test_what_a_dead_worker_left_is_resolved_before_it_is_restarted(
     world: World, monkeypatch: pytest.MonkeyPatch, *, is_retried: bool
