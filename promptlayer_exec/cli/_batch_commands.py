@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import attrs
 import typer
 
+from promptlayer_exec import RequestError, Unauthorized
 from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import duration, printable
 from promptlayer_exec.cli import _batch_lookup as lookup
@@ -25,7 +26,7 @@ from promptlayer_exec.cli._exit import (
     Misuse,
     command,
     hint,
-    server_option,
+    may_pass,
 )
 from promptlayer_exec.cli._help import Program, help_epilog
 from promptlayer_exec.cli._item_file import ItemFile
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch
 
 _REFRESH_INTERVAL = 0.25
-_NOTE = "No item is lost: run the same command again to continue."
+_NO_LOSS = "No item is lost"
+_NOTE = f"{_NO_LOSS}: run the same command again to continue."
 _STOPPING = (
     "stopping: waiting for the ids of runs that may have started (Ctrl-C again stops waiting)"
 )
@@ -131,8 +133,7 @@ async def _run(
         known = f", {count - new} added before" if new < count else ""
         err(f"batch {printable(batch_name)}: {lookup.item_count(count)}{known}")
 
-        flags = lookup.command_flags(batch_name, database)
-        work = partial(_work_on, batch_name, batch, flags, base_url, stop_after_failures)
+        work = partial(_work_on, batch_name, batch, database, base_url, stop_after_failures)
         if isinstance(result_file, TableFile):
             code = await work()
             await write_results(batch, result_file, until_done=False)
@@ -177,8 +178,7 @@ async def _work(
         same_server=same_server,
     )
 
-    flags = lookup.command_flags(chosen, database)
-    return await _work_on(chosen, batch, flags, base_url, stop_after_failures)
+    return await _work_on(chosen, batch, database, base_url, stop_after_failures)
 
 
 for _name, _command, *_examples in (
@@ -243,7 +243,7 @@ async def _add(batch: Batch, items: ItemFile) -> int:
 async def _work_on(
     name: str,
     batch: Batch,
-    flags: str,
+    database: str | None,
     base_url: str | None,
     stop_after: int | None,
     *,
@@ -254,7 +254,8 @@ async def _work_on(
 
     subject = THIS_SUBJECT.get()
     subject.note = _NOTE
-    subject.hint = hint("see how far it is with:", f"{PROGRAM} batch status{flags}")
+    seen_with = f"{PROGRAM} batch status{lookup.command_flags(name, database)}"
+    subject.hint = hint("see how far it is with:", seen_with)
     subject.stopping = _STOPPING
 
     status = await batch.status()
@@ -282,6 +283,12 @@ async def _work_on(
 
         for result in results:
             if isinstance(result, Exception):
+                if _is_about_runs(result):
+                    flags = await lookup.working_flags(batch, name, database, base_url)
+                    recheck = f"{PROGRAM} batch recheck{flags}"
+                    subject.note = f"{_NO_LOSS}."
+                    subject.hint = hint("once their runs can be read, follow them with:", recheck)
+                    subject.hint += "\nand then run the same command again to continue"
                 raise result
         if is_stopped:
             err(f"stopped, because {stop_after} items in a row did not succeed. {_NOTE}")
@@ -291,11 +298,19 @@ async def _work_on(
 
     lines = [f"{lookup.status_line(name, status)}, in {duration(time.monotonic() - began)}"]
     lines += await _summary(batch)
-    lines += lookup.hint_lines(status, flags + server_option(base_url))
+    flags = await lookup.working_flags(batch, name, database, base_url)
+    lines += lookup.hint_lines(status, flags)
     err("\n".join(lines))
     if status.succeeded < status.total:
         return ExitCode.FAILED
     return ExitCode.SUCCEEDED
+
+
+def _is_about_runs(error: Exception) -> bool:
+    """Return True if the work stopped because nobody can read how runs end."""
+    if not isinstance(error, RequestError) or isinstance(error, Unauthorized):
+        return False
+    return error.execution_id is not None and not may_pass(error)
 
 
 async def _follow(batch: Batch, progress: BatchProgress, stop_after: int | None) -> None:

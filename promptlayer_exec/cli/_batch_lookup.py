@@ -16,9 +16,20 @@ import attrs
 import typer
 
 from promptlayer_exec import Session
+from promptlayer_exec import _integration as integration
 from promptlayer_exec._advice import explain_stored
 from promptlayer_exec._integration import install_hint, printable
-from promptlayer_exec.cli._exit import PROGRAM, ExitCode, Misuse, Subject, hint, run_command
+from promptlayer_exec.cli._exit import (
+    PROGRAM,
+    ExitCode,
+    Misuse,
+    Subject,
+    command_about,
+    database_option,
+    hint,
+    run_command,
+    server_option,
+)
 from promptlayer_exec.cli._printing import err, shorten
 
 if TYPE_CHECKING:
@@ -111,8 +122,46 @@ def command_flags(name: str, database: str | None) -> str:
     """Return the flags that another command needs to find a batch."""
     flags = f" --name {shlex.quote(name)}"
     if database and database != os.environ.get("PROMPTLAYER_EXEC_DB"):
-        flags += f" --db {shlex.quote(shown_database(database))}"
+        flags += database_option(database, shown_database(database))
     return printable(flags)
+
+
+async def working_flags(
+    batch: Batch,
+    name: str,
+    database: str | None,
+    base_url: str | None = None,
+    *,
+    same_server: bool = False,
+) -> str:
+    """Return the flags that another command needs to find a batch and its server."""
+    server = base_url
+    if server is None:
+        server = (await batch.settings()).server
+        if server == integration.base_url(Session()):
+            server = None
+
+    flags = command_flags(name, database) + server_option(server)
+    return flags + " --same-server" if same_server else flags
+
+
+def ways_out(key: str, kind: str, flags: str) -> list[str]:
+    """Return the commands that lead on from an item that finished without an output."""
+    if kind == "failed":
+        return [
+            hint("start it again with:", command_about("batch retry", flags, key)),
+            hint("or check its run again, for free, with:", f"{PROGRAM} batch recheck{flags}"),
+        ]
+    if kind == "unknown":
+        again = command_about("batch retry", f" --unknown{flags}", key)
+        return [
+            hint(
+                "if you find its run, follow it with:",
+                command_about("batch adopt", flags, key, "ID"),
+            ),
+            hint("else start it again with:", again),
+        ]
+    return []
 
 
 def status_line(name: str, status: BatchStatus) -> str:
@@ -147,7 +196,7 @@ def confirm(
         if not sys.stdin.isatty():
             raise Misuse(
                 f"{act} needs a terminal to ask on, or --yes",
-                hint=hint("do it with:", f"{PROGRAM} {repeat()}"),
+                hint=hint("do it with:", repeat()),
             )
 
     if code := run_command(describe_on_terminal(), Subject()):
@@ -196,9 +245,12 @@ def hint_lines(status: BatchStatus, flags: str) -> list[str]:
     if status.unknown:
         advice = (
             "unknown items may have started and be billed: look for them in PromptLayer, and follow"
-            " what you find with `batch adopt KEY ID`."
+            " what you find with:"
         )
         again = f"{PROGRAM} batch retry --unknown{flags}"
-        lines.append(hint(f"{advice} Start them again with:", again))
+        lines += [
+            hint(advice, f"{PROGRAM} batch adopt KEY ID{flags}"),
+            hint("or start them again with:", again),
+        ]
 
     return lines

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator
 from contextlib import aclosing
 from datetime import datetime
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -23,6 +23,7 @@ from promptlayer_exec.cli._exit import (
     Misuse,
     Subject,
     command,
+    command_about,
     hint,
     run_command,
 )
@@ -56,7 +57,7 @@ async def status(
         out(lookup.status_line(batch_name, counts))
         for line in await lookup.cause_lines(batch):
             err(line)
-        flags = lookup.command_flags(batch_name, database)
+        flags = await lookup.working_flags(batch, batch_name, database)
         for line in lookup.hint_lines(counts, flags):
             err(line)
 
@@ -110,7 +111,8 @@ async def items(
     is `sending` while the response may still come, and `unknown` if it was lost.
     """
     chosen, batch = await lookup.chosen_batch(name, database)
-    flags = lookup.command_flags(chosen, database)
+    flags = await lookup.working_flags(batch, chosen, database)
+    way_out = partial(_way_out, flags=flags, show_flags=lookup.command_flags(chosen, database))
     listed = batch.items(state=cast("Any", state), older_than=older_than)
 
     count, unknown = 0, 0
@@ -119,7 +121,7 @@ async def items(
             async for item in listed:
                 count += 1
                 unknown += item.state == "unknown"
-                out(_json_line(item, flags) if as_json else _line(item, flags))
+                out(_json_line(item, way_out(item)) if as_json else _line(item, way_out(item)))
     except ValueError as error:  # of the state
         raise Misuse(str(error)) from error
 
@@ -137,33 +139,34 @@ async def items(
         )
 
 
-def _line(item: BatchItem, flags: str) -> str:
+def _line(item: BatchItem, way_out: str) -> str:
     """Return an item as one line, which ends with the command that leads on."""
     text = f"{item.state} since {_time(item.since)}"
     if item.execution_id is not None:
         text += f", execution {item.execution_id}"
     if item.why is not None:
         text += f": {printable(item.why)}"
-    return f"{printable(item.key)}  {text}  {_way_out(item, flags)}"
+    return f"{printable(item.key)}  {text}  {way_out}"
 
 
-def _json_line(item: BatchItem, flags: str) -> str:
-    fields = attrs.asdict(item) | {"command": _way_out(item, flags)}
+def _json_line(item: BatchItem, way_out: str) -> str:
+    fields = attrs.asdict(item) | {"command": way_out}
     return json.dumps(fields, default=datetime.isoformat)
 
 
-def _way_out(item: BatchItem, flags: str) -> str:
+def _way_out(item: BatchItem, *, flags: str, show_flags: str) -> str:
     """Return the command that leads on from the state of an item."""
-    key = shlex.quote(item.key)
-    act = {
-        "waiting": "work",
-        "sending": "work",  # if its worker died, it becomes unknown
-        "following": f"give-up {key}",
-        "unknown": f"adopt {key} ID",
-        "failed": f"retry {key}",  # if its run may still bring an output, it is followed again
-        "succeeded": f"show {key}",
-    }[item.state]
-    return printable(f"{PROGRAM} batch {act}{flags}")
+    match item.state:
+        case "waiting" | "sending":  # if its worker died, it becomes unknown
+            return f"{PROGRAM} batch work{flags}"
+        case "following":
+            return command_about("batch give-up", flags, item.key)
+        case "unknown":
+            return command_about("batch adopt", flags, item.key, "ID")
+        case "failed":  # if its run may still bring an output, it is followed again
+            return command_about("batch retry", flags, item.key)
+        case "succeeded":
+            return command_about("batch show", show_flags, item.key)
 
 
 @command
@@ -188,6 +191,10 @@ async def show(
         return
     for line in _item_lines(chosen, item):
         out(line)
+    if item.outcome is not None and not item.outcome.succeeded:
+        flags = await lookup.working_flags(batch, chosen, database)
+        for line in lookup.ways_out(key, item.outcome.kind, flags):
+            err(line)
 
 
 def _item_lines(batch: str, item: StoredItem) -> list[str]:
@@ -315,7 +322,9 @@ def delete(
             describe(),
             "Delete this batch with all its results?",
             act="deleting a batch",
-            repeat=lambda: f"batch delete --yes{lookup.command_flags(name or '', database)}",
+            repeat=lambda: (
+                f"{PROGRAM} batch delete --yes{lookup.command_flags(name or '', database)}"
+            ),
             unchanged="nothing was deleted",
         )
     raise typer.Exit(run_command(delete_chosen(), Subject()))

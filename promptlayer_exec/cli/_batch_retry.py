@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import attrs
 import typer
 
-from promptlayer_exec import NotFound
+from promptlayer_exec import NotFound, RequestError, Unauthorized
 from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli import _batch_lookup as lookup
@@ -18,9 +17,9 @@ from promptlayer_exec.cli._exit import (
     Misuse,
     Subject,
     command,
+    command_about,
     hint,
     run_command,
-    server_option,
 )
 from promptlayer_exec.cli._options import BaseUrl, Database, ExecutionId, open_session, seconds
 from promptlayer_exec.cli._printing import err, quoted
@@ -46,7 +45,7 @@ async def recheck(
     run may have an output by now.
     """
     chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
-    flags = lookup.command_flags(chosen, database) + server_option(base_url)
+    flags = await lookup.working_flags(batch, chosen, database, base_url, same_server=same_server)
     _report(chosen, await batch.recheck(), "follow", flags)
 
 
@@ -89,7 +88,9 @@ def retry(
         """Return the batch, and the options of commands about it, if the items can run again."""
         wanted.check()
         chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
-        flags = lookup.command_flags(chosen, database) + server_option(base_url)
+        flags = await lookup.working_flags(
+            batch, chosen, database, base_url, same_server=same_server
+        )
         await _check(chosen, batch, wanted, flags)
         return chosen, batch, flags
 
@@ -111,7 +112,9 @@ def retry(
             describe(),
             "Pay for a second run of each?",
             act="paying for a second run",
-            repeat=lambda: f"batch retry {shlex.join(wanted.keys)} --again --yes{shown_flags}",
+            repeat=lambda: command_about(
+                "batch retry", f" --again --yes{shown_flags}", *wanted.keys
+            ),
             unchanged="nothing was changed",
         )
     raise typer.Exit(run_command(retry_chosen(), Subject()))
@@ -141,15 +144,16 @@ async def give_up(
         raise Misuse("give the keys of items, or --running-for 1h for all that take longer")
 
     chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
-    flags = lookup.command_flags(chosen, database) + server_option(base_url)
+    flags = await lookup.working_flags(batch, chosen, database, base_url, same_server=same_server)
     count = await batch.give_up(keys or None, running_for=running_for or 0.0)
     if not count and keys:
-        raise Misuse(await _why_not_given_up(chosen, batch, keys))
+        raise await _not_given_up(chosen, batch, keys, flags)
     if not count:
         err(f"batch {printable(chosen)}: there is no item to give up")
         return
     text = f"batch {printable(chosen)}: gave up {lookup.item_count(count)}"
-    err(hint(f"{text}. Follow their runs again with:", f"{PROGRAM} batch recheck{flags}"))
+    runs = "its run" if count == 1 else "their runs"
+    err(hint(f"{text}. Follow {runs} again with:", f"{PROGRAM} batch recheck{flags}"))
 
 
 @command
@@ -180,25 +184,52 @@ async def adopt(
             await session.execution(execution_id).snapshot()
         except NotFound as error:
             raise Misuse(explain(error)) from error
+        except Unauthorized:
+            raise
+        except RequestError as error:  # the run exists, or nobody knows
+            err(f"cannot read execution {execution_id} yet: {explain(error)}")
     try:
-        await batch.adopt(key, execution_id)
+        is_adopted = await batch.adopt(key, execution_id)
     except ValueError as error:
         raise Misuse(printable(str(error))) from error
+    if not is_adopted:
+        raise await _not_adopted(batch, key)
 
-    flags = lookup.command_flags(chosen, database) + server_option(base_url)
+    flags = await lookup.working_flags(batch, chosen, database, base_url, same_server=same_server)
     text = f"batch {printable(chosen)}: a worker will follow execution {execution_id} for item"
     err(hint(f"{text} {quoted(key)}. Start one with:", f"{PROGRAM} batch work{flags}"))
 
 
-async def _why_not_given_up(name: str, batch: Batch, keys: list[str]) -> str:
+async def _not_adopted(batch: Batch, key: str) -> Misuse:
+    """Return why an item that was unknown could not adopt a run: it has one by now."""
+    item = await batch.item(key)
+    attempt = item.attempts[-1] if item is not None and item.attempts else None
+    if attempt is None or attempt.execution_id is None:
+        return Misuse(f"item {quoted(key)} is no longer unknown")
+    return Misuse(f"item {quoted(key)} has execution {attempt.execution_id} by now")
+
+
+async def _not_given_up(name: str, batch: Batch, keys: list[str], flags: str) -> Misuse:
+    """Return why no item could be given up, with the command that leads on."""
     kinds = await batch.kinds(keys)
     key = next((key for key in keys if key not in kinds), None)
     if key is not None:
-        return f"batch '{printable(name)}' has no item {quoted(key)}"
+        return Misuse(f"batch '{printable(name)}' has no item {quoted(key)}")
+
     key, kind = next(iter(kinds.items()))
-    if kind is None:
-        return f"item {quoted(key)} has no known run yet, or not for that long"
-    return f"item {quoted(key)} has finished: {kind}"
+    if kind is not None:
+        state = "is unknown" if kind == "unknown" else f"has {kind}"
+        hints = "\n".join(lookup.ways_out(key, kind, flags))
+        return Misuse(f"item {quoted(key)} {state}, so there is no run to give up", hint=hints)
+
+    item = await batch.item(key)
+    attempt = item.attempts[-1] if item is not None and item.attempts else None
+    if attempt is not None and attempt.execution_id is not None:
+        return Misuse(f"item {quoted(key)} has not been followed for that long")
+    return Misuse(
+        f"item {quoted(key)} has no known run yet",
+        hint=hint("start or continue it with:", f"{PROGRAM} batch work{flags}"),
+    )
 
 
 @attrs.frozen
@@ -247,23 +278,25 @@ async def _check(name: str, batch: Batch, wanted: _Choice, flags: str) -> None:
 
 async def _refusal(batch: Batch, key: str, kind: str | None, flags: str) -> Misuse:
     item = f"item {quoted(key)}"
-    argument = shlex.quote(printable(key))
     if kind == "succeeded":
         return Misuse(
             f"{item} has succeeded, so there is nothing to repeat",
             hint=hint(
-                "pay for a second run with:", f"{PROGRAM} batch retry {argument} --again{flags}"
+                "pay for a second run with:",
+                command_about("batch retry", f" --again{flags}", key),
             ),
         )
     if kind == "unknown":
         return Misuse(
             f"{item} is unknown: its run may have started and be billed",
-            hint=hint("start it again with:", f"{PROGRAM} batch retry {argument} --unknown{flags}"),
+            hint=hint(
+                "start it again with:", command_about("batch retry", f" --unknown{flags}", key)
+            ),
         )
     if kind == "failed":
         return Misuse(
             f"{item} has failed, and is not unknown",
-            hint=hint("start it again with:", f"{PROGRAM} batch retry {argument}{flags}"),
+            hint=hint("start it again with:", command_about("batch retry", flags, key)),
         )
 
     stored = await batch.item(key)
@@ -271,7 +304,7 @@ async def _refusal(batch: Batch, key: str, kind: str | None, flags: str) -> Misu
     if attempt is not None and attempt.execution_id is not None:
         return Misuse(
             f"{item} has not finished: the batch follows execution {attempt.execution_id}",
-            hint=hint("end it with:", f"{PROGRAM} batch give-up {argument}{flags}"),
+            hint=hint("end it with:", command_about("batch give-up", flags, key)),
         )
     return Misuse(
         f"{item} has not finished: no run of it is known yet",

@@ -84,9 +84,27 @@ def server_option(base_url: str | None) -> str:
     return "" if base_url is None else f" --base-url {shlex.quote(base_url)}"
 
 
+def database_option(database: str, shown: str) -> str:
+    """Return the option that a suggested command needs, to use the same database as this one.
+
+    `shown` is its URL without the password. With one, the command names the environment variable.
+    """
+    if "***" in shown and "***" not in database:
+        return ' --db "${PROMPTLAYER_EXEC_DB:?}"'
+    return f" --db {shlex.quote(shown)}"
+
+
 def suggest(command: str, base_url: str | None) -> str:
     """Return a command for the user to type, which uses the same server as this one."""
     return f"{PROGRAM} {command}{server_option(base_url)}"
+
+
+def command_about(command: str, flags: str, *arguments: str) -> str:
+    """Return a command for the user to type. Its keys may begin with a hyphen, as options do."""
+    joined = shlex.join(arguments)
+    if any(argument.startswith("-") for argument in arguments):
+        return printable(f"{PROGRAM} {command}{flags} -- {joined}")
+    return printable(f"{PROGRAM} {command} {joined}{flags}")
 
 
 def hint(text: str, command: str) -> str:

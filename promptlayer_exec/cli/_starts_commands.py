@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from contextlib import aclosing
 from datetime import datetime
 from pathlib import Path
@@ -22,9 +21,11 @@ from promptlayer_exec.cli._exit import (
     Misuse,
     Subject,
     command,
+    command_about,
+    database_option,
     hint,
     run_command,
-    server_option,
+    suggest,
 )
 from promptlayer_exec.cli._help import Program, help_epilog
 from promptlayer_exec.cli._printing import err, out, quoted
@@ -187,12 +188,15 @@ def _forget(
         await _forget_all(chosen, database)
 
     if not is_confirmed:
-        which = shlex.join(keys or ["--unknown", "--older-than", f"{older_than:g}"])
+        flags = f" --yes{_database_option(database)}"
+        repeat = f"{PROGRAM} starts forget --unknown --older-than {older_than:g}{flags}"
+        if keys:
+            repeat = command_about("starts forget", flags, *keys)
         confirm(
             describe(),
             "Forget these keys, although each may have a run that you pay for?",
             act="forgetting keys",
-            repeat=lambda: f"starts forget {which} --yes{_database_option(database)}",
+            repeat=lambda: repeat,
             unchanged="nothing was forgotten",
         )
     raise typer.Exit(run_command(forget(), Subject()))
@@ -285,27 +289,25 @@ def _ways_out(record: StoredStart, database: str | None) -> list[str]:
     if record.state == "sending":
         return [hint("it becomes started or unknown by itself. Look again with:", leads_on)]
 
-    key = shlex.quote(record.key)
-    forget = f"{PROGRAM} starts forget {key}{_database_option(database)}"
+    forget = command_about("starts forget", _database_option(database), record.key)
     search = f"{KEY_METADATA} = {printable(record.key)}"
     return [
         f"it may have started a run. Search PromptLayer for the metadata {search}, and the time.",
         hint("if the run is there, record its id:", leads_on),
-        hint("if it is not there, let the next start pay for a run:", printable(forget)),
+        hint("if it is not there, let the next start pay for a run:", forget),
     ]
 
 
 def _way_out(record: StoredStart, database: str | None) -> str:
     """Return the command that leads on from the state of a key."""
-    key = shlex.quote(record.key)
+    flags = _database_option(database)
     match record.state:
         case "started":
-            shown = f"watch {record.execution_id}{server_option(_other_server(record))}"
+            return suggest(f"watch {record.execution_id}", _other_server(record))
         case "sending":
-            shown = f"starts show {key}{_database_option(database)}"
+            return command_about("starts show", flags, record.key)
         case "unknown":
-            shown = f"starts adopt {key} ID{_database_option(database)}"
-    return printable(f"{PROGRAM} {shown}")
+            return command_about("starts adopt", flags, record.key, "ID")
 
 
 def _other_server(record: StoredStart) -> str | None:
@@ -316,7 +318,7 @@ def _other_server(record: StoredStart) -> str | None:
 def _database_option(database: str | None) -> str:
     if not database or database == os.environ.get("PROMPTLAYER_EXEC_DB"):
         return ""
-    return f" --db {shlex.quote(_where(database))}"
+    return database_option(database, _where(database))
 
 
 def _where(database: str | None) -> str:

@@ -30,6 +30,7 @@ class BatchSettings:
         give_up_after: for how many seconds to follow a run that does not end. None: a day.
         created: when the first item was added (UTC), or an interrupted deletion began, or None if
             the batch does not exist.
+        server: the URL of the server that has its runs, or None if the batch does not exist.
     """
 
     max_in_flight: int | None
@@ -37,6 +38,7 @@ class BatchSettings:
     attempts: int | None
     give_up_after: float | None
     created: datetime | None
+    server: str | None
 
 
 ItemState = Literal["waiting", "sending", "following", "unknown", "failed", "succeeded"]
@@ -201,8 +203,9 @@ def settings(store: Store, batch: str) -> BatchSettings:
     query = sa.select(batches).where(batches.c.name == batch)
     for row in store.rows(query):
         created = datetime.fromtimestamp(row.created, UTC)
-        return BatchSettings(row.max_in_flight, row.rate, row.attempts, row.give_up_after, created)
-    return BatchSettings(None, None, None, None, None)
+        limits = (row.max_in_flight, row.rate, row.attempts, row.give_up_after)
+        return BatchSettings(*limits, created, row.server)
+    return BatchSettings(None, None, None, None, None, None)
 
 
 def item(store: Store, batch: str, key: str) -> StoredItem | None:

@@ -21,8 +21,9 @@ import pytest
 
 import promptlayer_exec
 from promptlayer_exec._install import install_hint
+from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _live
-from promptlayer_exec.dbos import BatchStatus
+from promptlayer_exec.dbos import Batch, BatchStatus
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 pytestmark = pytest.mark.usefixtures("quick_batches")
@@ -851,12 +852,21 @@ def test_an_item_that_is_followed_shows_its_run(sim: Simulator, run: Run, tmp_pa
     assert run("give-up", "a") == (
         *(0, ""),
         (
-            "batch night: gave up 1 item. Follow their runs again with:\n"
+            "batch night: gave up 1 item. Follow its run again with:\n"
             "  promptlayer-exec batch recheck --name night\n"
         ),
     )
-    assert run("give-up", "a") == (2, "", "item 'a' has finished: failed\n")
-    assert "given up by hand" in run("show", "a")[1]
+    again = (
+        "start it again with:\n"
+        "  promptlayer-exec batch retry a --name night\n"
+        "or check its run again, for free, with:\n"
+        "  promptlayer-exec batch recheck --name night\n"
+    )
+    text = "item 'a' has failed, so there is no run to give up\n"
+    assert run("give-up", "a") == (2, "", text + again)
+    _, shown, err = run("show", "a")
+    assert "given up by hand" in shown
+    assert err == again
     assert run("recheck")[0] == 0
 
     sim.clear_faults()
@@ -869,11 +879,146 @@ def test_an_item_that_is_followed_shows_its_run(sim: Simulator, run: Run, tmp_pa
     assert len(sim.runs) == 1
 
 
+def test_an_item_without_a_run_cannot_be_given_up(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """One that waits is started by `work`, and an unknown one has two ways out."""
+    item = {"key": "a", "workflow": "echo", "inputs": {"n": 1}}
+    file = write(tmp_path / "night.jsonl", item)
+    sim.inject(on("POST", "/", Fault.status(401)))
+    assert run("run", file)[0] == 1
+    assert run("give-up", "a") == (
+        *(2, ""),
+        (
+            "item 'a' has no known run yet\n"
+            "start or continue it with:\n"
+            "  promptlayer-exec batch work --name night\n"
+        ),
+    )
+    sim.clear_faults()
+    sim.inject(on("POST", "/", Fault.disconnect()))
+    assert run("work")[0] == 1
+    ways_out = (
+        "if you find its run, follow it with:\n"
+        "  promptlayer-exec batch adopt a ID --name night\n"
+        "else start it again with:\n"
+        "  promptlayer-exec batch retry a --unknown --name night\n"
+    )
+    text = "item 'a' is unknown, so there is no run to give up\n"
+    assert run("give-up", "a") == (2, "", text + ways_out)
+    assert run("show", "a")[2] == ways_out
+
+
+def test_a_suggested_command_names_the_server_of_the_batch(
+    sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It works as it is, although the command that printed it was not given the server."""
+    monkeypatch.delenv("PROMPTLAYER_BASE_URL")
+    file = write(tmp_path / "night", {"key": "a", "workflow": "echo", "inputs": {"n": "bad"}})
+    assert run("run", file, "--base-url", sim.base_url)[0] == 1
+    assert run("items")[1].endswith(f" --name night --base-url {sim.base_url}\n")
+    shown = run("show", "a")[2]
+    lines = (run("status")[2] + shown).splitlines()
+    suggested = [line for line in lines if line.startswith("  ")]
+    assert len(suggested) == 4
+    for line in suggested:
+        assert line.endswith(f" --name night --base-url {sim.base_url}")
+        code, _, err = run(*shlex.split(line)[2:])
+        assert (code, "started on" in err) in [(0, False), (2, False)]
+    assert run("work", "--base-url", sim.base_url)[0] == 1
+
+
+def test_a_suggested_command_continues_with_the_new_key(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has `--same-server`, as the command that printed it."""
+    lines = [{"key": key, "workflow": "echo", "inputs": {"n": "bad"}} for key in "ab"]
+    assert run("run", write(tmp_path / "night", *lines))[0] == 1
+    monkeypatch.setenv("PROMPTLAYER_API_KEY", "pl_rotated")
+    for command in (("give-up", "a"), ("retry", "a"), ("recheck",), ("retry", "b")):
+        err = run(*command, "--same-server")[2]
+        suggested = [line for line in err.splitlines() if line.startswith("  ")]
+        assert suggested
+        assert all(line.endswith(" --same-server") for line in suggested)
+
+
+def test_a_suggested_command_has_no_hidden_password(run: Run) -> None:
+    """It names the environment variable, because `***` is no password."""
+    url = "postgresql://me:secret@db.internal/batches"
+    flags = lookup.command_flags("night", url)
+    assert flags == ' --name night --db "${PROMPTLAYER_EXEC_DB:?}"'
+
+
+def test_a_key_may_begin_with_a_hyphen(run: Run, tmp_path: Path) -> None:
+    """The suggested commands work as they are."""
+    file = write(tmp_path / "night", {"key": "-x", "workflow": "echo", "inputs": {"n": 1}})
+    assert run("run", file)[0] == 0
+    (line,) = run("items")[1].splitlines()
+    suggested = shlex.split(line.partition("promptlayer-exec batch ")[2])
+    assert suggested == ["show", "--name", "night", "--", "-x"]
+    assert run(*suggested)[0] == 0
+    err = run("retry", "--", "-x")[2]
+    suggested = shlex.split(err.splitlines()[-1])[2:]
+    assert suggested == ["retry", "--again", "--name", "night", "--", "-x"]
+    suggested = shlex.split(run(*suggested)[2].splitlines()[-1])[2:]
+    assert "a worker will start 1 item again" in run(*suggested)[2]
+
+
+@pytest.mark.parametrize("fault", [Fault.status(403), Fault.status(200, body=b'{"Answer": 1}')])
+def test_a_run_that_nobody_can_read_is_adopted(
+    sim: Simulator, run: Run, tmp_path: Path, fault: Fault
+) -> None:
+    """Only a run that PromptLayer does not have is refused, and a run if the item has another."""
+    file = write(tmp_path / "night", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    sim.inject(on("POST", "/", Fault.disconnect()))
+    assert run("run", file)[0] == 1
+    sim.clear_faults()
+    found = sim.add_execution(Scenario([SimNode("Answer", 1, is_output_node=True)]))
+    sim.inject(on("GET", "/workflow-version-execution-results", fault))
+    code, _, err = run("adopt", "a", found)
+    assert code == 0
+    assert err.startswith(f"cannot read execution {found} yet: ")
+
+
+def test_an_item_that_got_a_run_meanwhile_adopts_no_other(
+    sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text names the run that it has."""
+    file = write(tmp_path / "night", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    sim.inject(on("POST", "/", Fault.disconnect()))
+    assert run("run", file)[0] == 1
+    sim.clear_faults()
+    first, second = (sim.add_execution(Scenario([])) for _ in range(2))
+    adopt = Batch.adopt
+
+    async def adopt_late(batch: Batch, key: str, execution_id: int) -> bool:
+        assert await adopt(batch, key, first)
+        return await adopt(batch, key, execution_id)
+
+    monkeypatch.setattr(Batch, "adopt", adopt_late)
+    assert run("adopt", "a", second) == (2, "", f"item 'a' has execution {first} by now\n")
+
+
+def test_work_that_nobody_can_read_leads_to_recheck(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """The items that failed are not repeated by the same command alone."""
+    lines = [{"key": f"{n}", "workflow": "echo", "inputs": {"n": n}} for n in range(6)]
+    unreadable = Fault.status(200, body=b'{"Answer": {"status": null}}')
+    sim.inject(on("GET", "/workflow-version-execution-results", unreadable))
+    code, _, err = run("run", write(tmp_path / "night", *lines), "--max-in-flight", 1)
+    assert code == 1
+    assert err.endswith(
+        ". No item is lost.\n"
+        "once their runs can be read, follow them with:\n"
+        "  promptlayer-exec batch recheck --name night\n"
+        "and then run the same command again to continue\n"
+    )
+
+
 def test_a_run_that_somebody_found_is_adopted(sim: Simulator, run: Run, tmp_path: Path) -> None:
     """Its item is unknown no longer. A run that PromptLayer does not have is refused."""
     file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
     sim.inject(on("POST", "/", Fault.disconnect()))
-    assert "follow what you find with `batch adopt KEY ID`" in run("run", file)[2]
+    assert "  promptlayer-exec batch adopt KEY ID --name night\n" in run("run", file)[2]
     sim.clear_faults()
     found = sim.add_execution(Scenario([SimNode("Answer", 1, is_output_node=True)]))
     code, _, err = run("adopt", "a", found + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,20 @@ def test_each_unknown_key_is_brought_to_one_run(
     assert run("order-2")[0] == 0
     assert len(sim.runs) == before + 3
     assert starts("list", "--unknown")[1] == ""
+
+
+def test_a_key_may_begin_with_a_hyphen(
+    call: Callable[..., Any], run: Callable[..., Any], database: str, sim: Simulator
+) -> None:
+    """The suggested commands work as they are."""
+    sim.inject(Fault.disconnect(), path="/run")
+    assert run("-k")[0] == 1
+    listed = call("starts", "list", "--db", database)[1]
+    suggested = shlex.split(listed.partition("promptlayer-exec ")[2])
+    assert suggested == ["starts", "adopt", "--db", database, "--", "-k", "ID"]
+    _, _, err = call("starts", "forget", "--db", database, "--", "-k")
+    code, _, err = call(*shlex.split(err.splitlines()[-1])[1:])
+    assert (code, err.startswith("forgot")) == (0, True)
 
 
 def test_a_mistaken_run_is_not_adopted(
