@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from promptlayer_exec import Session
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.starts import SQLStartStore
 
@@ -371,7 +372,7 @@ def test_the_app_in_production_starts_follows_and_receives_webhooks(
     assert "Redis unavailable" in app.end()
 
 
-ORDERS, START_OVER, RESTARTING = blocks("python", ONCE)
+ORDERS, SETTLE, SWEEP_UP, START_OVER, RESTARTING = blocks("python", ONCE)
 
 
 class Orders:
@@ -527,6 +528,33 @@ async def test_a_callback_to_any_worker_settles_a_lost_start(
         pass
     assert answer == (200, "done")
     assert len(sim.runs) == 1
+
+
+async def test_rows_without_an_id_and_unknown_keys_are_settled(
+    threaded_sim: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The jobs of the page find the one run of each order."""
+    sim = threaded_sim
+    sim.add_workflow("write-report", report())
+    page: dict[str, Any] = {}
+    exec(compile(SWEEP_UP, "page.py", "exec"), page)
+    exec(compile(SETTLE, "page.py", "exec"), page)
+    unknown = SQLStartStore.unknown
+    monkeypatch.setattr(SQLStartStore, "unknown", lambda self, older_than: unknown(self))
+
+    async def find(key: str) -> int | None:
+        return 1001 if key == "report/1" else None
+
+    async with SQLStartStore(f"sqlite:///{tmp_path / 'orders.sqlite'}") as store:
+        here = {"api_key": sim.api_key, "base_url": sim.base_url}
+        async with Session(starts=store, push=False, **here) as session:
+            rows = [("1", "otters"), ("2", "newts")]
+            sim.inject(Fault.disconnect(), path="/run")
+            assert await page["sweep_up"](session, rows) == {"2": 1002}
+            assert await page["sweep_up"](session, rows) == {"2": 1002}
+            await page["settle"](store, find)
+            assert await page["sweep_up"](session, rows) == {"1": 1001, "2": 1002}
+    assert len(sim.runs) == 2
 
 
 def test_the_store_that_restarts_unknown_starts_can_be_made() -> None:
