@@ -125,7 +125,9 @@ def test_the_encoding_of_the_database_does_not_matter_if_it_has_the_keys(
     for batch in (ascii_batch, utf8_batch):
         assert asyncio.run(batch.add([request])) == 1
         assert asyncio.run(batch.kinds([request.key])) == {request.key: None}
-    with pytest.raises(ConfigurationError, match=r"in encoding .LATIN1.*\. Use one whose encoding"):
+    with pytest.raises(
+        ConfigurationError, match=r"in encoding .LATIN1.*\. Its encoding must be UTF8"
+    ):
         asyncio.run(latin_batch.add([request]))
 
 
