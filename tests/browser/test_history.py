@@ -60,7 +60,7 @@ async def test_five_hundred_executions_are_searched_and_filtered(
     await expect(count(page, "all")).to_have_text("84")
     await page.get_by_role("radio", name="Failed").check()
     await expect(page.locator(".entry")).to_have_count(17)
-    await page.get_by_label("Time").select_option("7")
+    await page.get_by_label("Time", exact=True).select_option("7")
     await expect(count(page, "failed")).to_have_text("6")
     assert page.url.endswith("#/history?search=otters+review&outcome=failed&days=7")
     await page.reload()
