@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from promptlayer_exec import Session
+from promptlayer_exec import Session, Workflow
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.starts import SQLStartStore
 
@@ -548,12 +548,12 @@ async def test_rows_without_an_id_and_unknown_keys_are_settled(
     async with SQLStartStore(f"sqlite:///{tmp_path / 'orders.sqlite'}") as store:
         here = {"api_key": sim.api_key, "base_url": sim.base_url}
         async with Session(starts=store, push=False, **here) as session:
-            rows = [("1", "otters"), ("2", "newts")]
+            ordered = Workflow("write-report"), [("1", "otters"), ("2", "newts")]
             sim.inject(Fault.disconnect(), path="/run")
-            assert await page["sweep_up"](session, rows) == {"2": 1002}
-            assert await page["sweep_up"](session, rows) == {"2": 1002}
+            assert await page["sweep_up"](session, *ordered) == {"2": 1002}
+            assert await page["sweep_up"](session, *ordered) == {"2": 1002}
             await page["settle"](store, find)
-            assert await page["sweep_up"](session, rows) == {"1": 1001, "2": 1002}
+            assert await page["sweep_up"](session, *ordered) == {"1": 1001, "2": 1002}
     assert len(sim.runs) == 2
 
 
