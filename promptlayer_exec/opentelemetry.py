@@ -65,6 +65,7 @@ class _WatchSpan:
 @attrs.define
 class _CallSpan:
     span: trace.Span
+    base_url: str
     attached: Any  # the token with which to detach its context
 
 
@@ -80,9 +81,11 @@ class OpenTelemetryObserver:
     call, and it has the error that the caller gets. Its start request and its watch are its
     children. If you call `start` yourself, the span of the start request is that of the run.
 
-    The span of a watch links to the one of its start request. It has an event for each poll with a
-    status change, for the last poll, for each wake-up, and for the first failure and the recovery
-    of each outage. The span of something that failed has an `exception` event.
+    The span of a watch links to the one of its start request. If several callers share a watch, it
+    is in the trace of the first one, and the spans of the other runs link to it. It has an event
+    for each poll with a status change, for the last poll, for each wake-up, and for the first
+    failure and the recovery of each outage. The span of something that failed has an `exception`
+    event.
 
     By default it records no values, no inputs, and no texts that may quote them. Spans have
     execution ids, but metrics never do.
@@ -106,6 +109,10 @@ class OpenTelemetryObserver:
         self._tracer = trace.get_tracer("promptlayer_exec", __version__, tracer_provider, _SCHEMA)
         # By server and execution id, so that a watch can link to its start.
         self._starts: ExpiringDict[tuple[str, int | None], trace.SpanContext] = ExpiringDict()
+        # As well, so that a run can link to the watch that it shares with another caller.
+        self._latest_watches: ExpiringDict[tuple[str, int | None], trace.SpanContext] = (
+            ExpiringDict()
+        )
         self._record_values = record_values
         # By task, as two sessions may watch the same execution, and a session may start a new watch
         # while the previous one is still ending.
@@ -166,13 +173,19 @@ class OpenTelemetryObserver:
         )
 
         within = context.set_value(self._is_called, True, trace.set_span_in_context(span))
-        self._calls[asyncio.current_task()] = _CallSpan(span, context.attach(within))
+        self._calls[asyncio.current_task()] = _CallSpan(
+            span, event.base_url, context.attach(within)
+        )
 
     def _call_ended(self, event: CallEnded) -> None:
         call = self._calls.pop(asyncio.current_task())
         context.detach(call.attached)
         if event.execution_id is not None:
             call.span.set_attribute("promptlayer_exec.execution.id", event.execution_id)
+
+        watch = self._latest_watches.get((call.base_url, event.execution_id))
+        if watch is not None and watch.trace_id != call.span.get_span_context().trace_id:
+            call.span.add_link(watch)
 
         metric = _agent(event.workflow)
         if event.error is not None:
@@ -190,6 +203,7 @@ class OpenTelemetryObserver:
             },
             links=[] if start is None else [trace.Link(start)],
         )
+        self._latest_watches.add((event.base_url, event.execution_id), span.get_span_context())
         self._watches[asyncio.current_task()] = _WatchSpan(span)
         self._active.add(1)
 

@@ -641,7 +641,7 @@ def check_dashboard(scraped: str) -> None:
     assert labels == {"error_type", "gen_ai_agent_name", "le", "promptlayer_exec_source"}
     assert labels <= set(re.findall(r'(\w+)="', scraped))
     metrics -= labels
-    assert len(metrics) == 11
+    assert len(metrics) == 13
     assert metrics <= set(re.findall(r"^(promptlayer_exec_\w+)[{ ]", scraped, re.MULTILINE))
 
 

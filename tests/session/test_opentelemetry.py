@@ -18,6 +18,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from promptlayer_exec import (
     CallEnded,
+    CallStarted,
     ExecutionStarted,
     ExecutionTimeout,
     InvalidOutput,
@@ -333,6 +334,29 @@ async def test_the_current_span_of_a_caller_is_its_own_again_after_a_run(
     ]
     assert started.parent == runs[0].context
     assert [run.status.status_code for run in runs] == [StatusCode.UNSET, StatusCode.ERROR]
+
+
+async def test_a_run_links_to_the_watch_that_it_shares_with_another_trace(
+    collected: Collected,
+) -> None:
+    """A run in the trace of the watch needs no link, nor does one of another execution."""
+    observer, url = collected.observer(), "http://127.0.0.1:9"
+
+    def call(execution_id: int) -> None:
+        observer(CallStarted(None, "report", base_url=url))
+        observer(CallEnded(execution_id, "report", None, elapsed=0.1))
+
+    with collected.tracer.start_as_current_span("first"):
+        observer(WatchStarted(7, base_url=url))
+        call(7)
+    with collected.tracer.start_as_current_span("second"):
+        call(7)
+        call(8)
+    observer(WatchEnded(7, polls=0, elapsed=0.1, error=None))
+
+    (watch,) = collected.spans("watch")
+    links = [[link.context for link in span.links] for span in collected.spans("run")]
+    assert links == [[], [watch.context], []]
 
 
 async def test_a_call_that_is_cancelled_ends_its_span(
