@@ -76,7 +76,7 @@ def odd(sim: Simulator) -> set[str]:
                 return web.Response(body=UNREADABLE, content_type="application/json")
         return None
 
-    sim.inject(Fault(effect, times=None))
+    sim.inject(Fault(effect, times=None), path="/workflow-version-execution-results")
     return names
 
 

@@ -390,11 +390,12 @@ async def test_a_start_with_a_key_need_not_wait_for_the_response(
         await session.start(flow, INPUTS, key="order", timeout=1.0)
     assert posts(sim) == 1
     second = start(session, flow)
+    reported = asyncio.create_task(recorder.next(ExecutionStarted))
+    await asyncio.sleep(0)  # it waits from here on
     gate.opened.set()
     assert (await second).id == sim.runs[0].execution_id
     assert posts(sim) == 1
-    (started,) = recorder.of(ExecutionStarted)
-    assert started.abandoned
+    assert (await reported).abandoned
 
 
 async def test_a_call_that_waits_can_be_cancelled_or_closed(
