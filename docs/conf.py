@@ -66,6 +66,7 @@ nitpick_ignore = [
         "collections.abc.Awaitable",
         "collections.abc.Callable",
         "collections.abc.Collection",
+        "collections.abc.Generator",
         "collections.abc.Iterable",
         "collections.abc.Mapping",
         "collections.abc.MutableMapping",
@@ -73,6 +74,7 @@ nitpick_ignore = [
         "fastapi.routing.APIRouter",
         "mcp.server.lowlevel.server.Server",
         "pathlib.Path",
+        "promptlayer_exec.sync.Execution",  # its page is not indexed: `Session` names the other one
         "promptlayer_exec.viewer._board.Card",
         "socket.socket",
         "starlette.responses.Response",
@@ -80,7 +82,7 @@ nitpick_ignore = [
     )
 ]
 # Type variables, which no page describes.
-nitpick_ignore_regex = [("py:class", r"(.+\.)?(Inputs|Item|Output)?T")]
+nitpick_ignore_regex = [("py:class", r"(.+\.)?(Handle|Inputs|Item|Output)?T")]
 
 
 class Commands(SphinxDirective):
