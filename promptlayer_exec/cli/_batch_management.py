@@ -28,7 +28,7 @@ from promptlayer_exec.cli._exit import (
     run_command,
 )
 from promptlayer_exec.cli._options import BaseUrl, Database, JsonLines, seconds
-from promptlayer_exec.cli._printing import err, out, preview
+from promptlayer_exec.cli._printing import err, out, preview, utc_time
 from promptlayer_exec.cli._result_file import open_results, write_results
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ async def list_batches(database: Database = None, *, as_json: JsonLines = False)
             out(json.dumps(row, default=datetime.isoformat))
             continue
 
-        created = "-" if settings.created is None else _time(settings.created)
+        created = "-" if settings.created is None else utc_time(settings.created)
         rate = f"{settings.rate or lookup.DEFAULT_RATE:g}"
         shown = f"max-in-flight {settings.max_in_flight or 100}, rate {rate}"
         if settings.attempts not in (None, 1):
@@ -141,7 +141,7 @@ async def items(
 
 def _line(item: BatchItem, way_out: str) -> str:
     """Return an item as one line, which ends with the command that leads on."""
-    text = f"{item.state} since {_time(item.since)}"
+    text = f"{item.state} since {utc_time(item.since)}"
     if item.execution_id is not None:
         text += f", execution {item.execution_id}"
     if item.why is not None:
@@ -212,7 +212,7 @@ def _item_lines(batch: str, item: StoredItem) -> list[str]:
 
     # The outcome comes last, even if the clocks of two machines differ.
     if outcome is not None:
-        lines.append(f"  {_time(outcome.finished)}  {outcome.kind}")
+        lines.append(f"  {utc_time(outcome.finished)}  {outcome.kind}")
         if outcome.error is None:
             lines.append(f"  output: {preview(outcome.output)}")
         else:
@@ -225,18 +225,18 @@ def _events(item: StoredItem) -> list[tuple[str, str]]:
     events = []
     outcome = item.outcome
     for attempt in item.attempts:
-        events.append((_time(attempt.added), f"attempt {attempt.number} added"))
+        events.append((utc_time(attempt.added), f"attempt {attempt.number} added"))
         if attempt.taken is not None:
             worker = printable(attempt.worker or "")
-            events.append((_time(attempt.taken), f"attempt {attempt.number} taken by {worker}"))
+            events.append((utc_time(attempt.taken), f"attempt {attempt.number} taken by {worker}"))
 
         # The outcome is that of the last attempt.
         is_last = attempt.number == item.attempts[-1].number
         if attempt.finished is not None and not (is_last and outcome is not None):
-            events.append((_time(attempt.finished), _ending(attempt)))
+            events.append((utc_time(attempt.finished), _ending(attempt)))
 
     for execution_id, started in dict.fromkeys(_runs(item)):
-        events.append((_time(started), f"execution {execution_id} started"))
+        events.append((utc_time(started), f"execution {execution_id} started"))
 
     # Events of the same second keep this order.
     return sorted(events, key=itemgetter(0))
@@ -256,10 +256,6 @@ def _ending(attempt: RunAttempt) -> str:
     if attempt.error is not None:
         text += f": {attempt.error.type}: {explain_stored(*attrs.astuple(attempt.error))}"
     return text
-
-
-def _time(at: datetime) -> str:
-    return f"{at:%Y-%m-%d %H:%M:%S}Z"
 
 
 @command

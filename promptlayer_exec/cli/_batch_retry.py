@@ -202,11 +202,18 @@ async def adopt(
 
 async def _not_adopted(batch: Batch, key: str) -> Misuse:
     """Return why an item that was unknown could not adopt a run: it has one by now."""
-    item = await batch.item(key)
-    attempt = item.attempts[-1] if item is not None and item.attempts else None
-    if attempt is None or attempt.execution_id is None:
+    execution_id = await _latest_run(batch, key)
+    if execution_id is None:
         return Misuse(f"item {quoted(key)} is no longer unknown")
-    return Misuse(f"item {quoted(key)} has execution {attempt.execution_id} by now")
+    return Misuse(f"item {quoted(key)} has execution {execution_id} by now")
+
+
+async def _latest_run(batch: Batch, key: str) -> int | None:
+    """Return the id of the run that an item's latest attempt has started, or None."""
+    item = await batch.item(key)
+    if item is None or not item.attempts:
+        return None
+    return item.attempts[-1].execution_id
 
 
 async def _not_given_up(name: str, batch: Batch, keys: list[str], flags: str) -> Misuse:
@@ -222,9 +229,7 @@ async def _not_given_up(name: str, batch: Batch, keys: list[str], flags: str) ->
         hints = "\n".join(lookup.ways_out(key, kind, flags))
         return Misuse(f"item {quoted(key)} {state}, so there is no run to give up", hint=hints)
 
-    item = await batch.item(key)
-    attempt = item.attempts[-1] if item is not None and item.attempts else None
-    if attempt is not None and attempt.execution_id is not None:
+    if await _latest_run(batch, key) is not None:
         return Misuse(f"item {quoted(key)} has not been followed for that long")
     return Misuse(
         f"item {quoted(key)} has no known run yet",
@@ -299,11 +304,10 @@ async def _refusal(batch: Batch, key: str, kind: str | None, flags: str) -> Misu
             hint=hint("start it again with:", command_about("batch retry", flags, key)),
         )
 
-    stored = await batch.item(key)
-    attempt = stored.attempts[-1] if stored is not None and stored.attempts else None
-    if attempt is not None and attempt.execution_id is not None:
+    execution_id = await _latest_run(batch, key)
+    if execution_id is not None:
         return Misuse(
-            f"{item} has not finished: the batch follows execution {attempt.execution_id}",
+            f"{item} has not finished: the batch follows execution {execution_id}",
             hint=hint("end it with:", command_about("batch give-up", flags, key)),
         )
     return Misuse(

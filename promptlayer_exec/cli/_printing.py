@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Collection
+from datetime import datetime
 from typing import Any
 
 from promptlayer_exec import NodeTimes
@@ -40,6 +41,11 @@ def preview(value: Any) -> str:
             break
 
     return shorten(printable(text))
+
+
+def utc_time(at: datetime) -> str:
+    """Return a moment in UTC as text, to the second."""
+    return f"{at:%Y-%m-%d %H:%M:%S}Z"
 
 
 def running_time(times: NodeTimes, now: float) -> str:

@@ -28,7 +28,7 @@ from promptlayer_exec.cli._exit import (
     suggest,
 )
 from promptlayer_exec.cli._help import Program, help_epilog
-from promptlayer_exec.cli._printing import err, out, quoted
+from promptlayer_exec.cli._printing import err, out, quoted, utc_time
 
 if TYPE_CHECKING:
     from promptlayer_exec.starts import SQLStartStore, StoredStart
@@ -98,10 +98,10 @@ async def _show(
     out(f"key {printable(key)}: {record.state}")
     out(f"  workflow: {printable(str(record.workflow))}")
     out(f"  server: {printable(record.server)}")
-    out(f"  sent: {_time(record.created)}")
+    out(f"  sent: {utc_time(record.created)}")
     if record.attempts > 1:
         out(f"  attempts: {record.attempts}")
-    out(f"  {record.state} since: {_time(record.updated)}")
+    out(f"  {record.state} since: {utc_time(record.updated)}")
     if record.execution_id is not None:
         out(f"  execution: {record.execution_id}")
     if record.reason is not None:
@@ -261,9 +261,9 @@ async def _record(store: SQLStartStore, key: str, database: str | None) -> Store
 
 def _line(record: StoredStart, database: str | None) -> str:
     """Return a record as one line, which ends with the command that leads on."""
-    text = f"{record.state} since {_time(record.updated)}"
+    text = f"{record.state} since {utc_time(record.updated)}"
     if record.state != "sending":
-        text += f", sent {_time(record.created)}"
+        text += f", sent {utc_time(record.created)}"
     if record.execution_id is not None:
         text += f", execution {record.execution_id}"
     text += f", workflow {printable(str(record.workflow))}"
@@ -337,7 +337,3 @@ def _exists(database: str | None) -> bool:
 
 def _count(number: int) -> str:
     return "1 key" if number == 1 else f"{number} keys"
-
-
-def _time(at: datetime) -> str:
-    return f"{at:%Y-%m-%d %H:%M:%S}Z"
