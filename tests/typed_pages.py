@@ -11,12 +11,13 @@ import json
 import re
 import sys
 from pathlib import Path
+from textwrap import indent
 
 ROOT = Path(__file__).parents[1]
 # They await outside of functions, or use frameworks that are not installed together.
 LEFT_OUT = {"notebooks.md", "frameworks.md"}
 # Pages that continue the first program of another one.
-CONTINUES = {"frontends.md": "fastapi.md"}
+CONTINUES = {"frontends.md": "fastapi.md", "web-access.md": "fastapi.md"}
 # pyright does not see that this is asynchronous. `tests/typing/limiter.py` has the block.
 LIMITER = "RedisBucket"
 # A page may define a name twice, and use packages that are not installed here.
@@ -27,7 +28,15 @@ def code_of(page: Path) -> list[str]:
     """Return the Python blocks of a page."""
     text = page.read_text(encoding="utf-8")
     found: list[str] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [block for block in found if LIMITER not in block]
+    return [whole(block) for block in found if LIMITER not in block]
+
+
+def whole(block: str) -> str:
+    """Return a block as it is, or within a coroutine if it is part of one."""
+    if not block.startswith("async with"):
+        return block
+    coroutine = f"async def main() -> None:\n{indent(block, '    ')}"
+    return f"from promptlayer_exec import Session\n\n\n{coroutine}"
 
 
 def write_modules(folder: Path) -> None:

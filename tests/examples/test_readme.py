@@ -1,7 +1,7 @@
 """The README and the tutorial, run from top to bottom beside `promptlayer-exec simulate`.
 
-The language of a block says what becomes of it: `python` is saved, `sh` is run, `diff` changes the
-last program, and a `text` right after a command is what that prints. `shell` prepares a machine, by
+The language of a block says what becomes of it: `python` is saved, or run in a coroutine if it is
+part of one, `sh` is run, `diff` changes the last program, and a `text` right after a command is what that prints. `shell` prepares a machine, by
 an installation or a real key, which is no test's business; only the command after an installation
 is run. So are the commands of the page on operating a batch.
 """
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -82,6 +83,12 @@ def changed(program: str, diff: str) -> str:
     return program.replace(before, after)
 
 
+def whole(part: str) -> str:
+    """Return a program that runs a part of a coroutine."""
+    coroutine = f"async def main():\n{indent(part, '    ')}"
+    return f"import asyncio\nfrom promptlayer_exec import Session\n{coroutine}\nasyncio.run(main())"
+
+
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
 def test_each_example_runs_unchanged(
@@ -94,6 +101,8 @@ def test_each_example_runs_unchanged(
         prose, (language, code) = text[end : block.start()], block.groups()
         end = block.end()
         match language:
+            case "python" if code.startswith("async with"):
+                run([sys.executable, "-c", whole(code)], tmp_path, environment)
             case "python":
                 before_or_after = prose + text[end:]
                 (name, *_) = re.findall(r"(?i)save (?:this|it) as `(\w+\.py)`", before_or_after)
