@@ -100,9 +100,10 @@ def names(page: str, module: str = "page") -> AbstractContextManager[dict[str, A
     return defined([block for block in blocks(page, "python") if not is_program(block)], module)
 
 
-def part_of(page: str, index: int) -> AbstractContextManager[dict[str, Any]]:
-    """Yield what one block of a page defines, as `names` does."""
-    return defined([blocks(page, "python")[index]], "page")
+def part_of(page: str, *indexes: int) -> AbstractContextManager[dict[str, Any]]:
+    """Yield what some blocks of a page define, as `names` does."""
+    code = blocks(page, "python")
+    return defined([code[index] for index in indexes], "page")
 
 
 @contextmanager
@@ -186,13 +187,13 @@ def contents() -> list[str]:
 
 
 def test_the_index_begins_as_the_readme_does_and_lists_each_page_once() -> None:
-    """What a newcomer sees first is the same; the list has the order of the tables of contents."""
+    """What a newcomer sees first is the same; the cards are the tables of contents, in order."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     assert index.startswith(readme.partition("\n## ")[0].replace("](docs/", "]("))
-    listed = index.partition("\n## All pages\n")[2]
-    assert re.findall(r"\]\(([\w/-]+)\.md\)", listed) == contents()
-    assert index.count("\n- **[") == 6
+    cards = index.partition("\n{.cards}\n")[2]
+    assert re.findall(r"\]\(([\w/-]+)\.md\)", cards) == contents()
+    assert cards.count("\n- **") == index.count("\n:caption: ")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -230,16 +231,6 @@ def test_the_recording_of_the_demo_is_small_and_can_stand_still() -> None:
     assert "@media (prefers-reduced-motion: reduce) { .moving { animation: none; } }" in svg
     assert svg.count("http") == svg.count('xmlns="http://www.w3.org/2000/svg"') == 1
     assert "execution 787 succeeded" in svg
-
-
-def test_each_how_to_says_what_it_costs_in_requests() -> None:
-    """Once, in a line that begins with the same words on every page."""
-    names = {name for name in contents() if "/" not in name}
-    assert {"installing", "fastapi", "viewer"} < names
-    explain = {"tutorial", "security", "contributing", "releasing"}
-    for name in names - explain:
-        page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-        assert page.count("\n**Requests to PromptLayer:** ") == 1, name
 
 
 def test_the_figures_on_reliability_are_those_of_the_pages_that_explain_them() -> None:
@@ -336,9 +327,7 @@ def server(monkeypatch: pytest.MonkeyPatch, threaded_sim: Simulator) -> Simulato
     return threaded_sim
 
 
-def test_the_apps_on_awaiting_work(
-    server: Simulator,
-) -> None:
+def test_the_apps_on_running_a_workflow_work(server: Simulator) -> None:
     """The aiohttp app and the FastAPI app await an output in their one session."""
     server.add_workflow("write-report", REPORT)
 
@@ -347,7 +336,7 @@ def test_the_apps_on_awaiting_work(
             response = await client.post("/reports", params={"topic": "otters"})
             assert await response.json() == {"report": "done"}
 
-    with names("docs/awaiting.md") as page:
+    with part_of("docs/outputs.md", 2, 3) as page:
         asyncio.run(use(page["make_app"]))
         with TestClient(page["app"]) as client:
             assert client.post("/reports", params={"topic": "otters"}).json() == "done"
@@ -385,7 +374,7 @@ async def test_the_server_on_mcp_tells_agents_what_a_workflow_is_for(
 async def test_the_code_on_push_is_pushed(server: Simulator) -> None:
     """The runs share the WebSocket that the first one needed."""
     server.add_workflow("write-report", Scenario([SimNode("Report", "done", 0.1)]))
-    with names("docs/push.md") as page:
+    with part_of("docs/watching.md", 2) as page:
         assert await page["write_reports"](["otters", "newts"]) == ["done", "done"]
     paths = [request.path for request in server.requests]
     assert paths.count("/connection/websocket") == 1
@@ -401,7 +390,7 @@ async def test_the_line_on_push_is_logged_where_there_is_none(
         async with Session() as session:
             assert await session.run("write-report") == "done"
     lines = [f"{record.levelname} {record.message}\n" for record in caplog.records]
-    assert blocks("docs/push.md", "text") == [line for line in lines if "push" in line]
+    assert blocks("docs/watching.md", "text") == [line for line in lines if "push" in line]
 
 
 def test_the_page_on_the_command_line_shows_what_is_printed(server: Simulator) -> None:
@@ -422,7 +411,7 @@ async def test_the_code_on_watching_works(
 ) -> None:
     """It shows the progress until half of the nodes are final; its sessions follow an execution."""
     execution_id = server.add_execution(REPORT)
-    with names("docs/watching.md") as page:
+    with part_of("docs/watching.md", 0, 1, 3) as page:
         await page["until_half"](session.execution(held))
         assert capsys.readouterr().out == "50% done\n"
         async with Session() as own:
@@ -509,7 +498,7 @@ async def test_the_code_on_failures_pays_once(
     server: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`run_once` repeats no start that may have run."""
-    with part_of("docs/failures.md", 1) as page:
+    with part_of("docs/failures.md", 3) as page:
         monkeypatch.chdir(tmp_path)
         server.add_workflow("write-report", REPORT, inputs={"topic": "string"})
         for _ in range(2):
@@ -528,7 +517,7 @@ async def test_the_code_on_outputs_works(
     """It starts a run, prints the server's warning, and returns outputs, typed or as they are."""
     report = SimNode("Report", '{"title": "Otters", "score": 1}', is_output_node=True)
     sim.add_workflow("reports/weekly", Scenario([report]), warning="missing input variables: tone")
-    with names("docs/outputs.md") as page:
+    with part_of("docs/outputs.md", 0, 1, 4, 5, 6, 7) as page:
         output = await page["weekly_report"](session, "otters", "job-1")
         assert output == page["Report"]("Otters", 1.0)
         started = await page["start_report"](session, "otters")
@@ -554,14 +543,6 @@ async def test_the_code_on_outputs_works(
     assert capsys.readouterr().out == warning
 
 
-async def test_the_code_on_choosing_a_call_works(sim: Simulator, session: Session) -> None:
-    """It returns the report on each topic."""
-    sim.add_workflow("write-report", REPORT)
-    with names("docs/which-call.md") as page:
-        reports = await page["write_reports"](session, ["otters", "newts"])
-    assert reports == {"otters": "done", "newts": "done"}
-
-
 async def test_the_code_on_starting_works(
     sim: Simulator, open_session: Callable[..., Session], recorder: Any
 ) -> None:
@@ -569,7 +550,7 @@ async def test_the_code_on_starting_works(
     sim.add_workflow("report", REPORT)
     callbacks = Callbacks("http://127.0.0.1:9", secret="s3cret")
     session = open_session(callbacks=callbacks)
-    with names("docs/starting.md") as page:
+    with part_of("docs/failures.md", 1, 2) as page:
         sim.inject(Fault.delay(0.02))
         starting = asyncio.create_task(session.start("report"))
         await sim.wait_for_requests(sim.request_count + 1)
@@ -646,11 +627,9 @@ def check_dashboard(scraped: str) -> None:
 
 
 async def test_the_code_on_fanning_out_works(
-    server: Simulator, sim: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each item comes back with its output or its error, and starts once; limiters are acquired."""
-    checked = (ROOT / "tests" / "typing" / "limiter.py").read_text()
-    assert blocks("docs/fanning-out.md", "python")[1] in checked
+    """Each item comes back with its output or its error, and starts once."""
 
     def grade(inputs: Any) -> Scenario:
         return Scenario([SimNode("Grade", inputs["grade"], is_output_node=True)])
@@ -665,6 +644,17 @@ async def test_the_code_on_fanning_out_works(
         lines = sorted(await page["grade"](rows()))
         assert sorted(await page["grade"](rows())) == lines
         assert len(server.runs) == 2
+    assert lines[0] == "a: 0.50"
+    assert lines[1].startswith("b: execution ")
+
+
+async def test_the_limiters_on_costs_are_acquired(
+    sim: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each request; the code is what type checkers read."""
+    checked = (ROOT / "tests" / "typing" / "limiter.py").read_text()
+    assert blocks("docs/costs.md", "python")[0] in checked
+    with names("docs/costs.md") as page:
         bucket = page["InMemoryBucket"]  # in place of the one in Redis
         init = AsyncMock(side_effect=lambda rates, redis, key: bucket(rates))
         monkeypatch.setattr(page["RedisBucket"], "init", init)
@@ -674,5 +664,3 @@ async def test_the_code_on_fanning_out_works(
             async with Session(sim.api_key, base_url=sim.base_url, limiter=limiter) as limited:
                 await limited.execution(sim.add_execution(REPORT)).wait()
             assert limiter.acquire.await_count == sim.request_count - before == 1
-    assert lines[0] == "a: 0.50"
-    assert lines[1].startswith("b: execution ")

@@ -26,7 +26,7 @@ RUN_ELSEWHERE = {
     "docs/frontends.md": "test_frontends",
     "docs/once.md": "test_web_apps",
     "docs/operating.md": "test_readme",
-    "docs/proxies.md": "test_proxies",
+    "docs/production.md": "test_proxies",
     "docs/reference/command-line.md": "test_docs",
     "docs/tutorial.md": "test_readme",
     "docs/webhooks.md": "test_webhooks",
@@ -34,8 +34,8 @@ RUN_ELSEWHERE = {
 RUN_HERE = (
     "docs/batch-night.md",
     "docs/batches.md",
+    "docs/costs.md",
     "docs/doctor.md",
-    "docs/fanning-out.md",
     "docs/installing.md",
     "docs/mcp.md",
     "docs/viewer.md",
@@ -162,7 +162,7 @@ def test_the_commands_on_installing_work(tmp_path: Path, settings: dict[str, str
     project.mkdir()
 
     new, beside, from_wheel, key = blocks("docs/installing.md")
-    (others,) = blocks("docs/fanning-out.md")
+    (others,) = blocks("docs/costs.md")
     activate = f". {checkout}/.venv/bin/activate\n"
     run(new, checkout, settings)
     run(activate + beside, project, settings)

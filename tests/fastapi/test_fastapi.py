@@ -404,7 +404,7 @@ def test_every_public_error_is_listed() -> None:
     errors = {cls for cls in public if isinstance(cls, type) and issubclass(cls, Exception)}
     listed = {type(error) for error, _ in ANSWERS}
     assert errors - listed == {PromptLayerExecError, RequestError}
-    docs = (Path(__file__).parents[2] / "docs" / "fastapi.md").read_text(encoding="utf-8")
+    docs = (Path(__file__).parents[2] / "docs" / "web-access.md").read_text(encoding="utf-8")
     for error, status in ANSWERS:
         assert re.search(rf"^\|.*`{type(error).__name__}`.*\| {status} \|$", docs, re.MULTILINE)
 

@@ -1,4 +1,4 @@
-"""Proxies and certificates: the code and the messages of docs/proxies.md.
+"""Proxies and certificates: the code and the messages of docs/production.md.
 
 The server has a name that only the proxy knows, because no loopback host is asked through a proxy.
 """
@@ -42,7 +42,7 @@ from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is plain http")
 
-PAGE = (Path(__file__).parents[2] / "docs" / "proxies.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "production.md").read_text(encoding="utf-8")
 REPORT = Scenario([SimNode("Report", "done", is_output_node=True)])
 USER, PASSWORD = "jane", "p@ss/word"
 CREDENTIALS = "Basic " + b64encode(f"{USER}:{PASSWORD}".encode()).decode()

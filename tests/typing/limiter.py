@@ -1,4 +1,4 @@
-"""The limiter of docs/fanning-out.md; it is type-checked, and run by the tests of that page."""
+"""The limiter of docs/costs.md; it is type-checked, and run by the tests of that page."""
 
 # ruff: noqa: D101, D102, D103 - word for word as in the docs
 from pyrate_limiter import Duration, InMemoryBucket, Limiter, Rate, RedisBucket
