@@ -1,9 +1,10 @@
 """The README and the tutorial, run from top to bottom beside `promptlayer-exec simulate`.
 
 The language of a block says what becomes of it: `python` is saved, or run in a coroutine if it is
-part of one, `sh` is run, `diff` changes the last program, and a `text` right after a command is what that prints. `shell` prepares a machine, by
-an installation or a real key, which is no test's business; only the command after an installation
-is run. So are the commands of the page on operating a batch.
+part of one, `sh` is run, `diff` changes the last program, and a `text` right after a command is
+what that prints. `shell` prepares a machine, by an installation or a real key, which is no test's
+business; only the command after an installation is run. So are the commands of the page on
+operating a batch.
 """
 
 from __future__ import annotations
