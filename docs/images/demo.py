@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.terminal_theme import MONOKAI
 
-COLUMNS = 76  # few, so that a phone can show it
+COLUMNS = 79  # few, so that a phone can show it
 LINE = 20  # pixels
 SVG = """\
 <svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" \
@@ -95,8 +95,8 @@ def frames() -> Iterator[tuple[float, list[str]]]:
             kept = now
             yield now, wrapped(lines)
 
-    # The demo ends with a program, which is too long for a picture.
-    end = next(number for number, line in enumerate(lines) if line.startswith("This program"))
+    # The reply and the program that follow would push the rest of the README off the first screen.
+    end = next(number for number, line in enumerate(lines) if line.startswith("The main output"))
     yield now, wrapped(lines[: end - 1])
 
 
