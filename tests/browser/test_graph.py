@@ -266,7 +266,7 @@ async def test_names_are_text(sim: Simulator, viewer: Any, ui: Any, page: Page) 
     drawn = ui.drawn(HOSTILE)
     await expect(drawn).to_have_attribute("data-status", "RUNNING")
     await expect(drawn.locator("title")).to_have_text(re.compile(re.escape(HOSTILE)))
-    await expect(drawn.locator(".gname")).to_have_text(re.compile(r"^<img .*…$"))
+    await expect(drawn.locator(".gname")).to_have_text(re.compile(r"^<img.*….*indeed$"))
     await drawn.click()
     await expect(ui.row(HOSTILE)).to_have_class(re.compile("selected"))
     await page.reload()
@@ -286,3 +286,50 @@ async def test_on_a_narrow_screen_layers_are_below_each_other(
     await ui.drawn("plan").focus()
     await page.keyboard.press("ArrowDown")
     assert await page.evaluate("document.activeElement.dataset.node") == "accept"
+
+
+def shards(stages: int, count: int) -> Scenario:
+    """Return stages of shards, each after its shard of the stage before; one shard failed."""
+    nodes = []
+    for stage in range(stages):
+        for shard in range(count):
+            after = [f"enrich texts stage {stage - 1} shard {shard}"] if stage else []
+            failed: dict[str, Any] = {"status": "FAILED"} if (stage, shard) == (5, 8) else {}
+            name = f"enrich texts stage {stage} shard {shard}"
+            nodes.append(SimNode(name, shard, after=after, **failed))
+    nodes.append(SimNode("end", 1, after=["enrich texts stage 1 shard 0"], is_output_node=True))
+    return Scenario(nodes)
+
+
+async def test_like_nodes_of_a_large_graph_are_one_box(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """A box counts its nodes and those that failed, and unfolds to the failed one."""
+    sim.add_workflow("flow", shards(10, 15))
+    execution = await viewer.board.start("flow", {})
+    await ui.open_run(execution.id)
+    boxes = page.locator(".gnode.folded")
+    await expect(boxes).to_have_count(10)
+    failed = page.locator('.gnode.folded[data-look="failed"]')
+    await expect(failed).to_have_class(re.compile("selected"))
+    await expect(failed).to_be_in_viewport()
+    texts = await failed.locator("text").all_text_contents()
+    assert re.fullmatch(r"enri.*…5 shard …", texts[0])
+    assert texts[1] == "15 nodes, 1 failed"
+    assert re.fullmatch(r"enri.*… ?5 shard 8", texts[2])
+
+    await page.get_by_role("button", name="Fit").click()
+    await expect(page.locator(".graph > svg")).to_have_class("small")
+    await expect(failed.locator("text").first).to_be_hidden()
+
+    await failed.focus()
+    await page.keyboard.press("Enter")
+    node = ui.drawn("enrich texts stage 5 shard 8")
+    await expect(node).to_be_focused()
+    await expect(page.locator(".gnode")).to_have_count(9 + 15 + 1)
+    await expect(node).to_have_attribute("data-status", "FAILED")
+    await page.get_by_role("button", name="Unfold all").click()
+    await expect(page.locator(".gnode")).to_have_count(151)
+    await page.get_by_role("button", name="Fold", exact=True).click()
+    await expect(page.locator(".gnode")).to_have_count(11)
+    await ui.check("a graph of 151 nodes")

@@ -34,6 +34,7 @@ type Part =
   | "filter"
   | "find"
   | "fold"
+  | "fold-nodes"
   | "forget"
   | "found"
   | "graph"

@@ -8,6 +8,7 @@ import { page } from "./hooks.mjs";
 
 const { NotJson, readJson, writeJson, readContainer } = await page("library/json.js");
 const { diffLines, diffWords } = await page("library/diff.js");
+const { fold } = await page("library/fold.js");
 const { layOut } = await page("library/layout.js");
 const { ago, duration, tickLabel, ticks } = await page("library/times.js");
 const { sentenceOf, textOf } = await page("library/sentence.js");
@@ -51,6 +52,49 @@ test("words that differ are marked in lines that have some in common", () => {
     [["two ", false], ["old", true], [" otters", false], [" swim", true]],
   ]);
   assert.equal(diffWords("one, two", "three; four"), null);
+});
+
+// Stages of shards, each of which depends on the shard of the stage before.
+function staged(stages, shards, nameOf) {
+  const layers = Array.from({ length: stages }, (_, stage) => Array.from({ length: shards }, (_, shard) => nameOf(stage, shard)));
+  const nodes = Object.fromEntries(layers.flat().map((name) => [name, { type: "CODE", is_output: false }]));
+  const edges = layers.slice(1).flatMap((layer, index) =>
+    layer.map((target, shard) => ({ source: layers[index][shard], target, conditional: false })),
+  );
+  return { layers, nodes, edges };
+}
+
+test("like nodes of a large graph are one box", () => {
+  const graph = staged(3, 30, (stage, shard) => `stage ${stage} shard ${shard}`);
+  const { layers, edges, boxes } = fold(graph);
+  assert.deepEqual([...boxes.values()].map((box) => box.label), ["stage 0 shard …", "stage 1 shard …", "stage 2 shard …"]);
+  assert.deepEqual(layers.map((layer) => layer.length), [1, 1, 1]);
+  assert.deepEqual(edges.map((edge) => edge.pairs.length), [30, 30]);
+
+  const [first] = layers[0];
+  const opened = fold(graph, new Set([first]));
+  assert.deepEqual(opened.layers.map((layer) => layer.length), [30, 1, 1]);
+  assert.equal(opened.edges.length, 31);
+});
+
+test("nodes of a small graph, and those of another type, stay apart", () => {
+  assert.equal(fold(staged(3, 26, (stage, shard) => `stage ${stage} shard ${shard}`)).boxes.size, 78);
+  const graph = staged(3, 30, (stage, shard) => `stage ${stage} shard ${shard}`);
+  graph.nodes["stage 1 shard 3"].type = "PROMPT_TEMPLATE";
+  assert.deepEqual(fold(graph).layers.map((layer) => layer.length), [1, 2, 1]);
+});
+
+test("nodes without numbers are like each other if they have the same neighbours", () => {
+  const animals = ["otter", "newt", "stork", "heron", "crane", "vole"];
+  const others = Array.from({ length: 80 }, (_, index) => `${String.fromCharCode(97 + (index % 26)).repeat(1 + index)}`);
+  const all = ["plan", ...animals, ...others];
+  const nodes = Object.fromEntries(all.map((name) => [name, { type: "CODE", is_output: false }]));
+  const edges = animals.map((target) => ({ source: "plan", target, conditional: true }));
+  edges.push(...others.map((name, index) => ({ source: others[index - 1] ?? "otter", target: name, conditional: false })));
+  const { boxes, edges: drawn } = fold({ layers: [["plan"], animals, ...others.map((name) => [name])], nodes, edges });
+  const box = [...boxes.values()].find(({ names }) => names.length > 1);
+  assert.deepEqual([box.label, box.names.length], ["newt and 4 others", 5]);
+  assert.equal(drawn.find(({ target }) => target === box.key).conditional, true);
 });
 
 test("nodes are beside what they depend on", () => {

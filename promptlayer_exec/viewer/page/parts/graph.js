@@ -1,11 +1,13 @@
 // @ts-check
 // The graph of a workflow as SVG: nodes in layers, live statuses, and the edges that the run took.
-// Scrolling and dragging pan it. Its buttons, Ctrl and the wheel, or + and - zoom it.
+// Scrolling and dragging pan it. Its buttons, Ctrl and the wheel, or + and - zoom it. In a large
+// graph, like nodes are one box, which unfolds.
 
 import { draw, makeSvg, write } from "../library/dom.js";
+import { fold } from "../library/fold.js";
 import { layOut } from "../library/layout.js";
 import { isFinal, spanOf, statusOf, wordOf } from "../library/model.js";
-import { duration } from "../library/times.js";
+import { counted, duration } from "../library/times.js";
 
 const WIDTH = 176;
 const HEIGHT = 54;
@@ -14,16 +16,25 @@ const NARROW = 640;
 const READABLE = 0.75; // the first scale of a graph that does not fit
 const SMALL = 0.62; // the smallest first scale that shows all of a graph
 const LEAST = 0.1;
+const FILLED = 0.45; // the scale below which nobody reads a text: a box is its status
 const NAME_WIDTH = WIDTH - 44;
+const BAR_WIDTH = WIDTH - 16;
+// What a folded box shows as its own status: the first of these that one of its nodes has.
+const LOOKS = ["failed", "unknown", "running", "queued", "success", "skipped"];
 
 const canvas = document.createElement("canvas").getContext("2d");
 
 export class Graph {
-  constructor(container, onSelect) {
+  // `onFold()` is called after boxes were folded or unfolded.
+  constructor(container, onSelect, onFold) {
     this.container = container;
+    this.onFold = onFold;
     this.onSelect = onSelect;
-    this.nodes = new Map();
+    this.nodes = new Map(); // by the key of a box, which of a single node is its name
+    this.boxOf = new Map(); // by the name of a node: the key
+    this.opened = new Set(); // keys of boxes that somebody has unfolded
     this.edges = [];
+    this.critical = [];
     this.scale = 1;
     this.selected = null;
     this.followed = null; // the node to keep in sight, until somebody moves the graph
@@ -70,13 +81,15 @@ export class Graph {
   }
 
   draw(definition) {
-    const { layers, nodes, edges } = definition;
+    const { nodes } = definition;
+    const { layers, edges, boxes } = fold(definition, this.opened);
     this.definition = definition;
     this.isVertical = this.container.clientWidth < NARROW;
     const [along, across] = this.isVertical ? [HEIGHT, WIDTH] : [WIDTH, HEIGHT];
     const sizes = { along, across, gapAlong: this.isVertical ? 38 : 48, gapAcross: 14 };
     this.layout = layOut(layers, edges, sizes);
     this.nodes.clear();
+    this.boxOf.clear();
     const { length, breadth } = this.layout;
     this.size = this.flip([length, breadth]).map((one) => one + 2 * MARGIN);
     this.svg = makeSvg("svg", {
@@ -86,7 +99,11 @@ export class Graph {
     });
     this.edges = edges.map((edge, index) => this.makeEdge(edge, this.layout.routes[index]));
     this.svg.append(...this.edges.map((edge) => edge.element));
-    for (const name of this.layout.rows.flat()) this.makeNode(name, nodes[name]);
+    for (const key of this.layout.rows.flat()) {
+      const box = boxes.get(key);
+      for (const name of box.names) this.boxOf.set(name, key);
+      this.makeNode(box, nodes[box.names[0]]);
+    }
     for (const edge of edges) {
       this.nodes.get(edge.source).after.push(edge.target);
       this.nodes.get(edge.target).before.push(edge.source);
@@ -98,14 +115,40 @@ export class Graph {
     this.width = this.container.clientWidth;
     this.resize(this.readable());
     this.container.scrollTo(0, 0);
-    if (this.followed !== null && this.nodes.has(this.followed)) this.reveal(this.followed);
+    if (this.boxOf.has(this.followed)) this.reveal(this.boxOf.get(this.followed));
+  }
+
+  // Whether boxes are folded, or could be again.
+  get hasFolded() {
+    return [...this.nodes.values()].some(({ names }) => names.length > 1);
+  }
+
+  // Draws the nodes of a box apart, or with null, those of all boxes.
+  unfold(key) {
+    const folded = [...this.nodes].filter(([, { names }]) => names.length > 1);
+    for (const [one] of folded) if (key === null || one === key) this.opened.add(one);
+    this.redraw();
+  }
+
+  foldAgain() {
+    this.opened.clear();
+    this.redraw();
+  }
+
+  redraw() {
+    const critical = this.critical;
+    this.draw(this.definition);
+    if (this.run !== undefined) this.update(this.run);
+    this.markCritical(critical);
+    this.select(this.selected);
+    this.onFold();
   }
 
   // Keeps a node in sight: the one that runs, or that failed.
   follow(name) {
-    if (name === this.followed || !this.nodes.has(name)) return;
+    if (name === this.followed || !this.boxOf.has(name)) return;
     this.followed = name;
-    if (!this.isMoved && this.selected === null) this.reveal(name);
+    if (!this.isMoved && this.selected === null) this.reveal(this.boxOf.get(name));
   }
 
   // If somebody turns or widens the window, the graph fits it again, unless somebody has zoomed.
@@ -114,14 +157,10 @@ export class Graph {
     if (this.definition === undefined || width === 0 || width === this.width) return;
     this.width = width;
     if (this.isVertical !== width < NARROW) {
-      const critical = [...this.nodes].filter(([, { element }]) => element.classList.contains("critical"));
-      this.draw(this.definition);
-      if (this.run !== undefined) this.update(this.run);
-      this.markCritical(critical.map(([name]) => name));
-      this.select(this.selected);
+      this.redraw();
     } else if (this.isFitted) {
       this.resize(this.readable());
-      if (this.selected !== null && this.nodes.has(this.selected)) this.reveal(this.selected);
+      if (this.boxOf.has(this.selected)) this.reveal(this.boxOf.get(this.selected));
     }
   }
 
@@ -129,37 +168,57 @@ export class Graph {
     return this.isVertical ? [across, along] : [along, across];
   }
 
-  makeNode(name, { type, is_output }) {
-    const [x, y] = this.flip(this.layout.positions.get(name));
+  makeNode({ key, names, label }, { type, is_output }) {
+    const [x, y] = this.flip(this.layout.positions.get(key));
+    const isFolded = names.length > 1;
+    const left = -WIDTH / 2 + 34;
+    const hasThird = type || isFolded;
     const icon = makeSvg("use", { x: -WIDTH / 2 + 10, y: -8, width: 16, height: 16 });
-    const label = makeSvg("text", { class: "gname", x: -WIDTH / 2 + 34, y: type ? -9 : -3 }, shortened(name));
-    const state = makeSvg("text", { class: "gstate", x: -WIDTH / 2 + 34, y: type ? 6 : 14 });
-    const kind = makeSvg("text", { class: "gstate gtype", x: -WIDTH / 2 + 34, y: 20 }, wordsOf(type));
+    const title = makeSvg("text", { class: "gname", x: left, y: hasThird ? -9 : -3 }, shortened(label));
+    const state = makeSvg("text", { class: "gstate", x: left, y: hasThird ? 6 : 14 });
+    const kind = makeSvg("text", { class: "gstate gtype", x: left, y: 20 }, wordsOf(type));
+    const frame = { x: -WIDTH / 2, y: -HEIGHT / 2, width: WIDTH, height: HEIGHT, rx: 8 };
     const element = makeSvg(
       "g",
       {
-        class: is_output ? "gnode output" : "gnode",
+        class: `gnode${is_output ? " output" : ""}${isFolded ? " folded" : ""}`,
         role: "button",
         tabindex: "-1",
-        "data-node": name,
+        "data-node": key,
         "data-status": "",
+        "aria-expanded": isFolded ? "false" : null,
         transform: `translate(${x} ${y})`,
       },
-      makeSvg("title", {}, type ? `${name} (${type})` : name),
-      makeSvg("rect", { x: -WIDTH / 2, y: -HEIGHT / 2, width: WIDTH, height: HEIGHT, rx: 8 }),
+      makeSvg("title", {}, titleOf(names, type)),
+      ...(isFolded ? [makeSvg("rect", { ...frame, class: "behind", x: frame.x + 4, y: frame.y + 4 })] : []),
+      makeSvg("rect", { ...frame, class: "box" }),
       icon,
-      label,
+      title,
       state,
       kind,
     );
+    const bar = isFolded ? LOOKS.map((look) => makeSvg("rect", { class: "share", "data-look": look, y: HEIGHT / 2 - 5, height: 4 })) : [];
+    element.append(...bar);
     element.addEventListener("click", () => {
-      if (!this.isDragged) this.onSelect(name);
+      if (!this.isDragged) this.choose(key);
     });
-    element.addEventListener("focus", () => this.moveTabStop(name));
-    element.addEventListener("pointerenter", () => this.highlight(name));
-    element.addEventListener("pointerleave", () => this.highlight(this.selected));
-    this.nodes.set(name, { element, icon, state, before: [], after: [], type, status: null });
+    element.addEventListener("focus", () => this.moveTabStop(key));
+    element.addEventListener("pointerenter", () => this.highlight(key));
+    element.addEventListener("pointerleave", () => this.highlight(this.boxOf.get(this.selected) ?? null));
+    this.nodes.set(key, { element, icon, state, kind, bar, names, label, before: [], after: [], status: null });
     this.svg.append(element);
+  }
+
+  // Selects a node, or unfolds a box and goes to the first of its nodes that failed or runs.
+  choose(key) {
+    const { names } = this.nodes.get(key);
+    if (names.length === 1) return this.onSelect(key);
+    const statuses = ["FAILED", "RUNNING"];
+    const wanted = statuses.map((status) => names.find((name) => this.run?.nodes.get(name)?.status === status));
+    this.unfold(key);
+    const first = wanted.find((name) => name !== undefined) ?? names[0];
+    this.reveal(first);
+    this.nodes.get(first).element.focus({ preventScroll: true });
   }
 
   makeEdge(edge, points) {
@@ -207,11 +266,17 @@ export class Graph {
   update(run, names = null) {
     this.run = run;
     const time = run.now();
-    for (const name of names ?? this.nodes.keys()) {
-      const node = this.nodes.get(name);
-      if (node) this.showStatus(name, node, run.nodes.get(name), time);
+    const keys = names === null ? this.nodes.keys() : new Set(names.map((name) => this.boxOf.get(name)));
+    for (const key of keys) {
+      const node = this.nodes.get(key);
+      if (node) this.showBox(key, node, run, time);
     }
     for (const edge of this.edges) this.showEdge(edge, run);
+  }
+
+  showBox(key, node, run, time) {
+    if (node.names.length === 1) this.showStatus(key, node, run.nodes.get(key), time);
+    else this.showFolded(node, run);
   }
 
   showStatus(name, node, known, time) {
@@ -227,48 +292,79 @@ export class Graph {
       draw(node.icon, look);
     }
     node.status = status;
-    const time_ = span?.isTimed ? ` · ${duration(Math.max(0, span.end - span.start))}` : "";
+    const time_ = span?.isTimed ? ` · ${duration(Math.max(0, span.end - span.start), node.isRunning)}` : "";
     write(node.state, text + time_);
     const label = `${name}: ${text}${node.isRunning ? "" : time_}`;
     if (element.getAttribute("aria-label") !== label) element.setAttribute("aria-label", label);
   }
 
+  // How many nodes of a box are of which status, and the first that failed.
+  showFolded({ element, icon, state, kind, bar, names, label }, run) {
+    const counts = Object.fromEntries(LOOKS.map((look) => [look, 0]));
+    for (const name of names) {
+      const node = run.nodes.get(name);
+      counts[node === undefined ? "queued" : statusOf(node)] += 1;
+    }
+    const look = LOOKS.find((one) => counts[one] > 0);
+    element.dataset.look = look;
+    element.dataset.status = look.toUpperCase();
+    draw(icon, look);
+    const all = counted(names.length, "node");
+    const notable = look === "success" && counts.skipped > 0 ? "skipped" : look;
+    const word = notable === "success" ? "succeeded" : notable;
+    write(state, counts[notable] === names.length ? `${all} ${word}` : `${all}, ${counts[notable]} ${word}`);
+    const failed = names.find((name) => run.nodes.get(name)?.status === "FAILED");
+    if (failed !== undefined) write(kind, shortened(failed));
+    const parts = LOOKS.filter((one) => counts[one] > 0).map((one) => `${counts[one]} ${one === "success" ? "succeeded" : one}`);
+    const text = `${label}: ${all}, ${parts.join(", ")}. Unfold`;
+    if (element.getAttribute("aria-label") !== text) element.setAttribute("aria-label", text);
+
+    let at = -BAR_WIDTH / 2;
+    LOOKS.forEach((one, index) => {
+      const width = (BAR_WIDTH * counts[one]) / names.length;
+      bar[index].setAttribute("x", at.toFixed(1));
+      bar[index].setAttribute("width", width.toFixed(1));
+      at += width;
+    });
+  }
+
   // How long nodes have been running.
   tick(run) {
     const time = run.now();
-    for (const [name, node] of this.nodes) {
-      if (node.isRunning) this.showStatus(name, node, run.nodes.get(name), time);
+    for (const [key, node] of this.nodes) {
+      if (node.isRunning) this.showStatus(key, node, run.nodes.get(key), time);
     }
   }
 
-  showEdge({ source, target, path, element }, run) {
-    const [from, to] = [run.nodes.get(source), run.nodes.get(target)];
-    let state = "pending";
-    if (from?.status === "SKIPPED" || to?.status === "SKIPPED") state = "skipped";
-    else if (from?.status === "SUCCESS" && to && to.status !== "QUEUED") state = "taken";
+  // An edge between boxes was taken if one between their nodes was.
+  showEdge({ pairs, path, element }, run) {
+    const states = new Set(pairs.map((pair) => stateOfEdge(pair, run)));
+    const state = ["taken", "pending", "skipped"].find((one) => states.has(one));
     if (path.dataset.edge === state) return;
     path.dataset.edge = state;
     element.dataset.edge = state;
   }
 
   markCritical(names) {
-    const set = new Set(names);
-    for (const [name, { element }] of this.nodes) element.classList.toggle("critical", set.has(name));
+    this.critical = names;
+    const keys = new Set(names.map((name) => this.boxOf.get(name)));
+    for (const [key, { element }] of this.nodes) element.classList.toggle("critical", keys.has(key));
     for (const { source, target, path } of this.edges) {
-      path.classList.toggle("critical", set.has(source) && set.has(target));
+      path.classList.toggle("critical", keys.has(source) && keys.has(target));
     }
   }
 
   select(name) {
     this.selected = name;
-    for (const [one, { element }] of this.nodes) {
-      element.classList.toggle("selected", one === name);
-      element.setAttribute("aria-pressed", String(one === name));
+    const chosen = this.boxOf.get(name) ?? null;
+    for (const [key, { element, names }] of this.nodes) {
+      element.classList.toggle("selected", key === chosen);
+      if (names.length === 1) element.setAttribute("aria-pressed", String(key === chosen));
     }
-    this.highlight(name);
-    if (this.nodes.has(name)) {
-      this.moveTabStop(name);
-      this.reveal(name);
+    this.highlight(chosen);
+    if (chosen !== null) {
+      this.moveTabStop(chosen);
+      this.reveal(chosen);
     }
   }
 
@@ -306,7 +402,7 @@ export class Graph {
     if (name === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
-      return this.onSelect(name);
+      return this.choose(name);
     }
     const next = this.neighbour(name, event.key);
     if (next === undefined) return;
@@ -366,6 +462,7 @@ export class Graph {
     this.scale = Math.min(2.5, Math.max(LEAST, scale));
     this.svg.setAttribute("width", (this.size[0] * this.scale).toFixed(1));
     this.svg.setAttribute("height", (this.size[1] * this.scale).toFixed(1));
+    this.svg.classList.toggle("small", this.scale < FILLED);
   }
 }
 
@@ -374,15 +471,32 @@ function wordsOf(type) {
   return type.toLowerCase().replaceAll("_", " ").slice(0, 26);
 }
 
+function stateOfEdge([source, target], run) {
+  const [from, to] = [run.nodes.get(source), run.nodes.get(target)];
+  if (from?.status === "SKIPPED" || to?.status === "SKIPPED") return "skipped";
+  return from?.status === "SUCCESS" && to && to.status !== "QUEUED" ? "taken" : "pending";
+}
+
+// What the pointer sees at a box.
+function titleOf(names, type) {
+  if (names.length > 1) return names.join("\n");
+  return type ? `${names[0]} (${type})` : names[0];
+}
+
+// A name cut in the middle, with more of its end: there, names of like nodes differ.
 function shortened(name) {
   canvas.font = `600 13px ${getComputedStyle(document.body).fontFamily}`;
   const fits = (text) => canvas.measureText(text).width <= NAME_WIDTH;
   if (fits(name)) return name;
+  const cut = (kept) => {
+    const start = Math.ceil(kept / 3);
+    return `${name.slice(0, start).trimEnd()}…${name.slice(name.length - kept + start).trimStart()}`;
+  };
   let [low, high] = [0, Math.min(name.length, 60)];
   while (low < high) {
     const middle = Math.ceil((low + high) / 2);
-    if (fits(`${name.slice(0, middle)}…`)) low = middle;
+    if (fits(cut(middle))) low = middle;
     else high = middle - 1;
   }
-  return `${name.slice(0, low)}…`;
+  return cut(low);
 }

@@ -17,10 +17,14 @@ export class GraphPanel {
     this.definition = null;
     this.state = "none"; // none, loading, loaded
     this.after = 0; // when to try again, after a failure
-    this.graph = new Graph(part(root, "graph"), onSelect);
+    this.graph = new Graph(part(root, "graph"), onSelect, () => this.showFold());
     part(root, "zoom-in").addEventListener("click", () => this.graph.zoom(1.25));
     part(root, "zoom-out").addEventListener("click", () => this.graph.zoom(0.8));
     part(root, "zoom-fit").addEventListener("click", () => this.graph.fit());
+    part(root, "fold-nodes").addEventListener("click", () => {
+      if (this.graph.hasFolded) this.graph.unfold(null);
+      else this.graph.foldAgain();
+    });
     part(root, "of-workflow").addEventListener("focus", listWorkflows);
     handle(part(root, "workflow-form"), () => this.choose());
     part(root, "accept").addEventListener("click", () => this.accept());
@@ -57,6 +61,7 @@ export class GraphPanel {
     const drawn = ["graph", "graph-tools", "legend"];
     for (const name of drawn) part(this.root, name).hidden = false;
     this.graph.draw(definition);
+    this.showFold();
     this.graph.update(this.run);
     this.graph.select(this.selected ?? null);
     this.graph.follow(this.run.action()?.name ?? null);
@@ -66,6 +71,14 @@ export class GraphPanel {
     const missing = unknown.length > 0 ? `. Not in it: ${unknown.join(", ")}` : "";
     this.say(which + missing);
     this.onDrawn();
+  }
+
+  // Like nodes of a large graph are folded at first.
+  showFold() {
+    const { hasFolded, opened } = this.graph;
+    const button = part(this.root, "fold-nodes");
+    button.hidden = !hasFolded && opened.size === 0;
+    write(button, hasFolded ? "Unfold all" : "Fold");
   }
 
   // Nodes with the same names suggest a workflow.
