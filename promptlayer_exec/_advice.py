@@ -36,6 +36,8 @@ from promptlayer_exec import (
     UnprocessableEntity,
 )
 from promptlayer_exec import _integration as integration
+from promptlayer_exec._integration import KEY_METADATA
+from promptlayer_exec._ways_out import out_of_key
 
 Data = Mapping[str, Any]
 
@@ -100,11 +102,12 @@ def _about_missing(data: Data) -> str:
 def _about_unknown(data: Data) -> str:
     if not data.get("is_key_stored"):
         return "Look for it in PromptLayer before you start it again, or you may pay twice."
-    key = shlex.quote(str(data["key"]))
+    key = str(data["key"])
+    adopt, forget = (way.command for way in out_of_key("unknown", key))
     return (
-        "The key starts nothing now. Look in PromptLayer for the metadata promptlayer_exec.key"
-        f" {key}. If the run is there, `promptlayer-exec starts adopt {key} ID` records its id. If"
-        f" not, `promptlayer-exec starts forget {key}`, and start it again. Use the same --db."
+        f"The key starts nothing now. Look in PromptLayer for the metadata {KEY_METADATA}"
+        f" {shlex.quote(key)}. If the run is there, `{adopt}` records its id. If not, `{forget}`,"
+        " and start it again. Use the same --db."
     )
 
 

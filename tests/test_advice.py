@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import pytest
@@ -22,8 +23,16 @@ from promptlayer_exec import (
     Unauthorized,
 )
 from promptlayer_exec import _advice as advice
+from promptlayer_exec._ways_out import (
+    WayOut,
+    out_of_item,
+    out_of_items,
+    out_of_key,
+    unknown_keys,
+)
 from promptlayer_exec.cli import app
 from promptlayer_exec.dbos._records import stored_error
+from promptlayer_exec.dbos._reports import ItemState
 from promptlayer_exec.fastapi._responses import describe
 from promptlayer_exec.mcp._tool_errors import error_text
 from tests.api.test_errors import build, each_error
@@ -107,6 +116,33 @@ def test_advice_names_options_and_commands_that_exist() -> None:
     for text in texts:
         assert set(re.findall(r"--[a-z][a-z-]+", text)) <= known
         assert set(re.findall(r"`promptlayer-exec ([a-z]+)", text)) <= commands
+
+
+_BATCH = " --name night --base-url http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        *(way for state in get_args(ItemState) for way in out_of_item(state, "k", _BATCH, "")),
+        *(way for state in get_args(ItemState) for way in out_of_items(state, _BATCH)),
+        *(way for state in ("sending", "unknown") for way in out_of_key(state, "k")),
+        *out_of_key("started", "k", execution_id=7, server="http://127.0.0.1:1"),
+        WayOut("list them with", unknown_keys()),
+    ],
+    ids=lambda way: way.command,
+)
+def test_each_way_out_is_a_command_with_these_options(way: WayOut) -> None:
+    """The command line accepts it once somebody has put an id in the place of ID."""
+    import typer.main
+
+    program, *words = shlex.split(way.command.replace(" ID", " 7"))
+    assert program == "promptlayer-exec"
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    with command.make_context(command.name, words) as context:
+        assert context.params
 
 
 def _commands() -> Iterator[tuple[str, Any]]:

@@ -297,6 +297,8 @@ class Database:
             needed = ". It must be a file, or a new one in a directory that you can write to"
         elif getattr(cause, "sqlstate", None) == _UNTRANSLATABLE_CHARACTER:
             needed = ". Its encoding must be UTF8: `createdb -T template0 -E UTF8 batches`"
+        elif "password" in reason_of(error):  # the driver gives no state of a refused connection
+            needed = ". Check the user and the password in its URL"
         text = f"cannot use the database {self._shown}: {reason_of(error):.300}{needed}"
         return StoreUnavailable(text) if _is_away(error) else ConfigurationError(text)
 

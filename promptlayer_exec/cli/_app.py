@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from promptlayer_exec import __version__
+from promptlayer_exec._ways_out import PROGRAM
 from promptlayer_exec.cli._batch_commands import batch_app
 from promptlayer_exec.cli._doctor_command import doctor
-from promptlayer_exec.cli._exit import PROGRAM, report_crash
+from promptlayer_exec.cli._exit import report_crash
 from promptlayer_exec.cli._help import Program, help_epilog, show_help
 from promptlayer_exec.cli._printing import out, prepare_streams
 from promptlayer_exec.cli._run_commands import demo, results, run, watch

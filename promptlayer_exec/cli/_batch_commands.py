@@ -15,19 +15,12 @@ import typer
 from promptlayer_exec import RequestError, Unauthorized
 from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import duration, printable
+from promptlayer_exec._ways_out import PROGRAM
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_management as management
 from promptlayer_exec.cli import _batch_options as options
 from promptlayer_exec.cli import _batch_retry as retrying
-from promptlayer_exec.cli._exit import (
-    PROGRAM,
-    THIS_SUBJECT,
-    ExitCode,
-    Misuse,
-    command,
-    hint,
-    may_pass,
-)
+from promptlayer_exec.cli._exit import THIS_SUBJECT, ExitCode, Misuse, command, hint, may_pass
 from promptlayer_exec.cli._help import Program, help_epilog
 from promptlayer_exec.cli._item_file import ItemFile
 from promptlayer_exec.cli._options import BaseUrl, Database, NoPush, open_session

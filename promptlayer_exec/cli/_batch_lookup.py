@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shlex
 import sys
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -19,17 +17,15 @@ from promptlayer_exec import Session
 from promptlayer_exec import _integration as integration
 from promptlayer_exec._advice import explain_stored
 from promptlayer_exec._integration import install_hint, printable
-from promptlayer_exec.cli._exit import (
-    PROGRAM,
-    ExitCode,
-    Misuse,
-    Subject,
+from promptlayer_exec._ways_out import (
+    batch_option,
     command_about,
     database_option,
-    hint,
-    run_command,
+    is_usual_database,
+    out_of_items,
     server_option,
 )
+from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, hint, run_command, way_hints
 from promptlayer_exec.cli._printing import err, shorten
 
 if TYPE_CHECKING:
@@ -120,8 +116,8 @@ def shown_database(database: str | None) -> str:
 
 def command_flags(name: str, database: str | None) -> str:
     """Return the flags that another command needs to find a batch."""
-    flags = f" --name {shlex.quote(name)}"
-    if database and database != os.environ.get("PROMPTLAYER_EXEC_DB"):
+    flags = batch_option(name)
+    if database is not None and not is_usual_database(database):
         flags += database_option(database, shown_database(database))
     return printable(flags)
 
@@ -143,25 +139,6 @@ async def working_flags(
 
     flags = command_flags(name, database) + server_option(server)
     return flags + " --same-server" if same_server else flags
-
-
-def ways_out(key: str, kind: str, flags: str) -> list[str]:
-    """Return the commands that lead on from an item that finished without an output."""
-    if kind == "failed":
-        return [
-            hint("start it again with:", command_about("batch retry", flags, key)),
-            hint("or check its run again, for free, with:", f"{PROGRAM} batch recheck{flags}"),
-        ]
-    if kind == "unknown":
-        again = command_about("batch retry", f" --unknown{flags}", key)
-        return [
-            hint(
-                "if you find its run, follow it with:",
-                command_about("batch adopt", flags, key, "ID"),
-            ),
-            hint("else start it again with:", again),
-        ]
-    return []
 
 
 def status_line(name: str, status: BatchStatus) -> str:
@@ -234,23 +211,10 @@ def hint_lines(status: BatchStatus, flags: str) -> list[str]:
         left = item_count(status.total - status.finished)
         problem = f"{left} not finished, and nobody is working on them"
         go_on = "Repeat its `batch run`, or continue without a results file with"
-        lines.append(hint(f"{problem}. {go_on}:", f"{PROGRAM} batch work{flags}"))
+        lines.append(hint(f"{problem}. {go_on}:", command_about("batch work", flags)))
 
     if status.failed:
-        lines += [
-            hint("start failed items again with:", f"{PROGRAM} batch retry --failed{flags}"),
-            hint("or check their runs again, for free, with:", f"{PROGRAM} batch recheck{flags}"),
-        ]
-
+        lines += way_hints(out_of_items("failed", flags))
     if status.unknown:
-        advice = (
-            "unknown items may have started and be billed: look for them in PromptLayer, and follow"
-            " what you find with:"
-        )
-        again = f"{PROGRAM} batch retry --unknown{flags}"
-        lines += [
-            hint(advice, f"{PROGRAM} batch adopt KEY ID{flags}"),
-            hint("or start them again with:", again),
-        ]
-
+        lines += way_hints(out_of_items("unknown", flags))
     return lines

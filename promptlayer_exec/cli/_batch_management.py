@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import aclosing
 from datetime import datetime
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -16,17 +15,10 @@ import typer
 
 from promptlayer_exec._advice import explain, explain_stored
 from promptlayer_exec._integration import KEY_METADATA, printable
+from promptlayer_exec._ways_out import PROGRAM, command_about, out_of_item
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_options as options
-from promptlayer_exec.cli._exit import (
-    PROGRAM,
-    Misuse,
-    Subject,
-    command,
-    command_about,
-    hint,
-    run_command,
-)
+from promptlayer_exec.cli._exit import Misuse, Subject, command, hint, run_command, way_hints
 from promptlayer_exec.cli._options import BaseUrl, Database, JsonLines, seconds
 from promptlayer_exec.cli._printing import err, out, preview, utc_time
 from promptlayer_exec.cli._result_file import open_results, write_results
@@ -112,7 +104,7 @@ async def items(
     """
     chosen, batch = await lookup.chosen_batch(name, database)
     flags = await lookup.working_flags(batch, chosen, database)
-    way_out = partial(_way_out, flags=flags, show_flags=lookup.command_flags(chosen, database))
+    reading_flags = lookup.command_flags(chosen, database)
     listed = batch.items(state=cast("Any", state), older_than=older_than)
 
     count, unknown = 0, 0
@@ -121,7 +113,8 @@ async def items(
             async for item in listed:
                 count += 1
                 unknown += item.state == "unknown"
-                out(_json_line(item, way_out(item)) if as_json else _line(item, way_out(item)))
+                way_out = out_of_item(item.state, item.key, flags, reading_flags)[0].command
+                out(_json_line(item, way_out) if as_json else _line(item, way_out))
     except ValueError as error:  # of the state
         raise Misuse(str(error)) from error
 
@@ -134,7 +127,7 @@ async def items(
                 f" In PromptLayer, search for the metadata {KEY_METADATA} = KEY. If the run is"
                 " there, adopt it, with the command at the end of the line. If it is not, start"
                 " the item again with:",
-                f"{PROGRAM} batch retry KEY --unknown{flags}",
+                command_about("batch retry --unknown", flags, "KEY"),
             )
         )
 
@@ -154,21 +147,6 @@ def _json_line(item: BatchItem, way_out: str) -> str:
     return json.dumps(fields, default=datetime.isoformat)
 
 
-def _way_out(item: BatchItem, *, flags: str, show_flags: str) -> str:
-    """Return the command that leads on from the state of an item."""
-    match item.state:
-        case "waiting" | "sending":  # if its worker died, it becomes unknown
-            return f"{PROGRAM} batch work{flags}"
-        case "following":
-            return command_about("batch give-up", flags, item.key)
-        case "unknown":
-            return command_about("batch adopt", flags, item.key, "ID")
-        case "failed":  # if its run may still bring an output, it is followed again
-            return command_about("batch retry", flags, item.key)
-        case "succeeded":
-            return command_about("batch show", show_flags, item.key)
-
-
 @command
 async def show(
     key: Annotated[str, typer.Argument(metavar="KEY", help="Key of the item.")],
@@ -186,20 +164,21 @@ async def show(
     if as_json:
         outcome = item.outcome and json.loads(item.outcome.to_json())
         attempts = [attrs.asdict(attempt) for attempt in item.attempts]
-        fields = {"key": key, "request": item.request, "attempts": attempts, "outcome": outcome}
+        fields = {"key": key, "state": item.state, "since": item.since, "request": item.request}
+        fields |= {"attempts": attempts, "outcome": outcome}
         out(json.dumps(fields, default=datetime.isoformat))
         return
     for line in _item_lines(chosen, item):
         out(line)
-    if item.outcome is not None and not item.outcome.succeeded:
+    if item.state != "succeeded":
         flags = await lookup.working_flags(batch, chosen, database)
-        for line in lookup.ways_out(key, item.outcome.kind, flags):
+        for line in way_hints(out_of_item(item.state, key, flags)):
             err(line)
 
 
 def _item_lines(batch: str, item: StoredItem) -> list[str]:
     outcome = item.outcome
-    state = item.attempts[-1].state if item.attempts else "stored"
+    state = f"{item.state} since {utc_time(item.since)}"
     lines = [f"item {printable(item.key)} of batch {printable(batch)}: {state}"]
     for name, value in item.request.items():
         if value is not None:

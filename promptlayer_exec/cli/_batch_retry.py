@@ -10,17 +10,10 @@ import typer
 from promptlayer_exec import NotFound, RequestError, Unauthorized
 from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import printable
+from promptlayer_exec._ways_out import PROGRAM, command_about, out_of_item
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_options as options
-from promptlayer_exec.cli._exit import (
-    PROGRAM,
-    Misuse,
-    Subject,
-    command,
-    command_about,
-    hint,
-    run_command,
-)
+from promptlayer_exec.cli._exit import Misuse, Subject, command, hint, run_command, way_hints
 from promptlayer_exec.cli._options import BaseUrl, Database, ExecutionId, open_session, seconds
 from promptlayer_exec.cli._printing import err, quoted
 
@@ -91,7 +84,7 @@ def retry(
         flags = await lookup.working_flags(
             batch, chosen, database, base_url, same_server=same_server
         )
-        await _check(chosen, batch, wanted, flags)
+        await _check(chosen, batch, wanted, flags, lookup.command_flags(chosen, database))
         return chosen, batch, flags
 
     shown_flags = ""
@@ -226,7 +219,7 @@ async def _not_given_up(name: str, batch: Batch, keys: list[str], flags: str) ->
     key, kind = next(iter(kinds.items()))
     if kind is not None:
         state = "is unknown" if kind == "unknown" else f"has {kind}"
-        hints = "\n".join(lookup.ways_out(key, kind, flags))
+        hints = "\n".join(way_hints(out_of_item(kind, key, flags)))
         return Misuse(f"item {quoted(key)} {state}, so there is no run to give up", hint=hints)
 
     if await _latest_run(batch, key) is not None:
@@ -270,50 +263,37 @@ class _Choice:
         )
 
 
-async def _check(name: str, batch: Batch, wanted: _Choice, flags: str) -> None:
+async def _check(name: str, batch: Batch, wanted: _Choice, flags: str, reading_flags: str) -> None:
     """Refuse the first key whose item cannot run again, with the command that leads on."""
     found = await batch.kinds(wanted.keys) if wanted.keys else {}
     for key in wanted.keys:
         if key not in found:
             raise Misuse(f"batch '{printable(name)}' has no item {quoted(key)}")
-        kind = found[key]
-        if kind not in wanted.kinds:
-            raise await _refusal(batch, key, kind, flags)
+        if found[key] not in wanted.kinds:
+            raise await _refusal(batch, key, flags, reading_flags)
 
 
-async def _refusal(batch: Batch, key: str, kind: str | None, flags: str) -> Misuse:
-    item = f"item {quoted(key)}"
-    if kind == "succeeded":
-        return Misuse(
-            f"{item} has succeeded, so there is nothing to repeat",
-            hint=hint(
-                "pay for a second run with:",
-                command_about("batch retry", f" --again{flags}", key),
-            ),
-        )
-    if kind == "unknown":
-        return Misuse(
-            f"{item} is unknown: its run may have started and be billed",
-            hint=hint(
-                "start it again with:", command_about("batch retry", f" --unknown{flags}", key)
-            ),
-        )
-    if kind == "failed":
-        return Misuse(
-            f"{item} has failed, and is not unknown",
-            hint=hint("start it again with:", command_about("batch retry", flags, key)),
-        )
+# Why an item cannot run again, by its state.
+_NOT_AGAIN = {
+    "waiting": "has not finished: no run of it is known yet",
+    "sending": "has not finished: no run of it is known yet",
+    "following": "has not finished: the batch follows execution",
+    "unknown": "is unknown: its run may have started and be billed",
+    "failed": "has failed, and is not unknown",
+    "succeeded": "has succeeded, so there is nothing to repeat",
+}
 
-    execution_id = await _latest_run(batch, key)
-    if execution_id is not None:
-        return Misuse(
-            f"{item} has not finished: the batch follows execution {execution_id}",
-            hint=hint("end it with:", command_about("batch give-up", flags, key)),
-        )
-    return Misuse(
-        f"{item} has not finished: no run of it is known yet",
-        hint=hint("start or continue it with:", f"{PROGRAM} batch work{flags}"),
-    )
+
+async def _refusal(batch: Batch, key: str, flags: str, reading_flags: str) -> Misuse:
+    item = await batch.item(key)
+    if item is None:
+        return Misuse(f"there is no item {quoted(key)} by now")
+
+    problem = f"item {quoted(key)} {_NOT_AGAIN[item.state]}"
+    if item.state == "following":
+        problem += f" {item.attempts[-1].execution_id}"
+    ways = out_of_item(item.state, key, flags, reading_flags)
+    return Misuse(problem, hint="\n".join(way_hints(ways)))
 
 
 def _report(batch: str, count: int, act: str, flags: str) -> None:

@@ -16,7 +16,8 @@ import attrs
 
 from promptlayer_exec import Execution
 from promptlayer_exec._integration import printable
-from promptlayer_exec.cli._exit import PROGRAM, Misuse, listening
+from promptlayer_exec._ways_out import PROGRAM
+from promptlayer_exec.cli._exit import Misuse, listening
 from promptlayer_exec.cli._options import demo_session
 from promptlayer_exec.cli._printing import out
 from promptlayer_exec.simulator import Scenario, SimRequest, Simulator, examples

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import IntEnum
@@ -24,12 +23,12 @@ import promptlayer_exec
 from promptlayer_exec import Snapshot
 from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import is_from_gateway, is_transient, printable
+from promptlayer_exec._ways_out import WayOut, suggest
 from promptlayer_exec.cli._printing import err, out
 from promptlayer_exec.cli._sentences import running_line
 
 P = ParamSpec("P")
 
-PROGRAM = "promptlayer-exec"
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
@@ -79,37 +78,14 @@ _EXIT_CODES: dict[type[Exception], ExitCode] = {
 }
 
 
-def server_option(base_url: str | None) -> str:
-    """Return the option that a suggested command needs, to use the same server as this one."""
-    return "" if base_url is None else f" --base-url {shlex.quote(base_url)}"
-
-
-def database_option(database: str, shown: str) -> str:
-    """Return the option that a suggested command needs, to use the same database as this one.
-
-    `shown` is its URL without the password. With one, the command names the environment variable.
-    """
-    if "***" in shown and "***" not in database:
-        return ' --db "${PROMPTLAYER_EXEC_DB:?}"'
-    return f" --db {shlex.quote(shown)}"
-
-
-def suggest(command: str, base_url: str | None) -> str:
-    """Return a command for the user to type, which uses the same server as this one."""
-    return f"{PROGRAM} {command}{server_option(base_url)}"
-
-
-def command_about(command: str, flags: str, *arguments: str) -> str:
-    """Return a command for the user to type. Its keys may begin with a hyphen, as options do."""
-    joined = shlex.join(arguments)
-    if any(argument.startswith("-") for argument in arguments):
-        return printable(f"{PROGRAM} {command}{flags} -- {joined}")
-    return printable(f"{PROGRAM} {command} {joined}{flags}")
-
-
 def hint(text: str, command: str) -> str:
     """Return a text, and below it the command that it is about, ready to copy."""
     return f"{text}\n  {command}"
+
+
+def way_hints(ways: Iterable[WayOut]) -> list[str]:
+    """Return a hint for each way out of a state."""
+    return [hint(f"{way.what}:", way.command) for way in ways]
 
 
 @attrs.define

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from promptlayer_exec.cli._exit import PROGRAM
+from promptlayer_exec._ways_out import PROGRAM
 from promptlayer_exec.cli._printing import out, quoted
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])

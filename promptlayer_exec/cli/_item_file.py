@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from promptlayer_exec import NotFound, RequestError, Session, StartRequest
 from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import MAX_ID, definition, is_from_gateway, printable
-from promptlayer_exec.cli._exit import Misuse, suggest
+from promptlayer_exec._ways_out import suggest
+from promptlayer_exec.cli._exit import Misuse
 from promptlayer_exec.cli._options import needs
 from promptlayer_exec.cli._printing import err, quoted, shorten
 

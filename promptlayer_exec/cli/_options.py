@@ -26,7 +26,8 @@ from promptlayer_exec import (
 )
 from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import MAX_ID, check_key, install_hint, printable
-from promptlayer_exec.cli._exit import Misuse, suggest
+from promptlayer_exec._ways_out import suggest
+from promptlayer_exec.cli._exit import Misuse
 from promptlayer_exec.cli._printing import err, quoted, shorten, show_warnings
 
 if TYPE_CHECKING:

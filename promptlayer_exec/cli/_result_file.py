@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from promptlayer_exec._integration import printable
-from promptlayer_exec.cli._exit import PROGRAM, Misuse
+from promptlayer_exec._ways_out import PROGRAM
+from promptlayer_exec.cli._exit import Misuse
 from promptlayer_exec.cli._printing import out
 
 if TYPE_CHECKING:

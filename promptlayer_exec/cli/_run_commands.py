@@ -32,6 +32,7 @@ from promptlayer_exec._integration import (
     indented,
     printable,
 )
+from promptlayer_exec._ways_out import suggest
 from promptlayer_exec.cli import _options as options
 from promptlayer_exec.cli._exit import (
     THIS_SUBJECT,
@@ -41,7 +42,6 @@ from promptlayer_exec.cli._exit import (
     command,
     hint,
     run_command,
-    suggest,
 )
 from promptlayer_exec.cli._printing import err, out, quoted, shorten
 from promptlayer_exec.cli._sentences import (

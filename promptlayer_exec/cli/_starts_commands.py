@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import aclosing
 from datetime import datetime
 from pathlib import Path
@@ -14,19 +13,17 @@ import typer
 from promptlayer_exec import Session
 from promptlayer_exec import _integration as integration
 from promptlayer_exec._integration import KEY_METADATA, printable
-from promptlayer_exec.cli import _options as options
-from promptlayer_exec.cli._batch_lookup import confirm
-from promptlayer_exec.cli._exit import (
+from promptlayer_exec._ways_out import (
     PROGRAM,
-    Misuse,
-    Subject,
-    command,
+    WayOut,
     command_about,
     database_option,
-    hint,
-    run_command,
-    suggest,
+    is_usual_database,
+    out_of_key,
 )
+from promptlayer_exec.cli import _options as options
+from promptlayer_exec.cli._batch_lookup import confirm
+from promptlayer_exec.cli._exit import Misuse, Subject, command, hint, run_command, way_hints
 from promptlayer_exec.cli._help import Program, help_epilog
 from promptlayer_exec.cli._printing import err, out, quoted, utc_time
 
@@ -106,7 +103,7 @@ async def _show(
         out(f"  execution: {record.execution_id}")
     if record.reason is not None:
         out(f"  why: {record.reason}")
-    for line in _ways_out(record, database):
+    for line in _way_lines(record, database):
         err(line)
 
 
@@ -281,33 +278,29 @@ def _json_line(record: StoredStart, database: str | None) -> str:
     return json.dumps(fields, default=datetime.isoformat)
 
 
-def _ways_out(record: StoredStart, database: str | None) -> list[str]:
+def _way_lines(record: StoredStart, database: str | None) -> list[str]:
     """Return what a person can do about a key, with the commands."""
-    leads_on = _way_out(record, database)
-    if record.state == "started":
-        return [hint("follow its run with:", leads_on)]
-    if record.state == "sending":
-        return [hint("it becomes started or unknown by itself. Look again with:", leads_on)]
-
-    forget = command_about("starts forget", _database_option(database), record.key)
-    search = f"{KEY_METADATA} = {printable(record.key)}"
-    return [
-        f"it may have started a run. Search PromptLayer for the metadata {search}, and the time.",
-        hint("if the run is there, record its id:", leads_on),
-        hint("if it is not there, let the next start pay for a run:", forget),
-    ]
+    lines = way_hints(_ways_out(record, database))
+    if record.state == "unknown":
+        search = f"{KEY_METADATA} = {printable(record.key)}"
+        about = f"Search PromptLayer for the metadata {search}, and the time."
+        lines.insert(0, f"it may have started a run. {about}")
+    return lines
 
 
 def _way_out(record: StoredStart, database: str | None) -> str:
     """Return the command that leads on from the state of a key."""
-    flags = _database_option(database)
-    match record.state:
-        case "started":
-            return suggest(f"watch {record.execution_id}", _other_server(record))
-        case "sending":
-            return command_about("starts show", flags, record.key)
-        case "unknown":
-            return command_about("starts adopt", flags, record.key, "ID")
+    return _ways_out(record, database)[0].command
+
+
+def _ways_out(record: StoredStart, database: str | None) -> list[WayOut]:
+    return out_of_key(
+        record.state,
+        record.key,
+        execution_id=record.execution_id,
+        server=_other_server(record),
+        flags=_database_option(database),
+    )
 
 
 def _other_server(record: StoredStart) -> str | None:
@@ -316,7 +309,7 @@ def _other_server(record: StoredStart) -> str | None:
 
 
 def _database_option(database: str | None) -> str:
-    if not database or database == os.environ.get("PROMPTLAYER_EXEC_DB"):
+    if database is None or is_usual_database(database):
         return ""
     return database_option(database, _where(database))
 

@@ -468,6 +468,14 @@ class Batch:
                     yield item
                 last = page[-1].key
 
+    async def counts(self) -> dict[ItemState, int]:
+        """Return how many items are in each state.
+
+        It reads every item that has not finished. `status` is faster, and counts those that are
+        `sending` or `following` as running.
+        """
+        return await self._report(reports.counts)
+
     async def settings(self) -> BatchSettings:
         """Return the settings that all workers share."""
         return await self._report(reports.settings)

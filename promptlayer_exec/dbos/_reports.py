@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from promptlayer_exec._causes import stored_cause
 from promptlayer_exec.dbos._records import Kind, StoredError, StoredOutcome
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import batches, items, key_and_attempt
+from promptlayer_exec.dbos._tables import COUNTS, batches, items, key_and_attempt
 
 _item = items.c
 _PAGE = 500
@@ -97,12 +97,16 @@ class StoredItem:
 
     Attributes:
         key: its key.
+        state: its state, as in `BatchItem`.
+        since: when its state last changed (UTC).
         request: the JSON object of its request: workflow, inputs, label, version, metadata.
         attempts: its attempts, the first one first.
         outcome: how it finished, or None if it has not.
     """
 
     key: str
+    state: ItemState
+    since: datetime
     request: dict[str, Any]
     attempts: tuple[RunAttempt, ...]
     outcome: StoredOutcome | None
@@ -186,6 +190,26 @@ def kinds(store: Store, batch: str, keys: Iterable[str]) -> dict[str, Kind | Non
     return {row.key: row.kind for row in store.rows_of(batch, [*keys], _item.kind)}
 
 
+def counts(store: Store, batch: str) -> dict[ItemState, int]:
+    """Return how many items are in each state."""
+    query = sa.select(*(batches.c[name] for name in COUNTS)).where(batches.c.name == batch)
+    rows = store.rows(query)
+    if not rows:
+        return dict.fromkeys(get_args(ItemState), 0)
+
+    _, succeeded, failed, unknown = rows[0]
+    is_unfinished = sa.and_(_item.batch == batch, _item.kind.is_(None))
+    number = sa.func.count().label("number")
+    unfinished = store.rows(sa.select(_state, number).where(is_unfinished).group_by(_state))
+    return {
+        **dict.fromkeys(get_args(ItemState), 0),
+        **{row.state: row.number for row in unfinished},
+        "unknown": unknown,
+        "failed": failed,
+        "succeeded": succeeded,
+    }
+
+
 def latest_kinds(store: Store, batch: str, count: int) -> list[tuple[int, Kind]]:
     """Return the numbers and kinds of the latest outcomes, the newest first."""
     query = sa.select(_item.seq, _item.kind).where(_item.batch == batch, _item.seq.is_not(None))
@@ -210,7 +234,7 @@ def settings(store: Store, batch: str) -> BatchSettings:
 
 def item(store: Store, batch: str, key: str) -> StoredItem | None:
     columns = (_item.attempt, _item.outcome, _item.request, _item.history, _item.started)
-    query = sa.select(*columns, _state)
+    query = sa.select(*columns, _item.since, _state)
     query = query.where(_item.batch == batch, _item.key == key)
     for row in store.rows(query):
         # What is known about each attempt, by its number.
@@ -230,7 +254,8 @@ def item(store: Store, batch: str, key: str) -> StoredItem | None:
 
         workflows = store.workflows(batch, key, row.attempt)
         attempts = tuple(_attempt(workflow, known, row) for workflow in workflows)
-        return StoredItem(key, json.loads(row.request), attempts, outcome)
+        since = datetime.fromtimestamp(row.since, UTC)
+        return StoredItem(key, row.state, since, json.loads(row.request), attempts, outcome)
     return None
 
 

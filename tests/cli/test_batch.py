@@ -644,7 +644,7 @@ def test_an_item_can_be_looked_at(sim: Simulator, run: Run, tmp_path: Path) -> N
     code, out, _ = run("show", "a")
     assert code == 0
     lines = out.splitlines()
-    assert lines[0] == "item a of batch night: succeeded"
+    assert lines[0].startswith("item a of batch night: succeeded since 20")
     assert "  workflow: echo" in lines
     assert '  inputs: {"n": "a"}' in lines
     assert '  output: "a"' in lines
@@ -812,13 +812,15 @@ def test_only_the_items_with_these_keys_are_started_again(
         *(2, ""),
         (
             "item 'lost' is unknown: its run may have started and be billed\n"
-            "start it again with:\n"
+            "if you find its run, follow it with:\n"
+            "  promptlayer-exec batch adopt lost ID --name night\n"
+            "else start it again with:\n"
             "  promptlayer-exec batch retry lost --unknown --name night\n"
         ),
     )
     code, _, err = run("retry", "b", "--unknown")
     assert code == 2
-    assert err.endswith("  promptlayer-exec batch retry b --name night\n")
+    assert "\n  promptlayer-exec batch retry b --name night\n" in err
     assert "will start or follow 1 item again" in run("retry", "b")[2]
     assert "will start or follow 1 item again" in run("retry", "lost", "--unknown")[2]
 
@@ -1079,6 +1081,8 @@ def test_a_second_run_is_paid_for_deliberately(sim: Simulator, run: Run, tmp_pat
         *(2, ""),
         (
             "item 'a' has succeeded, so there is nothing to repeat\n"
+            "print its request and its history with:\n"
+            "  promptlayer-exec batch show a --name night\n"
             "pay for a second run with:\n"
             "  promptlayer-exec batch retry a --again --name night\n"
         ),
