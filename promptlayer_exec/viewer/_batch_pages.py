@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 import time
 from collections import Counter
 from contextlib import aclosing
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import attrs
 from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
@@ -17,32 +19,75 @@ from starlette.responses import JSONResponse, Response
 from promptlayer_exec import ConfigurationError, Session
 from promptlayer_exec._advice import explain, explain_stored
 from promptlayer_exec._causes import stored_cause
+from promptlayer_exec._database.location import database_url, shown_database_url
+from promptlayer_exec._integration import base_url
+from promptlayer_exec._ways_out import (
+    batch_option,
+    database_option,
+    out_of_items,
+    server_option,
+    unknown_keys,
+)
 
 if TYPE_CHECKING:
-    from promptlayer_exec.dbos import Batch, StoredOutcome
+    from promptlayer_exec.dbos import Batch, BatchItem, StoredOutcome
 
 HAS_BATCHES = find_spec("dbos") is not None  # the extra for batches is installed
+
+_STATES = ("failed", "unknown", "waiting", "sending", "following", "succeeded")  # as on the page
+_UNFINISHED = ("waiting", "sending", "following")
+_MOST_KEYS = 1000  # unknown keys to count
 
 
 def add_batch_routes(app: FastAPI, session: Session) -> None:
 
     @app.get("/api/batches")
     async def get_batches() -> Response:
-        dbos = await _import()
+        dbos = await import_batches()
         names = await dbos.batch_names()
         batches = [await _read_summary(dbos.Batch(name, session=session), name) for name in names]
         batches.sort(key=lambda batch: batch["latest"] or batch["created"], reverse=True)
-        return JSONResponse({"database": dbos.shown_database_url(), "batches": batches})
+        view = {"database": shown_database_url(), "batches": batches}
+        return JSONResponse(view | await _read_unknown_keys())
 
     @app.get("/api/batch")
     async def get_batch(name: str, kind: str = "", reason: str = "", count: int = 200) -> Response:
-        batch = (await _import()).Batch(name, session=session)
+        batch = (await import_batches()).Batch(name, session=session)
         items = await _read_items(batch, kind, reason, count)
-        return JSONResponse(await _read_summary(batch, name) | items)
+        if kind in _UNFINISHED:
+            items["items"] = await _read_unfinished(batch, kind, count)
+        flags = await working_flags(batch, name)
+        states = [
+            {"state": state, "ways": [attrs.asdict(way) for way in out_of_items(state, flags)]}
+            for state in _STATES
+        ]
+        view = await _read_summary(batch, name) | {"states": states} | items
+        return JSONResponse(view | await _read_unknown_keys())
 
 
-async def _import() -> Any:
+async def import_batches() -> Any:
     return await asyncio.to_thread(importlib.import_module, "promptlayer_exec.dbos")
+
+
+def reading_flags(name: str) -> str:
+    """Return the options with which a command finds a batch of the viewer's database.
+
+    They name a database that only the viewer's environment names, because people type the command
+    elsewhere.
+    """
+    return batch_option(name) + _database_flag()
+
+
+async def working_flags(batch: Batch, name: str) -> str:
+    """Return the same for a command that also asks the server of the batch."""
+    server = (await batch.settings()).server
+    is_usual = server == base_url(Session())
+    return reading_flags(name) + server_option(None if is_usual else server)
+
+
+def _database_flag() -> str:
+    given = os.environ.get("PROMPTLAYER_EXEC_DB")
+    return database_option(given, shown_database_url()) if given else ""
 
 
 async def _read_summary(batch: Batch, name: str) -> dict[str, Any]:
@@ -53,8 +98,38 @@ async def _read_summary(batch: Batch, name: str) -> dict[str, Any]:
         "name": name,
         "created": 0.0 if created is None else created.timestamp(),
         "latest": None if latest is None else latest.finished.timestamp(),
-        **attrs.asdict(await batch.status()),
+        "workers": (await batch.status()).workers,
+        "counts": await batch.counts(),
     }
+
+
+async def _read_unknown_keys() -> dict[str, Any]:
+    """Return how many keys of the same database have an unknown run, and what leads on."""
+    view: dict[str, Any] = {
+        "unknown_keys": 0,
+        "unknown_keys_command": unknown_keys(_database_flag()),
+    }
+    url = database_url(None)
+    if url.get_backend_name() == "sqlite" and not await anyio.Path(str(url.database)).exists():
+        return view  # looking would make the file
+
+    starts = await asyncio.to_thread(importlib.import_module, "promptlayer_exec.starts")
+    async with starts.SQLStartStore() as store, aclosing(store.unknown()) as records:
+        async for _ in records:
+            view["unknown_keys"] += 1
+            if view["unknown_keys"] == _MOST_KEYS:
+                break
+    return view
+
+
+async def _read_unfinished(batch: Batch, state: Any, count: int) -> list[dict[str, Any]]:
+    found = list[dict[str, Any]]()
+    async with aclosing(batch.items(state=state)) as items:
+        async for item in items:
+            if len(found) == count:
+                break
+            found.append(_unfinished_view(item))
+    return found
 
 
 async def _read_items(batch: Batch, kind: str, reason: str, count: int) -> dict[str, Any]:
@@ -102,6 +177,18 @@ def _rate(finished: list[float]) -> float | None:
     if len(latest) < 2 or latest[-1] == latest[0]:
         return None
     return (len(latest) - 1) / (latest[-1] - latest[0])
+
+
+def _unfinished_view(item: BatchItem) -> dict[str, Any]:
+    return {
+        "key": item.key,
+        "kind": item.state,
+        "execution_id": None if item.execution_id is None else str(item.execution_id),
+        "error": None,
+        "node": None,
+        "reason": "",
+        "finished": item.since.timestamp(),
+    }
 
 
 def _item_view(outcome: StoredOutcome) -> dict[str, Any]:

@@ -44,7 +44,10 @@ class Card:
     version: int | None = None
     inputs: str | None = None  # JSON, if the run was started in a viewer
     metadata: str | None = None  # JSON as well
-    started: float | None = None  # when, if it was started here
+    started: float | None = None  # when, if it was started here, or by a batch
+    ended: float | None = None  # when, as a batch has stored it
+    batch: str | None = None  # the batch whose run it is, and the key of the item
+    item: str | None = None
     is_listed: bool = True  # on the page of all executions, and not only on its own
     is_new: bool = False  # this viewer has started it, and sees all of it
     timeline: Timeline = attrs.Factory(Timeline)
@@ -89,6 +92,8 @@ class Card:
     @property
     def duration(self) -> float | None:
         """The seconds that it took, counted from the first poll if others started it."""
+        if self.started is not None and self.ended is not None:
+            return max(0.0, self.ended - self.started)
         if self.snapshot is None or not self.snapshot.complete or self.elapsed is None:
             return None
         origin = self.timeline.origin or 0.0
@@ -130,18 +135,26 @@ class Board:
         """Follow an execution as the last of the page, without checking that it exists."""
         self._follow(Card(self.session.execution(execution_id)))
 
-    async def add(self, execution_id: int, *, is_listed: bool = False) -> None:
+    async def add(
+        self, execution_id: int, *, is_listed: bool = False, known: Mapping[str, Any] | None = None
+    ) -> None:
         """Follow an execution as the first of the page, if it exists.
 
         One that is over by now does not join the list of the page unless it `is_listed`, because
-        you opened it to look at it. The call does not change an execution that is already on the
-        board.
+        you opened it to look at it. An execution that is already on the board stays where it is.
+
+        Args:
+            execution_id: its id.
+            is_listed: whether to list it in any case.
+            known: what a batch has stored of it, by the names of the card's fields.
 
         Raises:
             PromptLayerExecError: the execution does not exist, or the server did not respond.
         """
         card = self.cards.get(execution_id)
         if card is not None and not card.is_lost:
+            if known is not None:
+                self._learn(card, known)
             if is_listed and not card.is_listed:
                 card.is_listed = True
                 self.cards = {execution_id: card, **self.cards}
@@ -152,6 +165,8 @@ class Board:
             new = Card(self.session.execution(execution_id), is_listed=is_listed)
         else:
             new = attrs.evolve(card, snapshot=None, problem=None, is_lost=False, is_new=False)
+        if known is not None:
+            self._learn(new, known)
         snapshot = await new.execution.snapshot()
         new.is_listed = new.is_listed or is_listed or not snapshot.complete
         self._follow(new, first=True)
@@ -208,6 +223,14 @@ class Board:
         """Set the workflow of an execution that you added by its id."""
         card.workflow = workflow
         self._update(card, workflow=workflow)
+        self._notify()
+
+    def _learn(self, card: Card, known: Mapping[str, Any]) -> None:
+        """Fill in what is not known of an execution yet."""
+        for name, value in known.items():
+            if getattr(card, name) is None:
+                setattr(card, name, value)
+        self._update(card, workflow=card.workflow)
         self._notify()
 
     def remove(self, execution_id: int) -> None:

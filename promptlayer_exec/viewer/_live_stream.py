@@ -24,7 +24,7 @@ from promptlayer_exec.viewer._problems import Problem
 
 _HEARTBEAT = 15.0
 
-_Shown = tuple[Snapshot | None, Problem | None, bool, str | None]
+_Shown = tuple[Snapshot | None, Problem | None, bool, str | None, str | None]
 
 
 async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
@@ -62,7 +62,7 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
 
         for card in cards.values():
             before = sent.get(card)
-            now = (card.snapshot, card.problem, card.is_lost, card.workflow)
+            now = (card.snapshot, card.problem, card.is_lost, card.workflow, card.item)
             if before == now:
                 continue
 
@@ -121,7 +121,10 @@ def _card_view(card: Card) -> dict[str, Any]:
         "inputs": brief_inputs(card.inputs),
         "failed_node": card.failed_node and card.failed_node.name,
         "cause": card.cause,
+        "batch": card.batch,
+        "item": card.item,
         "started": card.started,
+        "ended": card.ended,
         "since": card.timeline.origin,
         "warning": card.execution.warning,
         "state": card.state,

@@ -73,7 +73,7 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
             nodes = [*card.snapshot.nodes.values()]
         if not 0 <= index < len(nodes):
             return refuse("This node no longer exists.", 404)
-        return _text(value_text(nodes[index].value))
+        return text_response(value_text(nodes[index].value))
 
     @app.get("/api/executions/{execution_id}/snapshot")
     async def get_snapshot(execution_id: int) -> Response:
@@ -87,7 +87,7 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
         card = board.cards.get(execution_id)
         if card is None or card.inputs is None:
             return refuse("The inputs of this execution are not known here.", 404)
-        return _text(card.inputs)
+        return text_response(card.inputs)
 
     @app.get("/api/compare/{left}/{right}")
     async def compare(left: int, right: int) -> Response:
@@ -267,7 +267,7 @@ def add_history_routes(app: FastAPI, history: History) -> None:
         known = await history.find_row(key)
         if known is None or known["inputs"] is None:
             return refuse("The inputs of this execution are not known here.", 404)
-        return _text(known["inputs"])
+        return text_response(known["inputs"])
 
     @app.delete("/api/history/{key}")
     async def forget(key: _Key) -> Response:
@@ -306,5 +306,6 @@ def json_response(content: Any, status: int = 200) -> Response:
     return Response(json.dumps(content), status, media_type="application/json")
 
 
-def _text(text: str) -> Response:
+def text_response(text: str) -> Response:
+    """Return a response with text."""
     return PlainTextResponse(text.encode("utf-8", "backslashreplace"))

@@ -22,6 +22,7 @@ from promptlayer_exec.viewer._batch_pages import HAS_BATCHES, add_batch_routes
 from promptlayer_exec.viewer._board import Board
 from promptlayer_exec.viewer._guard import Address, Guard
 from promptlayer_exec.viewer._incidents import add_incident_routes
+from promptlayer_exec.viewer._item_pages import add_item_routes
 from promptlayer_exec.viewer._live_stream import board_events
 
 _PAGE = Path(__file__).with_name("page")
@@ -61,6 +62,7 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
     routes.add_start_routes(app, board)
     if HAS_BATCHES:
         add_batch_routes(app, board.session)
+        add_item_routes(app, board)
     add_incident_routes(app, board, board.history)
     if board.history is not None:
         routes.add_history_routes(app, board.history)

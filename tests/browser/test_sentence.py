@@ -311,9 +311,10 @@ async def test_an_id_from_an_alert_has_no_empty_tracks(
 @pytest.mark.usefixtures("look")
 async def test_a_batch_says_why_items_failed_and_what_is_next(ui: Any, page: Page) -> None:
     """The counted reasons, the command that goes on, and the first failed item are in sight."""
-    counts = {"waiting": 0, "running": 0, "succeeded": 18, "failed": 11, "unknown": 1}
+    counts = {"waiting": 0, "sending": 0, "following": 0}
+    counts |= {"succeeded": 18, "failed": 11, "unknown": 1}
     times = {"created": time.time() - 7200, "latest": time.time() - 180}
-    batch = {"name": "night", **counts, "total": 30, "workers": 0, **times}
+    batch = {"name": "night", "counts": counts, "workers": 0, **times}
     items = [
         {
             "key": f"answer-{number}",
@@ -328,8 +329,12 @@ async def test_a_batch_says_why_items_failed_and_what_is_next(ui: Any, page: Pag
     ]
     groups = [{"text": f"grade: {LIMIT}", "count": 11}, {"text": "connection lost", "count": 1}]
     more = {"items": items, "groups": groups, "matching": 30, "rate": 0.5}
-    one = {**batch, **more, "is_whole": True, "problem": None}
-    all_ = {"database": "sqlite:///batches.sqlite", "batches": [batch]}
+    retry = "promptlayer-exec batch retry --failed --name night"
+    ways = [{"what": "start failed items again with", "command": retry}]
+    more["states"] = [{"state": "failed", "ways": ways}]
+    keys = {"unknown_keys": 0, "unknown_keys_command": ""}
+    one = {**batch, **more, **keys, "is_whole": True, "problem": None}
+    all_ = {"database": "sqlite:///batches.sqlite", "batches": [batch], **keys}
     await page.route("**/api/batches", lambda route: route.fulfill(json=all_))
     await page.route("**/api/batch?*", lambda route: route.fulfill(json=one))
     await ui.open("#/batches")
@@ -341,7 +346,7 @@ async def test_a_batch_says_why_items_failed_and_what_is_next(ui: Any, page: Pag
     await in_sight(dates)
     await page.get_by_role("link", name="night").click()
     await in_sight(page.get_by_role("button", name=re.compile(f"^11 . grade: {re.escape(LIMIT)}$")))
-    await in_sight(page.get_by_text("promptlayer-exec batch retry --failed --name night"))
+    await in_sight(page.get_by_text(retry))
     sentence = page.locator(".item .sentence").first
     await expect(sentence).to_have_text(f"Failed 3 minutes ago in grade: {LIMIT}.")
     await in_sight(sentence)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import re
+import shlex
+from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from playwright.async_api import Page, expect
 
+from promptlayer_exec import Session, StartRequest, StartUnknown
+from promptlayer_exec.dbos import Batch
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.starts import SQLStartStore
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -80,81 +86,136 @@ async def test_every_view_fits_and_axe_finds_nothing(
     await ui.check("an id from elsewhere")
 
 
-BATCH = {
-    "name": "night's run",
-    "waiting": 2,
-    "running": 1,
-    "succeeded": 40,
-    "failed": 1,
-    "unknown": 1,
-    "total": 45,
-    "workers": 0,
-    "created": 0.5,
-    "latest": 1.0,
-}
+NIGHT = "night's run"
 
 
-def item(kind: str, execution_id: int | None, error: str | None) -> dict[str, Any]:
-    """Return an item as the viewer's server describes it."""
-    id_ = None if execution_id is None else str(execution_id)
-    reason = "" if error is None else error.partition(": ")[2]
-    return {
-        "key": kind,
-        "kind": kind,
-        "execution_id": id_,
-        "error": error,
-        "node": "a" if kind == "failed" else None,
-        "reason": reason,
-        "finished": 1.0,
-    }
+@pytest.fixture
+def batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL of the viewer's database."""
+    url = f"sqlite:///{tmp_path / 'batches.sqlite'}"
+    monkeypatch.setenv("PROMPTLAYER_EXEC_DB", url)
+    return url
+
+
+def _order(inputs: dict[str, Any]) -> Scenario:
+    if inputs["n"] == 2:
+        return Scenario([SimNode("a", status="FAILED", error_message=WORD)])
+    return Scenario([SimNode("a", [{"sku": n, "name": f"otter {n}"} for n in range(300)])])
+
+
+async def _make_batch(sim: Simulator) -> Batch:
+    """Return a batch with an item that is unknown, one that failed and one that succeeded."""
+    sim.add_workflow("order", _order)
+    make = partial(Session, sim.api_key, base_url=sim.base_url, push=False)
+    batch = Batch(NIGHT, session=make, max_in_flight=1)
+    await batch.add([StartRequest("order", {"n": n}, key=f"order {n}") for n in (1, 2, 3)])
+    sim.inject(Fault.disconnect(), path="/run")
+    await batch.work()
+    return batch
 
 
 @pytest.mark.parametrize("width", [1280, 360])
 async def test_batches_say_what_is_wrong_and_what_goes_on(
-    sim: Simulator, ui: Any, page: Page, width: int
+    sim: Simulator, ui: Any, page: Page, width: int, batches: str
 ) -> None:
-    """Failed and unknown items come first, with the commands that go on, and links to runs."""
+    """Each state of items has its count and its command, and unknown keys have theirs."""
     await page.set_viewport_size({"width": width, "height": 740})
-    run = sim.add_execution(Scenario([SimNode("a", status="FAILED")]))
-    items = [
-        item("failed", run, f"ExecutionFailed: {WORD}"),
-        item("unknown", None, "StartUnknown: no answer"),
-        item("succeeded", run, None),
-    ]
-    groups = [{"text": f"a: {WORD}", "count": 11}, {"text": "no answer", "count": 1}]
-    one = BATCH | {"items": items, "is_whole": True, "problem": None, "groups": groups}
-    one |= {"matching": 3, "rate": 0.5}
-    all_ = {"database": "sqlite:///batches.sqlite", "batches": [BATCH]}
-    await page.route("**/api/batches", lambda route: route.fulfill(json=all_))
-    await page.route("**/api/batch?*", lambda route: route.fulfill(json=one))
+    batch = await _make_batch(sim)
+    async with SQLStartStore() as store:
+        options = {"base_url": sim.base_url, "starts": store, "push": False}
+        async with Session(sim.api_key, **options) as session:
+            sim.inject(Fault.disconnect(), path="/run")
+            with pytest.raises(StartUnknown):
+                await session.start("order", {"n": 9}, key="one")
+
+    flags = f"--name {shlex.quote(NIGHT)} --db {batches} --base-url {sim.base_url}"
     await ui.open("#/batches")
-    await expect(page.locator(".batch")).to_contain_text("45 items, nobody works on it")
+    counts = page.locator(".batch .count")
+    await expect(counts).to_have_text(["1 failed", "1 unknown", "1 succeeded"])
+    keys = page.locator(".unknown-keys")
+    await expect(keys).to_contain_text("1 key of single runs is unknown")
+    await expect(keys.locator("code")).to_have_text(
+        f"promptlayer-exec starts list --unknown --db {batches}"
+    )
     await ui.check("batches")
+
     await page.get_by_role("link", name="night's run").click()
-    shown = page.locator(".command code")
-    await expect(shown).to_have_text("promptlayer-exec batch work --name 'night'\\''s run'")
-    one |= {"waiting": 0, "running": 0}
+    await expect(counts).to_have_text(["1 failed", "1 unknown", "1 succeeded"])
     await page.get_by_text("Other commands").click()
-    await expect(shown).to_have_text(
+    await expect(page.locator(".next:not(.unknown-keys) code")).to_have_text(
         [
-            f"promptlayer-exec batch {verb} --name 'night'\\''s run'"
-            for verb in ("retry --failed", "recheck", "retry --unknown")
+            f"promptlayer-exec batch {verb} {flags}"
+            for verb in ("retry --failed", "recheck", "adopt KEY ID", "retry --unknown", "export")
         ]
     )
-    await expect(page.locator(".item .name")).to_have_text(["failed", "unknown", "succeeded"])
-    sentence = page.locator(".item .sentence")
-    await expect(sentence.first).to_have_text(re.compile(f"^Failed .* days ago in a: {WORD}"[:60]))
-    await expect(page.locator(".groups button").first).to_contain_text(f" a: {WORD}")
+    await expect(page.locator(".item .status")).to_have_text(["Failed", "Unknown", "Succeeded"])
+    await expect(page.locator(".groups button").first).to_contain_text(WORD)
     await ui.check("batch")
-    link = page.get_by_role("link", name=f"Execution {run}").first
+
+    link = page.locator(".item[data-kind=failed] .name")
     await link.focus()
-    one["succeeded"] += 1
-    async with page.expect_response("**/api/batch?*"):
-        pass
-    await expect(page.locator(".kinds")).to_contain_text("Succeeded 41")
+    await batch.retry(unknown=True)
+    await expect(counts).to_have_text(["1 failed", "1 waiting", "1 succeeded"])
     await expect(link).to_be_focused()
-    await page.get_by_role("link", name=f"Execution {run}").first.click()
-    await expect(ui.part("state")).to_have_text("Failed")
+    await page.get_by_role("button", name="Waiting 1").click()
+    waiting = page.locator(".item[data-kind=waiting] .sentence")
+    await expect(waiting).to_have_text("Joined the queue just now.")
+    await expect(page.locator(".item")).to_have_count(1)
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+async def test_an_item_leads_to_everything_that_is_known(
+    sim: Simulator, ui: Any, page: Page, width: int, batches: str
+) -> None:
+    """To its inputs, attempts, error and commands; its run shows them too, and leads back."""
+    await page.set_viewport_size({"width": width, "height": 740})
+    batch = await _make_batch(sim)
+    failed = await anext(batch.items(state="failed"))
+    await ui.open(f"#/batches/{quote(NIGHT)}?kind=failed")
+    await page.get_by_role("link", name=failed.key).click()
+    await expect(page.locator("#item-title")).to_have_text(f"Item {failed.key}")
+    await expect(page.locator(".item-state")).to_contain_text("Failed since")
+    await expect(page.locator(".item-error")).to_contain_text("ExecutionFailed")
+    await expect(page.locator("#item-inputs")).to_contain_text("n: 2")
+    await expect(page.locator(".attempts")).to_contain_text("Attempt 1: failed, added ")
+    flags = f"--name {shlex.quote(NIGHT)} --db {batches} --base-url {sim.base_url}"
+    first = page.locator("#item .next code").first
+    await expect(first).to_have_text(f"promptlayer-exec batch retry '{failed.key}' {flags}")
+    await ui.check("item")
+
+    await page.locator("#item .facts").get_by_role("link").click()
+    await expect(ui.part("title")).to_have_text("order")
+    await expect(ui.part("crumb")).to_have_text(f"Execution {failed.execution_id}")
+    await expect(ui.part("facts")).to_contain_text("Duration")
+    await expect(ui.part("facts")).not_to_contain_text("not known")
+    await expect(ui.part("inputs")).to_contain_text("n: 2")
+    await ui.part("rerun").click()
+    dialog = page.locator("#confirm")
+    await expect(dialog).to_contain_text("This is the retry of the batch.")
+    await expect(dialog).to_contain_text(f"promptlayer-exec batch work {flags}")
+    await dialog.get_by_role("button", name="Run the item again").click()
+    await expect(page.locator(".item-state")).to_contain_text("Waiting since")
+    assert (await batch.status()).waiting == 1
+    await page.go_back()
+    await ui.run.get_by_role("link", name=f"Item {failed.key}").click()
+    await expect(page.locator("#item-title")).to_have_text(f"Item {failed.key}")
+
+
+@pytest.mark.usefixtures("batches")
+async def test_like_objects_are_a_table(sim: Simulator, ui: Any, page: Page) -> None:
+    """With a row for each, some at a time; a search goes through all of them."""
+    batch = await _make_batch(sim)
+    done = await anext(batch.items(state="succeeded"))
+    await ui.open(f"#/item/{quote(NIGHT)}/{quote(done.key)}")
+    output = page.locator("#item-output")
+    await expect(output.locator("thead")).to_have_text("skuname")
+    await expect(output.locator("tbody tr")).to_have_count(100)
+    await expect(output.locator("tbody tr").first).to_have_text("00otter 0")
+    await output.get_by_role("searchbox").fill("otter 250")
+    await expect(output.locator(".found")).to_have_text("otter 250")
+    await expect(output.locator(".found")).to_be_in_viewport()
+    await expect(output.locator("tbody tr")).to_have_count(300)
+    await ui.check("table")
 
 
 async def test_the_views_are_linked_and_named(ui: Any, page: Page) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ from urllib.parse import urlencode
 
 import pytest
 
-from promptlayer_exec import Session, StartRequest
+from promptlayer_exec import Session, StartRequest, StartUnknown
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.starts import SQLStartStore
 
 
 @pytest.fixture
@@ -38,14 +40,16 @@ async def test_what_did_not_succeed_comes_first(
     batch = Batch("night", session=lambda: open_session(push=False), max_in_flight=1)
     await batch.add([StartRequest("echo", {"n": n}, key=f"item {n}") for n in (1, 2, 3)])
     (waiting,) = (await viewer.send("GET", "batches"))[1]["batches"]
-    assert (waiting["name"], waiting["waiting"], waiting["workers"]) == ("night", 3, 0)
+    assert (waiting["name"], waiting["counts"]["waiting"], waiting["workers"]) == ("night", 3, 0)
     assert (waiting["latest"], time.time() - waiting["created"] < 60) == (None, True)
     sim.inject(Fault.disconnect(), path="/run")
     async with asyncio.timeout(30):
         await batch.work()
     _, found = await viewer.send("GET", "batch?name=night")
-    counts = [found[name] for name in ("succeeded", "failed", "unknown", "total")]
-    assert counts == [1, 1, 1, 3]
+    assert found["counts"] == {
+        **dict.fromkeys(("waiting", "sending", "following"), 0),
+        **dict.fromkeys(("succeeded", "failed", "unknown"), 1),
+    }
     *wrong, fine = found["items"]
     assert {item["kind"] for item in wrong} == {"failed", "unknown"}
     assert found["created"] < found["latest"] == max(item["finished"] for item in found["items"])
@@ -105,7 +109,7 @@ async def test_the_items_of_another_server_are_not_shown(
     async with asyncio.timeout(30):
         await other.work()
     _, found = await viewer.send("GET", "batch?name=night")
-    assert (found["succeeded"], found["items"]) == (1, [])
+    assert (found["counts"]["succeeded"], found["items"]) == (1, [])
     assert address in found["problem"]
     assert "--same-server" in found["problem"]
 
@@ -117,8 +121,110 @@ async def test_no_database_is_made(
     path = tmp_path / "none.sqlite"
     monkeypatch.setenv("PROMPTLAYER_EXEC_DB", f"sqlite:///{path}")
     _, found = await viewer.send("GET", "batches")
-    assert found == {"database": f"sqlite:///{path}", "batches": []}
+    assert (found["database"], found["batches"]) == (f"sqlite:///{path}", [])
+    assert found["unknown_keys"] == 0
     assert not path.exists()
     monkeypatch.setenv("PROMPTLAYER_EXEC_DB", "nonsense")
     status, answer = await viewer.send("GET", "batches")
     assert (status, "sqlite:///" in answer["message"]) == (503, True)
+
+
+@pytest.mark.usefixtures("_database")
+async def test_each_state_has_the_command_that_leads_out_of_it(
+    sim: Simulator, viewer: Any, open_session: Callable[..., Session]
+) -> None:
+    """The commands find batch, server and database, also from another terminal."""
+    batch = Batch("night", session=lambda: open_session(push=False))
+    await batch.add([StartRequest("echo", {"n": 1}, key="a")])
+    _, found = await viewer.send("GET", "batch?name=night&kind=waiting")
+    assert [item["key"] for item in found["items"]] == ["a"]
+    shown = {one["state"]: [way["command"] for way in one["ways"]] for one in found["states"]}
+    assert set(shown) == set(found["counts"])
+    flags = f" --name night --db {found_database()} --base-url {sim.base_url}"
+    assert shown["failed"][0] == f"promptlayer-exec batch retry --failed{flags}"
+    assert shown["unknown"][0] == f"promptlayer-exec batch adopt KEY ID{flags}"
+    assert all(command.endswith(flags) for commands in shown.values() for command in commands)
+
+
+def found_database() -> str:
+    """Return the database that the environment names."""
+    return os.environ["PROMPTLAYER_EXEC_DB"]
+
+
+@pytest.mark.usefixtures("_database")
+async def test_unknown_keys_of_the_same_database_are_counted(
+    sim: Simulator, viewer: Any, open_session: Callable[..., Session]
+) -> None:
+    """Beside the batches, with the command that lists them."""
+    async with SQLStartStore() as store, open_session(starts=store) as session:
+        sim.inject(Fault.disconnect(), path="/run")
+        with pytest.raises(StartUnknown):
+            await session.start("echo", {"n": 1}, key="order-1")
+    _, found = await viewer.send("GET", "batches")
+    command = f"promptlayer-exec starts list --unknown --db {found_database()}"
+    assert (found["unknown_keys"], found["unknown_keys_command"]) == (1, command)
+
+
+@pytest.mark.usefixtures("_database")
+async def test_an_item_shows_everything_that_is_known(
+    sim: Simulator, viewer: Any, open_session: Callable[..., Session]
+) -> None:
+    """Its request, state, attempts, error, latest run, and the ways out."""
+    sim.add_workflow("echo", _echo)
+    batch = Batch("night", session=lambda: open_session(push=False))
+    requests = [StartRequest("echo", {"n": n}, key=f"item {n}", label="prod") for n in (1, 2)]
+    await batch.add(requests)
+    async with asyncio.timeout(30):
+        await batch.work()
+
+    _, failed = await viewer.send("GET", "item?batch=night&item=item%202")
+    (run,) = (str(run.execution_id) for run in sim.runs if run.inputs["n"] == 2)
+    assert (failed["state"], failed["execution_id"], failed["has_output"]) == ("failed", run, False)
+    settings = {"workflow": "echo", "label": "prod", "version": None, "metadata": None}
+    assert failed["settings"] == settings
+    assert failed["error"]["type"] == "ExecutionFailed"
+    assert "no text" in failed["error"]["text"]
+    (attempt,) = failed["attempts"]
+    assert attempt["added"] <= attempt["taken"] <= attempt["started"] <= attempt["finished"]
+    assert failed["ways"][0]["command"].startswith("promptlayer-exec batch retry 'item 2' ")
+    _, inputs = await viewer.send("GET", "item/inputs?batch=night&item=item%202")
+    assert inputs == '{\n  "n": 2\n}'
+    assert await viewer.send("GET", "item/output?batch=night&item=item%201") == (200, "1")
+    status, missing = await viewer.send("GET", "item?batch=night&item=x")
+    assert (status, missing["message"]) == (404, "Batch night has no item x.")
+
+
+@pytest.mark.usefixtures("_database")
+async def test_the_run_of_an_item_has_what_the_batch_knows(
+    sim: Simulator, viewer: Any, open_session: Callable[..., Session]
+) -> None:
+    """Its workflow, inputs and times; and to run it again is the retry of the batch."""
+    sim.add_workflow("echo", _echo)
+    batch = Batch("night", session=lambda: open_session(push=False))
+    await batch.add([StartRequest("echo", {"n": 2}, key="a")])
+    async with asyncio.timeout(30):
+        await batch.work()
+    (run,) = sim.runs
+    item = {"batch": "night", "item": "a"}
+    status, _ = await viewer.send(
+        "POST", "item/run", item | {"execution_id": str(run.execution_id)}
+    )
+    assert status == 201
+    card = viewer.board.cards[run.execution_id]
+    assert (card.batch, card.item, card.workflow, card.inputs) == (
+        *("night", "a", "echo"),
+        '{\n  "n": 2\n}',
+    )
+    assert card.ended - card.started == card.duration
+    status, refused = await viewer.send("POST", "item/run", item | {"execution_id": "77"})
+    assert (status, refused["message"]) == (404, "Item a of batch night has no run 77.")
+
+    assert (await viewer.send("POST", "item/retry", item))[0] == 202
+    assert (await batch.status()).waiting == 1
+    status, refused = await viewer.send("POST", "item/retry", item)
+    assert (status, refused["message"]) == (409, "Item a is waiting, so it does not run again.")
+    async with asyncio.timeout(30):
+        await batch.work()
+    stored = await batch.item("a")
+    assert stored is not None
+    assert [attempt.state for attempt in stored.attempts] == ["failed", "failed"]

@@ -9,6 +9,7 @@ import { causeView } from "./views/cause.js";
 import { compareView } from "./views/compare.js";
 import { announce, byId, find, findAll, notify, show, write } from "./library/dom.js";
 import { historyView } from "./views/history.js";
+import { itemView } from "./views/item.js";
 import { listenToKeys } from "./parts/keys.js";
 import { changePlace, returnTo } from "./library/places.js";
 import { board, connection, connectionChanged, groupOf, Run, runOf, runs, serverProblem, STATES } from "./library/model.js";
@@ -32,6 +33,7 @@ const VIEWS = {
   executions: runView,
   history: historyView,
   batches: batchesView,
+  item: itemView,
   start: startView,
   compare: compareView,
   cause: causeView,
@@ -59,7 +61,7 @@ async function showView() {
   if (isOther && !isFirst) scrollTo(0, 0); // before the view scrolls to what it shows
   const shown = next.show(parts, params);
   for (const link of findAll(".views a")) {
-    const isHere = VIEWS[link.dataset.view] === next || (link.dataset.view === "board" && next === boardView);
+    const isHere = VIEWS[link.dataset.view] === (next === itemView ? batchesView : next) || (link.dataset.view === "board" && next === boardView);
     if (isHere) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }

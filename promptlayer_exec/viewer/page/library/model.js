@@ -12,6 +12,13 @@ export const STATES = {
   lost: ["No longer followed", "lost"],
   unknown: ["Unknown whether it started", "unknown"],
 };
+// The states of items of a batch that executions do not have.
+export const STATES_OF_ITEMS = {
+  waiting: ["Waiting", "queued"],
+  sending: ["Sending", "running"],
+  following: ["Following", "running"],
+  unknown: ["Unknown", "unknown"],
+};
 const STALE = 15; // seconds without a response from PromptLayer after which the page shows that
 const FIRST = {
   workflow: null,
@@ -20,6 +27,9 @@ const FIRST = {
   metadata: null,
   warning: null,
   started: null,
+  ended: null,
+  batch: null,
+  item: null,
   since: null,
   has_inputs: false,
   inputs: null,
@@ -106,8 +116,9 @@ export class Run {
 
   // When it finished, or the viewer gave it up, or null if nobody saw that.
   endedAt() {
-    const { state, since, elapsed, problem } = this.data;
+    const { state, since, elapsed, problem, ended } = this.data;
     if (state === "lost") return problem?.since ?? null;
+    if (ended !== null) return ended;
     const isOver = state === "succeeded" || state === "failed";
     return isOver && since !== null && elapsed !== null ? since + elapsed : null;
   }

@@ -19,6 +19,11 @@ export function addressOf(parts, params = {}) {
   return `#/${parts.map(encodeURIComponent).join("/")}${text ? `?${text}` : ""}`;
 }
 
+// The page of the run of a batch's item, which then shows what the batch knows of it.
+export function addressOfRun(batch, item, id) {
+  return addressOf(["executions", id ?? ""], { batch, item });
+}
+
 // Of two executions, the one that started first is on the left.
 export function comparisonOf(...ids) {
   return addressOf(["compare", ...ids.sort((one, other) => (BigInt(one) < BigInt(other) ? -1 : 1))]);

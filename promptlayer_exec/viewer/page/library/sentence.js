@@ -141,6 +141,9 @@ function succeededSentence(run, usual, longest) {
 // The sentence of an item of a batch. The viewer does not follow it, and has only its outcome.
 export function itemSentenceOf({ kind, node, reason, finished, execution_id }) {
   const when = ago(finished);
+  if (kind === "waiting") return plain(`Joined the queue ${when}.`);
+  if (kind === "sending") return plain(`Its start request was sent ${when}, and the response may still come.`);
+  if (kind === "following") return plain(`The batch began to follow its run ${when}.`);
   if (kind === "succeeded") return plain(`Succeeded ${when}.`);
   const why = reasonOf({ error_message: reason });
   if (kind === "unknown") return plain(`It may have started (${when}): ${why}`);

@@ -1,7 +1,7 @@
 // @ts-check
 // Running again, which costs again: behind a question.
 
-import { call, getInputs, getText } from "../library/api.js";
+import { call, get, getInputs, getText } from "../library/api.js";
 import { announce, confirmIn, notify } from "../library/dom.js";
 import { addressOf, go } from "../library/router.js";
 import { counted } from "../library/times.js";
@@ -19,6 +19,7 @@ export async function startRun(content) {
 // Asks, and starts a run of the same workflow with the same inputs, or opens the form with them.
 export async function runAgain(run) {
   const { workflow, label, version, metadata, has_inputs } = run.data;
+  if (run.data.item !== null) return retryItem(run.data);
   const form = addressOf(["start"], { again: run.id });
   if (!has_inputs) return go(form);
   let inputs;
@@ -42,6 +43,37 @@ export async function runAgain(run) {
     go(addressOf(["executions", await startRun(content)]));
   } catch (error) {
     notify(error.isUnknown ? `The run may have started. ${error.message}` : error.message);
+  }
+}
+
+// By the state of an item: what the batch does with it.
+const RETRIES = {
+  failed: `If its run certainly failed, the batch starts a new one. ${COST} If the run may still bring an output, the batch follows it again, for free.`,
+  succeeded: `Its run has succeeded. The batch starts a second one. ${COST}`,
+};
+
+// Asks, and lets the batch run its item again, so that the batch counts that run.
+async function retryItem({ batch, item: key }) {
+  let item;
+  try {
+    item = await get(`api/item?${new URLSearchParams({ batch, item: key })}`);
+  } catch (error) {
+    return notify(error.message);
+  }
+  const text = RETRIES[item.state];
+  if (text === undefined) return notify(`Item ${key} of batch ${batch} is ${item.state}, so it does not run again now.`);
+  const nobody = item.workers > 0 ? "" : ` Nobody works on the batch now: start a worker with ${item.work}`;
+  const answer = await confirmIn({
+    title: `Run item ${key} of batch ${batch} again?`,
+    text: `This is the retry of the batch. ${text}${nobody}`,
+    yes: "Run the item again",
+  });
+  if (answer !== "yes") return;
+  try {
+    await call("POST", "api/item/retry", { batch, item: key });
+    go(addressOf(["item", batch, key]));
+  } catch (error) {
+    notify(error.message);
   }
 }
 

@@ -3,10 +3,9 @@
 
 import { getInputs } from "../library/api.js";
 import { Detail } from "./detail.js";
-import { copyWith, draw, make, oneLine, part, write } from "../library/dom.js";
-import { readContainer } from "../library/json.js";
+import { draw, make, oneLine, part, write } from "../library/dom.js";
 import { statusOf, wordOf } from "../library/model.js";
-import { Tree } from "./tree.js";
+import { Value } from "./value.js";
 
 export class Inspector {
   constructor(root, run, onClose) {
@@ -17,7 +16,6 @@ export class Inspector {
     this.inputs = null;
     this.outputs = new Map();
     this.at("close").addEventListener("click", onClose);
-    copyWith(this.at("copy-inputs"), this.at("inputs-copied"), () => this.inputs);
   }
 
   /** @param {Part} name */
@@ -64,11 +62,8 @@ export class Inspector {
       return;
     }
     this.at("short-inputs").replaceChildren(make("span", { class: "muted" }, "Inputs "), oneLine(this.inputs));
-    const json = readContainer(this.inputs);
-    const place = make("div", { class: "tree" });
-    if (json === null) place.append(make("pre", {}, this.inputs));
-    else new Tree(place, json);
-    this.at("inputs").replaceChildren(place);
+    this.at("inputs").replaceChildren();
+    new Value(this.at("inputs"), "inputs").show(this.inputs, { isText: true });
     this.at("inputs-panel").hidden = false;
   }
 

@@ -89,9 +89,13 @@ function elementOf({ kind }, run) {
   return button;
 }
 
+function nodeAddress({ id, item = null }, node) {
+  return addressOf(["executions", id], { ...item, node });
+}
+
 /** @type {(piece: import("../library/sentence.js").Piece, run: any) => string | null} */
 function addressFor({ kind, text, id }, run) {
-  if (kind === "node") return addressOf(["executions", run.id], { node: text });
+  if (kind === "node") return nodeAddress(run, text);
   if (kind === "cause") return causeAddress(run.data);
   return kind === "compare" ? comparisonOf(run.id, id) : null;
 }

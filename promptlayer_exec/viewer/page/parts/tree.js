@@ -1,5 +1,6 @@
 // @ts-check
-// A JSON value as a tree to fold and search. It makes a branch when you open it.
+// A JSON value as a tree to fold and search. It makes a branch when you open it. A list of objects
+// with the same keys is a table.
 
 import { make, stepTo, write } from "../library/dom.js";
 import { readContainer } from "../library/json.js";
@@ -10,6 +11,7 @@ const CHUNK = 100; // children to make together
 const FIRST = 4; // members of an object in its preview
 const SHORT = 40; // characters of each
 const LONG = 400; // characters of a string to show at first
+const COLUMNS = 12; // keys of objects that fit into a table
 const DEEPEST_TEXT = 200_000; // characters of a string to read as JSON
 const MOST = 1000; // results of a search
 
@@ -38,7 +40,8 @@ export class Tree {
     }
     const summary = make("summary", {}, ...name, make("span", { class: "muted" }, sizeOf(node)), make("span", { class: "muted peek" }, previewOf(node)));
     const details = make("details", {}, summary);
-    const branch = new Branch(this, details, children);
+    const names = columnsOf(node);
+    const branch = names === null ? new Branch(this, details, children) : new TableBranch(this, details, children, names);
     this.branches.set(node, branch);
     details.addEventListener("toggle", () => details.open && branch.fill(CHUNK));
     item.append(details);
@@ -102,14 +105,18 @@ class Branch {
     const until = Math.min(count, this.children.length);
     this.more?.remove();
     for (; this.made < until; this.made += 1) {
-      this.list.append(this.tree.item(...this.children[this.made]));
+      this.list.append(this.childOf(...this.children[this.made]));
     }
     if (this.made < this.children.length) this.offerMore();
   }
 
+  childOf(key, node) {
+    return this.tree.item(key, node);
+  }
+
   offerMore() {
     const rest = this.children.length - this.made;
-    this.more = make("li");
+    this.more = make(this.list.tagName === "UL" ? "li" : "p");
     const button = make("button", { type: "button", class: "quiet" });
     write(button, `Show ${Math.min(CHUNK, rest)} of ${rest.toLocaleString("en")} more`);
     button.addEventListener("click", () => {
@@ -118,6 +125,10 @@ class Branch {
       this.list.children[first]?.querySelector("summary, button")?.focus();
     });
     this.more.append(button);
+    this.addMore();
+  }
+
+  addMore() {
     this.list.append(this.more);
   }
 
@@ -126,6 +137,52 @@ class Branch {
     const index = this.children.findIndex((child) => child[1] === node);
     this.fill(Math.max(this.made, CHUNK, Math.ceil((index + 1) / CHUNK) * CHUNK));
   }
+}
+
+// A row for each object, and a column for each key.
+class TableBranch extends Branch {
+  constructor(tree, details, children, names) {
+    super(tree, details, children);
+    this.names = names;
+    this.list.remove();
+    this.list = make("tbody");
+    const head = names.map((name) => make("th", { scope: "col" }, name));
+    const table = make("table", {}, make("thead", {}, make("tr", {}, make("td"), ...head)), this.list);
+    this.frame = make("div", { class: "rows", tabindex: "0", role: "region", "aria-label": "Table" }, table);
+    details.append(this.frame);
+  }
+
+  childOf(key, node) {
+    const index = make("td", { class: "index" }, key);
+    const values = new Map(node.entries);
+    const cells = this.names.map((name) => make("td", {}, this.cellOf(values.get(name))));
+    // A search finds a row as if it were a branch.
+    this.tree.branches.set(node, { details: make("div"), reveal() {} });
+    this.tree.leaves.set(node, index);
+    return make("tr", {}, index, ...cells);
+  }
+
+  cellOf(node) {
+    if (childrenOf(node) !== null) return make("ul", {}, this.tree.item(null, node));
+    const leaf = make("span", { class: `leaf ${node.kind}` }, ...leafOf(node, false));
+    this.tree.leaves.set(node, leaf);
+    return leaf;
+  }
+
+  addMore() {
+    this.frame.after(this.more);
+  }
+}
+
+// The keys of a list of objects that all have the same ones, or null.
+function columnsOf(node) {
+  const inner = innerOf(node) ?? node;
+  if (inner.kind !== "array" || inner.items.length < 2) return null;
+  const names = inner.items[0].entries?.map(([key]) => key) ?? [];
+  const wanted = new Set(names);
+  const isLike = ({ entries }) => entries?.length === names.length && entries.every(([key]) => wanted.has(key));
+  const isTable = names.length > 0 && wanted.size === names.length && names.length <= COLUMNS;
+  return isTable && inner.items.every(isLike) ? names : null;
 }
 
 // A string that contains JSON is also a branch. It reads the string once.
@@ -168,13 +225,15 @@ function shortened(text) {
   return line.length > SHORT ? `${line.slice(0, SHORT)}…` : line;
 }
 
-function leafOf(node) {
+// In a table, a string has no quotes.
+function leafOf(node, isQuoted = true) {
   if (node.kind !== "string") return [node.text];
-  if (node.value.length <= LONG) return ['"', ...linked(node.value), '"'];
-  const text = make("span", {}, `"${node.value.slice(0, LONG)}…`);
+  const mark = isQuoted ? '"' : "";
+  if (node.value.length <= LONG) return [mark, ...linked(node.value), mark];
+  const text = make("span", {}, `${mark}${node.value.slice(0, LONG)}…`);
   const button = make("button", { type: "button", class: "quiet" }, "Show the whole string");
   button.addEventListener("click", () => {
-    text.replaceChildren('"', ...linked(node.value), '"');
+    text.replaceChildren(mark, ...linked(node.value), mark);
     button.remove();
   });
   return [text, " ", button];

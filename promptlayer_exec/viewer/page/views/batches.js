@@ -2,17 +2,20 @@
 // The view of the batches in the local database: `#/batches`, and one of them: `#/batches/night`.
 
 import { get } from "../library/api.js";
-import { byId, clone, copyWith, find, findAll, iconOf, make, part, show, timeOf, write } from "../library/dom.js";
-import { STATES } from "../library/model.js";
+import { byId, find, findAll, iconOf, make, show, timeOf, write } from "../library/dom.js";
+import { STATES, STATES_OF_ITEMS } from "../library/model.js";
+import { commandOf } from "../parts/command.js";
 import { writePieces } from "../parts/progress.js";
-import { addressOf, replace } from "../library/router.js";
+import { addressOf, addressOfRun, replace } from "../library/router.js";
 import { itemSentenceOf } from "../library/sentence.js";
 import { counted, duration, fully } from "../library/times.js";
 
+const UNFINISHED = ["waiting", "sending", "following"]; // the states of items that have not finished
 const EVERY = 5000; // milliseconds
 const STARTING = 15; // seconds in which a new batch need not have a worker yet
 const PAGE = 200;
-const KINDS = { failed: "failed", unknown: "unknown", running: "running", waiting: "queued", succeeded: "success" };
+// By the state of items, as the commands name it: the colour of its segment.
+const SEGMENTS = { failed: "failed", unknown: "unknown", following: "running", sending: "running", waiting: "queued", succeeded: "success" };
 
 let name = null;
 let timer = 0;
@@ -44,7 +47,7 @@ export const batchesView = {
   title: () => (name === null ? "Batches · Executions" : `Batch ${name} · Executions`),
 
   keys: {
-    items: () => findAll("#batches .batch-name a, #batches .item a[data-focus]"),
+    items: () => findAll("#batches .batch-name a, #batches .item a.name"),
     isWanted: (item) => item.closest("[data-kind=failed], [data-kind=unknown]") !== null,
   },
 };
@@ -88,31 +91,31 @@ function choose(chosen) {
   load();
 }
 
-function showAll({ batches, database }) {
+function showAll(found) {
+  const { batches, database } = found;
   const none = `There is no batch in ${database}.\nThis begins one: promptlayer-exec batch run FILE --workflow NAME`;
   write(byId("batches-empty"), batches.length === 0 ? none : "");
   const list = make("ul", { class: "batches" }, ...batches.map((batch) => make("li", {}, headOf(batch, true))));
-  byId("batches").replaceChildren(...(batches.length > 0 ? [list] : []));
+  byId("batches").replaceChildren(...(batches.length > 0 ? [list] : []), ...keysOf(found));
 }
 
 // Counts, failed and unknown first, and who works on it.
 function headOf(batch, isLink) {
   const link = make("a", { href: addressOf(["batches", batch.name]), "data-focus": batch.name }, batch.name);
-  const counts = Object.entries(KINDS).filter(([kind]) => batch[kind] > 0);
+  const counts = Object.entries(SEGMENTS).filter(([state]) => batch.counts[state] > 0);
   const bar = make("span", { class: "segments", "aria-hidden": "true" });
-  for (const [kind, status] of counts) {
+  for (const [state, status] of counts) {
     const segment = make("span", { "data-status": status });
-    segment.style.flexGrow = String(batch[kind]);
+    segment.style.flexGrow = String(batch.counts[state]);
     bar.append(segment);
   }
-  const words = counts.map(([kind]) => {
-    const text = `${batch[kind].toLocaleString("en")} ${kind}`;
-    return make("span", { class: "count", "data-kind": kind }, text);
+  const words = counts.map(([state]) => {
+    const text = `${batch.counts[state].toLocaleString("en")} ${state}`;
+    return make("span", { class: "count", "data-kind": state }, text);
   });
-  const { workers, total, created } = batch;
-  const isOpen = batch.waiting + batch.running > 0;
-  const isNew = Date.now() / 1000 - created < STARTING;
-  const nobody = isNew ? "its worker is starting" : "nobody works on it";
+  const { workers } = batch;
+  const total = totalOf(batch);
+  const nobody = isNew(batch) ? "its worker is starting" : "nobody works on it";
   const who = workers === 0 ? nobody : counted(workers, "worker");
   return make(
     "div",
@@ -120,10 +123,16 @@ function headOf(batch, isLink) {
     ...(isLink ? [make("p", { class: "batch-name" }, link)] : []),
     bar,
     make("p", { class: "counts" }, ...words),
-    make("p", { class: workers === 0 && isOpen && !isNew ? "idle" : "muted" }, isOpen ? `${counted(total, "item")}, ${who}` : counted(total, "item")),
+    make("p", { class: isIdle(batch) ? "idle" : "muted" }, isOpen(batch) ? `${counted(total, "item")}, ${who}` : counted(total, "item")),
     ...(isLink ? [datesOf(batch)] : []),
   );
 }
+
+const openOf = ({ counts }) => counts.waiting + counts.sending + counts.following;
+const totalOf = ({ counts }) => Object.values(counts).reduce((sum, count) => sum + count, 0);
+const isOpen = (batch) => openOf(batch) > 0;
+const isNew = ({ created }) => Date.now() / 1000 - created < STARTING;
+const isIdle = (batch) => isOpen(batch) && batch.workers === 0 && !isNew(batch);
 
 // When it began, and when its latest item finished.
 function datesOf({ created, latest }) {
@@ -134,13 +143,15 @@ function datesOf({ created, latest }) {
 
 function showOne(batch, isUnfolded) {
   write(byId("batches-empty"), "");
-  const items = make("ol", { class: "items", "aria-label": "Finished items" });
+  const label = UNFINISHED.includes(filters.kind) ? `Items that are ${filters.kind}` : "Finished items";
+  const items = make("ol", { class: "items", "aria-label": label });
   items.append(...batch.items.map(itemOf));
   const note = batch.is_whole || batch.problem !== null ? [] : [make("p", { class: "muted" }, PARTLY)];
   byId("batches").replaceChildren(
     headOf(batch, false),
     ...paceOf(batch),
-    ...nextOf(commandsOf(batch), isUnfolded),
+    ...nextOf(batch, isUnfolded),
+    ...keysOf(batch),
     ...groupsOf(batch),
     chipsOf(batch),
     ...note,
@@ -152,8 +163,9 @@ function showOne(batch, isUnfolded) {
 const PARTLY = "Not every item is shown: promptlayer-exec batch export writes them all.";
 
 // The rate, the time left and the latest item, while there is something to do.
-function paceOf({ waiting, running, workers, latest, rate }) {
-  const open = waiting + running;
+function paceOf(batch) {
+  const { workers, latest, rate } = batch;
+  const open = openOf(batch);
   if (latest === null) return [];
   const words = ["The latest item finished ", timeOf(latest), "."];
   if (open > 0 && workers > 0 && rate !== null) {
@@ -162,22 +174,34 @@ function paceOf({ waiting, running, workers, latest, rate }) {
   return [make("p", { class: "muted pace" }, ...words)];
 }
 
-// One thing to do next. Everything else you could do is folded.
-function nextOf(commands, isUnfolded) {
-  if (commands.length === 0) return [];
-  const [first, ...others] = commands.map(commandOf);
-  const more = make("details", { open: isUnfolded }, make("summary", { "data-focus": "commands" }, "Other commands"), ...others);
-  return [make("section", { class: "next" }, make("h3", {}, "What next"), first, ...(others.length > 0 ? [more] : []))];
+// One thing to do next. What leads out of each other state is folded. Nothing is due for failed and
+// unknown items while others wait.
+function nextOf(batch, isUnfolded) {
+  const ways = batch.states
+    .filter(({ state }) => batch.counts[state] > 0)
+    .flatMap(({ state, ways }) => ways.map((way) => ({ ...way, state })));
+  if (ways.length === 0) return [];
+
+  const isDue = ({ state }) => (isOpen(batch) ? isIdle(batch) && UNFINISHED.includes(state) : state !== "succeeded");
+  const first = ways.find(isDue);
+  const seen = new Set(first === undefined ? [] : [first.command]);
+  const others = ways.filter(({ command }) => !seen.has(command) && seen.add(command));
+  const summary = make("summary", { "data-focus": "commands" }, first === undefined ? "Commands for each state" : "Other commands");
+  const more = make("details", { open: isUnfolded }, summary, ...others.map((way) => stateCommandOf(batch, way)));
+  const head = first === undefined ? [] : [make("h3", {}, "What next"), stateCommandOf(batch, first)];
+  return [make("section", { class: "next" }, ...head, ...(others.length > 0 ? [more] : []))];
 }
 
-function commandOf({ command, what }) {
-  const root = clone("command-template").firstElementChild;
-  write(part(root, "what"), what);
-  write(part(root, "command"), command);
-  part(root, "copy").setAttribute("aria-label", `Copy: ${command}`);
-  part(root, "copy").dataset.focus = command;
-  copyWith(part(root, "copy"), part(root, "copied"), () => command, () => part(root, "command"));
-  return root;
+function stateCommandOf(batch, { state, what, command }) {
+  const nobody = isIdle(batch) && UNFINISHED.includes(state) && command.includes(" work") ? ", and nobody works on them" : "";
+  return commandOf({ what: `${batch.counts[state].toLocaleString("en")} ${state}${nobody}: ${what}:`, command });
+}
+
+// Keys of single runs, in the same database, whose response was lost.
+function keysOf({ unknown_keys: count, unknown_keys_command: command }) {
+  if (count === 0) return [];
+  const what = `${counted(count, "key")} of single runs ${count === 1 ? "is" : "are"} unknown: each may have started a run and be billed. List them with:`;
+  return [make("section", { class: "next unknown-keys" }, commandOf({ what, command }))];
 }
 
 // Equal errors, counted. Each selects its items.
@@ -194,8 +218,11 @@ function groupsOf({ groups }) {
 }
 
 function chipsOf(batch) {
-  const all = [["", "All", batch.succeeded + batch.failed + batch.unknown]];
-  for (const kind of ["failed", "unknown", "succeeded"]) all.push([kind, kind, batch[kind]]);
+  const { counts } = batch;
+  const all = [["", "finished", counts.succeeded + counts.failed + counts.unknown]];
+  for (const { state } of batch.states) {
+    if (counts[state] > 0 || state === filters.kind) all.push([state, state, counts[state]]);
+  }
   const chips = all.map(([kind, word, number]) => {
     const label = `${word[0].toUpperCase()}${word.slice(1)} ${number.toLocaleString("en")}`;
     const isOn = filters.kind === kind && filters.reason === "";
@@ -206,8 +233,9 @@ function chipsOf(batch) {
   return make("div", { class: "actions kinds", role: "group", "aria-label": "Show items that" }, ...chips);
 }
 
-function moreOf({ matching, items }) {
-  const rest = matching - items.length;
+function moreOf({ matching, items, counts }) {
+  const all = UNFINISHED.includes(filters.kind) ? counts[filters.kind] : matching;
+  const rest = all - items.length;
   if (rest <= 0) return [];
   const button = make("button", { type: "button", "data-focus": "more" }, `Show more (${rest.toLocaleString("en")} left)`);
   button.addEventListener("click", () => {
@@ -217,34 +245,19 @@ function moreOf({ matching, items }) {
   return [button];
 }
 
-// What people do next with a batch. Nothing is due for failed items while others wait.
-function commandsOf({ name, created, waiting, running, workers, failed, unknown }) {
-  const isOpen = waiting + running > 0;
-  const isNew = Date.now() / 1000 - created < STARTING;
-  const quoted = /^[\w./:@%+=,-]+$/.test(name) ? name : `'${name.replaceAll("'", "'\\''")}'`;
-  const all = [
-    [isOpen && workers === 0 && !isNew, "work", "Nobody works on it now. Continue it with:"],
-    [failed > 0 && !isOpen, "retry --failed", "Start the failed items again, which costs again:"],
-    [failed > 0 && !isOpen, "recheck", "Follow the runs without an output again, and start none:"],
-    [unknown > 0 && !isOpen, "retry --unknown", "Start the unknown items again, which may cost twice:"],
-  ];
-  const wanted = all.filter(([isWanted]) => isWanted);
-  return wanted.map(([, verb, what]) => ({ what, command: `promptlayer-exec batch ${verb} --name ${quoted}` }));
-}
-
 function itemOf(entry) {
-  const { key, kind, execution_id, error, finished } = entry;
-  const [word, icon] = STATES[kind];
+  const { key, kind, execution_id: id, error, finished } = entry;
+  const [word, icon] = STATES_OF_ITEMS[kind] ?? STATES[kind];
   const sentence = make("p", { class: "sentence", title: error ?? fully(finished) });
-  writePieces(sentence, itemSentenceOf(entry).pieces, { id: execution_id });
-  const link = { href: addressOf(["executions", execution_id ?? ""]), "data-focus": `item ${key}` };
+  const run = addressOfRun(name, key, id);
+  writePieces(sentence, itemSentenceOf(entry).pieces, { id, item: { batch: name, item: key } });
   const item = make(
     "li",
     { class: "item" },
-    make("span", { class: "status" }, iconOf(icon), kind === "unknown" ? "Unknown" : word),
-    make("span", { class: "name" }, key),
+    make("span", { class: "status" }, iconOf(icon), word),
+    make("a", { class: "name", href: addressOf(["item", name, key]), "data-focus": `item ${key}` }, key),
     sentence,
-    make("span", {}, execution_id === null ? "" : make("a", link, `Execution ${execution_id}`)),
+    make("span", {}, id === null ? "" : make("a", { href: run, "data-focus": `run ${key}` }, `Execution ${id}`)),
   );
   item.dataset.kind = kind;
   return item;

@@ -103,6 +103,7 @@ class RunPage {
     this.root = root;
     byId("run").replaceChildren(root);
     write(part(root, "crumb"), `Execution ${id}`);
+    this.isTold = false; // the viewer knows of which item of a batch this is the run
     const shown = run ?? { nodes: new Map(), now: () => 0 };
     this.rows = new Rows(shown, part(root, "nodes"), part(root, "axis"), {
       hrefOf: (node) => addressOf(["executions", id], { node }),
@@ -158,7 +159,8 @@ class RunPage {
     show(part(root, "problem"), null);
     part(root, "again").hidden = true;
     try {
-      await call("POST", "api/executions", { execution_id: this.id });
+      if (this.params.has("batch")) await this.tell();
+      else await call("POST", "api/executions", { execution_id: this.id });
     } catch (error) {
       write(part(root, "state"), "Not found");
       show(part(root, "problem"), error.message);
@@ -166,6 +168,13 @@ class RunPage {
       part(root, "again").hidden = false;
     }
     this.isLoading = false;
+  }
+
+  // Lets the viewer fill in what a batch knows of its run: workflow, inputs and times.
+  async tell() {
+    this.isTold = true;
+    const content = { batch: this.params.get("batch"), item: this.params.get("item") ?? "", execution_id: this.id };
+    await call("POST", "api/item/run", content);
   }
 
   fill() {
@@ -181,6 +190,8 @@ class RunPage {
   // Selects what the address names.
   read(params) {
     this.params = params;
+    const isUntold = params.has("batch") && this.run !== null && this.run.data.item === null;
+    if (isUntold && !this.isTold) this.tell().catch((error) => notify(error.message));
     part(this.root, "filter").value = params.get("filter") ?? "";
     part(this.root, "sort").value = params.get("sort") ?? "";
     this.rows.order = part(this.root, "sort").value;
@@ -226,6 +237,7 @@ class RunPage {
     part(root, "rerun").hidden = workflow === null;
     const about = [...(workflow === null ? [] : [`Execution ${this.id}`]), ...settingsOf(run)];
     write(part(root, "subtitle"), about.join(" · "));
+    this.showBatch();
     this.tick();
     this.showHeadline();
     this.showFacts();
@@ -252,6 +264,20 @@ class RunPage {
     this.graph.tick(this.run);
   }
 
+  // The way back to the item of a batch.
+  showBatch() {
+    const { batch, item } = this.run.data;
+    const place = part(this.root, "of-batch");
+    if (item === null || !place.hidden) return;
+    place.hidden = false;
+    place.append(
+      make("a", { href: addressOf(["batches", batch]) }, `Batch ${batch}`),
+      " / ",
+      make("a", { href: addressOf(["item", batch, item]) }, `Item ${item}`),
+      " / ",
+    );
+  }
+
   // How many nodes did what.
   showHeadline() {
     const { run } = this;
@@ -274,9 +300,8 @@ class RunPage {
       facts.push([started === null ? "Followed since" : "Started", words]);
     }
     if (["succeeded", "failed"].includes(run.data.state)) {
-      const { elapsed } = run.data;
-      if (since !== null && elapsed !== null) {
-        const end = since + elapsed;
+      const end = run.endedAt();
+      if (end !== null) {
         facts.push(["Ended", [timeOf(end, clock(end))]]);
       }
       const least = started === null ? "at least " : "";
@@ -368,6 +393,7 @@ class RunPage {
 
   write() {
     const params = new URLSearchParams();
+    for (const name of ["batch", "item"]) if (this.params.has(name)) params.set(name, this.params.get(name));
     if (this.selected !== null) params.set("node", this.selected);
     /** @type {Part[]} */
     const remembered = ["filter", "sort"];
