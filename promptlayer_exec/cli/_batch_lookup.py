@@ -204,14 +204,18 @@ async def cause_lines(batch: Batch) -> list[str]:
     return lines
 
 
+def work_hint(text: str, flags: str) -> str:
+    """Return a text, and how to continue with the items of the batch."""
+    repeat = "Repeat its `batch run`, or continue without a results file with:"
+    return hint(f"{text}. {repeat}", command_about("batch work", flags))
+
+
 def hint_lines(status: BatchStatus, flags: str) -> list[str]:
     """Return, for each kind of items without an output, the commands that continue with them."""
     lines = []
     if status.finished < status.total and not status.workers:
         left = item_count(status.total - status.finished)
-        problem = f"{left} not finished, and nobody is working on them"
-        go_on = "Repeat its `batch run`, or continue without a results file with"
-        lines.append(hint(f"{problem}. {go_on}:", command_about("batch work", flags)))
+        lines.append(work_hint(f"{left} not finished, and nobody is working on them", flags))
 
     if status.failed:
         lines += way_hints(out_of_items("failed", flags))

@@ -190,7 +190,7 @@ async def adopt(
 
     flags = await lookup.working_flags(batch, chosen, database, base_url, same_server=same_server)
     text = f"batch {printable(chosen)}: a worker will follow execution {execution_id} for item"
-    err(hint(f"{text} {quoted(key)}. Start one with:", f"{PROGRAM} batch work{flags}"))
+    err(lookup.work_hint(f"{text} {quoted(key)}", flags))
 
 
 async def _not_adopted(batch: Batch, key: str) -> Misuse:
@@ -301,4 +301,4 @@ def _report(batch: str, count: int, act: str, flags: str) -> None:
         err(f"batch {printable(batch)}: there is no item to {act} again")
         return
     text = f"batch {printable(batch)}: a worker will {act} {lookup.item_count(count)} again"
-    err(hint(f"{text}. Start one with:", f"{PROGRAM} batch work{flags}"))
+    err(lookup.work_hint(text, flags))

@@ -679,7 +679,8 @@ def test_failed_and_unknown_items_are_started_again_on_request(
     code, _, err = run("retry", "--unknown")
     assert code == 0
     assert err == (
-        "batch night: a worker will start or follow 1 item again. Start one with:\n"
+        "batch night: a worker will start or follow 1 item again. Repeat its `batch run`, or"
+        " continue without a results file with:\n"
         "  promptlayer-exec batch work --name night\n"
     )
     assert run(*command)[0] == 0
@@ -1029,7 +1030,8 @@ def test_a_run_that_somebody_found_is_adopted(sim: Simulator, run: Run, tmp_path
     assert run("adopt", "a", found) == (
         *(0, ""),
         (
-            f"batch night: a worker will follow execution {found} for item 'a'. Start one with:\n"
+            f"batch night: a worker will follow execution {found} for item 'a'. Repeat its"
+            " `batch run`, or continue without a results file with:\n"
             "  promptlayer-exec batch work --name night\n"
         ),
     )

@@ -1,4 +1,4 @@
-"""The commands of the pages on batches, the doctor, the viewer, MCP and installing, as printed.
+"""The commands of the pages on batches, operating them, the doctor, the viewer, MCP and installing.
 
 Those of the other pages are run beside what else their page shows. A block is `shell` in place of
 `sh` if it prepares a machine, or runs the checks, this one too: no test runs it.
@@ -6,6 +6,7 @@ Those of the other pages are run beside what else their page shows. A block is `
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,6 @@ RUN_ELSEWHERE = {
     "docs/fastapi.md": "test_web_apps",
     "docs/frontends.md": "test_frontends",
     "docs/once.md": "test_web_apps",
-    "docs/operating.md": "test_readme",
     "docs/production.md": "test_proxies",
     "docs/reference/command-line.md": "test_docs",
     "docs/tutorial.md": "test_readme",
@@ -38,6 +39,7 @@ RUN_HERE = (
     "docs/doctor.md",
     "docs/installing.md",
     "docs/mcp.md",
+    "docs/operating.md",
     "docs/viewer.md",
 )
 
@@ -120,6 +122,87 @@ def test_the_commands_on_batches_work(page: str, settings: dict[str, str], tmp_p
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
     assert run("promptlayer-exec batch list", tmp_path, settings) == ""
+
+
+@pytest.fixture
+def night(threaded_sim: Simulator, tmp_path: Path) -> tuple[str, dict[str, str]]:
+    """Return the date of this night's items, of which one fails once, and the environment."""
+    runs = iter(("SUCCESS", "FAILED"))
+
+    def grade(inputs: Any) -> Scenario:
+        return Scenario(
+            [SimNode("Grade", "B", 0.1, [], next(runs, "SUCCESS"), is_output_node=True)]
+        )
+
+    threaded_sim.add_workflow("grade", grade)
+    date = run("date -d -21hours +%F", tmp_path, dict(os.environ)).strip()
+    items = [f'{{"key": "{key}", "inputs": {{"topic": "otters"}}}}\n' for key in ("a", "b")]
+    (tmp_path / f"night-{date}.jsonl").write_text("".join(items))
+    (tmp_path / ".venv").symlink_to(sys.prefix, target_is_directory=True)
+    return date, environment(threaded_sim, tmp_path)
+
+
+def code_blocks(page: str, language: str) -> list[str]:
+    """Return the blocks of a page in a language."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_a_night_under_systemd_fails_and_is_mended(
+    night: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """The command of the unit runs the items, and those of the page run the failed one again."""
+    date, settings = night
+    service, timer = code_blocks("docs/operating.md", "ini")
+    (tmp_path / "grading.service").write_text(service)
+    (tmp_path / "grading.timer").write_text(timer)
+    if shutil.which("systemd-analyze"):
+        run("systemd-analyze verify ./grading.service ./grading.timer", tmp_path, settings)
+
+    # As systemd reads it: a line ends without a backslash, and two percent signs mean one.
+    (command,) = re.findall(r"^ExecStart=(.*?)(?<!\\)\n", service, re.MULTILINE | re.DOTALL)
+    command = command.replace("\\\n", " ").replace("%%", "%").replace("$$", "$")
+
+    def successes() -> list[bool]:
+        lines = (tmp_path / f"results-{date}.jsonl").read_text().splitlines()
+        return [json.loads(line)["succeeded"] for line in lines]
+
+    run(f"{command} || test $? = 1", tmp_path, settings)
+    assert sorted(successes()) == [False, True]
+
+    shown, again, work = (
+        block.replace("2026-05-01", date) for block in blocks("docs/operating.md")
+    )
+    run(again, tmp_path, settings)
+    assert successes()[2:] == [True]
+    (expected,) = code_blocks("docs/operating.md", "text")[1:]
+    moment = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ"
+    printed = re.sub(moment, "", run(shown, tmp_path, settings))
+    assert printed == re.sub(moment, "", expected).replace("2026-05-01", date)
+    run(work, tmp_path, settings)
+
+
+def test_a_night_under_cron_has_its_own_files(
+    night: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """If items fail, cron mails the log of that night alone."""
+    date, settings = night
+    (tmp_path / "cron.env").write_text("")
+    (tmp_path / "mail").write_text(
+        f"#!/bin/sh\necho $2 > {tmp_path}/sent && cat >> {tmp_path}/sent\n"
+    )
+    (tmp_path / "mail").chmod(0o755)
+    (line,) = code_blocks("docs/operating.md", "text")[:1]
+    command = line.partition("* * *  ")[2].replace("\\%", "%")  # a bare one would end the command
+    command = command.replace("/srv/grading", str(tmp_path)).replace("+%F", "-d -21hours +%F")
+    path = os.pathsep.join([str(tmp_path), settings["PATH"]])
+    run(command, tmp_path, settings | {"PATH": path})
+
+    assert len((tmp_path / f"results-{date}.jsonl").read_text().splitlines()) == 2
+    (subject, *log) = (tmp_path / "sent").read_text().splitlines()
+    assert subject == "grading: exit code 1"
+    assert log == (tmp_path / f"night-{date}.log").read_text().splitlines()
+    assert any("ExecutionFailed" in line for line in log)
 
 
 def test_the_commands_of_the_doctor_work(settings: dict[str, str], tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 The language of a block says what becomes of it: `python` is saved, or run in a coroutine if it is
 part of one, `sh` is run, `diff` changes the last program, and a `text` right after a command is
 what that prints. `shell` prepares a machine, by an installation or a real key, which is no test's
-business; only the command after an installation is run. So are the commands of the page on
-operating a batch.
+business; only the command after an installation is run.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import indent
@@ -124,31 +122,3 @@ def test_each_example_runs_unchanged(
             case _:
                 assert language in ("shell", "text")
     assert not unused
-
-
-@pytest.mark.timeout(300)
-def test_the_commands_on_operating_a_batch_work(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
-    """Those of systemd, of the shell and of cron; `batch list` prints what the page shows."""
-    text = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
-    settings = environment | {"PROMPTLAYER_EXEC_DB": f"sqlite:///{tmp_path / 'batches.sqlite'}"}
-    items = [f'{{"key": "{key}", "inputs": {{"prompt": "{key}"}}}}\n' for key in ("a", "b")]
-
-    (command,) = re.findall(r"^ExecStart=\S+/(promptlayer-exec .+)$", text, re.MULTILINE)
-    (tmp_path / "night.jsonl").write_text("".join(items))
-    run(command, tmp_path, settings)
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
-
-    look, work = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    printed = "".join(run(line, tmp_path, settings) for line in look.splitlines())
-    (shown,) = re.findall(r"^```text\n(batch .*?)^```$", text, re.MULTILINE | re.DOTALL)
-    moment = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ"
-    assert re.sub(moment, "", printed) == re.sub(moment, "", shown)
-    run(work.strip(), tmp_path, settings)
-
-    (command,) = re.findall(r"(promptlayer-exec batch run \"night-.*?) 2>>", text)
-    command = command.replace("\\%", "%")  # cron takes a bare one for the end of the line
-    (tmp_path / f"night-{time.strftime('%F')}.jsonl").write_text("".join(items))
-    run(command, tmp_path, settings)
-    assert (tmp_path / f"results-{time.strftime('%F')}.jsonl").exists()

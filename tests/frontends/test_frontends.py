@@ -11,12 +11,13 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from playwright.async_api import Browser, Locator, async_playwright, expect
+from playwright.async_api import Browser, BrowserContext, Locator, async_playwright, expect
 from pytest_asyncio import fixture
 
 import promptlayer_exec.fastapi
@@ -68,26 +69,47 @@ async def until(process: asyncio.subprocess.Process, pattern: str) -> re.Match[s
     return found
 
 
-@fixture(loop_scope="session")
-async def project(tmp_path: Path) -> Path:
-    """Return a directory with the files of the page for React, and the installed packages."""
-    (tmp_path / "src").mkdir()
-    (tmp_path / "node_modules").symlink_to(NODE_MODULES, target_is_directory=True)
-    (tmp_path / "package.json").write_text('{"private": true, "type": "module"}')
-    for name, language in (
-        ("vite.config.js", "js"),
-        ("src/useRun.ts", "ts"),
-        ("src/main.tsx", "tsx"),
-        ("index.html", "html"),
-    ):
-        (tmp_path / name).write_text(blocks("frontends.md", language)[0])
-    (copy,) = blocks("frontends.md", "sh")
+SET_UP, DEVELOP, BUILD = blocks("frontends.md", "sh")
+CONFIG, HOOK = blocks("frontends.md", "ts")
+ONE_RUN, LIST = blocks("frontends.md", "tsx")
+
+
+async def finished(process: asyncio.subprocess.Process) -> str:
+    """Return what a process prints, which must succeed."""
+    output, errors = await process.communicate()
+    assert process.returncode == 0, (output + (errors or b"")).decode()
+    return output.decode()
+
+
+async def shell(script: str, folder: Path) -> asyncio.subprocess.Process:
+    """Start the commands of a block; `python` is the one that runs these tests."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    copying = await asyncio.create_subprocess_shell(
-        copy, cwd=tmp_path, env={**os.environ, "PATH": path}
+    return await asyncio.create_subprocess_exec(
+        *("bash", "-ec", script),
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
     )
-    assert await copying.wait() == 0
-    return tmp_path
+
+
+@fixture(scope="session", loop_scope="session")
+async def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of the app, with the page for React as somebody makes it who reads."""
+    folder = tmp_path_factory.mktemp("project")
+    await finished(await shell(SET_UP, folder))
+    assert (folder / "web" / "src" / "App.tsx").exists()
+    (folder / "web" / "src" / "useRun.ts").write_text(HOOK)
+    return folder
+
+
+async def write_page(project: Path, page: str, app: str) -> None:
+    """Save a page, and the configuration for an app on a free port; both must have no flaw."""
+    (project / "web" / "src" / "App.tsx").write_text(page)
+    config = project / "web" / "vite.config.ts"
+    config.write_text(CONFIG.replace("http://127.0.0.1:8000", app))
 
 
 class Elsewhere:
@@ -173,21 +195,20 @@ def app(server: App) -> str:
 
 
 @pytest.fixture
-def run_node(project: Path) -> Callable[..., Awaitable[str]]:
+def run_node(tmp_path: Path) -> Callable[..., Awaitable[str]]:
     """Return a function that runs a program for Node.js, and returns what it prints."""
+    (tmp_path / "node_modules").symlink_to(NODE_MODULES, target_is_directory=True)
 
     async def run(program: str, *arguments: str) -> str:
-        (project / "program.mjs").write_text(program)
+        (tmp_path / "program.mjs").write_text(program)
         node = shutil.which("node") or "node"
         process = await asyncio.create_subprocess_exec(
             *(node, "program.mjs", *arguments),
-            cwd=project,
+            cwd=tmp_path,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
-        output, errors = await process.communicate()
-        assert process.returncode == 0, errors.decode()
-        return output.decode()
+        return await finished(process)
 
     return run
 
@@ -202,20 +223,6 @@ async def browser() -> AsyncIterator[Browser]:
         await browser.close()
 
 
-async def execute(*command: str, cwd: Path) -> str:
-    """Run a program of npm's, and return what it prints."""
-    process = await asyncio.create_subprocess_exec(
-        str(NODE_MODULES / ".bin" / command[0]),
-        *command[1:],
-        cwd=cwd,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    output, _ = await process.communicate()
-    assert process.returncode == 0, output.decode()
-    return output.decode()
-
-
 STRICT = (
     *("--strict", "--target", "es2023", "--module", "es2022", "--moduleResolution", "bundler"),
     *("--lib", "es2023,dom,dom.iterable"),
@@ -225,35 +232,66 @@ STRICT = (
 async def test_the_declarations_are_those_of_the_module(tmp_path: Path) -> None:
     """TypeScript makes them from the comments of the module."""
     (tmp_path / "client.js").write_bytes(MODULE.read_bytes())
-    emit = ("--allowJs", "--checkJs", "--declaration", "--emitDeclarationOnly")
-    await execute("tsc", *STRICT, *emit, "client.js", cwd=tmp_path)
+    emit = "--allowJs --checkJs --declaration --emitDeclarationOnly"
+    tsc = NODE_MODULES / ".bin" / "tsc"
+    await finished(await shell(f"{tsc} {' '.join(STRICT)} {emit} client.js", tmp_path))
     made = (tmp_path / "client.d.ts").read_text()
     assert MODULE.with_suffix(".d.ts").read_text() == made
 
 
-async def test_the_recipe_for_react_has_correct_types(project: Path) -> None:
-    """Those of the package, and those of React."""
-    options = ("--noEmit", "--jsx", "react-jsx", "--skipLibCheck")
-    await execute("tsc", *STRICT, *options, "src/main.tsx", cwd=project)
+@asynccontextmanager
+async def served(mode: str, project: Path, page: str, app: str) -> AsyncIterator[str]:
+    """Yield the address of a page, built for the app or served by Vite, as the docs tell."""
+    await write_page(project, page, app)
+    web = project / "web"
+    if mode == "build":
+        # With the types checked, and without a warning.
+        built = await finished(await shell(f"{BUILD.strip()}\nnpm run lint", web))
+        assert "warning" not in built.lower().replace("found 0 warnings", ""), built
+        yield f"{app}/web/"
+        return
 
-
-async def serve_by_vite(project: Path, app: str) -> tuple[Any, str]:
-    """Start Vite's server for development, with the docs' configuration."""
-    config = project / "vite.config.js"
-    config.write_text(config.read_text().replace("http://127.0.0.1:8000", app))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    process = await asyncio.create_subprocess_exec(
-        str(NODE_MODULES / ".bin" / "vite"),
-        *("--host", "127.0.0.1", "--port", port, "--strictPort"),
-        cwd=project,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,
-    )
-    found = await until(process, r"(http://127\.0\.0\.1:\d+)/")
-    return process, found[1]
+    options = f"-- --host 127.0.0.1 --port {port} --strictPort"
+    vite = await shell(f"{DEVELOP.strip()} {options}", web)
+    try:
+        found = await until(vite, r"(http://127\.0\.0\.1:\d+)/")
+        yield found[1]
+    finally:
+        os.killpg(vite.pid, signal.SIGTERM)  # npm starts it in a process of its own
+        await vite.communicate()
+
+
+@asynccontextmanager
+async def window(browser: Browser, **settings: Any) -> AsyncIterator[BrowserContext]:
+    """Yield a window of somebody who knows the password; no page of it may have an error."""
+    credentials = {"username": "me", "password": "secret"}
+    context = await browser.new_context(http_credentials=credentials, **settings)
+    errors: list[str] = []
+    context.on("weberror", lambda error: errors.append(str(error.error)))
+    yield context
+    await context.close()
+    assert errors == []
+
+
+MODES = pytest.mark.parametrize("mode", ["build", "development"])
+
+
+@MODES
+async def test_a_button_in_react_starts_a_run_and_shows_its_nodes_and_its_output(
+    app: str, project: Path, browser: Browser, mode: str
+) -> None:
+    """All that its reader types is what the page says."""
+    async with served(mode, project, ONE_RUN, app) as address, window(browser) as context:
+        page = await context.new_page()
+        await page.goto(address)
+        await page.get_by_role("button", name="Write a report").click()
+        await expect(page.locator("h2")).to_have_text("Succeeded", timeout=20_000)
+        nodes = page.locator("li")
+        await expect(nodes).to_have_text(["Plan: SUCCESS", "Report: SUCCESS"])
+        await expect(page.locator("p")).to_have_text("Otters are fine.")
 
 
 async def expect_all(rows: list[Locator], text: str, count: int, *, within: float) -> None:
@@ -262,28 +300,17 @@ async def expect_all(rows: list[Locator], text: str, count: int, *, within: floa
         await expect(shown.filter(has_text=text)).to_have_count(count, timeout=within)
 
 
-@pytest.mark.parametrize("mode", ["build", "development"])
+@MODES
 async def test_lists_in_react_have_one_connection_each(
     sim: Simulator, server: App, project: Path, browser: Browser, mode: str
 ) -> None:
     """Twenty runs in three tabs in StrictMode, live within 4 s; a crash loses no row."""
-    vite = None
-    address = f"{server.url}/list/"
-    if mode == "build":
-        built = await execute("vite", "build", cwd=project)
-        assert "warning" not in built.lower()
-    else:
-        vite, address = await serve_by_vite(project, server.url)
-
-    credentials = {"username": "me", "password": "secret"}
-    context = await browser.new_context(
-        http_credentials=credentials, extra_http_headers=AUTHORIZATION
-    )
     streams: list[str] = []
-    errors: list[str] = []
-    context.on("request", lambda it: "/events?" in it.url and streams.append(it.url))
-    context.on("weberror", lambda error: errors.append(str(error.error)))
-    try:
+    async with (
+        served(mode, project, LIST, server.url) as address,
+        window(browser, extra_http_headers=AUTHORIZATION) as context,
+    ):
+        context.on("request", lambda it: "/events?" in it.url and streams.append(it.url))
         started = await context.request.post(f"{server.url}/reports", data=["newts"] * 20)
         assert started.ok
         tabs = [await context.new_page() for _ in range(3)]
@@ -305,13 +332,10 @@ async def test_lists_in_react_have_one_connection_each(
         for run in sim.runs[10:]:
             sim.finish(run.execution_id, "Report")
         await expect_all(rows, "Succeeded", 20, within=10_000)
-        assert errors == []
-    finally:
-        await context.close()
-        if vite is not None:
-            # The wheel with Node.js starts it in a process of its own.
-            os.killpg(vite.pid, signal.SIGTERM)
-            await vite.communicate()
+
+        # The app that was killed has forgotten its list.
+        await tabs[0].get_by_role("button", name="Write three reports").click()
+        await expect(rows[0]).to_have_count(3 if mode == "build" else 20, timeout=10_000)
 
 
 ELSEWHERE = """IMPORTED
@@ -327,7 +351,7 @@ async def test_a_page_on_another_origin_follows_with_a_ticket(
     app: str, elsewhere: Elsewhere, browser: Browser
 ) -> None:
     """It imports the module from the app, starts a run with a header, and follows it."""
-    imported, called = blocks("frontends.md", "js")[1].splitlines()
+    imported, called = blocks("frontends.md", "js")[0].splitlines()
     program = ELSEWHERE.replace("CALLED", called).replace("IMPORTED", imported)
     program = program.replace("https://app.example.com", app)
     context = await browser.new_context()
@@ -401,10 +425,16 @@ async def test_the_ai_sdk_shows_the_progress_and_the_output(app: str, run_node: 
     assert failed["failure"] == "The report could not be written."
 
 
-async def test_the_page_names_the_versions_that_are_tested() -> None:
+async def test_the_page_names_the_versions_that_are_tested(project: Path) -> None:
     """They are those that npm has installed."""
     text = " ".join((DOCS / "frontends.md").read_text(encoding="utf-8").split())
     (sentence,) = re.findall(r"real packages from npm: (.*?)\. \*\*", text)
-    for name, version in re.findall(r"`([@\w/-]+)`(?: and `[\w-]+`)? ([\d.]+)", sentence):
-        installed = json.loads((NODE_MODULES / name / "package.json").read_text())["version"]
+    versions = re.findall(r"`([@\w/-]+)`(?: and `[\w-]+`)? ([\d.]+)", sentence)
+    assert len(versions) == 5
+    for name, version in versions:
+        found = [
+            folder / name / "package.json"
+            for folder in (project / "web" / "node_modules", NODE_MODULES)
+        ]
+        installed = json.loads(next(filter(Path.exists, found)).read_text())["version"]
         assert f"{installed}.".startswith(f"{version}."), name
