@@ -2,17 +2,12 @@
 
 import posixpath
 import re
-from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-import typer
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
-
-from promptlayer_exec.cli._app import app as command_line
 
 project = "promptlayer-exec"
 author = "The promptlayer-exec maintainers"
@@ -85,24 +80,6 @@ nitpick_ignore = [
 nitpick_ignore_regex = [("py:class", r"(.+\.)?(Handle|Inputs|Item|Output)?T")]
 
 
-class Commands(SphinxDirective):
-    """The help of every command, as the program prints it."""
-
-    def run(self) -> list[nodes.Node]:
-        """Return a section for each of them."""
-        program = typer.main.get_command(command_line)
-        text = "\n\n".join(_sections(program))
-        return self.parse_text_to_nodes(text, allow_section_headings=True)
-
-
-def _sections(command: Any, parent: Any = None) -> Iterator[str]:
-    settings = {"terminal_width": 88, **command.context_settings}
-    context = command.context_class(command, parent, command.name, **settings)
-    yield f"## {context.command_path}\n\n```text\n{command.get_help(context)}\n```"
-    for each in getattr(command, "commands", {}).values():
-        yield from _sections(each, context)
-
-
 def tell_apart(app: Sphinx, docname: str, source: list[str]) -> None:
     """Read what a page has in comments, since a code host would show directives as text.
 
@@ -158,7 +135,6 @@ def keep_text(translator: Any, node: nodes.abbreviation) -> None:
 
 def setup(app: Sphinx) -> None:
     """Connect the above."""
-    app.add_directive("commands", Commands)
     # The `*` of a signature: without this, the Markdown pages lack it.
     app.add_node(nodes.abbreviation, override=True, markdown=(keep_text, keep_text))
     app.connect("source-read", tell_apart)
