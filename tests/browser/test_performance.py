@@ -79,3 +79,22 @@ async def test_a_value_of_six_megabytes_is_searched_in_short_tasks(
         await expect(found).to_have_text("1000 of 1000")
         await expect(mark).to_be_in_viewport()
     assert max(tasks) < 200, sorted(tasks)[-5:]
+
+
+async def test_json_of_a_megabyte_is_unfolded_and_searched_in_short_tasks(
+    sim: Simulator, ui: Any
+) -> None:
+    """No task takes more than 200 ms, the last row is found, and few rows are on the page."""
+    rows = [{"id": n, "name": f"row {n}", "text": "x" * 90, "inner": {"n": n}} for n in range(5000)]
+    value = {"rows": rows, "counts": {f"key {n}": n for n in range(3000)}}
+    await ui.open_run(sim.add_execution(Scenario([SimNode("rows", value)])))
+    tree = ui.page.locator(".node-view .tree")
+    async with ui.tasks() as tasks:
+        await ui.select("rows")
+        await tree.locator("summary", has_text="[] 5,000 items").click()
+        await expect(tree.locator("tbody tr")).to_have_count(100)
+        await ui.selected.get_by_label("Search the value of rows").fill("row 4999")
+        await expect(tree.locator(".found")).to_have_text("row 4999")
+        await expect(tree.locator(".found")).to_be_in_viewport()
+    await expect(tree.locator("tbody tr")).to_have_count(100)
+    assert max(tasks) < 200, sorted(tasks)[-5:]

@@ -214,7 +214,10 @@ async def test_like_objects_are_a_table(sim: Simulator, ui: Any, page: Page) -> 
     await output.get_by_role("searchbox").fill("otter 250")
     await expect(output.locator(".found")).to_have_text("otter 250")
     await expect(output.locator(".found")).to_be_in_viewport()
-    await expect(output.locator("tbody tr")).to_have_count(300)
+    await expect(output.locator("tbody tr")).to_have_count(100)
+    await output.get_by_role("button", name="Show 100 of 200 earlier").click()
+    await expect(output.locator("tbody tr").first).to_have_text("100100otter 100")
+    await expect(output.get_by_role("button", name="earlier")).to_be_focused()
     await ui.check("table")
 
 

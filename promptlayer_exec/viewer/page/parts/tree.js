@@ -43,7 +43,7 @@ export class Tree {
     const names = columnsOf(node);
     const branch = names === null ? new Branch(this, details, children) : new TableBranch(this, details, children, names);
     this.branches.set(node, branch);
-    details.addEventListener("toggle", () => details.open && branch.fill(CHUNK));
+    details.addEventListener("toggle", () => details.open && branch.open());
     item.append(details);
     return item;
   }
@@ -86,56 +86,66 @@ export class Tree {
   }
 }
 
+// It shows a window of its children, and grows it on demand. A search moves it.
 class Branch {
   constructor(tree, details, children) {
     this.tree = tree;
     this.details = details;
     this.children = children;
-    this.made = 0;
+    this.from = 0;
+    this.until = 0;
     this.list = make("ul");
+    this.frame = this.list;
+    this.earlier = this.buttonFor(-1);
+    this.later = this.buttonFor(1);
     details.append(this.list);
   }
 
   open() {
     this.details.open = true;
-    this.fill(CHUNK);
+    if (this.until === 0) this.show(0, CHUNK);
   }
 
-  fill(count) {
-    const until = Math.min(count, this.children.length);
-    this.more?.remove();
-    for (; this.made < until; this.made += 1) {
-      this.list.append(this.childOf(...this.children[this.made]));
-    }
-    if (this.made < this.children.length) this.offerMore();
+  show(from, until) {
+    const isLonger = from === this.from && until > this.until;
+    const elements = (one, other) => this.children.slice(one, other).map(([key, node]) => this.childOf(key, node));
+    until = Math.min(until, this.children.length);
+    if (isLonger) this.list.append(...elements(this.until, until));
+    else this.list.replaceChildren(...elements(from, until));
+    this.from = from;
+    this.until = until;
+    this.offer(this.earlier, "earlier", from, () => this.frame.before(this.earlier));
+    this.offer(this.later, "more", this.children.length - until, () => this.frame.after(this.later));
   }
 
   childOf(key, node) {
     return this.tree.item(key, node);
   }
 
-  offerMore() {
-    const rest = this.children.length - this.made;
-    this.more = make(this.list.tagName === "UL" ? "li" : "p");
-    const button = make("button", { type: "button", class: "quiet" });
-    write(button, `Show ${Math.min(CHUNK, rest)} of ${rest.toLocaleString("en")} more`);
-    button.addEventListener("click", () => {
-      const first = this.made;
-      this.fill(first + CHUNK);
-      this.list.children[first]?.querySelector("summary, button")?.focus();
-    });
-    this.more.append(button);
-    this.addMore();
+  offer(button, word, rest, place) {
+    button.remove();
+    if (rest === 0) return;
+    write(button, `Show ${Math.min(CHUNK, rest)} of ${rest.toLocaleString("en")} ${word}`);
+    place();
   }
 
-  addMore() {
-    this.list.append(this.more);
+  buttonFor(direction) {
+    const button = make("button", { type: "button", class: "quiet" });
+    button.addEventListener("click", () => {
+      const first = direction < 0 ? 0 : this.list.children.length;
+      if (direction < 0) this.show(Math.max(0, this.from - CHUNK), this.until);
+      else this.show(this.from, this.until + CHUNK);
+      (this.list.children[first]?.querySelector("summary, button") ?? button).focus();
+    });
+    return button;
   }
 
   reveal(node) {
     this.details.open = true;
     const index = this.children.findIndex((child) => child[1] === node);
-    this.fill(Math.max(this.made, CHUNK, Math.ceil((index + 1) / CHUNK) * CHUNK));
+    const start = index - (index % CHUNK);
+    if (this.until === 0 && start === 0) this.show(0, CHUNK);
+    else if (index < this.from || index >= this.until) this.show(start, start + CHUNK);
   }
 }
 
@@ -167,10 +177,6 @@ class TableBranch extends Branch {
     const leaf = make("span", { class: `leaf ${node.kind}` }, ...leafOf(node, false));
     this.tree.leaves.set(node, leaf);
     return leaf;
-  }
-
-  addMore() {
-    this.frame.after(this.more);
   }
 }
 

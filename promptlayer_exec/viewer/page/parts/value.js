@@ -7,7 +7,8 @@ import { chatOf, markdownOf } from "./rich.js";
 import { Text } from "./text.js";
 import { Tree } from "./tree.js";
 
-const LARGE = 1_000_000; // characters that the page fetches only on demand, and shows as plain text
+const LARGE = 2_000_000; // characters of a value that the page fetches only on demand
+const LARGEST = 10_000_000; // characters of a value that it shows as plain text
 const FOLDED = 120; // characters of JSON that need no tree
 const SHORT = 1000; // characters of text that need no search
 
@@ -60,7 +61,7 @@ export class Value {
   render(text) {
     const isWhole = this.text !== null;
     this.tree = null;
-    const rich = isWhole && text.length <= LARGE ? this.richOf(text) : null;
+    const rich = isWhole && text.length <= LARGEST ? this.richOf(text) : null;
     this.at("rich").replaceChildren(...(rich === null ? [] : [rich]));
     this.raw.show(text);
     this.at("as-raw").hidden = rich === null;

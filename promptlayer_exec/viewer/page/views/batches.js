@@ -187,14 +187,19 @@ function nextOf(batch, isUnfolded) {
   const seen = new Set(first === undefined ? [] : [first.command]);
   const others = ways.filter(({ command }) => !seen.has(command) && seen.add(command));
   const summary = make("summary", { "data-focus": "commands" }, first === undefined ? "Commands for each state" : "Other commands");
-  const more = make("details", { open: isUnfolded }, summary, ...others.map((way) => stateCommandOf(batch, way)));
-  const head = first === undefined ? [] : [make("h3", {}, "What next"), stateCommandOf(batch, first)];
+  const groups = batch.states.map(({ state }) => groupOf(batch, state, others.filter((way) => way.state === state)));
+  const more = make("details", { open: isUnfolded }, summary, ...groups.flat());
+  const head = first === undefined ? [] : [make("h3", {}, "What next"), ...groupOf(batch, first.state, [first])];
   return [make("section", { class: "next" }, ...head, ...(others.length > 0 ? [more] : []))];
 }
 
-function stateCommandOf(batch, { state, what, command }) {
-  const nobody = isIdle(batch) && UNFINISHED.includes(state) && command.includes(" work") ? ", and nobody works on them" : "";
-  return commandOf({ what: `${batch.counts[state].toLocaleString("en")} ${state}${nobody}: ${what}:`, command });
+// The commands for the items in one state.
+function groupOf(batch, state, ways) {
+  if (ways.length === 0) return [];
+  const nobody = isIdle(batch) && UNFINISHED.includes(state) ? ", and nobody works on them" : "";
+  const title = `${batch.counts[state].toLocaleString("en")} ${state}${nobody}`;
+  const commands = ways.map(({ what, command }) => commandOf({ what: `${what[0].toUpperCase()}${what.slice(1)}:`, command }));
+  return [make("h4", {}, title), ...commands];
 }
 
 // Keys of single runs, in the same database, whose response was lost.

@@ -99,7 +99,7 @@ async function showValue(name, attempt) {
 function stateOf({ state, since }) {
   const [word, icon] = STATES_OF_ITEMS[state] ?? STATES[state];
   const status = make("span", { class: "status", "data-kind": state }, iconOf(icon), word);
-  return [make("p", { class: "item-state" }, status, " since ", timeOf(since, clock(since)), " (", timeOf(since), ")")];
+  return [make("p", { class: "item-state" }, status, make("span", {}, " since ", timeOf(since, clock(since)), " (", timeOf(since), ")"))];
 }
 
 function errorOf(error) {
