@@ -5,6 +5,8 @@ at random. Their polls are compared with those of a single process. In a third r
 processes is killed.
 
 Usage: python benchmarks/backplane.py [EXECUTIONS]
+
+It needs the extra `redis` and a Redis server, and takes two minutes, however few executions.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE
 
+from needs import need
+
+need(extras="redis", programs="redis")
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 PROCESSES = 4
@@ -137,21 +142,23 @@ def main() -> int:
     """Print the table, and return 1 if a target is missed."""
     count = int(sys.argv[1]) if sys.argv[1:] else 200
     several = {"processes": PROCESSES, "sessions": SESSIONS, "count": count}
-    with redis_server() as redis:
-        one = run("", processes=1, sessions=1, count=count, kills=False)
-        alone = run("", **several, kills=False)
-        shared = run(redis, **several, kills=False)
-        killed = run(redis, **several, kills=True)
-    print(f"{count} executions of 5 to 30 s with {FOLLOWERS} streams each:\n")  # noqa: T201
-    print("| | polls | longest gap in a stream | CPU |\n|---|---|---|---|")  # noqa: T201
-    for name, it in (
-        ("one session", one),
-        (f"{PROCESSES * SESSIONS} sessions in {PROCESSES} processes, alone", alone),
-        ("the same, sharing Redis", shared),
-        (f"the same, one process killed after {KILL_AFTER:g} s", killed),
-    ):
+
+    def row(name: str, it: dict[str, float]) -> dict[str, float]:
         figures = f"{it['polls']:,} | {it['gap']:.1f} s | {it['cpu']:.1f} s"
-        print(f"| {name} | {figures} |")  # noqa: T201
+        print(f"| {name} | {figures} |", flush=True)
+        return it
+
+    print(f"{count} executions of 5 to 30 s with {FOLLOWERS} streams each:\n")
+    print("| | polls | longest gap in a stream | CPU |", flush=True)
+    print("|---|---|---|---|", flush=True)
+    with redis_server() as redis:
+        one = row("one session", run("", processes=1, sessions=1, count=count, kills=False))
+        row("eight sessions, each for itself", run("", **several, kills=False))
+        shared = row("eight sessions with a backplane", run(redis, **several, kills=False))
+        killed = row(
+            f"the same, but the polling process dies after {KILL_AFTER:g} s",
+            run(redis, **several, kills=True),
+        )
     missed = [
         name
         for name, is_missed in (
@@ -164,7 +171,7 @@ def main() -> int:
         if is_missed
     ]
     for miss in missed:
-        print(f"missed: {miss}")  # noqa: T201
+        print(f"missed: {miss}")
     return bool(missed)
 
 

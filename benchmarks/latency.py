@@ -1,9 +1,13 @@
 """Compare how soon results arrive, by default, by polling and with the vendor's SDK.
 
-Usage: python benchmarks/latency.py [--rounds N] [--vendor PYTHON] [--chart FILE.svg]
+Usage: python benchmarks/latency.py [--only TABLE] [--rounds N] [--vendor PYTHON]
+           [--chart FILE.svg]
 
-Run it with a Python that has this package; `--chart` needs matplotlib, too. It fails if a target
-is missed. The targets that compare with the vendor's SDK need `--vendor`, a Python that has it.
+It needs two cores and Linux's `taskset`; `--chart` needs matplotlib, too. It fails if a target is
+missed. The targets that compare with the vendor's SDK need `--vendor`, a Python that has it.
+
+All tables take ten minutes. `--only warm --rounds 1` takes half a minute, and so do `cold`, `many`
+and `limited`; `--only single` takes two and a half, because its longest run takes a minute.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
+
+from needs import need
 
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
@@ -40,8 +46,14 @@ MOST_WALL_OF_POLLING = 0.75
 
 
 class Load(NamedTuple):
-    """How many runs there are, how many at once, and how long each takes, in seconds."""
+    """How many runs there are, how many at once, and how long each takes, in seconds.
 
+    Attributes:
+        table: what `--only` calls it.
+        name: what its table calls it.
+    """
+
+    table: str
     name: str
     runs: int
     in_flight: int
@@ -60,20 +72,21 @@ class Load(NamedTuple):
 def loads(rounds: int) -> tuple[Load, ...]:
     """Return the loads, the first of them the one of the chart."""
     return (
-        Load("60 runs of 1 to 5 s, 20 in parallel", 60, 20, 1.0, 5.0, rounds=rounds),
-        Load("60 runs of 1 to 5 s, 20 in parallel, cold", 60, 20, 1.0, 5.0, cold=True),
-        Load("800 runs of 6 to 8 s, 400 in parallel", 800, 400, 6.0, 8.0),
+        Load("warm", "60 runs of 1 to 5 s, 20 in parallel", 60, 20, 1.0, 5.0, rounds=rounds),
+        Load("cold", "60 runs of 1 to 5 s, 20 in parallel, cold", 60, 20, 1.0, 5.0, cold=True),
+        *(
+            Load("single", f"one run of {seconds:g} s", 1, 1, seconds, seconds, cold=True)
+            for seconds in MOST_REQUESTS_SINGLE
+        ),
+        Load("many", "800 runs of 6 to 8 s, 400 in parallel", 800, 400, 6.0, 8.0),
         Load(
+            "limited",
             "800 runs of 6 to 8 s, 400 in parallel, 429 beyond 100 requests/s",
             800,
             400,
             6.0,
             8.0,
             bucket=True,
-        ),
-        *(
-            Load(f"one run of {seconds:g} s", 1, 1, seconds, seconds, cold=True)
-            for seconds in MOST_REQUESTS_SINGLE
         ),
     )
 
@@ -226,10 +239,13 @@ def draw(file: str, results: Mapping[str, Measured]) -> None:
 def main() -> int:
     """Print the tables, and return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the first table")
+    tables = dict.fromkeys(load.table for load in loads(1))
+    parser.add_argument("--only", metavar="TABLE", choices=tables, help=", ".join(tables))
     parser.add_argument("--vendor", metavar="PYTHON", help="a Python with the vendor's SDK")
     parser.add_argument("--chart", metavar="FILE", help="draw the first load")
     given = parser.parse_args()
+    need(programs="taskset", packages="matplotlib" if given.chart else "")
     os.sched_setaffinity(0, {SERVER_CORE})
     pythons = {"vendor": given.vendor} if given.vendor else {}
     pythons |= dict.fromkeys(("polling", "unlimited", "default"), sys.executable)
@@ -237,8 +253,11 @@ def main() -> int:
         f"Python {platform.python_version()}, one core for the client and one for the server,"
         f" the first table medians of {given.rounds} rounds\n"
     )
+    sys.stdout.flush()
     missed = []
     for number, load in enumerate(loads(given.rounds)):
+        if given.only not in (None, load.table):
+            continue
         rounds = [
             {
                 name: measure(name, python, load)

@@ -5,6 +5,9 @@ for a minute, and the database is away for six seconds. Then what failed is run 
 simulator accepted two starts for one item, or if an item has another one's run or output.
 
 Usage: python benchmarks/night.py
+
+It needs the extras `cli` and `dbos`, and PostgreSQL, and takes three minutes, because that is how
+long the night takes.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from needs import need  # type: ignore[import-not-found]
+
+need(extras="cli dbos", programs="postgresql")
 from network import Postgres, postgres  # type: ignore[import-not-found]
 
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -39,6 +45,11 @@ def grade(inputs: Mapping[str, Any]) -> Scenario:
         GRADED.add(essay)
         return Scenario([SimNode("Grade", None, 2.0, status="FAILED", error_message="no grade")])
     return Scenario([SimNode("Grade", f"grade of {essay}", 2.0, is_output_node=True)])
+
+
+def tell(what: str) -> None:
+    """Tell what happens now, because the night takes three minutes."""
+    sys.stderr.write(f"{time.strftime('%T')} {what}\n")
 
 
 class Night:
@@ -92,17 +103,21 @@ class Night:
         keys = (f"k{number}" for number in range(ITEMS))
         lines = (json.dumps({"key": key, "inputs": {"essay": key}}) for key in keys)
         (self.directory / "night.jsonl").write_text("\n".join(lines))
+        tell(f"the evening: three machines begin with {ITEMS:,} items")
         evening = self.begin("run", RUN)
         others = [self.begin(f"work{number}", "batch work --outage 300") for number in (1, 2)]
 
         self.wait_for(300)
+        tell("one machine dies")
         others[0].kill()
         self.wait_for(350)
+        tell("the gateway responds with 503, for a minute")
         self.sim.inject(Fault.status(503, times=None))
         time.sleep(OUTAGE)
         self.sim.clear_faults()
 
         self.wait_for(800)
+        tell("the database restarts")
         self.database.stop()
         time.sleep(6.0)
         self.database.start()

@@ -3,13 +3,14 @@
 Usage: python benchmarks/polls.py [--instructions] [--rounds N] [--speed PYTHON]
            [--vendor PYTHON]
 
-Run it with a Python that has this package and httpx installed. The Python of `--speed` has this
-package with msgspec, and that of `--vendor` has the vendor's SDK.
+It needs httpx and Linux's `taskset`, and takes three minutes. The Python of `--speed` has this
+package with msgspec, and that of `--vendor` has the vendor's SDK. `--rounds 1` takes a minute.
 
 A processor that is shared changes its speed from one second to the next. So each contender runs
 beside bare aiohttp, on the same core at the same time, and the ratios are the medians of what they
 needed there. With `--instructions`, valgrind counts what the processor executes, which does not
-depend on its speed at all. It is slow, so only those contenders run that have targets.
+depend on its speed at all. It is slow, so only those contenders run that have targets: it takes
+ten minutes, but prints each table as soon as it has it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+from needs import need
 
 HERE = Path(__file__).parent
 LONGEST_RUN = 600.0
@@ -204,12 +207,12 @@ def table(
     contenders: list[Contender],
     results_for: Callable[[list[Contender], Body], Results],
     columns: Columns,
-) -> tuple[list[str], list[str]]:
-    """Return the lines of the tables, and of each missed target."""
-    lines, misses = [], []
+) -> list[str]:
+    """Print the tables, and return a line for each missed target."""
+    misses = []
     for number, body in enumerate(BODIES):
         results = results_for(contenders, body)
-        lines += [
+        lines = [
             "",
             f"| {body.name} | {' | '.join(columns)} | ÷ bare aiohttp | target |",
             "|---" * (len(columns) + 3) + "|",
@@ -228,7 +231,8 @@ def table(
             lines += ["", f"The vendor's SDK takes {ratio:.0f} times the CPU of ours."]
             if ratio < LEAST_VENDOR:
                 misses.append(f"vendor ÷ ours: {ratio:.0f} < {LEAST_VENDOR:.0f}")
-    return lines, misses
+        print("\n".join(lines), flush=True)
+    return misses
 
 
 def main() -> int:
@@ -239,6 +243,10 @@ def main() -> int:
     parser.add_argument("--speed", metavar="PYTHON", help="a Python with this package and msgspec")
     parser.add_argument("--vendor", metavar="PYTHON", help="a Python with the vendor's SDK")
     given = parser.parse_args()
+    need(
+        packages="" if given.instructions else "httpx",
+        programs="taskset valgrind" if given.instructions else "taskset",
+    )
     own = sys.executable
     contenders = [
         Contender("bare aiohttp", "bare", own),
@@ -248,22 +256,21 @@ def main() -> int:
     ]
     if given.speed:
         contenders.insert(2, Contender("ours, `speed`", "ours", given.speed, (1.80, 1.25, 0.60)))
+    what = f"medians of {given.rounds} rounds"
     if given.instructions:
         what = "instructions counted by valgrind"
-        lines, misses = table(contenders, instructions, INSTRUCTIONS)
+    settings = " ".join(f"{name}={value}" for name, value in MALLOC.items())
+    print(f"Python {platform.python_version()}, {what}, {settings}", flush=True)
+
+    if given.instructions:
+        misses = table(contenders, instructions, INSTRUCTIONS)
     else:
-        what = f"medians of {given.rounds} rounds"
         contenders.append(Contender("httpx", "httpx", own))
         if given.vendor:
             contenders.append(Contender("vendor", "vendor", given.vendor))
-        lines, misses = table(contenders, partial(side_by_side, rounds=given.rounds), TIME)
-    sys.stdout.write(
-        f"Python {platform.python_version()}, {what}, "
-        + " ".join(f"{name}={value}" for name, value in MALLOC.items())
-        + "\n"
-        + "\n".join([*lines, "", *(f"missed: {miss}" for miss in misses)])
-        + "\n"
-    )
+        misses = table(contenders, partial(side_by_side, rounds=given.rounds), TIME)
+    for miss in misses:
+        print(f"missed: {miss}")
     return bool(misses)
 
 

@@ -102,10 +102,10 @@ class WorkflowDefinition:
     def with_run(self, snapshot: Snapshot) -> WorkflowDefinition:
         """Return the workflow with the state of a run, which a notebook draws into the graph.
 
-        ```python
-        workflow = await session.definition("research-report")
-        workflow.with_run(await execution.snapshot())
-        ```
+        For example::
+
+            workflow = await session.definition("research-report")
+            workflow.with_run(await execution.snapshot())
 
         Args:
             snapshot: the state of a run of this workflow. A node that the run does not have gets no
