@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from functools import cache
+from typing import Annotated, Any
 
 import typer
 
@@ -71,10 +73,16 @@ app.add_typer(starts_app, name="starts")
 app.command("help")(show_help)
 
 
+@cache
+def _commands() -> Callable[..., Any]:
+    """Return the commands; a process that calls `main` often reads their signatures once."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line, and exit."""
     prepare_streams()
     try:
-        app(prog_name=PROGRAM)
+        _commands()(prog_name=PROGRAM)
     except Exception as error:  # noqa: BLE001 - the last resort
         sys.exit(report_crash(error))
