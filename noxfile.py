@@ -97,9 +97,9 @@ def tests(session: nox.Session) -> None:
         "PYTHONSAFEPATH": "1",
         "COVERAGE_FILE": str(Path.cwd() / f".coverage.{session.python}"),
     }
-    # Six on two cores, too: many tests wait for other processes. Some take long, and whoever gets
+    # Eight on two cores, too: many tests wait for other processes. Some take long, and whoever gets
     # several of those gives others away.
-    pytest = ("pytest", "-n", "6", "--dist=worksteal", *session.posargs)
+    pytest = ("pytest", "-n", "8", "--dist=worksteal", *session.posargs)
     is_newest = PYTHONS is None or session.python == PYTHONS[-1]
     recording = ("coverage", "run", "-m") if is_newest else ("python", "-m")
     session.run(*recording, *pytest, env=environment)

@@ -28,6 +28,7 @@ from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 pytestmark = pytest.mark.usefixtures("quick_batches")
 TIMEOUT = 45.0
+DATABASE = "state/promptlayer-exec/batches.sqlite"
 FIELDS = ["key", "execution_id", "succeeded", "output", "error", "started", "finished"]
 Start = Callable[..., Any]
 Run = Callable[..., tuple[int, str, str]]
@@ -45,6 +46,14 @@ def sim() -> Iterator[Simulator]:
         simulator.add_workflow("echo", scenario)
         simulator.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
         yield simulator
+
+
+@pytest.fixture(autouse=True)
+def _prepared(batches_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put an empty database where the commands expect it, and let runs be polled from the start."""
+    (tmp_path / DATABASE).parent.mkdir(parents=True)
+    batches_file.rename(tmp_path / DATABASE)
+    monkeypatch.setenv("PROMPTLAYER_EXEC_PUSH", "0")
 
 
 @pytest.fixture
@@ -79,6 +88,7 @@ def test_a_batch_is_run_and_its_results_are_written(
     sim: Simulator, run: Run, tmp_path: Path
 ) -> None:
     """The summary has the failures by type, and a second run adds nothing."""
+    (tmp_path / DATABASE).unlink()
     file = write(
         tmp_path / "night.jsonl",
         {"inputs": {"n": 1}},
@@ -124,7 +134,7 @@ def test_a_batch_is_run_and_its_results_are_written(
     assert err.startswith("batch night: 3 items, 3 added before\n")
     assert sorted((tmp_path / "out.jsonl").read_text()) == sorted(text)
     code, out, _ = run("run", file, "--workflow", "echo")
-    assert (tmp_path / "state/promptlayer-exec/batches.sqlite").exists()
+    assert (tmp_path / DATABASE).exists()
     assert sorted(out.splitlines()) == sorted((tmp_path / "out.jsonl").read_text().splitlines())
     assert len(sim.runs) == 2
     code, out, err = run("work")
@@ -221,6 +231,7 @@ def test_an_interrupt_says_what_is_awaited(
 
 def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path) -> None:
     """All of them are reported before anything is stored or started."""
+    (tmp_path / DATABASE).unlink()
     bad = {
         '{"key": 1}': '"key" must be a string',
         "not": "not valid JSON: Expecting value, column 1",
@@ -439,6 +450,7 @@ def test_a_refused_key_is_exit_code_1(
     run: Run, tmp_path: Path, sim: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An unreachable server is 4, and the items wait for it. A missing key is 2."""
+    (tmp_path / DATABASE).unlink()
     file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "")
     assert run("run", file)[0] == 2
@@ -505,9 +517,15 @@ def test_another_key_is_refused_until_you_confirm_it(
 
 @pytest.mark.parametrize(("options", "suffixes"), [((), 1), (("--no-push",), 0)])
 def test_a_batch_is_pushed_unless_that_is_refused(
-    sim: Simulator, run: Run, tmp_path: Path, options: tuple[str, ...], suffixes: int
+    sim: Simulator,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    suffixes: int,
 ) -> None:
     """Without `--no-push`, each start asks for a message at its end."""
+    monkeypatch.delenv("PROMPTLAYER_EXEC_PUSH")
     file = write(tmp_path / "night.jsonl", *({"key": key, "inputs": {"n": 1}} for key in "ab"))
     assert run("run", file, "--workflow", "echo", *options, "--out", "out.jsonl")[0] == 0
     assert len(sim.runs) == 2

@@ -17,8 +17,6 @@ from promptlayer_exec import PollPolicy, RetryPolicy, Session
 from promptlayer_exec._database import database
 from promptlayer_exec._database.location import check_url
 from promptlayer_exec.dbos import Batch, StoredError, StoredOutcome
-from promptlayer_exec.dbos import _breaker as breakers
-from promptlayer_exec.dbos import _following as following
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _requeue as requeue
 from promptlayer_exec.dbos._records import Ending
@@ -78,8 +76,6 @@ def batch(batch_of: Callable[..., Batch]) -> Batch:
 def _short_pauses(quick_batches: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
         (items, "PATIENCE", items.Patience(restart_delay=0.05)),
-        (following, "READ_PATIENCE", following.ReadPatience(first_delay=0.05, last_look=1.0)),
-        (breakers, "CAUTION", breakers.Caution(first_pause=0.1)),
         (requeue, "RESTART_PAUSES", requeue.RestartPauses(first=0.01)),
         (database, "LIMITS", attrs.evolve(database.LIMITS, retry_interval=0.02)),
     ):
