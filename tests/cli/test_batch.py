@@ -521,6 +521,7 @@ def test_a_batch_is_pushed_unless_that_is_refused(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    *,
     options: tuple[str, ...],
     suffixes: int,
 ) -> None:
