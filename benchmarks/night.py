@@ -1,4 +1,4 @@
-"""Play the night of docs/batch-night.md with the command line, and print what the page shows.
+"""Play the night of docs/operating.md with the command line, and print what the page shows.
 
 Three workers of a batch on PostgreSQL run 2,000 items. One is killed, the gateway responds with 503
 for a minute, and the database is away for six seconds. Then what failed is run again. Fails if the

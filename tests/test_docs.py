@@ -233,6 +233,15 @@ def test_the_recording_of_the_demo_is_small_and_can_stand_still() -> None:
     assert "execution 787 succeeded" in svg
 
 
+def test_one_page_explains_what_a_run_costs() -> None:
+    """No other one repeats the default rate; those that need it link to the page."""
+    rate = inspect.signature(Session).parameters["rate"].default
+    default = re.compile(rf"\b{rate:.0f} (?:requests )?per\s+second")
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    naming = {page.name for page in pages if default.search(page.read_text(encoding="utf-8"))}
+    assert naming == {"costs.md"}
+
+
 def test_the_figures_on_reliability_are_those_of_the_pages_that_explain_them() -> None:
     """Each number in a row of the last figures is on the page that the row links to."""
     (rows,) = (table[1:] for table in tables("docs/design/reliability.md") if "last" in table[0][1])
