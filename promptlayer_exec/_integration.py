@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from promptlayer_exec import _structuring
 from promptlayer_exec._api.messages import Reply, Response, oversize_reason
 from promptlayer_exec._api.runs import NewRun, NodeMap, run_request
+from promptlayer_exec._engine.abandoned import AbandonedRuns
 from promptlayer_exec._engine.backplane import OpenSession, Poll
 from promptlayer_exec._engine.expiring import ExpiringDict
 from promptlayer_exec._engine.recorded_sends import ask_store
@@ -135,6 +136,14 @@ __all__ = [
 def report_undelivered(execution: Execution, what: str = "id") -> None:
     """Log the id of a started run whose caller is gone."""
     execution._report_undelivered(what)
+
+
+def report_all_undelivered(executions: Iterable[Execution]) -> None:
+    """Log, in one line, the started runs whose outcomes nobody received."""
+    abandoned = AbandonedRuns()
+    with abandoned.gathering():
+        for execution in executions:
+            abandoned.add(execution._abandoned())
 
 
 def log_text(error: BaseException) -> str:

@@ -234,9 +234,8 @@ def _report_unreceived(outcome: Future[Any]) -> None:
         return
 
     result = outcome.result()
-    for item in result if isinstance(result, list) else [result]:
-        if isinstance(item, Outcome):
-            _integration.report_abandoned(item)
+    results = result if isinstance(result, list) else [result]
+    _integration.report_abandoned(item for item in results if isinstance(item, Outcome))
 
 
 class _Items(AsyncIterator[Any]):
@@ -383,9 +382,9 @@ class Session:
     You can also let its first call open it, and close it with `session.close()`. It takes the
     settings of `promptlayer_exec.Session`, whose calls it makes in a thread of its own.
 
-    If Ctrl-C or an exception ends a call or the `with` block, the log has the id of each run whose
-    outcome nobody received. If the interpreter exits with an open session, it closes the session
-    and logs them as well. Without logging, Python prints them to stderr.
+    If Ctrl-C or an exception ends a call or the `with` block, a line of the log leads to the runs
+    whose outcomes nobody received. If the interpreter exits with an open session, it closes the
+    session and logs them as well. Without logging, Python prints the line to stderr.
 
     A child process opens the session of its parent afresh.
 
@@ -515,11 +514,10 @@ class Session:
         self._started.pop(execution_id, None)
 
     def _report_started(self) -> None:
-        """Log the id of each run whose outcome nobody received."""
-        for execution_id in list(self._started):
-            execution = self._started.pop(execution_id, None)
-            if execution is not None:  # no other thread was quicker
-                _integration.report_undelivered(execution, "outcome")
+        """Log the runs whose outcomes nobody received."""
+        executions = [self._started.pop(execution_id, None) for execution_id in [*self._started]]
+        # Of some, another thread was quicker.
+        _integration.report_all_undelivered(execution for execution in executions if execution)
 
     @overload
     def get_results(

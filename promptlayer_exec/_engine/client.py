@@ -22,6 +22,7 @@ from promptlayer_exec._api.runs import (
     read_new_run,
     results_request,
 )
+from promptlayer_exec._engine.abandoned import AbandonedRuns
 from promptlayer_exec._engine.backplane import BackplaneConnection
 from promptlayer_exec._engine.definitions import Definitions
 from promptlayer_exec._engine.lifetime import DeadlinePassed, Lifetime
@@ -346,6 +347,7 @@ class Client:
         hooks: SendHooks | None,
         *,
         is_recorded: bool,
+        abandoned: AbandonedRuns | None,
     ) -> NewRun:
         """Send a start request before the deadline, and return its run.
 
@@ -362,6 +364,7 @@ class Client:
             hooks=hooks,
             is_recorded=is_recorded,
             on_lost=self._lost,
+            abandoned=abandoned,
         )
         return await send.run(deadline)
 

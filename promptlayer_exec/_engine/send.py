@@ -15,6 +15,7 @@ import attrs
 from promptlayer_exec._api.attempt import AtMostOnce
 from promptlayer_exec._api.messages import Request
 from promptlayer_exec._api.runs import NewRun
+from promptlayer_exec._engine.abandoned import AbandonedRun, AbandonedRuns, log_unknown
 from promptlayer_exec._engine.lifetime import Lifetime
 from promptlayer_exec._engine.retry import RetryState
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
@@ -93,11 +94,13 @@ class SendOnce:
     _hooks: SendHooks | None
     _is_recorded: bool  # a store records the run, so that the key leads to it
     _on_lost: Callable[[str, StartRequest, float], object]  # only for a run with a secret
+    _abandoned: AbandonedRuns | None  # gathers the runs of a fan-out that is interrupted
     sent: bool = attrs.field(init=False, default=False)
     _called_at: float = attrs.field(init=False, factory=clock)
     _task: asyncio.Task[SendOutcome] = attrs.field(init=False)
     _expired: Deadline | None = attrs.field(init=False, default=None)
     _is_abandoned: bool = attrs.field(init=False, default=False)
+    _is_interrupted: bool = attrs.field(init=False, default=False)
     _hook_error: Exception | None = attrs.field(init=False, default=None)
     _outcome: asyncio.Future[NewRun] = attrs.field(
         init=False, factory=lambda: asyncio.get_running_loop().create_future()
@@ -118,6 +121,8 @@ class SendOnce:
         """
         name = f"promptlayer_exec.Send {self._request.workflow!s:.100}"
         self._task = self._lifetime.spawn(self._perform(), name=name, cancel=self._cancel)
+        if self._abandoned is not None:
+            self._abandoned.begin()  # until the response is there
         self._task.add_done_callback(self._ended)
 
         try:
@@ -129,6 +134,7 @@ class SendOnce:
                 if not (self.sent and self._is_recorded):
                     await asyncio.wait([self._outcome])
         except BaseException:
+            self._is_interrupted = True
             self._abandon()
             raise
 
@@ -237,6 +243,7 @@ class SendOnce:
                 self._emit(StartFailed(None, self._request, outcome, duration, self._base_url))
         elif self._lifetime.is_closing() and not self._is_abandoned:
             self._is_abandoned = True
+            self._is_interrupted = True
             self._outcome.set_exception(SessionClosed(execution_id=outcome.execution_id))
         else:
             self._outcome.set_result(outcome)
@@ -244,6 +251,8 @@ class SendOnce:
         if self._is_abandoned:
             self._outcome.exception()  # marks the error as retrieved
             self._report_undelivered(outcome)
+        if self._abandoned is not None:
+            self._abandoned.end()
 
     # Did an error prove that no run started?
 
@@ -318,10 +327,19 @@ class SendOnce:
         if isinstance(outcome, NewRun):
             self._report(outcome, abandoned=True)
         elif isinstance(outcome, StartUnknown):
-            log_unknown(outcome)
+            if self._is_interrupted and self._abandoned is not None:
+                self._abandoned.add_lost(outcome)
+            else:
+                log_unknown(outcome)
 
     def _report(self, response: NewRun, *, abandoned: bool) -> None:
-        if abandoned:
+        if abandoned and self._is_interrupted and self._abandoned is not None:
+            run = AbandonedRun(
+                *(response.execution_id, self._request.workflow, self._request.key),
+                is_recorded=self._is_recorded,
+            )
+            self._abandoned.add(run)
+        elif abandoned:
             logger.warning(
                 "execution %d of workflow %.100r%s started, but its caller was gone."
                 " session.execution(%d) picks it up",
@@ -341,11 +359,6 @@ class SendOnce:
                 base_url=self._base_url,
             )
         )
-
-
-def log_unknown(error: StartUnknown) -> None:
-    """Log a request that may have started a run, because nobody will get the error."""
-    logger.warning("%s", error)
 
 
 def report_unrecorded(execution_id: int, subject: str) -> None:

@@ -9,12 +9,13 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 from promptlayer_exec import _structuring
+from promptlayer_exec._engine.abandoned import AbandonedRun, log_abandoned
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._values.errors import ExecutionFailed, PromptLayerExecError
 from promptlayer_exec._values.events import logger
 from promptlayer_exec._values.models import contradicts_completion, named_outputs, same_json
 from promptlayer_exec._values.policies import Deadline, check_timeout
-from promptlayer_exec._values.text import printable, shown_key
+from promptlayer_exec._values.text import printable
 from promptlayer_exec._values.workflow import OutputT
 
 if TYPE_CHECKING:
@@ -337,14 +338,13 @@ class Execution(Generic[OutputT]):
 
     def _report_undelivered(self, what: str) -> None:
         """Log the id of a started run whose caller is gone."""
-        logger.warning(
-            "execution %d of workflow %.100r%s started, but nobody received its %s."
-            " session.execution(%d) picks it up",
-            self.id,
-            self.workflow,
-            shown_key(self._key),
-            what,
-            self.id,
+        log_abandoned(self._abandoned(), what)
+
+    def _abandoned(self) -> AbandonedRun:
+        session = self._session
+        has_store = session is not None and session._settings.starts is not None
+        return AbandonedRun(
+            self.id, self.workflow, self._key, is_recorded=has_store and self._key is not None
         )
 
     def _deadline(self, timeout: float | EllipsisType | None) -> Deadline:

@@ -14,7 +14,7 @@ import anyio
 import attrs
 from typing_extensions import TypeVar as DefaultTypeVar
 
-from promptlayer_exec._engine.send import log_unknown
+from promptlayer_exec._engine.abandoned import AbandonedRuns
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._session.execution import Execution
 from promptlayer_exec._values.arguments import positive_int64
@@ -74,47 +74,38 @@ class Outcome(Generic[ItemT, OutputT, HandleT]):
         return self.output
 
 
-def outcomes_of(
+def fan_out(
     session: Session,
     items: Iterable[ItemT] | AsyncIterable[ItemT],
     *,
     max_in_flight: int,
     timeout: float | EllipsisType | None,
     into: Any,
-) -> AsyncGenerator[Outcome[ItemT, Any], None]:
-    """Do what `Session.as_completed` does."""
+) -> FanOut[ItemT]:
+    """Return the fan-out of `Session.as_completed` and `Session.collect`."""
     if not isinstance(items, Iterable | AsyncIterable):
         raise TypeError(f"items must be an iterable or async iterable, not {items!r:.100}")
     into = Any if into is None else into
     session._check_type(into)
     slots = positive_int64("max_in_flight", max_in_flight, "an int of at least 1")
-    return _FanOut(session, items, anyio.Semaphore(slots), check_timeout(timeout), into).outcomes()
+    return FanOut(session, items, anyio.Semaphore(slots), check_timeout(timeout), into)
 
 
-async def collected(
-    completed: AsyncGenerator[Outcome[ItemT, Any], None],
-) -> list[Outcome[ItemT, Any]]:
-    """Return all outcomes in the order of the items. On an error, log every started run."""
-    outcomes = []
-    try:
-        async with aclosing(completed):
-            async for outcome in completed:
-                outcomes.append(outcome)  # noqa: PERF401 - not inside of aclosing
-    except BaseException:
+def report_abandoned(outcomes: Iterable[Outcome[Any, Any]]) -> None:
+    """Log, in one line, the runs of outcomes that nobody will get."""
+    abandoned = AbandonedRuns()
+    with abandoned.gathering():
         for outcome in outcomes:
-            report_abandoned(outcome)
-        raise
-    return sorted(outcomes, key=lambda outcome: outcome.index)
+            _add_abandoned(abandoned, outcome)
 
 
-def report_abandoned(outcome: Outcome[Any, Any]) -> None:
-    """Log a run that started or may have started, because nobody will get its outcome."""
+def _add_abandoned(abandoned: AbandonedRuns, outcome: Outcome[Any, Any]) -> None:
     if not isinstance(outcome.item, StartRequest):
         return
     if outcome.execution is not None:
-        outcome.execution._report_undelivered("outcome")
+        abandoned.add(outcome.execution._abandoned())
     elif isinstance(outcome.error, StartUnknown):
-        log_unknown(outcome.error)
+        abandoned.add_lost(outcome.error)
 
 
 @attrs.define(eq=False)
@@ -134,7 +125,7 @@ class _Item(Generic[ItemT]):
 
 
 @attrs.define(eq=False)
-class _FanOut(Generic[ItemT]):
+class FanOut(Generic[ItemT]):
     """One task takes items while a slot is free. Each item runs in its own task."""
 
     _session: Session
@@ -147,6 +138,7 @@ class _FanOut(Generic[ItemT]):
     _outcomes: asyncio.Queue[Outcome[ItemT, Any] | None] = attrs.field(
         init=False, factory=asyncio.Queue
     )
+    _abandoned: AbandonedRuns = attrs.field(init=False, factory=AbandonedRuns)
     _is_abandoned: bool = attrs.field(init=False, default=False)
     _tasks: set[asyncio.Task[Any]] = attrs.field(init=False, factory=set)
 
@@ -155,6 +147,7 @@ class _FanOut(Generic[ItemT]):
         lifetime = self._session._open().lifetime
         taking = lifetime.spawn(self._take(), name="promptlayer_exec.items")
         self._tasks.add(taking)
+        self._abandoned.begin()  # until the last task has ended
         taking.add_done_callback(self._taken)
 
         try:
@@ -165,6 +158,20 @@ class _FanOut(Generic[ItemT]):
                 raise self._error
         finally:
             await self._abandon()
+
+    async def collect(self) -> list[Outcome[ItemT, Any]]:
+        """Return all outcomes in the order of the items. On an error, log every started run."""
+        outcomes = []
+        with self._abandoned.gathering():
+            try:
+                async with aclosing(self.outcomes()) as completed:
+                    async for outcome in completed:
+                        outcomes.append(outcome)  # noqa: PERF401 - not inside of aclosing
+            except BaseException:
+                for outcome in outcomes:
+                    _add_abandoned(self._abandoned, outcome)
+                raise
+        return sorted(outcomes, key=lambda outcome: outcome.index)
 
     async def _take(self) -> None:
         """Take items, and run each in its own task."""
@@ -194,7 +201,9 @@ class _FanOut(Generic[ItemT]):
             return await self._output_of(cast(Execution, running.execution), deadline)
 
         with session._calling(item) as call:
-            running.execution = call.execution = await session._start(item, deadline)
+            running.execution = call.execution = await session._start(
+                item, deadline, abandoned=self._abandoned
+            )
             return await self._output_of(call.execution, deadline)
 
     async def _output_of(self, execution: Execution, deadline: Deadline) -> Any:
@@ -224,7 +233,7 @@ class _FanOut(Generic[ItemT]):
 
         outcome = Outcome(item.index, item.item, item.execution, item.snapshot, output, error)
         if self._is_abandoned:
-            report_abandoned(outcome)
+            _add_abandoned(self._abandoned, outcome)
         else:
             self._outcomes.put_nowait(outcome)
         self._remove(task)
@@ -233,6 +242,7 @@ class _FanOut(Generic[ItemT]):
         self._tasks.discard(task)
         if not self._tasks:
             self._outcomes.put_nowait(None)
+            self._abandoned.end()
 
     def _cancel(self) -> None:
         for task in self._tasks:
@@ -241,12 +251,13 @@ class _FanOut(Generic[ItemT]):
     async def _abandon(self) -> None:
         """Cancel the items in flight, and wait until they have stopped."""
         self._is_abandoned = True
-        while not self._outcomes.empty():
-            if (outcome := self._outcomes.get_nowait()) is not None:
-                report_abandoned(outcome)
-        self._cancel()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        with self._abandoned.gathering():
+            while not self._outcomes.empty():
+                if (outcome := self._outcomes.get_nowait()) is not None:
+                    _add_abandoned(self._abandoned, outcome)
+            self._cancel()
+            while self._tasks:
+                await asyncio.wait(self._tasks)
 
     def _end_error(self, item: _Item[ItemT]) -> PromptLayerExecError:
         """Return the error for an item in flight when the fan-out had to stop."""

@@ -22,6 +22,7 @@ from promptlayer_exec import _structuring
 from promptlayer_exec._api.catalog import workflow_request, workflows_filter
 from promptlayer_exec._api.redaction import Redactor
 from promptlayer_exec._api.runs import run_request
+from promptlayer_exec._engine.abandoned import AbandonedRuns
 from promptlayer_exec._engine.callbacks import recoverable_token, with_callback_url
 from promptlayer_exec._engine.client import Client, list_workflows
 from promptlayer_exec._engine.memory import Memory
@@ -40,7 +41,7 @@ from promptlayer_exec._http.throttle import Throttle
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._session.combined_stream import snapshots_of
 from promptlayer_exec._session.execution import Execution
-from promptlayer_exec._session.fanout import Outcome, collected, outcomes_of
+from promptlayer_exec._session.fanout import Outcome, fan_out
 from promptlayer_exec._values.arguments import (
     check_execution_id,
     hiding_unknown,
@@ -636,10 +637,12 @@ class Session:
         *,
         hooks: SendHooks | None = None,
         token: str | None = None,
+        abandoned: AbandonedRuns | None = None,
     ) -> Execution[OutputT]:
         """Start a run, or return the handle of the run that its key has already started.
 
-        With `hooks`, the caller records the run instead of the start store.
+        With `hooks`, the caller records the run instead of the start store. `abandoned` gathers the
+        run for the log if the call is interrupted.
         """
         has_key = request.key is not None and self._settings.starts is not None
         is_recorded = has_key and hooks is None
@@ -651,8 +654,9 @@ class Session:
             client = self._open()
             deadline = deadline or client.deadline()
 
+        send = partial(self._send, client, prepared, deadline, abandoned)
         if not is_recorded:
-            return await self._send(client, prepared, deadline, hooks, is_recorded=False)
+            return await send(hooks, is_recorded=False)
 
         sends = cast(RecordedSends, client.recorded_sends)
         claim = sends.claim(prepared)
@@ -664,7 +668,7 @@ class Session:
 
             # If another process is quicker, look at its record.
             with suppress(AlreadyClaimed), sends.sending(claim) as recording:
-                return await self._send(client, prepared, deadline, recording, is_recorded=True)
+                return await send(recording, is_recorded=True)
 
     def _prepare(
         self, request: StartRequest, token: str | None, *, is_recorded: bool
@@ -683,6 +687,7 @@ class Session:
         client: Client,
         prepared: PreparedSend,
         deadline: Deadline,
+        abandoned: AbandonedRuns | None,
         hooks: SendHooks | None,
         *,
         is_recorded: bool,
@@ -693,7 +698,9 @@ class Session:
             with _Reporting(request, self._emit):
                 await client.check_inputs(request, prepared.inputs, deadline)
 
-        run = await client.send(prepared, deadline, hooks, is_recorded=is_recorded)
+        run = await client.send(
+            *(prepared, deadline, hooks), is_recorded=is_recorded, abandoned=abandoned
+        )
         return Execution(
             *(self, run.execution_id, request.workflow),
             warning=run.warning,
@@ -888,7 +895,8 @@ class Session:
             SessionClosed: the session was closed.
             Exception: `items` raised it.
         """
-        return outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
+        running = fan_out(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
+        return running.outcomes()
 
     @overload
     async def collect(
@@ -948,11 +956,11 @@ class Session:
                 print(outcome.result())
 
         The arguments and errors are those of `as_completed`. If it raises, you get no outcomes, but
-        you find the id of every run that it started in the log.
+        a line of the log leads to every run that it started: by its key if the session has a store,
+        or else by its id.
         """
-        return await collected(
-            outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
-        )
+        running = fan_out(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
+        return await running.collect()
 
     def stream_all(
         self,

@@ -7,12 +7,14 @@ import itertools
 import pickle
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 
 from promptlayer_exec import (
+    Event,
     ExecutionFailed,
     ExecutionStarted,
     ExecutionTimeout,
@@ -28,6 +30,7 @@ from promptlayer_exec import (
     WatchEnded,
 )
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.starts import SQLStartStore
 
 
 @attrs.frozen
@@ -452,9 +455,99 @@ async def test_lost_starts_whose_outcomes_nobody_gets_are_logged(
     collecting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await collecting
-    for n, message in zip((0, 2, 4), caplog.messages, strict=True):
-        what = f"a run of workflow 'w' with the key 'item {n}' may have started: "
-        assert message.startswith(what)
+    (message,) = caplog.messages
+    assert message.startswith(
+        "3 runs may have started, because the response was lost: key 'item 0', key 'item 2', key"
+        " 'item 4'. Look in PromptLayer"
+    )
+
+
+@pytest.mark.parametrize("interruption", ["a cancellation", "an exception"])
+async def test_an_interrupted_fan_out_logs_its_runs_in_one_line(
+    sim: Simulator,
+    open_session: Callable[..., Session],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    interruption: str,
+) -> None:
+    """How many they are, the call that finds them by key, and the ids of those without one."""
+    are_started, is_answered = asyncio.Event(), asyncio.Event()
+    started: list[int | None] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, ExecutionStarted):
+            started.append(event.execution_id)
+            if len(started) == 20:
+                are_started.set()
+
+    async def answer_one_late(_: Any, answer: Any) -> Any:
+        response = answer()
+        if sim.runs[-1].inputs["n"] == -100:
+            await is_answered.wait()
+        return response
+
+    sim.inject(Fault(answer_one_late, times=None), path="/run")
+    session = open_session(
+        starts=SQLStartStore(f"sqlite:///{tmp_path / 'starts'}"), observers=[observe]
+    )
+    requests = [run(n) for n in range(-100, -62, 2)]
+    without_key = [StartRequest("w", {"n": -2}), StartRequest("w", {"n": -4})]
+
+    async def consume() -> None:
+        async with aclosing(session.as_completed([done(sim), *requests, *without_key])) as outcomes:
+            async for _ in outcomes:
+                await are_started.wait()
+                if interruption == "an exception":
+                    raise LookupError
+
+    consuming = asyncio.create_task(consume())
+    await are_started.wait()
+    await sim.wait_for_requests(22)
+    if interruption == "a cancellation":
+        consuming.cancel()
+    await asyncio.wait([consuming])
+    assert caplog.messages == []
+    is_answered.set()
+    await session.aclose()
+    ids = [str(run.execution_id) for run in sim.runs if run.inputs["n"] > -10]
+    (message,) = caplog.messages
+    assert message.startswith(
+        "21 runs started, but nobody received their outcomes. session.find(key) picks up 19 of them"
+        " by their keys, session.execution(id) the others by their ids: "
+    )
+    assert message.rpartition(": ")[2].split(", ") == ids
+    assert len(ids) == 2
+
+
+@pytest.mark.parametrize("has_store", [True, False])
+async def test_an_interrupted_collect_logs_all_runs_in_one_line(
+    sim: Simulator,
+    open_session: Callable[..., Session],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    has_store: bool,
+) -> None:
+    """Those in progress, and those whose outcomes it held."""
+    store = SQLStartStore(f"sqlite:///{tmp_path / 'starts'}") if has_store else None
+    session = open_session(starts=store)
+
+    async def items() -> AsyncIterator[StartRequest]:
+        yield run(0)
+        yield run(2)
+        yield run(-2)
+
+    collecting = asyncio.create_task(session.collect(items(), max_in_flight=1))
+    await sim.wait_for_requests(5)
+    collecting.cancel()
+    await asyncio.wait([collecting])
+    await session.aclose()
+    way_back = "session.find(key) picks up each by its key"
+    if not has_store:
+        way_back = "session.execution(id) picks up each by its id: 1001 (key 'item 0'), 1002"
+        way_back += " (key 'item 2'), 1003 (key 'item -2')"
+    assert caplog.messages == [
+        f"3 runs started, but nobody received their outcomes. {way_back}",
+    ]
 
 
 async def test_a_cancellation_after_any_number_of_steps_leaves_no_task(
@@ -513,8 +606,8 @@ async def test_no_id_of_a_started_run_is_lost_when_its_fan_out_ends(
         with pytest.raises(asyncio.CancelledError):
             await task
     await session.aclose()
-    for run in sim.runs:
-        assert f"execution {run.execution_id} of workflow 'slow' " in caplog.text
+    (message,) = caplog.messages
+    assert message.endswith("by its id: 1001, 1002, 1003")
 
 
 async def test_no_id_of_a_completed_run_is_lost_when_its_outcome_is_not_taken(
@@ -527,6 +620,6 @@ async def test_no_id_of_a_completed_run_is_lost_when_its_outcome_is_not_taken(
             await recorder.next(WatchEnded)
         await asyncio.sleep(0)
     assert first.execution is not None
-    assert len(caplog.messages) == 2
+    (message,) = caplog.messages
     for id_ in {it.execution_id for it in sim.runs} - {first.execution.id}:
-        assert f"execution {id_} of workflow 'w' " in caplog.text
+        assert f"{id_} (key " in message

@@ -1,0 +1,126 @@
+"""Runs whose outcomes nobody will get, in one line of the log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+
+from promptlayer_exec._values.errors import StartUnknown
+from promptlayer_exec._values.events import logger
+from promptlayer_exec._values.text import short_repr, shown_key
+
+
+@attrs.frozen
+class AbandonedRun:
+    """A run that started, and whose outcome nobody will get.
+
+    Attributes:
+        is_recorded: whether the session's store leads from its key to it.
+    """
+
+    execution_id: int
+    workflow: str | int | None
+    key: Any
+    is_recorded: bool
+
+
+@attrs.define(eq=False)
+class AbandonedRuns:
+    """Logs the abandoned runs of several calls in one line, once all of them are known.
+
+    As long as somebody is gathering, more may come: from items that are being cancelled, and from
+    start requests whose responses are still on their way.
+    """
+
+    _what: str = "outcome"  # of the run, that nobody received
+    _gathering: int = attrs.field(init=False, default=0)
+    _runs: list[AbandonedRun] = attrs.field(init=False, factory=list)
+    _lost: list[StartUnknown] = attrs.field(init=False, factory=list)
+
+    def add(self, run: AbandonedRun) -> None:
+        """Add a run that started."""
+        self._runs.append(run)
+
+    def add_lost(self, error: StartUnknown) -> None:
+        """Add a run that may have started."""
+        self._lost.append(error)
+
+    def begin(self) -> None:
+        """Begin to gather. As many calls of `end` must follow."""
+        self._gathering += 1
+
+    def end(self) -> None:
+        """Log what was gathered, unless somebody else is still gathering."""
+        self._gathering -= 1
+        if not self._gathering:
+            self._log()
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Gather in the block."""
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
+
+    def _log(self) -> None:
+        runs, self._runs = self._runs, []
+        lost, self._lost = self._lost, []
+
+        if len(runs) == 1 and not lost:
+            log_abandoned(runs[0], self._what)
+        elif len(lost) == 1 and not runs:
+            log_unknown(lost[0])
+        elif runs or lost:
+            texts = ([self._text(runs)] if runs else []) + ([_lost_text(lost)] if lost else [])
+            logger.warning("%s", ". ".join(texts))
+
+    def _text(self, runs: list[AbandonedRun]) -> str:
+        others = [run for run in runs if not run.is_recorded]
+        others.sort(key=lambda run: run.execution_id)
+        ids = ", ".join(f"{run.execution_id}{shown_key(run.key)}" for run in others)
+
+        if not others:
+            way_back = "session.find(key) picks up each by its key"
+        elif len(others) == len(runs):
+            way_back = f"session.execution(id) picks up each by its id: {ids}"
+        else:
+            recorded = len(runs) - len(others)
+            way_back = f"session.find(key) picks up {recorded} of them by their keys,"
+            way_back += f" session.execution(id) the others by their ids: {ids}"
+        count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+        return f"{count} started, but nobody received their {self._what}s. {way_back}"
+
+
+def log_abandoned(run: AbandonedRun, what: str) -> None:
+    """Log the id of a started run whose caller is gone, and what nobody received of it."""
+    logger.warning(
+        "execution %d of workflow %.100r%s started, but nobody received its %s."
+        " session.execution(%d) picks it up",
+        run.execution_id,
+        run.workflow,
+        shown_key(run.key),
+        what,
+        run.execution_id,
+    )
+
+
+def log_unknown(error: StartUnknown) -> None:
+    """Log a request that may have started a run, because nobody will get the error."""
+    logger.warning("%s", error)
+
+
+def _lost_text(lost: list[StartUnknown]) -> str:
+    names = ", ".join(
+        f"workflow {error.workflow!r:.100}" if error.key is None else f"key {short_repr(error.key)}"
+        for error in lost
+    )
+    count = "1 run" if len(lost) == 1 else f"{len(lost)} runs"
+    return (
+        f"{count} may have started, because the response was lost: {names}. Look in PromptLayer"
+        " before you start them again, or you may pay twice"
+    )
