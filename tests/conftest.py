@@ -81,14 +81,14 @@ def batches_file(_prepared_batches: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let batches look for work and for outcomes every 20 ms instead of about four times a second.
+    """Let batches look for work and for outcomes every 50 ms instead of about four times a second.
 
     They also repeat a request that fails after 50 ms. A test has its database for itself.
     """
     from promptlayer_exec.dbos import _batch, _breaker, _following, _store, _worker
 
-    monkeypatch.setattr(_store, "QUEUE_INTERVAL", 0.02)
-    times = attrs.evolve(_worker.TIMES, check_interval=0.02)
+    monkeypatch.setattr(_store, "QUEUE_INTERVAL", 0.05)
+    times = attrs.evolve(_worker.TIMES, check_interval=0.05)
     monkeypatch.setattr(_worker, "TIMES", times)
     patience = _following.ReadPatience(first_delay=0.05, last_look=1.0)
     monkeypatch.setattr(_following, "READ_PATIENCE", patience)
