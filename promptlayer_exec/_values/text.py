@@ -18,6 +18,8 @@ _short.maxstring = _short.maxother = _short.maxlong = 80
 
 def duration(seconds: float) -> str:
     """Return a duration in seconds, minutes or hours, such as `1 min 05 s`."""
+    if 0.0 <= seconds < 0.05:
+        return "<0.1 s"  # `0.0 s` reads as if it had not run
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -20,7 +20,7 @@ from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_options as options
 from promptlayer_exec.cli._exit import Misuse, Subject, command, hint, run_command, way_hints
 from promptlayer_exec.cli._options import BaseUrl, Database, JsonLines, seconds
-from promptlayer_exec.cli._printing import err, out, preview, utc_time
+from promptlayer_exec.cli._printing import err, out, out_lines, out_record, preview, utc_time
 from promptlayer_exec.cli._result_file import open_results, write_results
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ async def status(
             out(json.dumps({"batch": batch_name, **attrs.asdict(counts)}))
             continue
 
-        out(lookup.status_line(batch_name, counts))
+        out_lines(lookup.status_line(batch_name, counts))
         for line in await lookup.cause_lines(batch):
             err(line)
         flags = await lookup.working_flags(batch, batch_name, database)
@@ -77,7 +77,7 @@ async def list_batches(database: Database = None, *, as_json: JsonLines = False)
         shown = f"max-in-flight {settings.max_in_flight or 100}, rate {rate}"
         if settings.attempts not in (None, 1):
             shown += f", attempts {settings.attempts}"
-        out(f"{lookup.status_line(batch_name, counts)}; {created}, {shown}")
+        out_lines(f"{lookup.status_line(batch_name, counts)}; {created}, {shown}")
 
 
 @command
@@ -114,7 +114,10 @@ async def items(
                 count += 1
                 unknown += item.state == "unknown"
                 way_out = out_of_item(item.state, item.key, flags, reading_flags)[0].command
-                out(_json_line(item, way_out) if as_json else _line(item, way_out))
+                if as_json:
+                    out(_json_line(item, way_out))
+                else:
+                    out_record(_line(item), way_out)
     except ValueError as error:  # of the state
         raise Misuse(str(error)) from error
 
@@ -132,14 +135,13 @@ async def items(
         )
 
 
-def _line(item: BatchItem, way_out: str) -> str:
-    """Return an item as one line, which ends with the command that leads on."""
+def _line(item: BatchItem) -> str:
     text = f"{item.state} since {utc_time(item.since)}"
     if item.execution_id is not None:
         text += f", execution {item.execution_id}"
     if item.why is not None:
         text += f": {printable(item.why)}"
-    return f"{printable(item.key)}  {text}  {way_out}"
+    return f"{printable(item.key)}  {text}"
 
 
 def _json_line(item: BatchItem, way_out: str) -> str:

@@ -17,7 +17,7 @@ from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import MAX_ID, definition, is_from_gateway, printable
 from promptlayer_exec._ways_out import suggest
 from promptlayer_exec.cli._exit import Misuse
-from promptlayer_exec.cli._options import needs
+from promptlayer_exec.cli._options import near_workflow, needs
 from promptlayer_exec.cli._printing import err, quoted, shorten
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ class ItemFile:
                 if not isinstance(error, NotFound) or is_from_gateway(error):
                     err(f"could not check the inputs: {explain(error)}")
                     break
-                problem = _not_found(workflow, label, version, base_url)
+                likely = await near_workflow(session, workflow)
+                problem = _not_found(workflow, label, version, likely, base_url)
                 for numbers in given.values():
                     problems |= dict.fromkeys(numbers, problem)
                 continue
@@ -276,15 +277,20 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 
 def _not_found(
-    workflow: str | int, label: str | None, version: int | None, base_url: str | None
+    workflow: str | int,
+    label: str | None,
+    version: int | None,
+    likely: str | None,
+    base_url: str | None,
 ) -> str:
     which = ""
     if label is not None:
         which = f" with the label {quoted(label)}"
     if version is not None:
         which = f" with a version {version}"
+    question = "" if likely is None else f" Did you mean {quoted(likely)}?"
     command = suggest("workflows", base_url)
-    return f"there is no {_named(workflow)}{which}. `{command}` lists names and labels"
+    return f"there is no {_named(workflow)}{which}.{question} `{command}` lists names and labels"
 
 
 def _named(workflow: str | int) -> str:

@@ -26,6 +26,7 @@ from promptlayer_exec.cli._sentences import (
     node_detail,
     result_line,
     skipped_count,
+    was_seen_running,
 )
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class LiveDisplay:
 def _progress_line(snapshot: Snapshot, now: float) -> Table:
     # Above the table: a terminal with too few lines cuts off the bottom.
     grid = Table.grid("", Column(max_width=40), "", "", padding=(0, 1))
+    is_unknown = snapshot.complete and not was_seen_running(snapshot)
+    time_text = "" if is_unknown else duration(now)
     failed = bool(snapshot.failed_nodes) if not snapshot.complete else not snapshot.succeeded
     grid.add_row(
         Text(f"execution {snapshot.execution_id}", style="bold", no_wrap=True),
@@ -106,7 +109,7 @@ def _progress_line(snapshot: Snapshot, now: float) -> Table:
             finished_style="red" if failed else "green",
         ),
         Text(final_count(snapshot), no_wrap=True),
-        Text(duration(now), style="dim", no_wrap=True),
+        Text(time_text, style="dim", no_wrap=True),
     )
     return grid
 

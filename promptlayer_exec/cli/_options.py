@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -20,12 +22,13 @@ from promptlayer_exec import (
     ConfigurationError,
     Observer,
     PollPolicy,
+    PromptLayerExecError,
     RetryPolicy,
     Session,
     StartStore,
 )
 from promptlayer_exec._advice import explain
-from promptlayer_exec._integration import MAX_ID, check_key, install_hint, printable
+from promptlayer_exec._integration import MAX_ID, check_key, install_hint, near, printable
 from promptlayer_exec._ways_out import suggest
 from promptlayer_exec.cli._exit import Misuse
 from promptlayer_exec.cli._printing import err, quoted, shorten, show_warnings
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from promptlayer_exec.simulator import Simulator
     from promptlayer_exec.starts import SQLStartStore
 
+_LIST_PATIENCE = 3.0  # seconds to list the workflows after one was not found
 # The modules whose warnings the commands show as they are.
 _SHOWN = ("definitions", "channels", "retry")
 
@@ -228,6 +232,21 @@ def needs(error: ValueError, workflow: str | int, base_url: str | None) -> str:
     """Return the message that inputs are missing, with the command that lists them."""
     command = suggest(f"workflow {shlex.quote(str(workflow))}", base_url)
     return f"{explain(error)} See its inputs with `{command}`"
+
+
+async def near_workflow(session: Session, workflow: str | int) -> str | None:
+    """Return the name of a workflow that resembles one that does not exist, if there is one.
+
+    It lists the workspace's workflows within a few seconds, or gives up.
+    """
+    names = list[str]()
+    with suppress(PromptLayerExecError, TimeoutError):
+        async with asyncio.timeout(_LIST_PATIENCE), aclosing(session.workflows()) as found:
+            async for summary in found:
+                names.append(summary.name)
+    if workflow in names:
+        return None  # it lacks only the label or the version
+    return next(iter(near(str(workflow), names, 1)), None)
 
 
 def start_store(database: str | None, needed_by: str) -> SQLStartStore:

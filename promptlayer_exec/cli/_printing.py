@@ -67,6 +67,21 @@ def out(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
+def out_lines(text: str) -> None:
+    """Write a text of the command, not a value. On a terminal, it wraps lines between words."""
+    if sys.stdout.isatty():
+        text = wrapped(text, shutil.get_terminal_size().columns)
+    out(text)
+
+
+def out_record(text: str, command: str) -> None:
+    """Write one thing of a list, and the command that leads on.
+
+    On a terminal the command has its own line, so that it is easy to copy.
+    """
+    out_lines(f"{text}\n  {command}" if sys.stdout.isatty() else f"{text}  {command}")
+
+
 def err(text: str) -> None:
     """Write to standard error. On a terminal, it wraps lines between words."""
     if sys.stderr.isatty():

@@ -18,6 +18,7 @@ from promptlayer_exec import (
     ExecutionStarted,
     ExecutionTimeout,
     KeyConflict,
+    NotFound,
     RequestError,
     Session,
     Snapshot,
@@ -147,7 +148,7 @@ def run(
             starts=options.start_store(database, "--key") if key is not None else None,
         ) as session:
             subject.stopping = _MAY_HAVE_STARTED
-            execution = await _start(session, request, display, base_url)
+            execution = await _start(session, request, display, subject)
             subject.stopping = ""
             subject.execution_id = execution.id
 
@@ -178,7 +179,7 @@ def _report_start(execution: Execution) -> None:
 
 
 async def _start(
-    session: Session, request: StartRequest, display: Display, base_url: str | None
+    session: Session, request: StartRequest, display: Display, subject: Subject
 ) -> Execution:
     try:
         encode_inputs(session, request)
@@ -197,8 +198,13 @@ async def _start(
             )
     except (ConfigurationError, KeyConflict):
         raise
+    except NotFound:
+        if name := await options.near_workflow(session, request.workflow):
+            shown = suggest(f"workflow {shlex.quote(name)}", subject.base_url)
+            subject.hint = hint(f"did you mean {quoted(name)}? See its inputs with:", shown)
+        raise
     except ValueError as error:
-        shown = suggest(f"workflow {shlex.quote(str(request.workflow))}", base_url)
+        shown = suggest(f"workflow {shlex.quote(str(request.workflow))}", subject.base_url)
         raise Misuse(explain(error), hint=hint("see its inputs with:", shown)) from error
 
 

@@ -39,7 +39,7 @@ def result_line(snapshot: Snapshot, *, timed: bool = True) -> str:
     """
     subject = f"execution {snapshot.execution_id}"
     when = ""
-    if timed and any(times.running is not None for times in snapshot.times.values()):
+    if timed and was_seen_running(snapshot):
         when = f" after {duration(snapshot.elapsed)}"
 
     failed = snapshot.failed_nodes
@@ -52,6 +52,11 @@ def result_line(snapshot: Snapshot, *, timed: bool = True) -> str:
     if failed:
         return f"{subject} failed{when} in {_named(failed)}: {_sentence(failure_reason(failed[0]))}"
     return f"{subject} failed{when}: no output node succeeded."
+
+
+def was_seen_running(snapshot: Snapshot) -> bool:
+    """Return False if no poll saw a node running, so that nobody knows how long it took."""
+    return any(times.running is not None for times in snapshot.times.values())
 
 
 def running_line(snapshot: Snapshot) -> str:

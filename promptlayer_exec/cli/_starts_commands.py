@@ -25,7 +25,7 @@ from promptlayer_exec.cli import _options as options
 from promptlayer_exec.cli._batch_lookup import confirm
 from promptlayer_exec.cli._exit import Misuse, Subject, command, hint, run_command, way_hints
 from promptlayer_exec.cli._help import Program, help_epilog
-from promptlayer_exec.cli._printing import err, out, quoted, utc_time
+from promptlayer_exec.cli._printing import err, out, out_record, quoted, utc_time
 
 if TYPE_CHECKING:
     from promptlayer_exec.starts import SQLStartStore, StoredStart
@@ -63,7 +63,10 @@ async def _list(
                 async for record in records:
                     count += 1
                     unsettled += record.state == "unknown"
-                    out(_json_line(record, database) if as_json else _line(record, database))
+                    if as_json:
+                        out(_json_line(record, database))
+                    else:
+                        out_record(_line(record), _way_out(record, database))
 
     if not count:
         what = "unknown key" if unknown else "key"
@@ -177,7 +180,7 @@ def _forget(
     async def describe() -> None:
         await choose()
         for record in chosen:
-            err(_line(record, database))
+            err(_line(record))
 
     async def forget() -> None:
         if is_confirmed:
@@ -256,8 +259,7 @@ async def _record(store: SQLStartStore, key: str, database: str | None) -> Store
     return record
 
 
-def _line(record: StoredStart, database: str | None) -> str:
-    """Return a record as one line, which ends with the command that leads on."""
+def _line(record: StoredStart) -> str:
     text = f"{record.state} since {utc_time(record.updated)}"
     if record.state != "sending":
         text += f", sent {utc_time(record.created)}"
@@ -266,7 +268,7 @@ def _line(record: StoredStart, database: str | None) -> str:
     text += f", workflow {printable(str(record.workflow))}"
     if record.reason is not None:
         text += f": {record.reason}"
-    return f"{printable(record.key)}  {text}  {_way_out(record, database)}"
+    return f"{printable(record.key)}  {text}"
 
 
 def _json_line(record: StoredStart, database: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from promptlayer_exec import WorkflowDefinition, WorkflowNode, WorkflowSummary
+from promptlayer_exec import NotFound, WorkflowDefinition, WorkflowNode, WorkflowSummary
 from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import printable
+from promptlayer_exec._ways_out import suggest
 from promptlayer_exec.cli import _options as options
-from promptlayer_exec.cli._exit import Misuse, command
+from promptlayer_exec.cli._exit import THIS_SUBJECT, Misuse, command, hint
 from promptlayer_exec.cli._graph_drawing import draw, in_encoding
-from promptlayer_exec.cli._printing import err, out, shorten
+from promptlayer_exec.cli._printing import err, out, quoted, shorten
 
 
 @command
@@ -92,6 +94,11 @@ async def workflow(
     async with options.open_session(base_url, outage, err) as session:
         try:
             found = await session.definition(workflow, label=label, version=version)
+        except NotFound:
+            if name := await options.near_workflow(session, workflow):
+                shown = suggest(f"workflow {shlex.quote(name)}", base_url)
+                THIS_SUBJECT.get().hint = hint(f"did you mean {quoted(name)}?", shown)
+            raise
         except (TypeError, ValueError) as error:
             raise Misuse(explain(error)) from error
 

@@ -71,11 +71,14 @@ class RunEnd:
 
     Attributes:
         is_refused: whether the error is a response that stays the same, and that nobody can read.
+        is_seen: whether the run may have ended just now. One that was over before a worker took it
+            over ended at a time that nobody knows.
     """
 
     output: Any = None
     error: Exception | None = None
     is_refused: bool = False
+    is_seen: bool = True
 
 
 @attrs.define

@@ -23,7 +23,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, cast
 
@@ -63,6 +63,9 @@ from promptlayer_exec.dbos._records import (
 )
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import workflow_id
+
+# A run that a worker takes over, and finds over within this time, ended before.
+_FIRST_LOOK = timedelta(seconds=5)
 
 logger = logging.getLogger("promptlayer_exec")
 # Errors of a request that every other item would also meet.
@@ -193,9 +196,10 @@ class Items:
             if followed is None:
                 continue  # somebody gave it up, or deleted it
             outcome, end = followed
-            ending = Ending.of(
-                attempt, outcome, follows_again=started.get("followed_from") is not None
-            )
+            follows_again = started.get("followed_from") is not None
+            ending = Ending.of(attempt, outcome, follows_again=follows_again)
+            if end is not None and not end.is_seen:
+                ending = attrs.evolve(ending, seconds=None)
             is_stored = await self._endings.add(ending)
             self._note_end(item, end)
             if is_stored:
@@ -367,11 +371,14 @@ class Items:
             at,
             datetime.fromisoformat(started.get("followed_from") or started["at"]),
         )
+        began = self._store.moment()
         end = await self.following.end(run)
         if end is None:
             return None
 
         now = self._store.moment()
+        if began - at > _FIRST_LOOK and now - began < _FIRST_LOOK:
+            end = attrs.evolve(end, is_seen=False)
 
         stored = None if end.error is None else stored_error(end.error)
         outcome = StoredOutcome(key, execution_id, stored is None, end.output, stored, at, now)

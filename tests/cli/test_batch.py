@@ -302,11 +302,11 @@ def test_lines_that_cannot_run_are_reported_before_anything_is_added(
     assert err.splitlines() == [
         f"lines 2, 3, 4: {misspelt}",
         f"line 5: there is no workflow 'pair' with the label 'live'{hint}",
-        f"line 6: there is no workflow 'pear'{hint}",
-        f"line 7: there is no workflow 'pear' with a version 3{hint}",
+        f"line 6: there is no workflow 'pear'. Did you mean 'pair'?{hint[1:]}",
+        f"line 7: there is no workflow 'pear' with a version 3. Did you mean 'pair'?{hint[1:]}",
         f"{file} has 6 invalid lines. Nothing was added",
     ]
-    assert sim.request_count == 4
+    assert sim.request_count == 7  # after each 404, it lists the workflows
     assert (run("status")[1], sim.runs) == ("", [])
     write(file, {"key": "a", "inputs": {"first": "x", "last": "y", "more": "z"}})
     code, _, err = run("run", file, "--workflow", "pair", "--out", "out.jsonl")

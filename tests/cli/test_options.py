@@ -133,7 +133,13 @@ class TestText:
 
     @pytest.mark.parametrize(
         ("seconds", "text"),
-        [(0, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (3600, "1 h 00 min")],
+        [
+            (0, "<0.1 s"),
+            (0.05, "0.1 s"),
+            (59.94, "59.9 s"),
+            (59.96, "1 min 00 s"),
+            (3600, "1 h 00 min"),
+        ],
     )
     def test_duration(self, seconds: float, text: str) -> None:
         """Durations are written in seconds, minutes or hours."""

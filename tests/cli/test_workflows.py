@@ -55,6 +55,18 @@ def sim() -> Iterator[Simulator]:
         yield simulator
 
 
+@pytest.mark.parametrize("command", ["run", "workflow"])
+def test_a_misspelt_workflow_has_a_suggestion(sim: Simulator, call: Call, command: str) -> None:
+    """One that the workspace has. Nothing is suggested if no name is near."""
+    code, out, err = call(command, "suport agent")
+    assert (code, out) == (4 if command == "run" else 1, "")
+    lines = err.splitlines()
+    assert lines[-2].startswith("did you mean 'support agent'?")
+    assert lines[-1] == "  promptlayer-exec workflow 'support agent'"
+    assert "did you mean" not in call(command, "otters")[2]
+    assert "did you mean" not in call("workflow", "echo", "--label", "none")[2]
+
+
 class TestWorkflows:
     """`workflows`."""
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -276,6 +276,28 @@ async def test_the_next_worker_follows_the_items_of_a_cancelled_one(
     assert (await working).succeeded == 3
     assert len(sim.runs) == 3
     await session.aclose()
+
+
+async def test_the_time_until_a_batch_goes_on_is_not_that_of_its_runs(
+    sim: Simulator, batch: Batch, url: str
+) -> None:
+    """Nobody saw when a run ended that was over before a worker followed it again."""
+    await batch.add([StartRequest("held", {"n": 1}, key="a")])
+    working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(3)  # it is followed
+    working.cancel()
+    await asyncio.wait([working])
+
+    sim.finish(sim.runs[0].execution_id, "Answer")
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
+        (started,) = database.execute("SELECT started FROM promptlayer_item").fetchone()
+        earlier = datetime.now(UTC) - timedelta(hours=1)
+        moved = json.dumps(json.loads(started) | {"at": earlier.isoformat()})
+        database.execute("UPDATE promptlayer_item SET started = ?", [moved])
+    async with asyncio.timeout(30):
+        await batch.work()
+    assert (await batch.status()).succeeded == 1
+    assert await batch.durations() is None
 
 
 async def test_a_worker_in_a_cancelled_scope_waits_for_its_start(

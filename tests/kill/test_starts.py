@@ -62,3 +62,16 @@ async def test_the_isolation_of_the_server_does_not_matter(
         setting = "default_transaction_isolation = 'serializable'"
         connection.exec_driver_sql(f"ALTER DATABASE {name} SET {setting}")
     await on_sqlite.test_one_of_many_claims_wins(store_of)
+
+
+async def test_a_refused_password_leads_to_the_url(url: str, postgres_of_module: Any) -> None:
+    """The driver reports it as it reports a server that is away."""
+    rules = postgres_of_module.data / "pg_hba.conf"
+    rules.write_text(f"local all somebody scram-sha-256\n{rules.read_text()}")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("CREATE ROLE somebody LOGIN PASSWORD 'right'")
+        connection.execute("SELECT pg_reload_conf()")
+
+    async with SQLStartStore(url.replace("tester@", "somebody:wrong@")) as store:
+        with pytest.raises(StoreUnavailable, match="Check the user and the password in its URL"):
+            await store.find("order", patience=0.2)

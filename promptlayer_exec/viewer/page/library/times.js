@@ -6,6 +6,7 @@ export const counted = (count, noun) => `${count.toLocaleString("en")} ${noun}${
 
 // In a sentence, tenths from ten seconds on are noise.
 export function duration(seconds, isRough = false) {
+  if (seconds >= 0 && seconds < 0.05) return "<0.1 s"; // "0.0 s" reads as if it had not run
   if (isRough && seconds >= 9.95 && seconds < 59.5) return `${Math.round(seconds)} s`;
   if (seconds < 59.95) return `${seconds.toFixed(1)} s`;
   const whole = Math.round(seconds);

@@ -62,7 +62,7 @@ export class Detail {
     const times = part(this.root, "times");
     const { running, final } = this.node;
     const at = (seconds) => (since === null ? "" : ` (${clock(since + seconds)})`);
-    const after = (seconds) => `${duration(seconds)}${at(seconds)}`;
+    const after = (seconds) => `${seconds < 1 ? `${seconds.toFixed(1)} s` : duration(seconds)}${at(seconds)}`;
     let text = "Not seen running yet.";
     if (running !== null) {
       const isUnseen = final === null && isFinal(this.node);
