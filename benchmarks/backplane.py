@@ -6,7 +6,8 @@ processes is killed.
 
 Usage: python benchmarks/backplane.py [EXECUTIONS]
 
-It needs the extra `redis` and a Redis server, and takes two minutes, however few executions.
+It needs the extra `redis` and a Redis server, and takes two and a half minutes, however
+few executions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from subprocess import PIPE
 
 from needs import need
 
-need(extras="redis", programs="redis")
+need(extras="redis", debian="redis-server")
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 PROCESSES = 4

@@ -6,8 +6,8 @@ Usage: python benchmarks/latency.py [--only TABLE] [--rounds N] [--vendor PYTHON
 It needs two cores and Linux's `taskset`; `--chart` needs matplotlib, too. It fails if a target is
 missed. The targets that compare with the vendor's SDK need `--vendor`, a Python that has it.
 
-All tables take ten minutes. `--only warm --rounds 1` takes half a minute, and so do `cold`, `many`
-and `limited`; `--only single` takes two and a half, because its longest run takes a minute.
+All tables take ten minutes. `--only warm --rounds 1` takes one, and `--only single` two and a half,
+because its longest run takes a minute.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from needs import need
+from needs import need, need_in
 
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
@@ -245,7 +245,8 @@ def main() -> int:
     parser.add_argument("--vendor", metavar="PYTHON", help="a Python with the vendor's SDK")
     parser.add_argument("--chart", metavar="FILE", help="draw the first load")
     given = parser.parse_args()
-    need(programs="taskset", packages="matplotlib" if given.chart else "")
+    need(debian="util-linux", packages="matplotlib" if given.chart else "")
+    need_in(given.vendor, "promptlayer")
     os.sched_setaffinity(0, {SERVER_CORE})
     pythons = {"vendor": given.vendor} if given.vendor else {}
     pythons |= dict.fromkeys(("polling", "unlimited", "default"), sys.executable)

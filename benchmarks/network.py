@@ -4,8 +4,8 @@ PostgreSQL is also measured behind a proxy that adds a delay to each round trip.
 
 Usage: python benchmarks/network.py [--run ITEMS] [--no-kill]
 
-It needs the extra `dbos` and PostgreSQL, and takes three minutes. `--run 300 --no-kill` takes half
-a minute; its figures are those of the start of a batch.
+It needs the extra `dbos` and PostgreSQL, and takes about five minutes. `--run 300 --no-kill` takes
+two, but so few items say little about a batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from needs import find_program, need
 
 if __name__ == "__main__":
-    need(extras="dbos", programs="postgresql")
+    need(extras="dbos", debian="postgresql")
 import sqlalchemy as sa
 
 from promptlayer_exec import Session, StartRequest

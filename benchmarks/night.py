@@ -26,7 +26,7 @@ from typing import Any
 
 from needs import need  # type: ignore[import-not-found]
 
-need(extras="cli dbos", programs="postgresql")
+need(extras="cli dbos", debian="postgresql")
 from network import Postgres, postgres  # type: ignore[import-not-found]
 
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator

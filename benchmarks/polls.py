@@ -3,14 +3,15 @@
 Usage: python benchmarks/polls.py [--instructions] [--rounds N] [--speed PYTHON]
            [--vendor PYTHON]
 
-It needs httpx and Linux's `taskset`, and takes three minutes. The Python of `--speed` has this
-package with msgspec, and that of `--vendor` has the vendor's SDK. `--rounds 1` takes a minute.
+It needs httpx and Linux's `taskset`, and takes ten minutes. The Python of `--speed` has this
+package with msgspec, and that of `--vendor` has the vendor's SDK. `--rounds 1` takes three
+minutes.
 
 A processor that is shared changes its speed from one second to the next. So each contender runs
 beside bare aiohttp, on the same core at the same time, and the ratios are the medians of what they
 needed there. With `--instructions`, valgrind counts what the processor executes, which does not
-depend on its speed at all. It is slow, so only those contenders run that have targets: it takes
-ten minutes, but prints each table as soon as it has it.
+depend on its speed at all. It is slow, so only those contenders run that have targets. Each table
+appears as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from needs import need
+from needs import need, need_in
 
 HERE = Path(__file__).parent
 LONGEST_RUN = 600.0
@@ -245,8 +246,10 @@ def main() -> int:
     given = parser.parse_args()
     need(
         packages="" if given.instructions else "httpx",
-        programs="taskset valgrind" if given.instructions else "taskset",
+        debian="util-linux valgrind" if given.instructions else "util-linux",
     )
+    need_in(given.speed, "promptlayer_exec msgspec")
+    need_in(given.vendor, "promptlayer")
     own = sys.executable
     contenders = [
         Contender("bare aiohttp", "bare", own),

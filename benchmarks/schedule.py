@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/schedule.py [--chart FILE.svg]
 
-It needs nothing but this package; `--chart` needs matplotlib. The first table takes a minute, and
-all of them three.
+It needs nothing but this package; `--chart` needs matplotlib. All tables take three minutes; the
+first comes first.
 """
 
 from __future__ import annotations

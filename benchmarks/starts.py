@@ -5,8 +5,8 @@ key adds there depends on the disk, so it is compared with commits that write ne
 
 Usage: python benchmarks/starts.py [STARTS]
 
-It needs the extra `dbos` and PostgreSQL, and takes two minutes for 300 starts. With 20, it takes
-half a minute.
+It needs the extra `dbos` and PostgreSQL, and takes two minutes. With 10 starts, it takes twenty
+seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from itertools import count
 
 from needs import need
 
-need(extras="dbos", programs="postgresql")
+need(extras="dbos", debian="postgresql")
 import psycopg
 from network import PORT, PROXY, postgres, program
 

@@ -3,8 +3,8 @@
 Usage: python benchmarks/streams.py [--rounds N] [--seconds SECONDS]
 
 Each figure is the median of the rounds, each of which has a new process. It fails if a target is
-missed. It needs the extra `fastapi` and uvicorn, and takes two minutes. `--rounds 1` takes 40
-seconds.
+missed. It needs the extra `fastapi` and uvicorn, and takes two and a half minutes. `--rounds 1`
+takes one.
 """
 
 from __future__ import annotations
