@@ -4,8 +4,8 @@ PostgreSQL is also measured behind a proxy that adds a delay to each round trip.
 
 Usage: python benchmarks/network.py [--run ITEMS] [--no-kill]
 
-It needs the extra `dbos` and PostgreSQL, and takes about five minutes. `--run 300 --no-kill` takes
-two, but so few items say little about a batch.
+It needs the extra `dbos` and PostgreSQL, and takes a few minutes. `--run 300 --no-kill` shortens
+it, but so few items say little about a batch.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ key adds there depends on the disk, so it is compared with commits that write ne
 
 Usage: python benchmarks/starts.py [STARTS]
 
-It needs the extra `dbos` and PostgreSQL, and takes two minutes. With 10 starts, it takes twenty
-seconds.
+It needs the extra `dbos` and PostgreSQL, and takes about a minute. With 10 starts, it takes
+twenty seconds.
 """
 
 from __future__ import annotations
