@@ -311,6 +311,10 @@ class History:
 
         with self._database.creating() as connection:
             _tables.create_all(connection)
+            found = {column["name"] for column in sa.inspect(connection).get_columns("executions")}
+        if not found.issuperset(_row.keys()):
+            reason = "another version of promptlayer-exec wrote it. Delete it to start a new one."
+            raise ConfigurationError(f"cannot use the history {self._path}: {reason}")
         self._is_prepared = True
 
     def _limit_waiting(self, connection: sa.Connection) -> None:

@@ -23,6 +23,9 @@ from promptlayer_exec.viewer._brief import brief_inputs
 from promptlayer_exec.viewer._problems import Problem
 
 _HEARTBEAT = 15.0
+# After how many seconds the page learns that polls still get responses, though none has anything
+# new. It calls a run stale after fifteen seconds without one.
+_UNCHANGED = 5.0
 
 _Shown = tuple[Snapshot | None, Problem | None, bool, str | None, str | None]
 
@@ -39,6 +42,7 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
     order: tuple[list[str], ...] = ()
     # By card, as a new card of an execution is a new watch, whose times start again.
     sent: WeakKeyDictionary[Card, _Shown] = WeakKeyDictionary()
+    sent_at: WeakKeyDictionary[Card, float] = WeakKeyDictionary()
     while True:
         changed = board.changed
         if board.is_closed:
@@ -65,8 +69,12 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
             now = (card.snapshot, card.problem, card.is_lost, card.workflow, card.item)
             if before == now:
                 continue
+            is_recent = anyio.current_time() - sent_at.get(card, -_UNCHANGED) < _UNCHANGED
+            if before is not None and is_recent and _is_alike(before, now):
+                continue
 
             sent[card] = now
+            sent_at[card] = anyio.current_time()
             if card.snapshot is not None:
                 view = _nodes_view(card, card.snapshot, before[0] if before else None)
                 if view["nodes"]:
@@ -77,6 +85,13 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
             await changed.wait()
         if not changed.is_set():
             yield ServerSentEvent(comment="", sep="\n").encode()
+
+
+def _is_alike(before: _Shown, now: _Shown) -> bool:
+    """Return whether only time has passed."""
+    if before[0] is None or now[0] is None or before[1:] != now[1:]:
+        return False
+    return (before[0].complete, before[0].nodes) == (now[0].complete, now[0].nodes)
 
 
 def value_text(value: Any) -> str:

@@ -101,7 +101,7 @@ async def _start(page: Page) -> None:
     await page.get_by_role("button", name="Start", exact=True).click()
     await page.get_by_role("button", name="Start a new run").click()
     await page.locator('.run[data-state="succeeded"]').wait_for()
-    await page.get_by_role("button", name="Compare", exact=True).first.click()
+    await page.get_by_role("button", name="Compare with …").first.click()
     await page.get_by_label("Compare with").select_option(index=1)
     await page.locator(".compare-form").get_by_role("button", name="Compare").click()
     await page.locator('.pair[data-name="read letter"] summary').click()

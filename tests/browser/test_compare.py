@@ -96,7 +96,7 @@ async def test_the_other_one_is_chosen_on_a_page(
     """Other runs of its workflow are offered; any id can be entered; sides can be swapped."""
     left, right = await compare(sim, viewer, ui)
     await ui.open_run(right)
-    button = page.get_by_role("button", name="Compare", exact=True).first
+    button = page.get_by_role("button", name="Compare with …").first
     await button.click()
     await expect(button).to_have_attribute("aria-expanded", "true")
     choice = page.get_by_label("Compare with")

@@ -61,7 +61,7 @@ async def test_back_returns_to_the_line(offers: Offers, ui: Any, page: Page, key
     before = await opened.bounding_box()
     title = opened.locator('[data-part="title"]')
     if key == "mouse":
-        await opened.locator('[data-part="when"]').click()
+        await opened.locator('[data-part="count"]').click()
     else:
         await title.focus()
         await page.keyboard.press("Enter")
@@ -136,6 +136,23 @@ async def test_all_lost_runs_are_followed_again_by_one_click(
     sim.clear_faults()
     await page.get_by_role("button", name="Follow all again").click()
     await expect(page.locator('.line[data-state="running"]')).to_have_count(2)
+    await expect(page.locator("#outage")).to_be_hidden()
+
+
+async def test_a_key_that_works_again_needs_no_click(
+    sim: Simulator, viewer: Any, page: Page
+) -> None:
+    """The page tries a refused key every 15 seconds, and then follows the runs again."""
+    await page.clock.install()
+    await page.reload()
+    sim.inject(Fault.status(401, times=None))
+    viewer.board.follow(sim.add_execution(Scenario([SimNode("plan", "x", None)])))
+    await expect(page.locator('.line[data-state="lost"]')).to_be_visible()
+    await expect(page.locator("#outage")).to_contain_text("Start the viewer again")
+
+    sim.clear_faults()
+    await page.clock.fast_forward(15_000)
+    await expect(page.locator('.line[data-state="running"]')).to_be_visible()
     await expect(page.locator("#outage")).to_be_hidden()
 
 

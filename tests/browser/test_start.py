@@ -105,6 +105,21 @@ async def test_there_is_a_field_for_each_required_input(
     }
 
 
+async def test_start_stays_in_sight(sim: Simulator, ui: Any, page: Page) -> None:
+    """It does not scroll away, however many inputs there are."""
+    names = [f"input {number}" for number in range(12)]
+    sim.add_workflow("long", DONE, inputs=dict.fromkeys(names, "string"))
+    await choose(ui, page, "long")
+    last = page.get_by_label("input 11")
+    await expect(last).not_to_be_in_viewport()
+    await expect(start_button(page)).to_be_in_viewport(ratio=1)
+    await last.focus()
+    button, field = [await one.bounding_box() for one in (start_button(page), last)]
+    assert button is not None
+    assert field is not None
+    assert field["y"] + field["height"] <= button["y"]
+
+
 async def test_a_label_or_a_version_can_be_chosen(sim: Simulator, ui: Any, page: Page) -> None:
     """The fields are those of that version; what was entered for these is kept."""
     sim.add_workflow("report", DONE, inputs={"topic": "string"}, labels=["prod"])

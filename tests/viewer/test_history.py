@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 import pytest
 
-from promptlayer_exec import NodeTimes, Session
+from promptlayer_exec import ConfigurationError, NodeTimes, Session
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Board, History
 from promptlayer_exec.viewer import _history as histories
@@ -266,6 +266,22 @@ async def test_an_error_of_the_file_is_an_answer(viewer: Any, tmp_path: Path) ->
     assert status == 503
     path = tmp_path / "history.sqlite"
     assert answer["message"] == f"cannot use the history {path}: Is a directory."
+
+
+async def test_a_file_of_another_version_is_named(history: History, tmp_path: Path) -> None:
+    """The error has its path, and what to do with it."""
+    await ids(history)
+    path = tmp_path / "state" / "history.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE executions DROP COLUMN failed_node")
+    reopened = History(path, server="http://a")
+    with pytest.raises(ConfigurationError) as caught:
+        await reopened.search()
+    await reopened.aclose()
+    assert str(caught.value) == (
+        f"cannot use the history {path}: another version of promptlayer-exec wrote it."
+        " Delete it to start a new one."
+    )
 
 
 async def test_a_lost_execution_is_remembered_as_such(

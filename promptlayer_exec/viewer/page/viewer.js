@@ -21,7 +21,8 @@ import { leads, shareStream } from "./library/tabs.js";
 import { clock, sinceText } from "./library/times.js";
 import { usualMayChange, whenUsualIsKnown } from "./library/usual.js";
 
-const TICK = 200;
+const TICK = 200; // milliseconds, of runs in their first seconds
+const CALM = 5; // ticks between those of all other runs, whose times are whole seconds
 const CONNECTIONS = {
   connecting: "Connecting",
   live: "Connected",
@@ -256,8 +257,12 @@ byId("token-form").addEventListener("submit", (event) => {
   location.reload();
 });
 
+let ticked = 0;
 setInterval(() => {
-  view?.tick?.();
+  ticked += 1;
+  const isWhole = ticked % CALM === 0;
+  view?.tick?.(isWhole);
+  if (!isWhole) return;
   showGone();
   if (connection.state === "live") showConnection("live");
 }, TICK);

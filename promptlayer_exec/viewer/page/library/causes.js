@@ -11,14 +11,15 @@ export function keyOf({ data: { state, workflow, failed_node: node, cause } }) {
   return JSON.stringify([workflow, node ?? "", cause]);
 }
 
-// The runs by cause, in their order, of causes with at least two.
+// The runs by cause, in their order, of causes with at least two. The largest cause comes first.
 export function causesOf(runs) {
   const found = new Map();
   for (const run of runs) {
     const key = keyOf(run);
     if (key !== null) found.set(key, [...(found.get(key) ?? []), run]);
   }
-  return new Map([...found].filter(([, members]) => members.length > 1));
+  const several = [...found].filter(([, members]) => members.length > 1);
+  return new Map(several.sort(([, one], [, other]) => other.length - one.length));
 }
 
 const cut = (text) => (text.length > LONG ? `${text.slice(0, LONG)}…` : text);

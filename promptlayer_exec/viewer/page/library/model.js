@@ -20,6 +20,7 @@ export const STATES_OF_ITEMS = {
   unknown: ["Unknown", "unknown"],
 };
 const STALE = 15; // seconds without a response from PromptLayer after which the page shows that
+const BRISK = 10; // seconds of a run in which its times change several times a second
 const FIRST = {
   workflow: null,
   label: null,
@@ -86,6 +87,11 @@ export class Run {
     if (state !== "running") return elapsed;
     const until = connection.state === "live" ? performance.now() : connection.lostAt;
     return elapsed + Math.max(0, until - this.at) / 1000;
+  }
+
+  // Whether its time on the page may have changed. After its first seconds, that has no tenths.
+  isDue(isWhole) {
+    return ["running", "waiting"].includes(this.data.state) && (isWhole || this.now() < BRISK);
   }
 
   // How many nodes there are of each status, in the order of the segments.

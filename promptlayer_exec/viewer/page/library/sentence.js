@@ -15,13 +15,13 @@ export const NOTHING_USUAL = { duration: null, nodes: {}, successes: [], failed:
 /** @typedef {{ kind: "text" | "node" | "compare" | "again" | "cause", text: string, id?: string }} Piece */
 
 // The pieces of the sentence: { pieces, isSlow }. `usual` is what `usualOf` returns, and `longest`
-// the most characters of a reason.
+// the most characters of a reason. Without `offersAgain`, a button beside it runs it again.
 /** @returns {{ pieces: Piece[], isSlow: boolean }} */
-export function sentenceOf(run, usual, longest = REASON) {
+export function sentenceOf(run, usual, longest = REASON, offersAgain = true) {
   const { state } = run.data;
   if (state === "waiting") return plain("Waiting for the first response from PromptLayer.");
   if (state === "running") return runningSentence(run, usual);
-  if (state === "failed") return plain(...failedPieces(run, whenOf(run), longest), ...oftenOf(run, usual), ...nextOf(run, usual));
+  if (state === "failed") return plain(...failedPieces(run, whenOf(run), longest), ...oftenOf(run, usual), ...nextOf(run, usual, offersAgain));
   if (state === "lost") return plain(...lostPieces(run));
   return succeededSentence(run, usual, longest);
 }
@@ -101,9 +101,10 @@ function oftenOf({ data: { failed_node: node, cause } }, { failed, total, causes
 
 // What people do next: they compare it with the last success, and run it again.
 /** @returns {Piece[]} */
-function nextOf(run, usual) {
+function nextOf(run, usual, offersAgain) {
   if (run.data.workflow === null) return [];
   const compare = lastSuccess(run, usual);
+  if (!offersAgain) return compare;
   /** @type {Piece} */
   const again = { kind: "again", text: "Run again" };
   return compare.length === 0 ? [say(" "), again, say(".")] : [...compare.slice(0, -1), say(" · "), again, say(".")];

@@ -40,7 +40,7 @@ export function showSegments(root, run) {
 
 export function showTime(root, run) {
   const length = run.length();
-  write(part(root, "elapsed"), length === null ? "" : duration(length));
+  write(part(root, "elapsed"), length === null ? "" : duration(length, !run.isEnded));
   const problem = run.problem();
   write(part(root, "state"), run.stateText());
   root.classList.toggle("old", problem !== null && run.data.state === "running");
@@ -60,8 +60,8 @@ function problemText({ data }, { text, since, until }) {
 
 // Writes the sentence. Its links stay the same elements while only words change, and so keep the
 // focus.
-export function showSentence(root, run, longest) {
-  const { pieces, isSlow } = sentenceOf(run, usualOf(run), longest);
+export function showSentence(root, run, longest, offersAgain) {
+  const { pieces, isSlow } = sentenceOf(run, usualOf(run), longest, offersAgain);
   root.classList.toggle("slow", isSlow);
   writePieces(part(root, "sentence"), pieces, run);
 }

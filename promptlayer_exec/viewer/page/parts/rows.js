@@ -159,7 +159,7 @@ export class Rows {
     const span = spanOf(row.node, time);
     row.span = span;
     row.stretch.hidden = span === null;
-    write(row.time, span?.isTimed ? duration(Math.max(0, span.end - span.start)) : "");
+    write(row.time, span?.isTimed ? duration(Math.max(0, span.end - span.start), !isFinal(row.node)) : "");
     if (span === null) return;
     const { style } = row.stretch;
     if (row.from !== span.start) style.setProperty("--from", span.start.toFixed(3));

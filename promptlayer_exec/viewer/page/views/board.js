@@ -11,7 +11,7 @@ import { board, groupOf, runs, STATES } from "../library/model.js";
 import { showSegments, showSentence, showState, showTime } from "../parts/progress.js";
 import { addressOf, replace } from "../library/router.js";
 import { matches, Rows } from "../parts/rows.js";
-import { ago, counted } from "../library/times.js";
+import { ago, counted, fully } from "../library/times.js";
 
 const FEW = 5; // succeeded runs to show before somebody asks for the others
 
@@ -68,10 +68,8 @@ export const boardView = {
     if (groupOf(before.state) !== groupOf(run.data.state) || before.workflow !== run.data.workflow) arrangeSoon();
   },
 
-  tick() {
-    for (const line of lines.values()) {
-      if (["running", "waiting"].includes(line.run.data.state)) tick(line);
-    }
+  tick(isWhole) {
+    for (const line of lines.values()) if (line.run.isDue(isWhole)) tick(line);
   },
 
   refresh() {
@@ -165,6 +163,7 @@ function tick(line) {
   const problem = showTime(root, run) ?? run.data.warning ?? "";
   write(part(root, "problem"), run.data.state === "lost" ? "" : problem);
   showSentence(root, run);
+  if (run.data.state === "failed" && run.endedAt() !== null) part(root, "sentence").title = fully(run.endedAt());
   if (root.classList.contains("slow") !== wasSlow) arrangeSoon();
   showWhen(part(root, "when"), run.endedAt());
   if (rows !== null && !part(root, "body").hidden) rows.tick(run.now());

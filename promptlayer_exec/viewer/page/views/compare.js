@@ -21,6 +21,7 @@ let hasOtherInputs = false;
 let isOpenedOnce = false; // what differs first is open at first
 let pending = null;
 let isUnfolded = false; // the nodes that are equal
+let red = 0; // the side whose differences are red: that which failed, or else the left one
 
 export const compareView = {
   element: byId("view-compare"),
@@ -85,6 +86,7 @@ function schedule() {
 }
 
 function render(left, right) {
+  red = right.data.state === "failed" && left.data.state !== "failed" ? 1 : 0;
   const names = [...left.nodes.keys()];
   // A node of the right alone comes after the one that it follows there.
   [...right.nodes.keys()].forEach((name, index, all) => {
@@ -302,7 +304,11 @@ function linesOf(what, left, right) {
     pair.forEach((line, side) => sides[side].push(lineOf(line, one === other, words?.[side])));
   });
   flush();
-  return sides.map((lines, side) => boxOf(`${side === 0 ? "Left" : "Right"} ${what}`, lines));
+  return sides.map((lines, side) => {
+    const box = boxOf(`${side === 0 ? "Left" : "Right"} ${what}`, lines);
+    box.classList.add(side === red ? "red" : "green");
+    return box;
+  });
 }
 
 function nearOf(pairs) {

@@ -67,8 +67,8 @@ export const runView = {
     if (run === page?.run) page.update();
   },
 
-  tick() {
-    if (["running", "waiting"].includes(page?.run?.data.state)) page.tick();
+  tick(isWhole) {
+    if (page?.run?.isDue(isWhole)) page.tick();
   },
 
   refresh() {
@@ -257,7 +257,7 @@ class RunPage {
     root.classList.toggle("timeless", run.isEnded && !isTimed);
     const problem = showTime(root, run);
     show(part(root, "problem"), run.data.state === "lost" ? null : problem);
-    showSentence(root, run, BRIEF);
+    showSentence(root, run, BRIEF, false);
     const { duration: usual } = usualOf(run);
     write(part(root, "usual"), usual === null ? "" : `usually ${duration(usual)}`);
     this.rows.tick(this.run.now());
