@@ -128,8 +128,8 @@ async def items(
             hint(
                 f"{lookup.item_count(unknown)} unknown: each may have started a run and be billed."
                 f" In PromptLayer, search for the metadata {KEY_METADATA} = KEY. If the run is"
-                " there, adopt it, with the command at the end of the line. If it is not, start"
-                " the item again with:",
+                " there, adopt it with the command of its item. If it is not, start the item again"
+                " with:",
                 command_about("batch retry --unknown", flags, "KEY"),
             )
         )
@@ -171,7 +171,7 @@ async def show(
         out(json.dumps(fields, default=datetime.isoformat))
         return
     for line in _item_lines(chosen, item):
-        out(line)
+        out_lines(line, hanging="    ")
     if item.state != "succeeded":
         flags = await lookup.working_flags(batch, chosen, database)
         for line in way_hints(out_of_item(item.state, key, flags)):

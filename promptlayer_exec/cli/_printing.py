@@ -67,10 +67,13 @@ def out(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
-def out_lines(text: str) -> None:
-    """Write a text of the command, not a value. On a terminal, it wraps lines between words."""
+def out_lines(text: str, *, hanging: str = "") -> None:
+    """Write a text of the command, not a value. On a terminal, it wraps lines between words.
+
+    `hanging` is as in `wrapped`.
+    """
     if sys.stdout.isatty():
-        text = wrapped(text, shutil.get_terminal_size().columns)
+        text = wrapped(text, shutil.get_terminal_size().columns, hanging=hanging)
     out(text)
 
 
@@ -89,19 +92,26 @@ def err(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def wrapped(text: str, width: int) -> str:
+def wrapped(text: str, width: int, *, hanging: str = "") -> str:
     """Return the text with its lines wrapped, except for what people copy.
 
-    An indented line, such as a command, stays whole, and so does a command in backticks.
+    An indented line, such as a command, stays whole, and so does a command in backticks. With a
+    `hanging` indent of what is wrapped, an indented line is wrapped, too.
     """
     lines = []
     for line in text.split("\n"):
-        if line.startswith(" "):
+        if line.startswith(" ") and not hanging:
             lines.append(line)
             continue
 
         glued = re.sub("`[^`]+`", lambda command: command[0].replace(" ", "\0"), line)
-        parts = textwrap.wrap(glued, width, break_long_words=False, break_on_hyphens=False)
+        parts = textwrap.wrap(
+            glued,
+            width,
+            break_long_words=False,
+            break_on_hyphens=False,
+            subsequent_indent=hanging,
+        )
         lines += [part.replace("\0", " ") for part in parts] or [""]
     return "\n".join(lines)
 

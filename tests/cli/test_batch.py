@@ -1078,6 +1078,8 @@ def test_items_are_listed_with_the_command_that_leads_on(
     assert succeeded.endswith(
         f", execution {sim.runs[-1].execution_id}  promptlayer-exec batch show ok --name night"
     )
+    on_screen = run("items", on_screen=True)[1]
+    assert "\n  promptlayer-exec batch adopt lost ID --name night\n" in on_screen
     assert "1 item unknown: each may have started a run and be billed." in err
     assert err.endswith("  promptlayer-exec batch retry KEY --unknown --name night\n")
 

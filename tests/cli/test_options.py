@@ -130,6 +130,7 @@ class TestText:
         text = f"a first-rate reason; see `run it` or `run this`\n\n{command}"
         lines = ["a first-rate", "reason; see", "`run it` or", "`run this`", "", command]
         assert wrapped(text, 14).split("\n") == lines
+        assert wrapped("  why: it failed", 14, hanging="    ") == "  why: it\n    failed"
 
     @pytest.mark.parametrize(
         ("seconds", "text"),
