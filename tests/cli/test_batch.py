@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import pytest
 
 import promptlayer_exec
+from promptlayer_exec import Session, StartRequest
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _live
@@ -798,13 +801,22 @@ def test_deleting_is_asked_about_on_a_terminal(
     assert (code, rest.strip()) == ends_with
 
 
-def test_a_worker_waits_for_its_batch(run: Run, start: Start, tmp_path: Path) -> None:
+def test_a_worker_waits_for_its_batch(
+    sim: Simulator, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It says what it waits for, and works once the batch is added."""
-    command = start("batch", "work", "--name", "night")
-    assert command.error_line().startswith("waiting for batch 'night' in sqlite:////")
-    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
-    assert run("run", file)[0] == 0
-    assert command.end()[0] == 0
+    said = []
+
+    def add(text: str) -> None:
+        said.append(text)
+        adding = Batch("night", session=Session).add([StartRequest("echo", {"n": 1}, key="a")])
+        with ThreadPoolExecutor() as elsewhere:
+            elsewhere.submit(asyncio.run, adding).result(TIMEOUT)
+
+    monkeypatch.setattr(lookup, "err", add)
+    assert run("work", "--name", "night")[0] == 0
+    assert said[0].startswith("waiting for batch 'night' in sqlite:////")
+    assert len(sim.runs) == len(said) == 1
 
 
 def test_a_terminal_gets_a_bar(terminal: Callable[..., Any], tmp_path: Path) -> None:
