@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from promptlayer_exec import _structuring
 from promptlayer_exec._api.messages import Reply, Response, oversize_reason
 from promptlayer_exec._api.runs import NewRun, NodeMap, run_request
-from promptlayer_exec._engine.abandoned import AbandonedRuns
+from promptlayer_exec._engine.abandoned import AbandonedRuns, warn_of_run
 from promptlayer_exec._engine.backplane import OpenSession, Poll
 from promptlayer_exec._engine.expiring import ExpiringDict
 from promptlayer_exec._engine.recorded_sends import ask_store
@@ -48,7 +48,7 @@ from promptlayer_exec._values.errors import (
     stored_data,
     what_happened,
 )
-from promptlayer_exec._values.events import WakeSource, logger
+from promptlayer_exec._values.events import WakeSource
 from promptlayer_exec._values.models import (
     Snapshot,
     StartRequest,
@@ -115,7 +115,6 @@ __all__ = [
     "install_hint",
     "is_from_gateway",
     "is_transient",
-    "logger",
     "near",
     "node_dict",
     "or_infinity",
@@ -128,14 +127,15 @@ __all__ = [
     "status_entry",
     "stored_data",
     "wait_even_if_cancelled",
+    "warn_of_run",
     "what_happened",
     "workflow_of",
 ]
 
 
-def report_undelivered(execution: Execution, what: str = "id") -> None:
+def report_undelivered(execution: Execution) -> None:
     """Log the id of a started run whose caller is gone."""
-    execution._report_undelivered(what)
+    execution._report_undelivered()
 
 
 def report_all_undelivered(executions: Iterable[Execution]) -> None:

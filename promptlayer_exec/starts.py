@@ -23,13 +23,14 @@ from promptlayer_exec._integration import (
     check_key,
     check_seconds,
     install_hint,
+    warn_of_run,
     workflow_of,
 )
 
 try:
     import sqlalchemy as sa
 
-    from promptlayer_exec._database.database import LIMITS, Database, logger
+    from promptlayer_exec._database.database import LIMITS, Database
     from promptlayer_exec._database.location import database_url as locate
     from promptlayer_exec._database.location import prepare_default, shown, shown_database_url
     from promptlayer_exec._database.threads import Group, OneThread, finished
@@ -276,7 +277,7 @@ class _RecordTable:
         for token, execution_id in resolved:
             row = found.get(token)
             if row is not None and row.execution_id not in (None, execution_id):
-                logger.warning(
+                warn_of_run(
                     "execution %d also started for the key %.100r, which belongs to execution"
                     " %d. session.execution(%d) picks it up",
                     execution_id,
@@ -471,7 +472,10 @@ class _OpenStore:
 
         # A server that stands still may keep a call for longer. Do not try that call again.
         self.database.ended.set()
-        await self.database.run_in_thread(self.database.close)
+        try:
+            await self.database.run_in_thread(self.database.close)
+        except RuntimeError:  # the interpreter exits: no thread can start, and nobody is waiting
+            self.database.close()
 
     async def _all_finished(self) -> None:
         while self._running:

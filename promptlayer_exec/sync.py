@@ -230,7 +230,7 @@ def _report_unreceived(outcome: Future[Any]) -> None:
     if (error := outcome.exception()) is not None:
         has_run = isinstance(error, PromptLayerExecError) and error.execution_id is not None
         if has_run or isinstance(error, StartUnknown):
-            _integration.logger.warning("%s", error)
+            _integration.warn_of_run("%s", error)
         return
 
     result = outcome.result()

@@ -80,12 +80,16 @@ class OneThread:
     def submit(self, work: Callable[[], None]) -> None:
         """Call a function, which must not raise, after the waiting ones."""
         with self._changed:
-            if not self._is_running:
+            is_exiting = not threading.main_thread().is_alive()
+            if not self._is_running and not is_exiting:
                 # No daemon: the program must not exit before everything is written.
                 threading.Thread(target=self._run, name="promptlayer-exec-rows").start()
                 self._is_running = True
-            self._waiting.append(work)
-            self._changed.notify()
+            if self._is_running:
+                self._waiting.append(work)
+                self._changed.notify()
+                return
+        work()  # the interpreter exits: since Python 3.12, no thread can start
 
     def _run(self) -> None:
         while True:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +13,32 @@ import attrs
 from promptlayer_exec._values.errors import StartUnknown
 from promptlayer_exec._values.events import logger
 from promptlayer_exec._values.text import short_repr, shown_key
+
+
+def warn_of_run(message: str, *values: object) -> None:
+    """Log a warning without which a paid run could be lost: on stderr if no handler gets it.
+
+    `logging.config.dictConfig`, for example, disables all loggers that it does not name.
+    """
+    logger.warning(message, *values, stacklevel=2)
+    if not _is_logged():
+        print(message % values, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _is_logged() -> bool:
+    """Return True if a handler gets the warnings of our logger."""
+    if logger.disabled or not logger.isEnabledFor(logging.WARNING):
+        return False
+    if not logger.hasHandlers():  # then Python prints them
+        return logging.lastResort is not None
+
+    source: logging.Logger | None = logger
+    while source is not None:
+        for handler in source.handlers:
+            if handler.level <= logging.WARNING and not isinstance(handler, logging.NullHandler):
+                return True
+        source = source.parent if source.propagate else None
+    return False
 
 
 @attrs.frozen
@@ -35,7 +63,6 @@ class AbandonedRuns:
     start requests whose responses are still on their way.
     """
 
-    _what: str = "outcome"  # of the run, that nobody received
     _gathering: int = attrs.field(init=False, default=0)
     _runs: list[AbandonedRun] = attrs.field(init=False, factory=list)
     _lost: list[StartUnknown] = attrs.field(init=False, factory=list)
@@ -72,12 +99,12 @@ class AbandonedRuns:
         lost, self._lost = self._lost, []
 
         if len(runs) == 1 and not lost:
-            log_abandoned(runs[0], self._what)
+            log_abandoned(runs[0])
         elif len(lost) == 1 and not runs:
             log_unknown(lost[0])
         elif runs or lost:
             texts = ([self._text(runs)] if runs else []) + ([_lost_text(lost)] if lost else [])
-            logger.warning("%s", ". ".join(texts))
+            warn_of_run("%s", ". ".join(texts))
 
     def _text(self, runs: list[AbandonedRun]) -> str:
         others = [run for run in runs if not run.is_recorded]
@@ -93,25 +120,24 @@ class AbandonedRuns:
             way_back = f"session.find(key) picks up {recorded} of them by their keys,"
             way_back += f" session.execution(id) the others by their ids: {ids}"
         count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-        return f"{count} started, but nobody received their {self._what}s. {way_back}"
+        return f"{count} started, but nobody received their outcomes. {way_back}"
 
 
-def log_abandoned(run: AbandonedRun, what: str) -> None:
-    """Log the id of a started run whose caller is gone, and what nobody received of it."""
-    logger.warning(
-        "execution %d of workflow %.100r%s started, but nobody received its %s."
+def log_abandoned(run: AbandonedRun) -> None:
+    """Log the id of a started run whose caller is gone."""
+    warn_of_run(
+        "execution %d of workflow %.100r%s started, but nobody received its outcome."
         " session.execution(%d) picks it up",
         run.execution_id,
         run.workflow,
         shown_key(run.key),
-        what,
         run.execution_id,
     )
 
 
 def log_unknown(error: StartUnknown) -> None:
     """Log a request that may have started a run, because nobody will get the error."""
-    logger.warning("%s", error)
+    warn_of_run("%s", error)
 
 
 def _lost_text(lost: list[StartUnknown]) -> str:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from promptlayer_exec._engine.abandoned import warn_of_run
 from promptlayer_exec._engine.expiring import ExpiringDict
 from promptlayer_exec._engine.retry import RecentRuns
 from promptlayer_exec._engine.tasks import resolve
 from promptlayer_exec._values.errors import StartUnknown
-from promptlayer_exec._values.events import Emit, ExecutionStarted, logger
+from promptlayer_exec._values.events import Emit, ExecutionStarted
 from promptlayer_exec._values.models import StartRequest
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class CallbackLog:
     def _warn(self, token: str) -> None:
         execution_id, start = self.execution_id(token), self._lost.get(token)
         if execution_id is not None and start is not None:
-            logger.warning(
+            warn_of_run(
                 "execution %d of workflow %.100r did start, although the response was lost."
                 " session.execution(%d) picks it up",
                 execution_id,

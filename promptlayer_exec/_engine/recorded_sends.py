@@ -13,6 +13,7 @@ from uuid import uuid4
 import attrs
 
 from promptlayer_exec._api.runs import NewRun
+from promptlayer_exec._engine.abandoned import warn_of_run
 from promptlayer_exec._engine.lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._engine.send import (
     AlreadyClaimed,
@@ -369,7 +370,7 @@ class _RecordedSend:
         claim = self._claim
         recorded = await self._store.record(claim.key, claim.token, execution_id)
         if not recorded and execution_id is not None:
-            logger.warning(
+            warn_of_run(
                 "execution %d started for the key %.100r, which now belongs to another run."
                 " session.execution(%d) picks it up",
                 execution_id,

@@ -15,7 +15,12 @@ import attrs
 from promptlayer_exec._api.attempt import AtMostOnce
 from promptlayer_exec._api.messages import Request
 from promptlayer_exec._api.runs import NewRun
-from promptlayer_exec._engine.abandoned import AbandonedRun, AbandonedRuns, log_unknown
+from promptlayer_exec._engine.abandoned import (
+    AbandonedRun,
+    AbandonedRuns,
+    log_abandoned,
+    log_unknown,
+)
 from promptlayer_exec._engine.lifetime import Lifetime
 from promptlayer_exec._engine.retry import RetryState
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
@@ -30,7 +35,7 @@ from promptlayer_exec._values.errors import (
 from promptlayer_exec._values.events import Emit, ExecutionStarted, StartFailed, logger
 from promptlayer_exec._values.models import StartRequest
 from promptlayer_exec._values.policies import Deadline
-from promptlayer_exec._values.text import short_repr, shown_key
+from promptlayer_exec._values.text import short_repr
 
 SendOutcome = NewRun | BaseException
 
@@ -333,21 +338,14 @@ class SendOnce:
                 log_unknown(outcome)
 
     def _report(self, response: NewRun, *, abandoned: bool) -> None:
+        run = AbandonedRun(
+            *(response.execution_id, self._request.workflow, self._request.key),
+            is_recorded=self._is_recorded,
+        )
         if abandoned and self._is_interrupted and self._abandoned is not None:
-            run = AbandonedRun(
-                *(response.execution_id, self._request.workflow, self._request.key),
-                is_recorded=self._is_recorded,
-            )
             self._abandoned.add(run)
         elif abandoned:
-            logger.warning(
-                "execution %d of workflow %.100r%s started, but its caller was gone."
-                " session.execution(%d) picks it up",
-                response.execution_id,
-                self._request.workflow,
-                shown_key(self._request.key),
-                response.execution_id,
-            )
+            log_abandoned(run)
 
         duration = clock() - self._called_at
         self._emit(

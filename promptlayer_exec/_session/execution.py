@@ -333,12 +333,12 @@ class Execution(Generic[OutputT]):
         except PromptLayerExecError:  # it has the id
             raise
         except BaseException:
-            self._report_undelivered("output")
+            self._report_undelivered()
             raise
 
-    def _report_undelivered(self, what: str) -> None:
+    def _report_undelivered(self) -> None:
         """Log the id of a started run whose caller is gone."""
-        log_abandoned(self._abandoned(), what)
+        log_abandoned(self._abandoned())
 
     def _abandoned(self) -> AbandonedRun:
         session = self._session

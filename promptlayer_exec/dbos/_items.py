@@ -265,7 +265,7 @@ class Items:
                     "execution %d started for item %.100r while another worker took over the item,"
                     " which now follows this execution"
                 )
-                logger.warning(text, execution_id, item.key)
+                integration.warn_of_run(text, execution_id, item.key)
                 return None
         except BaseException:
             self._report_unrecorded(item, execution_id)

@@ -29,6 +29,7 @@ from promptlayer_exec._integration import (
     definition,
     settings,
     structure_inputs,
+    warn_of_run,
     workflows_by_name,
 )
 from promptlayer_exec.mcp import _tool_arguments as read
@@ -142,7 +143,7 @@ class Calls:
             which = ""
             if workflow is not None:
                 which = f" of workflow {workflow!r:.100}"
-            _logger.warning(
+            warn_of_run(
                 "execution %d%s continues on PromptLayer. Follow it with:"
                 " promptlayer-exec watch %d",
                 execution_id,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import secrets
 import time
 from collections.abc import Mapping
@@ -23,12 +22,10 @@ from promptlayer_exec import (
     StartUnknown,
 )
 from promptlayer_exec._causes import common_reason
-from promptlayer_exec._integration import error_text, indented
+from promptlayer_exec._integration import error_text, indented, warn_of_run
 from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._problems import Problem, explain, explain_retry
 from promptlayer_exec.viewer._timeline import Observation, Timeline
-
-logger = logging.getLogger("promptlayer_exec")
 
 
 @attrs.define(eq=False)
@@ -216,7 +213,7 @@ class Board:
         self._record(**row, execution_id=execution.id, outcome="running")
         self._follow(Card(execution, started=row["began"], is_new=True, **known), first=True)
         if self.is_closed:  # perhaps no page gets the response
-            logger.warning("execution %d of workflow %.100r started", execution.id, workflow)
+            warn_of_run("execution %d of workflow %.100r started", execution.id, workflow)
         return execution
 
     def assign(self, card: Card, workflow: str) -> None:

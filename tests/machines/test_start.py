@@ -166,7 +166,7 @@ class Starting(RuleBasedStateMachine):
         """Check that a start was reported once, and logged if its caller does not have it."""
         is_gone = call.task.cancelled()
         log = [line for line in self.world.log if repr(call.name) in line]
-        log = [line for line in log if "may have" in line or "its caller was gone" in line]
+        log = [line for line in log if "may have" in line or "nobody received" in line]
         (event,) = [
             event
             for event in self.events

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import signal
@@ -272,6 +273,42 @@ def test_an_exception_in_the_with_block_logs_the_ids_of_runs(
     assert message.startswith(f"execution {lost} of workflow 'held' started, but nobody")
 
 
+def only_errors() -> logging.Handler:
+    """Return a handler that takes no warnings."""
+    handler = logging.StreamHandler()
+    handler.setLevel("ERROR")
+    return handler
+
+
+LOGGING: dict[str, tuple[list[logging.Handler], dict[str, Any]]] = {
+    "none": ([], {}),
+    "no handler": ([logging.NullHandler()], {}),
+    "a handler for errors": ([only_errors()], {}),
+    "another level": ([logging.StreamHandler()], {"level": logging.ERROR}),
+    "disabled": ([logging.StreamHandler()], {"disabled": True}),
+}
+
+
+@pytest.mark.parametrize("configuration", LOGGING)
+def test_logging_that_drops_warnings_loses_no_id(
+    sim: Simulator, capsys: pytest.CaptureFixture[str], configuration: str
+) -> None:
+    """The line goes to stderr, once."""
+    handlers, of_logger = LOGGING[configuration]
+    logger = logging.getLogger("promptlayer_exec")
+    with pytest.MonkeyPatch.context() as patch, suppress(LookupError):
+        patch.setattr(logging.getLogger(), "handlers", handlers)
+        patch.setattr(logger, "handlers", [])
+        patch.setattr(logger, "disabled", of_logger.get("disabled", False))
+        logger.setLevel(of_logger.get("level", logging.NOTSET))
+        with Session(sim.api_key, base_url=sim.base_url) as session:
+            session.start("held")
+            raise LookupError
+    logger.setLevel(logging.NOTSET)
+    lines = capsys.readouterr().err.splitlines()
+    assert [f"execution {sim.runs[0].execution_id} of" in line for line in lines] == [True]
+
+
 def test_leaving_a_fan_out_early_logs_the_ids_of_its_runs(
     sim: Simulator, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -342,11 +379,14 @@ def run_program(sim: Simulator, program: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_an_interpreter_that_exits_prints_the_ids_of_an_open_session(sim: Simulator) -> None:
-    """Also of a session that it has dropped, and of the calls of its threads."""
+def test_an_interpreter_that_exits_prints_the_ids_of_an_open_session(
+    sim: Simulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also of a session that it has dropped, and of the calls of its threads. Stores close too."""
+    monkeypatch.setenv("PROMPTLAYER_EXEC_DB", f"sqlite:///{tmp_path / 'starts.sqlite'}")
     program = """
         def start():
-            Session().start("held")
+            Session(starts=SQLStartStore()).start("held", key="order-1")
         start()
         threading.Thread(target=lambda: session.run("held"), daemon=True).start()
         while len(list(session.workflows())) < 3:
@@ -356,6 +396,7 @@ def test_an_interpreter_that_exits_prints_the_ids_of_an_open_session(sim: Simula
     finished = run_program(sim, program)
     assert len(sim.runs) == 3
     assert all(f"execution {run.execution_id} of" in finished.stderr for run in sim.runs)
+    assert "never retrieved" not in finished.stderr
 
 
 INTERRUPTED = {

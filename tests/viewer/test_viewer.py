@@ -624,7 +624,7 @@ async def test_a_start_that_is_answered_after_the_end_is_reported(
             process.kill()
             await process.wait()
     assert process.returncode == 0
-    assert b"execution 1001 of workflow 'w' started, but its caller was gone" in errors
+    assert b"execution 1001 of workflow 'w' started, but nobody received its outcome" in errors
     history = History(tmp_path / "promptlayer-exec" / "history.sqlite", server=sim.base_url)
     (entry,) = (await history.search("Maria"))["entries"]
     await history.aclose()
