@@ -15,7 +15,7 @@ from jupyter_client.manager import KernelManager
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import ExecutePreprocessor
 
-from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -104,7 +104,7 @@ def test_failed_rows_run_again_and_objects_become_columns(
     server: Simulator, kernel: KernelManager, recipe: Callable[..., list[str]]
 ) -> None:
     """A cell counts the errors; the keys of failed runs are forgotten, and of no other rows."""
-    setup, fill, _, count, forget, join = recipe("A column of a DataFrame", "notebooks.md")
+    setup, fill, _, count, forget, settle, join = recipe("A column of a DataFrame", "notebooks.md")
     with_type = "session.as_completed(requests, timeout=3600, into=dict)"
     assert with_type in (DOCS / "notebooks.md").read_text(encoding="utf-8")
     fill = fill.replace("session.as_completed(requests, timeout=3600)", with_type)
@@ -135,6 +135,14 @@ def test_failed_rows_run_again_and_objects_become_columns(
         ("InvalidOutput", "1")
     ]
     assert len(server.runs) == 202
+
+    run_cell(client, 'await store.forget("otter 9")')
+    server.inject(Fault.status(503), path="/run")
+    run_cell(client, fill)
+    assert "StartUnknown" in run_cell(client, count)
+    for cell in (settle, fill):
+        run_cell(client, cell)
+    assert len(server.runs) == 203
     assert run_cell(client, f"sorted(({join}).columns)") == str(
         ["error", "reason", "report", "text", "topic", "words"]
     )
