@@ -21,6 +21,7 @@ from promptlayer_exec._engine.recorded_sends import ask_store
 from promptlayer_exec._engine.send import (
     AlreadyClaimed,
     SendHooks,
+    SendOnce,
     SendOutcome,
     report_unrecorded,
 )
@@ -123,6 +124,7 @@ __all__ = [
     "problem_of",
     "report_abandoned",
     "report_unrecorded",
+    "sends_delaying_closing",
     "short_repr",
     "status_entry",
     "stored_data",
@@ -155,6 +157,12 @@ def log_text(error: BaseException) -> str:
     if isinstance(error, InvalidOutput):
         what = f"the output does not match at {error.path}"  # the reason may quote it
     return f"{kind}: {error._subject()}{printable(what)}"
+
+
+def sends_delaying_closing(session: Session) -> list[SendOnce]:
+    """Return the start requests whose responses an open session waits for when it closes."""
+    client = session._client
+    return [] if client is None else client.delaying_closing()
 
 
 def session_of(execution: Execution) -> Session:

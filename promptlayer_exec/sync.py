@@ -22,7 +22,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from queue import Empty, SimpleQueue
@@ -78,6 +78,9 @@ ItemT = TypeVar("ItemT")
 # Waiting threads look for Ctrl-C this often, in seconds, because on Windows it interrupts no wait.
 _STEP = 0.1
 
+# After this many seconds, closing tells what it waits for.
+_PATIENCE = 0.1
+
 # A program that starts runs, and never asks for their outcomes, keeps this many handles.
 _MOST_STARTED = 1000
 
@@ -128,13 +131,10 @@ class _Call(Generic[T]):
 
 
 class _LoopThread:
-    """A thread with an event loop, for the calls of all other threads.
+    """A thread with the event loop of a session, for the calls of all other threads."""
 
-    `on_interrupt` is called in a thread whose call was interrupted.
-    """
-
-    def __init__(self, on_interrupt: Callable[[], object]) -> None:
-        self._on_interrupt = on_interrupt
+    def __init__(self, session: Session) -> None:
+        self._session = session
         # Not `start_blocking_portal`: it waits for its thread if Ctrl-C interrupts it, but never
         # tells the thread to stop.
         self._opened: Future[BlockingPortal] = Future()
@@ -173,20 +173,55 @@ class _LoopThread:
         except BaseException as error:
             if call.outcome.done() and error is call.outcome.exception():
                 raise
-            with suppress(RuntimeError):
-                portal.call(call.cancel)
-            _report_unreceived(call.outcome)
-            self._on_interrupt()
+            try:
+                self.end(call.cancel)
+            finally:  # after another Ctrl-C, too
+                _report_unreceived(call.outcome)
+                self._session._report_started()
             raise
         finally:
             self._calls.discard(call)
 
-    def cancel_calls(self) -> None:
+    async def cancel_calls(self) -> None:
         """Cancel the calls of all threads, which then log the ids of their runs."""
-        portal = self._opened.result()
         for call in list(self._calls):
+            await call.cancel()
+
+    def end(self, ending: Callable[[], Awaitable[None]]) -> None:
+        """Wait until a coroutine has ended calls or the session.
+
+        Start requests in flight delay that until their responses are there. Ctrl-C gives those up:
+        then a line of the log names each run that may have started.
+        """
+        portal = self._opened.result()
+        try:
+            ended = portal.start_task_soon(self._end, ending)
+        except RuntimeError:  # it was stopped
+            return
+
+        try:
+            _wait(ended)
+        except BaseException:
             with suppress(RuntimeError):
-                portal.call(call.cancel)
+                portal.start_task_soon(self._give_up)
+            _wait(ended)
+            raise
+        ended.result()
+
+    async def _end(self, ending: Callable[[], Awaitable[None]]) -> None:
+        task = asyncio.ensure_future(ending())
+        await asyncio.wait([task], timeout=_PATIENCE)
+        waiting = _integration.sends_delaying_closing(self._session._session)
+        if waiting and not task.done():
+            count = "1 start request" if len(waiting) == 1 else f"{len(waiting)} start requests"
+            limit = _integration.settings(self._session._session).request_timeout
+            text = f"waiting up to {limit:g} s for the response to {count}, so that no id is lost."
+            print(f"{text} Ctrl-C gives up", file=sys.stderr, flush=True)  # noqa: T201
+        await task
+
+    async def _give_up(self) -> None:
+        for send in _integration.sends_delaying_closing(self._session._session):
+            send.give_up()
 
     def stop(self) -> None:
         """Stop the loop, once all calls have ended."""
@@ -195,6 +230,12 @@ class _LoopThread:
             portal.start_task_soon(portal.stop)
         while self._thread.is_alive():
             self._thread.join(_STEP)
+
+
+def _wait(future: Future[None]) -> None:
+    """Wait until a future is done, in steps."""
+    while not future.done():
+        wait([future], timeout=_STEP)
 
 
 def _refuse_in_coroutine() -> None:
@@ -435,30 +476,34 @@ class Session:
     def close(self) -> None:
         """Close the session: every wait and call in it raises `SessionClosed`.
 
-        It waits for the responses to start requests that were already sent.
+        It waits for the responses to start requests that were already sent. Ctrl-C gives those up,
+        and a line of the log then names each run that may have started.
         """
+        _refuse_in_coroutine()
         if sys.exception() is not None:  # it ends the `with` block, or a `finally` closes
             self._report_started()
 
         self._is_closed = True
         thread = self._thread
         if thread is None:
-            thread = _LoopThread(self._report_started)  # the asynchronous session must know
-        with suppress(SessionClosed):  # another thread was quicker
-            thread.call(self._session.aclose)
-        thread.stop()
-
-        if self._thread is thread:
-            self._thread = None
-        self._started.clear()  # as planned
-        _open_sessions.discard(self)
+            thread = _LoopThread(self)  # the asynchronous session must know
+        try:
+            thread.end(self._session.aclose)
+        finally:
+            thread.stop()
+            if self._thread is thread:
+                self._thread = None
+            self._started.clear()  # as planned
+            _open_sessions.discard(self)
 
     def _exit(self) -> None:
         """Close the session when the interpreter exits."""
-        if self._thread is not None:
-            self._thread.cancel_calls()
+        with suppress(KeyboardInterrupt):  # it has given up the responses
+            if self._thread is not None:
+                self._thread.end(self._thread.cancel_calls)
         self._report_started()
-        self.close()
+        with suppress(KeyboardInterrupt):
+            self.close()
 
     @contextmanager
     def _loop(self) -> Iterator[_LoopThread]:
@@ -468,7 +513,7 @@ class Session:
         a complete handle remembers.
         """
         if self._is_closed:
-            thread = _LoopThread(self._report_started)
+            thread = _LoopThread(self)
             try:
                 yield thread
             finally:
@@ -479,7 +524,7 @@ class Session:
             if self._thread is None:
                 _refuse_in_coroutine()
                 _open_sessions.add(self)
-                self._thread = _LoopThread(self._report_started)
+                self._thread = _LoopThread(self)
             thread = self._thread
         yield thread
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from functools import partial
 from types import EllipsisType
 from typing import Any, TypeVar, cast
+from weakref import WeakSet
 
 import attrs
 
@@ -109,6 +110,7 @@ class Client:
         self._memory = memory
         self._emit = emit
         self._watches: dict[int, Watch] = {}
+        self._sends: WeakSet[SendOnce] = WeakSet()
 
         self.base_url = network.base_url
         self.lifetime = Lifetime(network.resources)
@@ -366,7 +368,12 @@ class Client:
             on_lost=self._lost,
             abandoned=abandoned,
         )
+        self._sends.add(send)
         return await send.run(deadline)
+
+    def delaying_closing(self) -> list[SendOnce]:
+        """Return the start requests whose responses closing waits for."""
+        return [send for send in self._sends if send.delays_closing]
 
     async def _send_start(
         self, prepared: PreparedSend, send: AtMostOnce, retries: RetryState

@@ -106,6 +106,7 @@ class SendOnce:
     _expired: Deadline | None = attrs.field(init=False, default=None)
     _is_abandoned: bool = attrs.field(init=False, default=False)
     _is_interrupted: bool = attrs.field(init=False, default=False)
+    _is_given_up: bool = attrs.field(init=False, default=False)
     _hook_error: Exception | None = attrs.field(init=False, default=None)
     _outcome: asyncio.Future[NewRun] = attrs.field(
         init=False, factory=lambda: asyncio.get_running_loop().create_future()
@@ -150,6 +151,17 @@ class SendOnce:
         response = self._outcome.result()
         self._report(response, abandoned=False)
         return response
+
+    @property
+    def delays_closing(self) -> bool:
+        """Whether only its response is missing, for which no caller waits any more."""
+        is_over = self._is_abandoned or self._lifetime.is_closing()
+        return is_over and self.sent and not self._task.done()
+
+    def give_up(self) -> None:
+        """Stop waiting for the response, and log that the run may have started."""
+        self._is_given_up = self._is_abandoned = True
+        self._task.cancel()
 
     # Called by the transport and the retries.
 
@@ -294,6 +306,8 @@ class SendOnce:
         return self.sent
 
     def _judge_cancellation(self, cause: Exception | None) -> BaseException:
+        if self.sent and self._is_given_up:
+            return self._unknown("the program did not wait for the response")
         if self.sent:
             return self._unknown("it was cancelled, for example because its event loop stopped")
         if self._is_abandoned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import os
 import random
@@ -27,6 +28,7 @@ from promptlayer_exec import (
     NotFound,
     SessionClosed,
     StartRequest,
+    StartUnknown,
     Workflow,
 )
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -307,6 +309,89 @@ def test_logging_that_drops_warnings_loses_no_id(
     logger.setLevel(logging.NOTSET)
     lines = capsys.readouterr().err.splitlines()
     assert [f"execution {sim.runs[0].execution_id} of" in line for line in lines] == [True]
+
+
+@pytest.mark.parametrize("call", ["run", "start", "as_completed"])
+def test_another_ctrl_c_gives_up_the_response_to_a_start(
+    sim: Simulator, tmp_path: Path, capsys: pytest.CaptureFixture[str], call: str
+) -> None:
+    """The first one says at once what closing waits for. The other names what may have started."""
+
+    class Stderr(io.StringIO):
+        def write(self, text: str) -> int:
+            if "waiting" in text:
+                signal.raise_signal(signal.SIGUSR1)
+            return super().write(text)
+
+    def interrupt(*_: object) -> None:
+        raise LookupError
+
+    def slow(inputs: Any) -> Scenario:
+        signal.raise_signal(signal.SIGUSR1)
+        return Scenario([])
+
+    sim.add_workflow("slow", slow)
+    sim.inject(Fault.delay_response(60.0), path="/run")
+    store = SQLStartStore(f"sqlite:///{tmp_path / 'starts.sqlite'}")
+    session = Session(sim.api_key, base_url=sim.base_url, starts=store)
+    request = StartRequest("slow", key="order-1")
+
+    def make_call() -> None:
+        with session:
+            if call == "as_completed":
+                list(session.as_completed([request]))
+            else:
+                getattr(session, call)("slow", key="order-1")
+
+    previous = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(logging.getLogger(), "handlers", [])
+            patch.setattr(sys, "stderr", stderr := Stderr())
+            with pytest.raises(LookupError):
+                make_call()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+    waiting, unknown = stderr.getvalue().splitlines()
+    assert waiting == (
+        "waiting up to 30 s for the response to 1 start request, so that no id is lost."
+        " Ctrl-C gives up"
+    )
+    assert unknown.startswith(
+        "a run of workflow 'slow' with the key 'order-1' may have started: the program did not wait"
+        " for the response."
+    )
+    with session, pytest.raises(StartUnknown):
+        session.find("order-1")
+
+
+def test_another_ctrl_c_names_the_runs_of_other_threads(sim: Simulator) -> None:
+    """The program then ends, and its last lines name the runs that may have started."""
+    program = """
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(2) as pool, session:
+            list(pool.map(lambda _: session.run("slow"), range(2)))
+    """
+    has_started = threading.Semaphore(0)
+
+    def slow(inputs: Any) -> Scenario:
+        has_started.release()
+        return Scenario([])
+
+    sim.add_workflow("slow", slow)
+    sim.inject(Fault.delay_response(60.0, times=2), path="/run")
+    with subprocess.Popen(
+        command(program), env=environment(sim), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert has_started.acquire(timeout=20)
+        assert has_started.acquire(timeout=20)
+        process.send_signal(signal.SIGINT)
+        assert "response to 2 start requests" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=20)
+    assert printed.count("a run of workflow 'slow' may have started") == 2
 
 
 def test_leaving_a_fan_out_early_logs_the_ids_of_its_runs(
