@@ -148,7 +148,7 @@ async def test_a_failed_run_opens_at_its_cause(
     assert await trace.evaluate(at_the_end)
     assert await trace.evaluate("(one) => one.scrollHeight > one.clientHeight")
     await in_sight(page.get_by_role("button", name="Copy the traceback of call the model"))
-    await in_sight(ui.part("inputs").get_by_text('"newts"'))
+    await in_sight(ui.part("inputs").locator(".leaf", has_text='"newts"'))
     shown = ui.selected.get_by_text(LIMIT).filter(visible=True)
     await expect(shown).to_have_count(1)  # and once above, as the reason
     await ui.part("sentence").get_by_role("link", name="Compare").click()

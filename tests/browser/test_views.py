@@ -56,7 +56,7 @@ async def test_every_view_fits_and_axe_finds_nothing(
     await expect(ui.selected.locator(".tree")).to_be_visible()
     await ui.check("node")
     await page.keyboard.press("Escape")
-    await page.get_by_role("button", name="Compare", exact=True).first.click()
+    await page.get_by_role("button", name="Compare with").first.click()
     await ui.run.locator(".snippet summary").nth(1).click()
     await ui.check("overview")
     await page.get_by_role("button", name="Run again").click()
