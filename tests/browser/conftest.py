@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import re
 import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -251,8 +252,10 @@ class Ui:
         assert needed <= there, name
         for theme in ("light", "dark"):
             await self.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
-            # Between the themes, only the colours differ.
-            options = {"runOnly": ["color-contrast"]} if theme == "dark" else None
+            # Themes differ in colours alone. What passes needs no list of its elements.
+            options: dict[str, Any] = {"resultTypes": ["violations"], "preload": False}
+            if theme == "dark":
+                options["runOnly"] = ["color-contrast"]
             results = await Axe().run(self.page, options=options)
             found = [
                 (one["id"], [node["html"][:200] for node in one["nodes"]])
@@ -272,19 +275,40 @@ def ui(page: Page, viewer: Viewer) -> Ui:
     return Ui(page, viewer)
 
 
-@fixture(loop_scope="session")
-async def context(
-    browser: Browser, browser_errors: BrowserErrors, viewer: Viewer
-) -> AsyncIterator[BrowserContext]:
-    """Return a new browser context that may use the clipboard.
+def _new_context(browser: Browser) -> Awaitable[BrowserContext]:
+    return browser.new_context(viewport=WIDE, permissions=["clipboard-read", "clipboard-write"])
 
-    It is closed before the viewer stops, lest a request that a page still sends is refused.
-    """
-    context = await browser.new_context(
-        viewport=WIDE, permissions=["clipboard-read", "clipboard-write"]
-    )
+
+@fixture(scope="session", loop_scope="session")
+async def shared_context(browser: Browser) -> AsyncIterator[BrowserContext]:
+    """Return the browser context of all tests that need nothing special."""
+    context = await _new_context(browser)
     yield context
     await context.close()
+
+
+@fixture(loop_scope="session")
+async def context(
+    request: pytest.FixtureRequest,
+    browser: Browser,
+    shared_context: BrowserContext,
+    browser_errors: BrowserErrors,
+    viewer: Viewer,
+) -> AsyncIterator[BrowserContext]:
+    """Return a browser context that may use the clipboard: a new one for a test that asks for it.
+
+    What a page stores is for its origin, and each viewer has another one. Pages are closed before
+    the viewer stops, lest a request that one still sends is refused.
+    """
+    if "context" in inspect.signature(request.function).parameters:
+        context = await _new_context(browser)
+        yield context
+        await context.close()
+        return
+
+    yield shared_context
+    for page in shared_context.pages:
+        await page.close()
 
 
 @fixture(loop_scope="session")

@@ -47,6 +47,7 @@ async def main() -> None:
         await _runs(page)
         await _start(page)
         await _history(page)
+        await _incident(sim, board, page)
         await _batch(sim, page)
         await board.start("research-report", {"topic": "storks"})
         await asyncio.sleep(4)
@@ -113,6 +114,31 @@ async def _history(page: Page) -> None:
     await page.get_by_role("link", name="History").click()
     await page.locator(".trend").first.wait_for()
     await _take(page, "history")
+
+
+async def _incident(sim: Simulator, board: Board, page: Page) -> None:
+    def offer(inputs: Any) -> Scenario:
+        seats = 0 if inputs["plan"] == "free" else 12
+        reason = f"rate limit: {inputs['customer']} may retry in {len(inputs['customer'])} s"
+        failed: dict[str, Any] = {"status": "FAILED", "error_message": reason}
+        return Scenario(
+            [
+                SimNode("load customer", {"seats": seats, "plan": inputs["plan"]}, 0.3),
+                SimNode("choose offer", "annual", 0.3, after=["load customer"])
+                if seats
+                else SimNode("choose offer", duration=0.3, after=["load customer"], **failed),
+            ]
+        )
+
+    sim.add_workflow("churn-offer", offer)
+    for customer in ("acme", "hooli"):
+        await board.start("churn-offer", {"customer": customer, "plan": "pro"})
+    for customer in ("globex", "initech", "umbrella", "stark", "wayne", "wonka"):
+        await board.start("churn-offer", {"customer": customer, "plan": "free"})
+    await page.get_by_role("link", name="Live").click()
+    await page.locator(".incident", has_text="6 failed").wait_for()
+    await page.locator(".incident [data-part=difference]").wait_for()
+    await _take(page, "incident")
 
 
 async def _batch(sim: Simulator, page: Page) -> None:

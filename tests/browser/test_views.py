@@ -114,6 +114,16 @@ async def _make_batch(sim: Simulator) -> Batch:
     return batch
 
 
+@pytest.mark.usefixtures("batches")
+async def test_a_new_batch_waits_for_its_worker(sim: Simulator, ui: Any, page: Page) -> None:
+    """In its first seconds, nothing is wrong if nobody works on it."""
+    sim.add_workflow("order", _order)
+    make = partial(Session, sim.api_key, base_url=sim.base_url, push=False)
+    await Batch(NIGHT, session=make).add([StartRequest("order", {"n": 1})])
+    await ui.open("#/batches")
+    await expect(page.locator(".batch")).to_contain_text("1 item, its worker is starting")
+
+
 @pytest.mark.parametrize("width", [1280, 360])
 async def test_batches_say_what_is_wrong_and_what_goes_on(
     sim: Simulator, ui: Any, page: Page, width: int, batches: str
