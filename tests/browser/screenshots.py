@@ -119,7 +119,7 @@ async def _history(page: Page) -> None:
 async def _incident(sim: Simulator, board: Board, page: Page) -> None:
     def offer(inputs: Any) -> Scenario:
         seats = 0 if inputs["plan"] == "free" else 12
-        reason = f"rate limit: {inputs['customer']} may retry in {len(inputs['customer'])} s"
+        reason = f"rate limit of '{inputs['customer']}': retry in {len(inputs['customer'])} s"
         failed: dict[str, Any] = {"status": "FAILED", "error_message": reason}
         return Scenario(
             [
@@ -162,7 +162,7 @@ async def _web_app(browser: Browser, directory: Path) -> None:
     """Take the page of docs/fastapi.md while its run is on the way."""
     async with Simulator(log_requests=False) as sim:
         sim.add_workflow("write-report", REPORT)
-        app = App(directory, sim)
+        app = App(directory, sim, sim.base_url)
         await app.start()
         page = await browser.new_page(
             viewport={"width": 560, "height": 220},

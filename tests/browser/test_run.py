@@ -272,7 +272,7 @@ async def test_times_are_those_of_the_clock_too(
     sim.finish(execution_id, "plan")
     await expect(ui.row("plan")).to_have_attribute("data-status", "success")
     bar = ui.row("plan").locator('[data-part="stretch"]')
-    moments = re.compile(rf"^\d\.\d s \({hour}:.*\) to \d\.\d s \({hour}:.*\), \d\.\d s$")
+    moments = re.compile(rf"^<?\d\.\d s \({hour}:.*\) to \d\.\d s \({hour}:.*\), \d\.\d s$")
     await expect(bar).to_have_attribute("title", moments)
     await ui.select("plan")
     times = ui.selected.locator('[data-part="times"]')
