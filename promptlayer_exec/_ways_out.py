@@ -60,8 +60,8 @@ _OF_ITEMS = {
     "unknown": [
         (
             (
-                "unknown items may have started and be billed: look for them in PromptLayer, and"
-                " follow what you find with"
+                "unknown items may have started, and you may be billed: look for them in"
+                " PromptLayer, and follow what you find with"
             ),
             "batch adopt",
             "KEY ID",

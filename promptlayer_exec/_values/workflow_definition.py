@@ -153,7 +153,7 @@ class WorkflowDefinition:
 
         Raises:
             InvalidInputs: some are missing. The message names all of them, and points out likely
-                misspellings: `It does not require topik (did you mean 'topic'?)`.
+                misspellings: `It has no required input 'topik' (did you mean 'topic'?)`.
             TypeError: `inputs` is of another type.
         """
         if not self.required_inputs:
@@ -165,12 +165,14 @@ class WorkflowDefinition:
 
         named = ", ".join(f"{name!r} ({kind})" for name, kind in missing.items())
         plural = "s" if len(missing) > 1 else ""
-        what = f"workflow {self.name!r:.100} is missing the input{plural} {named}"
+        what = f"missing input{plural} for workflow {self.name!r:.100}: {named}"
 
         if unknown := sorted(given - self.required_inputs.keys()):
             # A row of a table may have many more columns than the workflow has inputs.
             most = 20
-            what += f". It does not require {', '.join(_guesses(unknown[:most], missing))}"
+            plural = "s" if len(unknown) > 1 else ""
+            listed = ", ".join(_guesses(unknown[:most], missing))
+            what += f". It has no required input{plural} {listed}"
             if len(unknown) > most:
                 what += f" and {len(unknown) - most} more"
         raise InvalidInputs(printable(what), missing=tuple(missing))
@@ -198,9 +200,9 @@ def _guesses(given: Iterable[str], missing: Iterable[str]) -> list[str]:
     misspelt, others = [], []
     for name in given:
         if likely := near(name, missing, 1):
-            misspelt.append(f"{name:.100} (did you mean {likely[0]!r:.100}?)")
+            misspelt.append(f"{name!r:.100} (did you mean {likely[0]!r:.100}?)")
         else:
-            others.append(f"{name:.100}")
+            others.append(f"{name!r:.100}")
     return misspelt + others
 
 

@@ -126,10 +126,10 @@ async def items(
     if unknown and not as_json:
         err(
             hint(
-                f"{lookup.item_count(unknown)} unknown: each may have started a run and be billed."
-                f" In PromptLayer, search for the metadata {KEY_METADATA} = KEY. If the run is"
-                " there, adopt it with the command of its item. If it is not, start the item again"
-                " with:",
+                f"{lookup.item_count(unknown)} unknown: each may have started a run, and you may be"
+                f" billed. In PromptLayer, search for the metadata {KEY_METADATA} = KEY. If the run"
+                " is there, adopt it with the command of its item. If it is not, start the item"
+                " again with:",
                 command_about("batch retry --unknown", flags, "KEY"),
             )
         )

@@ -278,7 +278,7 @@ _NOT_AGAIN = {
     "waiting": "has not finished: no run of it is known yet",
     "sending": "has not finished: no run of it is known yet",
     "following": "has not finished: the batch follows execution",
-    "unknown": "is unknown: its run may have started and be billed",
+    "unknown": "is unknown: its run may have started, and you may be billed",
     "failed": "has failed, and is not unknown",
     "succeeded": "has succeeded, so there is nothing to repeat",
 }

@@ -74,10 +74,10 @@ async def _list(
     if unsettled and not as_json:
         err(
             hint(
-                f"{unsettled} unknown: each may have started a run and be billed. In PromptLayer,"
-                f" search for the metadata {KEY_METADATA} = KEY among the runs of the time when it"
-                " was sent. If the run is there, adopt it with the command of its key."
-                " If it is not, forget the key, and start it again:",
+                f"{unsettled} unknown: each may have started a run, and you may be billed. In"
+                f" PromptLayer, search for the metadata {KEY_METADATA} = KEY among the runs of"
+                " the time when it was sent. If the run is there, adopt it with the command of its"
+                " key. If it is not, forget the key, and start it again:",
                 f"{PROGRAM} starts forget KEY...{_database_option(database)}",
             )
         )

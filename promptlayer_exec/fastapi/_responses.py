@@ -77,7 +77,7 @@ _PROBLEMS: Mapping[type[Exception], tuple[int, str, str]] = {
     ResponseTooLarge: (502, "PromptLayer's response is larger than this server accepts.", ""),
     StartUnknown: (
         502,
-        "The run may have started and be billed:",
+        "The run may have started, and you may be billed:",
         "look in PromptLayer before starting it again.",
     ),
     ExecutionTimeout: (

@@ -365,13 +365,17 @@ def test_missing_inputs_are_named_with_near_misses() -> None:
             {"topik": 1, "LANGUAGE": 2, "other": 3}
         )
     assert caught.value.problem == (
-        "workflow 'analyze' is missing the inputs 'topic' (string), 'language' (string), 'n' (int)."
-        " It does not require LANGUAGE (did you mean 'language'?), topik (did you mean 'topic'?),"
-        " other."
+        "missing inputs for workflow 'analyze': 'topic' (string), 'language' (string), 'n' (int)."
+        " It has no required inputs 'LANGUAGE' (did you mean 'language'?), 'topik' (did you mean"
+        " 'topic'?), 'other'."
     )
-    with pytest.raises(ValueError, match=r"the input 'a\\nb' \(x\\x1b\)\."):
+    with pytest.raises(
+        ValueError, match=r"missing input for workflow 'analyze': 'a\\nb' \(x\\x1b\)\."
+    ):
         requires(**{"a\nb": "x\x1b"}).check_inputs(None)
-    with pytest.raises(ValueError, match=r"does not require o00, o01, .*, o19 and 5 more\."):
+    with pytest.raises(
+        ValueError, match=r"no required inputs 'o00', 'o01', .*, 'o19' and 5 more\."
+    ):
         requires(topic="string").check_inputs({f"o{n:02}": n for n in range(25)})
 
 

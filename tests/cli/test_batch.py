@@ -298,8 +298,8 @@ def test_lines_that_cannot_run_are_reported_before_anything_is_added(
     code, out, err = run("run", file, "--workflow", "pair")
     assert (code, out) == (2, "")
     misspelt = (
-        "workflow 'pair' is missing the input 'last' (string). It does not require"
-        " lats (did you mean 'last'?). See its inputs with `promptlayer-exec workflow pair`"
+        "missing input for workflow 'pair': 'last' (string). It has no required input"
+        " 'lats' (did you mean 'last'?). See its inputs with `promptlayer-exec workflow pair`"
     )
     hint = ". `promptlayer-exec workflows` lists names and labels"
     assert err.splitlines() == [
@@ -396,7 +396,9 @@ def test_unknown_items_are_retried_on_request(sim: Simulator, run: Run, tmp_path
     sim.inject(on("POST", "/", Fault.disconnect()))
     code, _, err = run(*command)
     assert code == 1
-    assert "unknown items may have started and be billed: look for them in PromptLayer, and " in err
+    assert (
+        "unknown items may have started, and you may be billed: look for them in PromptLayer" in err
+    )
     sim.clear_faults()
     assert run("retry", "--unknown")[0] == 0
     assert run(*command)[0] == 0
@@ -843,7 +845,7 @@ def test_only_the_items_with_these_keys_are_started_again(
     assert run("retry", "a", "lost") == (
         *(2, ""),
         (
-            "item 'lost' is unknown: its run may have started and be billed\n"
+            "item 'lost' is unknown: its run may have started, and you may be billed\n"
             "if you find its run, follow it with:\n"
             "  promptlayer-exec batch adopt lost ID --name night\n"
             "else start it again with:\n"
@@ -1092,7 +1094,7 @@ def test_items_are_listed_with_the_command_that_leads_on(
     )
     on_screen = run("items", on_screen=True)[1]
     assert "\n  promptlayer-exec batch adopt lost ID --name night\n" in on_screen
-    assert "1 item unknown: each may have started a run and be billed." in err
+    assert "1 item unknown: each may have started a run, and you may be billed." in err
     assert err.endswith("  promptlayer-exec batch retry KEY --unknown --name night\n")
 
     (line,) = run("items", "--state", "unknown", "--json")[1].splitlines()

@@ -57,7 +57,7 @@ def test_each_unknown_key_is_brought_to_one_run(
     assert [line.split("  ")[0] for line in lines] == ["order 1", "order-2"]
     assert "workflow report: the response to its start request was lost" in lines[0]
     assert "promptlayer-exec starts adopt 'order 1' ID --db sqlite" in lines[0].split("  ")[-1]
-    assert "2 unknown: each may have started a run and be billed." in err
+    assert "2 unknown: each may have started a run, and you may be billed." in err
     assert "promptlayer_exec.key = KEY" in err
     assert "promptlayer-exec starts forget KEY" in err
     assert len(starts("list")[1].splitlines()) == 3

@@ -227,8 +227,8 @@ class TestRun:
         code, out, err = call("run", "support agent", *options)
         assert (code, out) == (2, "")
         assert err == (
-            "workflow 'support agent' is missing the inputs 'letter' (string), 'language' (string)."
-            " It does not require leter (did you mean 'letter'?). This command started no"
+            "missing inputs for workflow 'support agent': 'letter' (string), 'language' (string)."
+            " It has no required input 'leter' (did you mean 'letter'?). This command started no"
             " run.\nsee its inputs with:\n"
             f"  promptlayer-exec workflow 'support agent' --base-url {sim.base_url}\n"
         )

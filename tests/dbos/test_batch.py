@@ -401,7 +401,7 @@ async def test_an_item_without_an_input_that_is_required_has_failed(
     error = (await outcomes_of(batch))["b"].error
     assert error is not None
     assert error.type == "InvalidInputs"
-    assert "is missing the input 'n' (string)" in error.message
+    assert "missing input for workflow 'typed': 'n' (string)" in error.message
     assert [run.inputs for run in sim.runs] == [{"n": "x"}]
 
 

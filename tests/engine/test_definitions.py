@@ -25,7 +25,7 @@ from promptlayer_exec._integration import definition
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 DONE = Scenario([SimNode("Answer", "42", is_output_node=True)])
-MISSPELT = r"is missing the input 'topic' \(string\)\. .* topik \(did you mean 'topic'"
+MISSPELT = r"missing input for workflow 'w': 'topic' \(string\)\. .* 'topik' \(did you mean 'topic'"
 
 
 @pytest.fixture

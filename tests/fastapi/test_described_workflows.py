@@ -80,7 +80,10 @@ async def test_a_client_s_run_has_the_label_and_the_metadata(
     [
         ({"topic": "x", "length": "3"}, "$.length: expected an integer, got a string"),
         ({"topic": "x", "tags": ["a", 1]}, "$.tags[1]: expected a string, got an integer"),
-        ({"topik": "x"}, "'topic' (string). It does not require topik (did you mean 'topic'?)"),
+        (
+            {"topik": "x"},
+            "'topic' (string). It has no required input 'topik' (did you mean 'topic'?)",
+        ),
     ],
 )
 async def test_inputs_of_another_type_are_refused_before_they_cost_anything(

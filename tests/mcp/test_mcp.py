@@ -349,7 +349,7 @@ async def test_near_names_are_suggested(workspace: Simulator, connect: Connect) 
         text = await refused(
             client, "start_workflow", workflow="write report", inputs={"Topik": 1, "rows": []}
         )
-        assert "is missing the inputs 'topic' (string), 'when' (date)" in text
+        assert "missing inputs for workflow 'write report': 'topic' (string), 'when' (date)" in text
         assert "did you mean 'topic'?" in text
         assert "No run was started. describe_workflow" in text
         text = await refused(client, "start_workflow", workflow="write report", version=9)
@@ -567,7 +567,9 @@ async def test_a_named_workflow_is_run_by_its_tool(workspace: Simulator, connect
             assert result["output"] == {"text": "Otters are fine."}
             nested = {"inputs": INPUTS, "label": "prod", "timeout": 30}
             assert (await call(client, "run_write_report", **nested))["succeeded"]
-        assert "is missing the inputs" in await refused(client, "run_write_report", topic="otters")
+        assert "missing inputs for workflow" in await refused(
+            client, "run_write_report", topic="otters"
+        )
     assert [run.inputs for run in workspace.runs] == [INPUTS] * 4
 
 

@@ -205,7 +205,7 @@ function groupOf(batch, state, ways) {
 // Keys of single runs, in the same database, whose response was lost.
 function keysOf({ unknown_keys: count, unknown_keys_command: command }) {
   if (count === 0) return [];
-  const what = `${counted(count, "key")} of single runs ${count === 1 ? "is" : "are"} unknown: each may have started a run and be billed. List them with:`;
+  const what = `${counted(count, "key")} of single runs ${count === 1 ? "is" : "are"} unknown: each may have started a run, and you may be billed. List them with:`;
   return [make("section", { class: "next unknown-keys" }, commandOf({ what, command }))];
 }
 
