@@ -311,7 +311,8 @@ class Client:
         seen: Snapshot | None = None,
     ) -> Reply[T]:
         """Send a request outside a watch, now or at `due`. Errors carry the snapshot `seen`."""
-        state = RetryState(self._settings.retry, self._settings.retry.outage)
+        retry = self._settings.retry
+        state = RetryState(retry, retry.outage, deadline=lambda: deadline.at)
         now = clock()
         due = now if due is None else due
 
@@ -355,10 +356,11 @@ class Client:
 
         If a store records the run, the deadline holds for the response as well.
         """
+        retry = self._settings.retry
         send = SendOnce(
             request=prepared.request,
             send=partial(self._send_start, prepared),
-            retries=RetryState(self._settings.retry, self._settings.retry.outage),
+            retries=RetryState(retry, retry.outage, deadline=lambda: deadline.at),
             lifetime=self.lifetime,
             emit=self._emit,
             base_url=self.base_url,

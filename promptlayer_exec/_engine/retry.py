@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from random import random
 from typing import TypeVar
@@ -27,7 +28,7 @@ class RetryState:
 
     The session gives up `limit` seconds after the first failed attempt. Waiting does not count if
     the server asked for it, or had no part in it. It calls `on_failure` for each failure that leads
-    to another attempt.
+    to another attempt. `deadline` returns when its last caller stops waiting.
 
     Attributes:
         since: the time of the first failure, on the loop's clock.
@@ -37,6 +38,7 @@ class RetryState:
     _policy: RetryPolicy
     limit: float | None
     _on_failure: Callable[[], object] | None = None
+    _deadline: Callable[[], float] = lambda: math.inf
     since: float | None = attrs.field(init=False, default=None)
     failures: int = attrs.field(init=False, default=0)
     error: Exception | None = attrs.field(init=False, default=None)
@@ -46,6 +48,16 @@ class RetryState:
         """Do not count `seconds` of waiting against the limit."""
         if self.since is not None:
             self._excused += seconds
+
+    def patience(self, limit: float | None, *, now: float) -> float | None:
+        """Return for how many seconds retries may go on, or None if that has no limit.
+
+        That is `limit`, unless the last caller stops waiting before.
+        """
+        left = self._deadline() - now
+        if left >= or_infinity(limit):
+            return limit
+        return round(left) if left >= 1.0 else float(f"{left:.1g}")
 
     def delay(
         self, error: Exception, *, now: float, chance: float, retry_after: float | None = None
@@ -202,6 +214,7 @@ class Retrying:
         seconds = state.limit
         if self._is_new_run(error):
             seconds = self._policy.not_found_grace
+        seconds = state.patience(seconds, now=clock())
         self._outages.begin(error, state, seconds=seconds, is_start=start is not None)
         self._emit(RequestRetried(request.execution_id, error, delay))
         return delay

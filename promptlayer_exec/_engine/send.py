@@ -25,6 +25,7 @@ from promptlayer_exec._engine.lifetime import Lifetime
 from promptlayer_exec._engine.retry import RetryState
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
 from promptlayer_exec._values.errors import (
+    ConnectionFailed,
     ExecutionTimeout,
     RateLimited,
     RequestError,
@@ -316,11 +317,13 @@ class SendOnce:
             return SessionClosed()
 
         timeout = self._expired.timeout or 0.0
-        why = "it was still waiting for a connection, the rate limit or the store of its key"
+        why = ": it was still waiting for a connection, the rate limit or the store of its key"
         if cause is not None:
-            why = f"last failure: {cause.args[0]}"
+            why = f". Last failure: {cause.args[0]}"
         error = ExecutionTimeout(
-            f"could not send the start request within {timeout:g} s, so no run was started: {why}",
+            f"could not send the start request within {timeout:g} s, so no run was started{why}",
+            # A longer timeout would not help to reach the server.
+            advice=cause.advice if isinstance(cause, ConnectionFailed) else None,
             timeout=timeout,
         )
         error.__cause__ = cause

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import attrs
 
-from promptlayer_exec._values.errors import ExecutionTimeout
+from promptlayer_exec._values.errors import ConnectionFailed, ExecutionTimeout
 from promptlayer_exec._values.models import NodeStatus, Snapshot
 from promptlayer_exec._values.policies import Deadline
 
@@ -40,7 +40,13 @@ def timed_out(
 
     if cause is not None and cause.args:
         what += f". Last failure: {cause.args[0]}"
-    return ExecutionTimeout(what, timeout=timeout, execution_id=execution_id, last_snapshot=seen)
+
+    advice = None
+    if execution_id is None and isinstance(cause, ConnectionFailed):
+        advice = cause.advice  # a longer timeout would not help
+    return ExecutionTimeout(
+        what, advice=advice, timeout=timeout, execution_id=execution_id, last_snapshot=seen
+    )
 
 
 def _progress(seen: Snapshot) -> str:

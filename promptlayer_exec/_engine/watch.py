@@ -156,7 +156,10 @@ class Watch:
 
     def _no_failures(self) -> RetryState:
         notify = partial(self._notify, ended=False)
-        return RetryState(self._retry, self._retry.watch_outage, notify)
+        return RetryState(self._retry, self._retry.watch_outage, notify, self._last_deadline)
+
+    def _last_deadline(self) -> float:
+        return max((waiter.deadline.at for waiter in self._waiters), default=math.inf)
 
     def _notify(self, *, ended: bool) -> None:
         for waiter in self._waiters:

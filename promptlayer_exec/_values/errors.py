@@ -431,8 +431,13 @@ class StartUnknown(PromptLayerExecError):
         advice = "Look for it in PromptLayer before you start it again, or you may pay twice."
         if self.is_key_stored:
             advice = f"Look in PromptLayer for the metadata promptlayer_exec.key {self.key!r:.500}."
-            advice += " If the run is there, await store.adopt(key, id). If not, await"
-            advice += " store.forget(key), and start it again."
+            advice += (
+                " If the run is there, `promptlayer-exec starts adopt KEY ID` records its id, as"
+            )
+            advice += (
+                " does await store.adopt(key, id). If not, `promptlayer-exec starts forget KEY` or"
+            )
+            advice += " await store.forget(key), and start it again."
         if self.callback_token is not None:
             advice = f"Session.recover(error) waits for its callback. {advice}"
         return advice

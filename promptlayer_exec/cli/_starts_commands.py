@@ -239,7 +239,8 @@ async def _forget_all(chosen: list[StoredStart], database: str | None) -> None:
             # A callback may have settled it meanwhile.
             count += await store.forget(record.key, only_unknown=record.state == "unknown")
 
-    err(f"forgot {_count(count)}. The next start with each pays for a new run")
+    which = "it" if count == 1 else "any of them"
+    err(f"forgot {_count(count)}. The next start with {which} pays for a new run")
     if count < len(chosen):
         err(f"kept {_count(len(chosen) - count)}, whose run has become known meanwhile")
 

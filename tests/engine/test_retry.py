@@ -110,10 +110,9 @@ async def test_an_abandoned_outage_is_not_logged_as_ended(
         await session.execution(6).wait(timeout=0.05)
     await session.aclose()
     why = f"could not reach {dead}: Connection refused. Trying again"
-    assert lines(caplog, logging.WARNING) == [
-        f"execution 5: {why} for up to 0.02 s",
-        f"execution 6: {why}",
-    ]
+    single, watched = lines(caplog, logging.WARNING)
+    assert single == f"execution 5: {why} for up to 0.02 s"
+    assert re.fullmatch(re.escape(f"execution 6: {why} for up to ") + r"0\.0\d* s", watched)
     assert "PromptLayer is reachable again" not in lines(caplog, logging.INFO)
 
 
@@ -130,6 +129,27 @@ async def test_a_start_is_named_as_a_start(
     assert caplog.messages == [
         f"starting a run: could not reach {dead}: Connection refused. Trying again for up to 60 s"
     ]
+
+
+async def test_a_timeout_shorter_than_the_retries_is_the_limit(
+    caplog: pytest.LogCaptureFixture, open_session: Callable[..., Session], recorder: Any, dead: str
+) -> None:
+    """The log names it. Without a connection, the advice is to check the network."""
+    session = open_session(base_url=dead, retry=RetryPolicy())
+    for call in (session.run("w", timeout=8), session.execution(787).output(timeout=8)):
+        running = asyncio.create_task(call)
+        await recorder.next(RequestRetried)
+        running.cancel()
+        await asyncio.wait([running])
+    limits = [line.rsplit(". ", 1)[1] for line in lines(caplog, logging.WARNING)]
+    assert limits == ["Trying again for up to 8 s"] * 2
+
+    session = open_session(base_url=dead, wait_timeout=0.02)
+    for call in (session.start("w"), anext(session.workflows())):
+        with pytest.raises(ExecutionTimeout) as caught:
+            await call
+        why = f". Last failure: could not reach {dead}: Connection refused. Check the network"
+        assert why in str(caught.value)
 
 
 async def test_a_request_for_a_workflow_is_not_named_as_a_start(

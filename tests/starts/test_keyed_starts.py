@@ -221,8 +221,9 @@ def start(session: Session, flow: str, key: str = "order") -> asyncio.Task[Execu
 
 
 WAYS_OUT = (
-    "Look in PromptLayer for the metadata promptlayer_exec.key 'order'. If the run is there, await"
-    " store.adopt(key, id). If not, await store.forget(key), and start it again."
+    "Look in PromptLayer for the metadata promptlayer_exec.key 'order'. If the run is there,"
+    " `promptlayer-exec starts adopt KEY ID` records its id, as does await store.adopt(key, id). If"
+    " not, `promptlayer-exec starts forget KEY` or await store.forget(key), and start it again."
 )
 
 
