@@ -245,7 +245,9 @@ def test_both_versions_of_the_function_return_the_same(
     sim: Simulator, load: Callable[..., ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The function before and after the migration, in one program and one loop."""
-    before, after = (load("Migrate a function", f"version_{i}", i) for i in range(2))
+    blocking, blocking_after, before, after = (
+        load("Migrate a function", f"version_{i}", i) for i in range(4)
+    )
 
     async def run() -> list[str]:
         async with Session() as session:
@@ -257,6 +259,12 @@ def test_both_versions_of_the_function_return_the_same(
     assert first == second
     asyncio.run(after.main())
     assert capsys.readouterr().out == "About otters.\n"
+
+    before_blocking = len(sim.runs)
+    assert blocking.report_on("otters") == blocking_after.report_on("otters") == "About otters."
+    first, second = new_starts(sim, before_blocking)
+    assert first == second
+    blocking_after.blocking.close()
 
 
 def test_a_synchronous_program(
@@ -351,7 +359,7 @@ settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"], SECRET_KEY="x")
 from django.core.asgi import get_asgi_application
 application = get_asgi_application()
 import views
-urlpatterns = [path("report", views.report)]
+urlpatterns = [path("report/<int:order>", views.report)]
 """
 
 
@@ -362,7 +370,10 @@ def test_a_view_of_django(sim: Simulator, tmp_path: Path) -> None:
     uvicorn = [sys.executable, "-X", "dev", "-m", "uvicorn", "site_asgi:application", "--port", "0"]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     with subprocess.Popen(
-        uvicorn, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+        uvicorn,
+        env={**os.environ, "PYTHONPATH": path, "PROMPTLAYER_EXEC_DB": f"sqlite:///{tmp_path}/db"},
+        stderr=subprocess.PIPE,
+        text=True,
     ) as server:
         try:
             log = ""
@@ -371,9 +382,9 @@ def test_a_view_of_django(sim: Simulator, tmp_path: Path) -> None:
                 assert line, log
                 log += line
             seen = []
-            for topic in ("otters", "unicorns", "newts"):
+            for order, topic in enumerate(("otters", "unicorns", "newts")):
                 try:
-                    url = f"{found[1]}/report?topic={topic}"
+                    url = f"{found[1]}/report/{order}?topic={topic}"
                     seen.append(urllib.request.urlopen(url, timeout=20).read())
                 except urllib.error.HTTPError as error:
                     seen.append(error.read())
