@@ -589,7 +589,7 @@ class SQLStartStore:
         return done
 
     def unknown(self, *, older_than: float = 0.0) -> AsyncGenerator[StoredStart, None]:
-        """Yield the records of keys that may have started a run that nobody knows, by key.
+        """Yield the records of keys that may have started a run that nobody knows, sorted by key.
 
         Look for each run on PromptLayer, and then `adopt` it, or `forget` the key.
 
@@ -599,7 +599,7 @@ class SQLStartStore:
         return self._pages(check_seconds("older_than", older_than), only_unknown=True)
 
     def records(self, *, older_than: float = 0.0) -> AsyncGenerator[StoredStart, None]:
-        """Yield the records of all keys, by key.
+        """Yield the records of all keys, sorted by key.
 
         Args:
             older_than: the least age of a record, in seconds since it last changed.

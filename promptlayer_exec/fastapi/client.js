@@ -36,7 +36,9 @@ const MOST_CHARACTERS = 7000; // of an address: nginx accepts 8 KB
 const SLOW = 3_000; // milliseconds until a page gets the message that there is no connection yet
 const DEAD = 45_000; // milliseconds without a byte: the server sends a comment every 15 seconds
 const HIDDEN = 20_000; // milliseconds until a hidden page lets go of its connections
-const SLOW_MESSAGE = "There is no connection yet: the server is slow, or other tabs use them all.";
+const SLOW_MESSAGE =
+  "Still connecting. The server may be slow, or other tabs may be using all connections.";
+const UNREACHABLE_MESSAGE = "Could not reach the server.";
 const FULL_MESSAGE = "The server cannot take another connection now. Trying again.";
 const TEMPORARY = [408, 425, 429]; // besides each 5xx, which may be a proxy's
 
@@ -286,7 +288,10 @@ class Group {
   /** @param {Stream} stream @param {string} address */
   async read(stream, address) {
     const { signal } = stream.controller;
-    const slow = setTimeout(() => this.say(stream, SLOW_MESSAGE), SLOW);
+    const slow = setTimeout(() => {
+      // After a failed attempt, the page still shows why that failed.
+      if (!this.failures) this.say(stream, SLOW_MESSAGE);
+    }, SLOW);
     let retry = (1 + 3 * Math.random()) * 1_000, message = null, status = 0;
     try {
       const response = await fetch(address, { signal, cache: "no-store" });
@@ -338,7 +343,7 @@ class Group {
         this.receive("failure", data, stream);
       }
     } else if (message) {
-      this.say(stream, message);
+      this.say(stream, message === UNREACHABLE_MESSAGE ? `${message} Trying again.` : message);
       this.plan(retry * 2 ** Math.min(this.failures++, 3));
     } else {
       if (!stream.live) this.say(stream, FULL_MESSAGE, (run) => run.view.state !== "running");
@@ -457,5 +462,5 @@ async function* events(body, controller) {
 /** @param {Response | null} response */
 async function problem(response) {
   const { detail, title } = (await response?.json().catch(() => null)) ?? {};
-  return /** @type {string} */ (detail ?? title ?? "Could not reach the server.");
+  return /** @type {string} */ (detail ?? title ?? UNREACHABLE_MESSAGE);
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 from conftest import CHROMIUM, FLAGS, WIDE  # type: ignore[import-not-found]
 from playwright.async_api import Browser, Page, async_playwright, expect
-from test_client import REPORT, App  # type: ignore[import-not-found]
+from test_client import App  # type: ignore[import-not-found]
 
 from promptlayer_exec import Observer, PollPolicy, RetryPolicy, Session, StartRequest
 from promptlayer_exec.cli import _demo as demo
@@ -161,7 +161,7 @@ async def _batch(sim: Simulator, page: Page) -> None:
 async def _web_app(browser: Browser, directory: Path) -> None:
     """Take the page of docs/fastapi.md while its run is on the way."""
     async with Simulator(log_requests=False) as sim:
-        sim.add_workflow("write-report", REPORT)
+        examples.add_workflows(sim)
         app = App(directory, sim, sim.base_url)
         await app.start()
         page = await browser.new_page(
@@ -170,7 +170,7 @@ async def _web_app(browser: Browser, directory: Path) -> None:
         )
         await page.goto(app.url)
         await page.get_by_role("button").click()
-        await expect(page.locator("#state")).to_have_text("50 %")
+        await expect(page.locator("#state")).to_have_text("33 %")
         await page.screenshot(path=IMAGES / "web-app.png")
         await page.close()
         await app.kill()

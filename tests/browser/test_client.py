@@ -258,7 +258,7 @@ async def test_a_run_is_shown_after_a_proxy_s_error(
 
     await page.route("**/events?*", proxy, times=2)
     await page.get_by_role("button").click()
-    await expect(page.locator("#state")).to_have_text("Could not reach the server.")
+    await expect(page.locator("#state")).to_have_text("Could not reach the server. Trying again.")
     await expect(page.locator("#state")).to_have_text("50 %")
     assert answers == []
 
@@ -555,7 +555,7 @@ async def test_the_page_says_that_there_is_no_connection(sim: Simulator, tabs: A
     await tab.page.clock.run_for(3_100)
     await tab.until("waiting", 1, timeout=2)
     message = await tab.page.evaluate("Object.values(rows)[0].message")
-    assert message.startswith("There is no connection yet")
+    assert message.startswith("Still connecting.")
     held.set()
     await tab.until("running", 1)
 
