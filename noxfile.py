@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import subprocess
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -340,6 +341,8 @@ def frontends(session: nox.Session) -> None:
     environment = {
         "PYTHONSAFEPATH": "1",
         "PROMPTLAYER_EXEC_NODE_MODULES": f"{prefix}/node_modules",
+        # create_tmp made it a folder of .nox, which git ignores, so the linter would find no files.
+        "TMPDIR": tempfile.gettempdir(),
     }
     session.run("pytest", own_fixtures, "tests/frontends", *session.posargs, env=environment)
 
