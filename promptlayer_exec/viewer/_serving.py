@@ -32,6 +32,12 @@ _TYPES = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
+# As one response, for which the first line of the page waits. Each has the styles of one view, or
+# of what several share.
+_STYLES = (
+    *("viewer", "board", "incident", "nodes", "run"),
+    *("graph", "history", "batches", "start", "compare"),
+)
 _GRACE = 2.0  # seconds that open pages have to end
 
 
@@ -53,6 +59,10 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
             name = ""
         file = Response(path.read_bytes(), media_type=_TYPES[path.suffix])
         app.routes.append(Route(f"/{name}", file, methods=["GET"]))
+
+    styles = "".join((_PAGE / f"{name}.css").read_text("utf-8") for name in _STYLES)
+    sheet = Response(styles, media_type=_TYPES[".css"])
+    app.routes.append(Route("/styles.css", sheet, methods=["GET"]))
 
     script = Response(_statuses_script(), media_type=_TYPES[".js"])
     app.routes.append(Route("/statuses.js", script, methods=["GET"]))

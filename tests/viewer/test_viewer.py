@@ -72,6 +72,14 @@ async def test_only_its_own_origin_is_allowed(viewer: Any) -> None:
         assert (await viewer.request("GET /api/events", **own))[0] == 200
 
 
+async def test_one_response_has_the_styles_of_every_file(viewer: Any) -> None:
+    """A file that is missing from the list would leave its view without styles."""
+    status, styles = await viewer.request("GET /styles.css")
+    assert status == 200
+    for path in PAGE.glob("*.css"):
+        assert path.read_text() in styles, path.name
+
+
 async def test_another_site_may_only_link_to_the_page(viewer: Any) -> None:
     """It may not embed the page in a frame, load its script, or send other requests."""
     link = {"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}
