@@ -22,7 +22,7 @@ from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 pytestmark = pytest.mark.asyncio(loop_scope="session")  # one loop, as there is one browser
 
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"
-LONG = "word " * 200_000 + "the end"
+LONG = "word " * 400_000 + "the end"
 HELD = Scenario(
     [
         SimNode("plan", {"parts": 3}, None),
@@ -247,7 +247,7 @@ async def test_a_value_is_always_text(sim: Simulator, ui: Any, page: Page) -> No
 
 
 async def test_a_large_value_is_fetched_on_demand(sim: Simulator, ui: Any) -> None:
-    """Of a value over a million characters, only the start is shown; the copy is complete."""
+    """Of a value over two million characters, only the start is shown; the copy is complete."""
     await ui.open_run(sim.add_execution(Scenario([SimNode("essay", LONG)])))
     await ui.select("essay")
     value = ui.selected.locator('[data-part="value"]')
