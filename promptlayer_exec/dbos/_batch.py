@@ -162,7 +162,7 @@ class Batch:
             KeyConflict: a key belongs to another request, with another workflow, inputs, label,
                 version or metadata.
         """
-        async with self._open() as store:
+        async with self._open(creates=True) as store:
             adding = Addition(store, self._name, self._session, self._checking_session)
 
             # It is impossible to check the last one before adding the first.
@@ -200,7 +200,7 @@ class Batch:
         # Before the first await: `outcomes` must not return before items are queued.
         self._working += until_done
         try:
-            async with self._open() as store:
+            async with self._open(creates=True) as store:
                 await self._claim(store)
                 await self._requeue(store, Reason.CALLBACK, kinds=["unknown"])
 
@@ -283,7 +283,7 @@ class Batch:
         if into is not None:
             integration.check_type(self._session, into)
         last = 0
-        async with self._open() as store:
+        async with self._open(creates=True) as store:  # what follows adds items, or works
             await self._check_owner(store)
 
             is_last = False
@@ -318,7 +318,7 @@ class Batch:
         Returns:
             The number of these items.
         """
-        async with self._open() as store:
+        async with self._open(creates=True) as store:  # what follows adds items, or works
             await self._check_owner(store)
             return await self._requeue(store, Reason.RECHECK, kinds=["failed"])
 
@@ -360,7 +360,7 @@ class Batch:
         chosen = None if keys is None else _check_keys(keys)
         kinds = [kind for kind, is_meant in (("failed", failed), ("unknown", unknown)) if is_meant]
 
-        async with self._open() as store:
+        async with self._open(creates=True) as store:  # what follows adds items, or works
             await self._check_owner(store)
             if again:
                 kinds = ["succeeded", "failed", "unknown"]
@@ -393,7 +393,7 @@ class Batch:
         """
         _check_keys([key])
         execution_id = integration.check_execution_id(execution_id)
-        async with self._open() as store:
+        async with self._open(creates=True) as store:  # what follows adds items, or works
             await self._check_owner(store)
             act = partial(requeue.adopt, store, self._name, key, execution_id)
             return await store.run_in_thread(act)
@@ -418,7 +418,7 @@ class Batch:
         """
         integration.check_seconds("running_for", running_for)
         chosen = None if keys is None else _check_keys(keys)
-        async with self._open() as store:
+        async with self._open(creates=True) as store:  # what follows adds items, or works
             await self._check_owner(store)
             act = partial(requeue.give_up, store, self._name, chosen, running_for=running_for)
             return await store.run_in_thread(act)
@@ -435,7 +435,7 @@ class Batch:
         Raises:
             ConfigurationError: it does not.
         """
-        async with self._open() as store:
+        async with self._open(creates=True) as store:  # what follows adds items, or works
             await self._check_owner(store)
 
     async def status(self) -> BatchStatus:
@@ -559,8 +559,12 @@ class Batch:
         return f"<Batch {self._name!r} in {shown(self._url)}>"
 
     @asynccontextmanager
-    async def _open(self) -> AsyncIterator[Store]:
-        """Yield the database, which all concurrent calls of this batch share."""
+    async def _open(self, *, creates: bool = False) -> AsyncIterator[Store]:
+        """Yield the database, which all concurrent calls of this batch share.
+
+        With `creates`, a missing PostgreSQL database is created. Otherwise a mistake in its name
+        would look like a database without batches.
+        """
         if self._store is None or self._store.ended.is_set():
             self._store = Store(self._url)
 
@@ -570,7 +574,7 @@ class Batch:
             # Only once: `prepare` does not retry, and everything else does.
             if not self._is_prepared:
                 prepare_default(self._url)
-                await store.run_in_thread(store.prepare)
+                await store.run_in_thread(partial(store.prepare, creates=creates))
                 self._is_prepared = True
             yield store
         finally:
@@ -611,13 +615,16 @@ class Batch:
 
 
 async def batch_names(database_url: str | None = None) -> list[str]:
-    """Return the names of all batches in a database, without creating a SQLite file.
+    """Return the names of all batches in a database, without creating it.
+
+    A SQLite file that does not exist has no batches.
 
     Args:
         database_url: as for `Batch`.
 
     Raises:
         StoreUnavailable: the database is unavailable.
+        ConfigurationError: there is no such PostgreSQL database.
     """
     url = locate(database_url)
     if url.get_backend_name() == "sqlite":
@@ -627,7 +634,7 @@ async def batch_names(database_url: str | None = None) -> list[str]:
 
     prepare_default(url)
     with closing(Store(url)) as store:
-        await store.run_in_thread(store.prepare)
+        await store.run_in_thread(partial(store.prepare, creates=False))
         return await store.run_in_thread(store.batches)
 
 

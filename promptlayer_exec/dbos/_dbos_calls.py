@@ -41,6 +41,7 @@ def migrate(url: str) -> None:
         own = f"{given or ''} -c idle_in_transaction_session_timeout=60000"
         url = parsed.update_query_dict({"options": own}).render_as_string(hide_password=False)
 
+    DBOS.logger.addFilter(_is_news)
     sa.event.listen(sa.Engine, "do_connect", connect)
     try:
         DBOS.migrate(url)
@@ -59,8 +60,11 @@ def log_quietly() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Return False for the warning about each item that still runs when a worker stops.
+    """Return False for two warnings that help nobody.
 
-    Nothing is wrong then: the next worker continues with these items.
+    One is about each item that still runs when a worker stops: the next worker continues with it.
+    The other one says that DBOS could not look whether the database exists. If it does not, or is
+    away, an error follows.
     """
-    return not record.getMessage().startswith("Asyncio task cancelled for workflow")
+    helpless = ("Asyncio task cancelled for workflow", "Could not connect to postgres database")
+    return not record.getMessage().startswith(helpless)

@@ -42,9 +42,15 @@ class SharedDatabase(Database):
         for engine in (self.engine, self.engine_of_dbos):
             sa.event.listen(engine, "handle_error", self._translate)
 
-    def prepare(self) -> None:
-        """Create missing tables, without waiting for a database that is away."""
+    def prepare(self, *, creates: bool = True) -> None:
+        """Create missing tables, without waiting for a database that is away.
+
+        DBOS also creates a missing PostgreSQL database, which only `creates` allows.
+        """
         try:
+            if not (creates or self.is_sqlite):
+                with self.engine.connect():  # fails if there is no such database
+                    pass
             if self.is_sqlite:
                 # For a file that is locked or invalid, DBOS would wait, and could not be stopped.
                 with self.engine.begin() as connection:

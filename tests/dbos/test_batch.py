@@ -608,6 +608,15 @@ async def test_the_error_about_a_database_hides_its_password(
     assert repr(batch) == f"<Batch 'nightly' in {shown}>"
 
 
+async def test_a_database_that_is_away_is_reported_once(
+    batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    """DBOS would add that it could not look whether the database exists."""
+    with pytest.raises(StoreUnavailable, match="refused"):
+        await batch_of(database_url="postgresql://127.0.0.1:9/db").check_server()
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("path", ["none/batches.sqlite", ""])
 async def test_a_file_that_cannot_be_opened_is_not_waited_for(
     batch_of: Callable[..., Batch], tmp_path: Path, path: str

@@ -11,7 +11,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from promptlayer_exec import StoreUnavailable
+from promptlayer_exec import ConfigurationError, Session, StoreUnavailable
+from promptlayer_exec.dbos import Batch, batch_names
+from promptlayer_exec.simulator import Simulator
 from promptlayer_exec.starts import SQLStartStore
 
 _spec = spec_from_file_location(
@@ -75,3 +77,14 @@ async def test_a_refused_password_leads_to_the_url(url: str, postgres_of_module:
     async with SQLStartStore(url.replace("tester@", "somebody:wrong@")) as store:
         with pytest.raises(StoreUnavailable, match="Check the user and the password in its URL"):
             await store.find("order", patience=0.2)
+
+
+async def test_reading_does_not_create_a_database(postgres_of_module: Any, sim: Simulator) -> None:
+    """A mistake in its name is not a database without batches. Adding to a batch creates one."""
+    url = postgres_of_module.url.replace("/batches", "/mistyped")
+    batch = Batch("nightly", database_url=url, session=Session(sim.api_key, base_url=sim.base_url))
+    for read in (batch_names(url), batch.status()):
+        with pytest.raises(ConfigurationError, match='"mistyped" does not exist. Check its name'):
+            await read
+    await batch.add([])
+    assert await batch_names(url) == ["nightly"]
