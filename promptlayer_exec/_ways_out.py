@@ -1,4 +1,4 @@
-"""What leads out of each state of an item and of a key, as commands that a person can copy.
+"""What to do next about an item or a key in each state, as commands that a person can copy.
 
 Internal. The command line prints these commands, and the viewer's page shows them.
 """
@@ -86,17 +86,27 @@ _OF_KEY = {
 }
 
 
-def out_of_item(state: str, key: str, flags: str, reading_flags: str | None = None) -> list[WayOut]:
-    """Return what leads out of the state of one item, the usual way first.
+def out_of_item(
+    state: str,
+    key: str,
+    flags: str,
+    reading_flags: str | None = None,
+    *,
+    can_recheck: bool = True,
+) -> list[WayOut]:
+    """Return what to do next about one item, the usual way first.
 
     Args:
         state: its state, as in `BatchItem`.
         key: its key.
         flags: the options with which a command finds the batch and its server.
         reading_flags: the same for a command that asks no server. None: `flags`.
+        can_recheck: False if it is known how its run ended.
     """
     ways = []
     for what, command, arguments in _OF_ITEM[state]:
+        if command == "batch recheck" and not can_recheck:
+            continue
         is_reading = command == "batch show" and reading_flags is not None
         given = [key if argument == "KEY" else argument for argument in arguments.split()]
         shown = command_about(command, reading_flags or "" if is_reading else flags, *given)
@@ -104,11 +114,15 @@ def out_of_item(state: str, key: str, flags: str, reading_flags: str | None = No
     return ways
 
 
-def out_of_items(state: str, flags: str) -> list[WayOut]:
-    """Return what leads all items of a batch out of a state, the usual way first."""
+def out_of_items(state: str, flags: str, *, can_recheck: bool = True) -> list[WayOut]:
+    """Return what to do next about all items of a batch in a state, the usual way first.
+
+    `can_recheck` is False if it is known how all of their runs ended.
+    """
     return [
         WayOut(what, command_about(command, flags, *arguments.split()))
         for what, command, arguments in _OF_ITEMS[state]
+        if command != "batch recheck" or can_recheck
     ]
 
 
@@ -120,7 +134,7 @@ def out_of_key(
     server: str | None = None,
     flags: str = "",
 ) -> list[WayOut]:
-    """Return what leads out of the state of a key, the usual way first.
+    """Return what to do next about a key, the usual way first.
 
     Args:
         state: its state, as in `StoredStart`.

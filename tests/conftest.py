@@ -200,8 +200,10 @@ def session(open_session: Callable[..., Session]) -> Session:
 @pytest.fixture(autouse=True)
 def _log_handlers() -> Iterator[None]:
     yield
-    # The command line adds one, for its own process.
-    logging.getLogger("promptlayer_exec").handlers.clear()
+    # The command line adds one, for its own process, and sets the level.
+    logger = logging.getLogger("promptlayer_exec")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

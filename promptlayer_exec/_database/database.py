@@ -298,12 +298,12 @@ class Database:
             needed = ". It must be a file, or a new one in a directory that you can write to"
         elif getattr(cause, "sqlstate", None) == _UNTRANSLATABLE_CHARACTER:
             needed = ". Its encoding must be UTF8: `createdb -T template0 -E UTF8 batches`"
-        # The driver gives no state of a refused connection.
-        elif "password" in reason_of(error):
+        elif "password" in reason_of(error):  # the driver gives no state of a refused connection
             needed = ". Check the user and the password in its URL"
-        elif _is_missing(error):
-            needed = ". Check its name, or create it with `createdb -T template0 -E UTF8`"
         text = f"cannot use the database {self._shown}: {reason_of(error):.300}{needed}"
+        if _is_missing(error):
+            advice = "Check its name, or create it with `createdb -T template0 -E UTF8`."
+            return ConfigurationError(text, advice=advice, setting="database_url")
         return StoreUnavailable(text) if _is_away(error) else ConfigurationError(text)
 
 
@@ -332,8 +332,6 @@ def _is_away(error: Exception) -> bool:
     """Return True if an error is about a database that is away, not about how it is set up."""
     if isinstance(error, DatabaseLost | exc.TimeoutError):
         return True
-    if _is_missing(error):
-        return False
     code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
     if code is not None:
         return code & 0xFF in _PASSING_FILE_TROUBLE  # an extended code has its class there

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import aclosing
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +17,7 @@ import typer
 from promptlayer_exec import RequestError, Unauthorized
 from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import duration, printable
-from promptlayer_exec._ways_out import PROGRAM
+from promptlayer_exec._ways_out import PROGRAM, command_about, out_of_item, server_option
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_management as management
 from promptlayer_exec.cli import _batch_options as options
@@ -24,7 +26,7 @@ from promptlayer_exec.cli._exit import THIS_SUBJECT, ExitCode, Misuse, command, 
 from promptlayer_exec.cli._help import Program, help_epilog
 from promptlayer_exec.cli._item_file import ItemFile
 from promptlayer_exec.cli._options import BaseUrl, Database, NoPush, open_session
-from promptlayer_exec.cli._printing import err, quoted
+from promptlayer_exec.cli._printing import err, quoted, utc_time
 from promptlayer_exec.cli._result_file import (
     LineFile,
     Result,
@@ -102,7 +104,9 @@ async def _run(
     items = ItemFile(file, workflow)
     session = open_session(base_url, outage, no_push=no_push)
 
-    with open_results(results) as result_file:
+    work_flags = lookup.command_flags(batch_name, database) + server_option(base_url)
+    helping = command_about("batch work", work_flags)
+    with open_results(results, helping=helping) as result_file:
         batch = await lookup.working_batch(
             batch_name,
             lambda: session,
@@ -263,7 +267,8 @@ async def _work_on(
     works: list[asyncio.Task[Any]] = [asyncio.create_task(batch.work())]
     if write is not None:
         works.append(asyncio.create_task(write()))
-    following = asyncio.create_task(_follow(batch, progress, stop_after))
+    describe = partial(_longest_running, name, batch, database, base_url)
+    following = asyncio.create_task(_follow(batch, progress, stop_after, describe))
     with progress.shown():
         ended: asyncio.Future[Any] = asyncio.gather(*works)
         try:
@@ -290,9 +295,13 @@ async def _work_on(
         progress.show(status)
 
     lines = [f"{lookup.status_line(name, status)}, in {duration(time.monotonic() - began)}"]
-    lines += await _summary(batch)
+    if durations := await batch.durations():
+        median, p95, longest = map(duration, attrs.astuple(durations))
+        lines.append(f"  a run took {median} (median), 95 % at most {p95}, the longest {longest}")
+    failures = await batch.failures()
+    lines += lookup.cause_lines(failures)
     flags = await lookup.working_flags(batch, name, database, base_url)
-    lines += lookup.hint_lines(status, flags)
+    lines += lookup.hint_lines(status, failures, flags)
     err("\n".join(lines))
     if status.succeeded < status.total:
         return ExitCode.FAILED
@@ -306,14 +315,26 @@ def _is_about_runs(error: Exception) -> bool:
     return error.execution_id is not None and not may_pass(error)
 
 
-async def _follow(batch: Batch, progress: BatchProgress, stop_after: int | None) -> None:
-    """Show the progress, and return once `stop_after` items in a row have not succeeded."""
+async def _follow(
+    batch: Batch,
+    progress: BatchProgress,
+    stop_after: int | None,
+    describe: Callable[[], Coroutine[Any, Any, str | None]],
+) -> None:
+    """Show the progress, and return once `stop_after` items in a row have not succeeded.
+
+    `describe` describes what the batch waits for, once, when no item finishes any more.
+    """
     # Do not count the failures of an earlier command.
     latest = await batch.latest_kinds(1)
     last_before = latest[0][0] if latest else 0
 
+    is_described = False
     while True:
         progress.show(await batch.status())
+        if progress.is_stalled and not is_described and (description := await describe()):
+            progress.warn(description)
+            is_described = True
 
         if stop_after is not None:
             latest = await batch.latest_kinds(stop_after)
@@ -324,10 +345,21 @@ async def _follow(batch: Batch, progress: BatchProgress, stop_after: int | None)
         await asyncio.sleep(_REFRESH_INTERVAL)
 
 
-async def _summary(batch: Batch) -> list[str]:
-    """Return a line about how long runs took, and one for each cause of failures."""
-    lines = []
-    if durations := await batch.durations():
-        median, p95, longest = map(duration, attrs.astuple(durations))
-        lines = [f"  a run took {median} (median), 95 % at most {p95}, the longest {longest}"]
-    return lines + await lookup.cause_lines(batch)
+async def _longest_running(
+    name: str, batch: Batch, database: str | None, base_url: str | None
+) -> str | None:
+    """Return which item has been followed for the longest time, and how to end it."""
+    async with aclosing(batch.items(state="following")) as items:
+        followed = [item async for item in items]
+    if not followed:
+        return None
+
+    item = min(followed, key=attrgetter("since"))
+    flags = await lookup.working_flags(batch, name, database, base_url)
+    (way,) = out_of_item("following", item.key, flags)
+    return hint(
+        f"no item has finished for a minute. Item {quoted(item.key)} (execution"
+        f" {item.execution_id}) has been running the longest, since {utc_time(item.since)}. If it"
+        f" takes too long, {way.what}:",
+        way.command,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from itertools import count
 from types import ModuleType
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import typer
 
-from promptlayer_exec import Session
+from promptlayer_exec import ConfigurationError, Session
 from promptlayer_exec import _integration as integration
 from promptlayer_exec._advice import explain_stored
 from promptlayer_exec._integration import install_hint, printable
@@ -29,7 +29,7 @@ from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, hint, run_comm
 from promptlayer_exec.cli._printing import err, shorten
 
 if TYPE_CHECKING:
-    from promptlayer_exec.dbos import Batch, BatchStatus
+    from promptlayer_exec.dbos import Batch, BatchStatus, Failure, StoredError
 
 DEFAULT_RATE = 100.0
 _MOST_CAUSES = 10  # causes to print
@@ -95,7 +95,7 @@ async def names(database: str | None, *, needed: bool = True) -> list[str]:
 async def wait_for_batch(name: str | None, database: str | None) -> str:
     """Return the name of a batch as soon as it exists. None means the only one."""
     for attempt in count():
-        found = await dbos().batch_names(database)
+        found = await _names_so_far(database)
         if name in found or (name is None and found):
             break
 
@@ -107,6 +107,17 @@ async def wait_for_batch(name: str | None, database: str | None) -> str:
             err(message)
         await asyncio.sleep(1.0)
     return choose(name, found)
+
+
+async def _names_so_far(database: str | None) -> list[str]:
+    """Return the names of the batches, none if `batch run` has yet to create the database."""
+    try:
+        found: list[str] = await dbos().batch_names(database)
+    except ConfigurationError as error:
+        if error.setting != "database_url":
+            raise
+        return []
+    return found
 
 
 def shown_database(database: str | None) -> str:
@@ -190,9 +201,8 @@ def confirm(
         raise typer.Exit(ExitCode.FAILED)
 
 
-async def cause_lines(batch: Batch) -> list[str]:
+def cause_lines(failures: Sequence[Failure]) -> list[str]:
     """Return a line for each cause of failures, the most frequent first."""
-    failures = await batch.failures()
     lines = []
     for failure in failures[:_MOST_CAUSES]:
         reason = explain_stored(*attrs.astuple(failure.error))
@@ -204,13 +214,19 @@ async def cause_lines(batch: Batch) -> list[str]:
     return lines
 
 
+def is_undecided(error: StoredError) -> bool:
+    """Return True if an item failed, but its run may have an output or get one."""
+    has_run = error.data.get("execution_id") is not None
+    return has_run and error.type != "ExecutionFailed"
+
+
 def work_hint(text: str, flags: str) -> str:
     """Return a text, and how to continue with the items of the batch."""
     repeat = "Repeat its `batch run`, or continue without a results file with:"
     return hint(f"{text}. {repeat}", command_about("batch work", flags))
 
 
-def hint_lines(status: BatchStatus, flags: str) -> list[str]:
+def hint_lines(status: BatchStatus, failures: Sequence[Failure], flags: str) -> list[str]:
     """Return, for each kind of items without an output, the commands that continue with them."""
     lines = []
     if status.finished < status.total and not status.workers:
@@ -218,7 +234,8 @@ def hint_lines(status: BatchStatus, flags: str) -> list[str]:
         lines.append(work_hint(f"{left} not finished, and nobody is working on them", flags))
 
     if status.failed:
-        lines += way_hints(out_of_items("failed", flags))
+        can_recheck = any(is_undecided(failure.error) for failure in failures)
+        lines += way_hints(out_of_items("failed", flags, can_recheck=can_recheck))
     if status.unknown:
         lines += way_hints(out_of_items("unknown", flags))
     return lines

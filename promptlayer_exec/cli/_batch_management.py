@@ -47,10 +47,11 @@ async def status(
             continue
 
         out_lines(lookup.status_line(batch_name, counts))
-        for line in await lookup.cause_lines(batch):
+        failures = await batch.failures()
+        for line in lookup.cause_lines(failures):
             err(line)
         flags = await lookup.working_flags(batch, batch_name, database)
-        for line in lookup.hint_lines(counts, flags):
+        for line in lookup.hint_lines(counts, failures, flags):
             err(line)
 
 
@@ -97,7 +98,7 @@ async def items(
     ] = 0.0,
     as_json: JsonLines = False,
 ) -> None:
-    """List the items of a batch, each with the command that leads on.
+    """List the items of a batch, each with the command to run next.
 
     A line shows the state of an item, since when (UTC), its run, and why it has no output. An item
     is `sending` while the response may still come, and `unknown` if it was lost.
@@ -174,7 +175,11 @@ async def show(
         out_lines(line, hanging="    ")
     if item.state != "succeeded":
         flags = await lookup.working_flags(batch, chosen, database)
-        for line in way_hints(out_of_item(item.state, key, flags)):
+        if item.state == "unknown":
+            err(f"to find its run, search PromptLayer for {KEY_METADATA} = {printable(key)}")
+        error = None if item.outcome is None else item.outcome.error
+        can_recheck = error is not None and lookup.is_undecided(error)
+        for line in way_hints(out_of_item(item.state, key, flags, can_recheck=can_recheck)):
             err(line)
 
 

@@ -210,7 +210,7 @@ async def _latest_run(batch: Batch, key: str) -> int | None:
 
 
 async def _not_given_up(name: str, batch: Batch, keys: list[str], flags: str) -> Misuse:
-    """Return why no item could be given up, with the command that leads on."""
+    """Return why no item could be given up, with the command to run next."""
     kinds = await batch.kinds(keys)
     key = next((key for key in keys if key not in kinds), None)
     if key is not None:
@@ -264,7 +264,7 @@ class _Choice:
 
 
 async def _check(name: str, batch: Batch, wanted: _Choice, flags: str, reading_flags: str) -> None:
-    """Refuse the first key whose item cannot run again, with the command that leads on."""
+    """Refuse the first key whose item cannot run again, with the command to run next."""
     found = await batch.kinds(wanted.keys) if wanted.keys else {}
     for key in wanted.keys:
         if key not in found:

@@ -17,10 +17,10 @@ _TOPICS = {
     "exit-codes": """\
 Exit codes:
   0    succeeded
-  1    the run or an item of the batch failed, or may have started unknown to
-       you; PromptLayer refused a request, and waiting will not change that;
-       or doctor found a problem
-  2    wrong usage, a wrong setting, no API key, or a key of another request
+  1    the run or an item of the batch failed, or it is unknown whether it
+       started; PromptLayer refused a request, and waiting will not change
+       that; or doctor found a problem
+  2    invalid usage, a wrong setting, no API key, or a key of another request
   3    still running when the time was up
   4    PromptLayer or the database is unreachable or failing: the same command
        may work later. For run, watch and results, any failed request is a 4

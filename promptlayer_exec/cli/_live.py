@@ -168,10 +168,15 @@ def _result(snapshot: Snapshot) -> Text:
     return result
 
 
+# Seconds without a finished item after which a batch's speed and remaining time mean nothing.
+_STALLED_AFTER = 60.0
+
+
 class BatchProgress:
     """Shows the progress on standard error: a bar on a terminal, else a line every ten seconds.
 
-    It also shows the log's warnings. An outage is one warning, however many requests fail.
+    It also shows the log's warnings. An outage is one warning, however many requests fail, and one
+    line when it is over.
     """
 
     def __init__(self, *, transient: bool = False) -> None:
@@ -187,18 +192,26 @@ class BatchProgress:
         )
         self._bar.add_task("starting", total=None)
         self._printed_at = time.monotonic()
+        self._finished = 0
+        self._finished_at = time.monotonic()
+
+    @property
+    def is_stalled(self) -> bool:
+        """True if no item has finished for a minute."""
+        return time.monotonic() - self._finished_at >= _STALLED_AFTER
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Show the bar in this context, and warnings from now on."""
-        show_warnings(self._warn)
+        show_warnings(self.warn, outages=True)
         if self._bar.disable:
             yield
             return
         with self._bar:
             yield
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Print a text above the bar."""
         if self._bar.disable:
             err(text)
         else:
@@ -209,6 +222,8 @@ class BatchProgress:
 
     def show(self, status: BatchStatus) -> None:
         self._bar.update(self._bar.task_ids[0], total=status.total, completed=status.finished)
+        if status.finished != self._finished:
+            self._finished, self._finished_at = status.finished, time.monotonic()
 
         parts = [f"{status.finished}/{status.total} done", f"{status.running} running"]
         if status.failed or status.unknown:
@@ -217,10 +232,15 @@ class BatchProgress:
             parts.append(f"{status.failed} failed")
         if status.unknown:
             parts.append(f"{status.unknown} unknown")
-        if speed := self._bar.tasks[0].speed:
+        idle = time.monotonic() - self._finished_at
+        speed = self._bar.tasks[0].speed
+        remaining = status.total - status.finished
+        if idle >= _STALLED_AFTER:
+            parts.append(f"none finished for {duration(idle)}")
+        elif speed and not remaining:
             parts.append(f"{speed:.1f}/s")
-            if remaining := status.total - status.finished:
-                parts.append(f"{duration(remaining / speed)} left")
+        elif speed and remaining / speed >= idle:  # else time has disproved it
+            parts += [f"{speed:.1f}/s", f"{duration(remaining / speed)} left"]
 
         self._show(", ".join(parts), status.finished, status.total)
 

@@ -78,7 +78,7 @@ def out_lines(text: str, *, hanging: str = "") -> None:
 
 
 def out_record(text: str, command: str) -> None:
-    """Write one thing of a list, and the command that leads on.
+    """Write one thing of a list, and the command to run next.
 
     On a terminal the command has its own line, so that it is easy to copy.
     """
@@ -116,22 +116,29 @@ def wrapped(text: str, width: int, *, hanging: str = "") -> str:
     return "\n".join(lines)
 
 
-def show_warnings(write: Callable[[str], None], *, of: Collection[str] = ()) -> None:
+def show_warnings(
+    write: Callable[[str], None], *, of: Collection[str] = (), outages: bool = False
+) -> None:
     """Write the library's warnings, or those `of` some modules, to the very end of the process.
 
-    Some come when a session closes, such as the id of a run that nobody got.
+    Some come when a session closes, such as the id of a run that nobody got. With `outages`, it
+    also writes when an outage is over, which is no warning.
     """
     logger = logging.getLogger("promptlayer_exec")
+    if outages:
+        logger.setLevel(logging.INFO)
     for earlier in logger.handlers[:]:
         logger.removeHandler(earlier)
-    logger.addHandler(_Warnings(write, of))
+    logger.addHandler(_Warnings(write, of, outages=outages))
 
 
 class _Warnings(logging.Handler):
-    def __init__(self, write: Callable[[str], None], of: Collection[str]) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, write: Callable[[str], None], of: Collection[str], *, outages: bool) -> None:
+        super().__init__(logging.INFO if outages else logging.WARNING)
         self._write, self._of = write, of
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING and record.module != "retry":
+            return
         if not self._of or record.module in self._of:
             self._write(printable(record.getMessage()))

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from promptlayer_exec._integration import printable
-from promptlayer_exec._ways_out import PROGRAM
-from promptlayer_exec.cli._exit import Misuse
+from promptlayer_exec.cli._exit import Misuse, hint
 from promptlayer_exec.cli._printing import out
 
 if TYPE_CHECKING:
@@ -48,11 +47,13 @@ async def write_results(batch: Batch, file: Results, *, until_done: bool) -> Non
 
 
 @contextmanager
-def open_results(path: Path | None) -> Iterator[Results]:
+def open_results(path: Path | None, *, helping: str = "") -> Iterator[Results]:
     """Open the results at a path, whose suffix decides the format. None means standard output.
 
     It locks the file, because two writers would write each result twice. If the command fails
     before it writes anything, it removes a new file.
+
+    `helping` is the command with which to help another process that has locked it.
     """
     if path is None:
         yield None
@@ -67,6 +68,10 @@ def open_results(path: Path | None) -> Iterator[Results]:
             raise Misuse(f"{name} is a device: give a file, or omit --out")
         is_new = not locked.exists()
         opened = _open_locked(locked, name)
+    except _Locked as error:
+        way_out = hint("If it runs this batch, help it with:", helping) if helping else ""
+        problem = f"another process is writing to {name}: use another --out"
+        raise Misuse(problem, hint=way_out) from error
     except OSError as error:
         raise _cannot_write(name, error) from error
 
@@ -223,6 +228,10 @@ def _is_at(path: Path, file: FileIO) -> bool:
         return False
 
 
+class _Locked(Exception):
+    """Another process has locked the file."""
+
+
 def _lock(file: FileIO, name: str) -> None:
     try:
         if sys.platform == "win32":  # pragma: no cover
@@ -231,8 +240,7 @@ def _lock(file: FileIO, name: str) -> None:
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:  # the latter on Windows
-        problem = f"another process is writing to {name}: help it with `{PROGRAM} batch work`"
-        raise Misuse(f"{problem}, or use another --out") from error
+        raise _Locked from error
     except OSError as error:
         raise Misuse(f"cannot lock {name}: {error.strerror or error}") from error
 

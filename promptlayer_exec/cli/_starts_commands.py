@@ -1,4 +1,4 @@
-"""The `starts` commands: which run each key has started, and what leads out of an unknown one."""
+"""The `starts` commands: which run each key has started, and what to do about an unknown one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def _list(
     older_than: OlderThan = 0.0,
     as_json: options.JsonLines = False,
 ) -> None:
-    """List the keys in a database, each with the command that leads on.
+    """List the keys in a database, each with the command to run next.
 
     A key is `sending` while the response may still come, `started` once its run is known, and
     `unknown` if the response was lost.
@@ -88,7 +88,7 @@ async def _list(
 async def _show(
     key: Key, database: options.Database = None, *, as_json: options.JsonLines = False
 ) -> None:
-    """Print what a key has started, and what leads on (UTC)."""
+    """Print what a key has started, and what to do next (UTC)."""
     async with _open_store(database) as store:
         record = await _record(store, key, database)
     if as_json:
@@ -292,7 +292,7 @@ def _way_lines(record: StoredStart, database: str | None) -> list[str]:
 
 
 def _way_out(record: StoredStart, database: str | None) -> str:
-    """Return the command that leads on from the state of a key."""
+    """Return the command to run next for a key."""
     return _ways_out(record, database)[0].command
 
 

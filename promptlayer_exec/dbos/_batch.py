@@ -471,8 +471,9 @@ class Batch:
     async def counts(self) -> dict[ItemState, int]:
         """Return how many items are in each state.
 
-        It reads every item that has not finished. `status` is faster, and counts those that are
-        `sending` or `following` as running.
+        It reads every item that has not finished. `status` is faster, and counts those that a
+        worker has as running. So an item that `recheck` or `retry` put back is `following` here,
+        and waiting there, until a worker takes it.
         """
         return await self._report(reports.counts)
 

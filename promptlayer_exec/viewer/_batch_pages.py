@@ -104,7 +104,7 @@ async def _read_summary(batch: Batch, name: str) -> dict[str, Any]:
 
 
 async def _read_unknown_keys() -> dict[str, Any]:
-    """Return how many keys of the same database have an unknown run, and what leads on."""
+    """Return how many keys of the same database have an unknown run, and what to do next."""
     view: dict[str, Any] = {
         "unknown_keys": 0,
         "unknown_keys_command": unknown_keys(_database_flag()),

@@ -103,7 +103,7 @@ def test_a_batch_is_run_and_its_results_are_written(
     sim.inject(on("GET", "/workflows/none", Fault.status(403)))
     code, out, err = run(*command)
     assert (code, out) == (1, "")
-    unchecked, first, second, third, *others = err.splitlines()[:-4]
+    unchecked, first, second, third, *others = err.splitlines()[:-2]
     assert unchecked.startswith(
         "could not check the inputs: workflow 'none': the server returned 403"
     )
@@ -117,11 +117,9 @@ def test_a_batch_is_run_and_its_results_are_written(
         "1 ExecutionFailed",
         "1 NotFound",
     ]
-    assert err.splitlines()[-4:] == [
+    assert err.splitlines()[-2:] == [
         "start failed items again with:",
         "  promptlayer-exec batch retry --failed --name night",
-        "or check their runs again, for free, with:",
-        "  promptlayer-exec batch recheck --name night",
     ]
     lines = {line["key"]: line for line in results(tmp_path / "out.jsonl")}
     assert [list(line) for line in lines.values()] == [FIELDS] * 3
@@ -579,6 +577,48 @@ def test_progress_has_the_rate_and_the_remaining_time(
     ]
 
 
+def test_progress_without_a_finished_item_has_no_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be that of the items that finished long ago."""
+    now = 100.0
+    monkeypatch.setattr(_live.time, "monotonic", lambda: now)
+    progress = _live.BatchProgress()
+    with progress.shown():
+        for seconds, done in ((0.0, 3), (10.0, 103), (20.0, 103), (80.0, 103)):
+            now = 100.0 + seconds
+            progress.show(BatchStatus(103 - done, 1, done, 0, 0, 104))
+    assert capsys.readouterr().err.splitlines() == [
+        "103/104 done, 1 running, 10.0/s, 0.1 s left",
+        "103/104 done, 1 running",
+        "103/104 done, 1 running, none finished for 1 min 10 s",
+    ]
+
+
+def test_an_item_that_takes_long_is_named_with_the_command_that_ends_it(
+    sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, when no item has finished for a while."""
+    monkeypatch.setattr(_live, "_STALLED_AFTER", 0.0)
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "held", "inputs": {}})
+    code, _, err = run("run", file, "--give-up-after", "0.8s")
+    assert code == 1
+    (said,) = re.findall(r"no item has finished for a minute.*\n.*", err)
+    assert f"Item 'a' (execution {sim.runs[0].execution_id}) has been running the longest" in said
+    assert said.endswith("end it with:\n  promptlayer-exec batch give-up a --name night")
+
+
+def test_the_end_of_an_outage_is_reported(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """Otherwise a log would not show how long it took."""
+    sim.inject(Fault.status(503, times=1), path="/workflow-version-execution-results")
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    code, _, err = run("run", file)
+    assert code == 0
+    _, began, over, *_ = err.splitlines()
+    assert "503" in began
+    assert over == "PromptLayer is reachable again"
+
+
 def test_results_that_the_database_does_not_know_are_not_run_again(
     sim: Simulator, run: Run, tmp_path: Path
 ) -> None:
@@ -716,13 +756,14 @@ def test_failed_and_unknown_items_are_started_again_on_request(
 def test_what_did_not_succeed_has_a_command_that_goes_on(
     sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It works as it is: it has the name of the batch, and the options that were given."""
+    """It works as it is: it has the name of the batch, and the options that were given.
+
+    Nothing advises to check the run of an item again that is known to have failed.
+    """
     file = write(tmp_path / "my night", {"workflow": "echo", "inputs": {"n": "bad"}})
     hint = (
         "start failed items again with:\n"
         "  promptlayer-exec batch retry --failed --name 'my night'{0}\n"
-        "or check their runs again, for free, with:\n"
-        "  promptlayer-exec batch recheck --name 'my night'{0}\n"
     )
     assert run("run", file)[2].endswith(hint.format(""))
     _, out, err = run("status")
@@ -736,7 +777,7 @@ def test_what_did_not_succeed_has_a_command_that_goes_on(
     assert hint.format(server) in run("run", file, "--base-url", sim.base_url)[2]
 
     copied = [shlex.split(line) for line in err.splitlines() if line.startswith("  ")]
-    assert [run(*arguments[2:])[0] for arguments in copied] == [0, 0]
+    assert [run(*arguments[2:])[0] for arguments in copied] == [0]
     assert "  promptlayer-exec batch work --name 'my night'" in run("status")[2].splitlines()
     assert run("work", "--name", "my night")[0] == 1
 
@@ -903,6 +944,7 @@ def test_an_item_that_is_followed_shows_its_run(sim: Simulator, run: Run, tmp_pa
     _, shown, err = run("show", "a")
     assert "given up by hand" in shown
     assert err == again
+    assert "\n  promptlayer-exec batch recheck --name night\n" in run("status")[2]
     assert run("recheck")[0] == 0
 
     sim.clear_faults()
@@ -940,7 +982,8 @@ def test_an_item_without_a_run_cannot_be_given_up(sim: Simulator, run: Run, tmp_
     )
     text = "item 'a' is unknown, so there is no run to give up\n"
     assert run("give-up", "a") == (2, "", text + ways_out)
-    assert run("show", "a")[2] == ways_out
+    search = "to find its run, search PromptLayer for promptlayer_exec.key = a\n"
+    assert run("show", "a")[2] == search + ways_out
 
 
 def test_a_suggested_command_names_the_server_of_the_batch(
@@ -954,7 +997,7 @@ def test_a_suggested_command_names_the_server_of_the_batch(
     shown = run("show", "a")[2]
     lines = (run("status")[2] + shown).splitlines()
     suggested = [line for line in lines if line.startswith("  ")]
-    assert len(suggested) == 4
+    assert len(suggested) == 2
     for line in suggested:
         assert line.endswith(f" --name night --base-url {sim.base_url}")
         code, _, err = run(*shlex.split(line)[2:])

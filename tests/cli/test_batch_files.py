@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import resource
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -139,6 +139,22 @@ def test_two_commands_do_not_write_to_one_file(tmp_path: Path) -> None:
         with open_results(tmp_path / name):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_command_is_told_how_to_help(call: Callable[..., Any], tmp_path: Path) -> None:
+    """The command has the name and the database of the batch."""
+    (tmp_path / "night.jsonl").write_text('{"key": "a", "workflow": "echo", "inputs": {}}\n')
+    with open_results(tmp_path / "out.jsonl"):
+        code, _, err = call(
+            *("batch", "run", "night.jsonl", "--out", "out.jsonl"),
+            *("--db", "sqlite:///a.sqlite"),
+        )
+    assert code == 2
+    assert err == (
+        "another process is writing to out.jsonl: use another --out\n"
+        "If it runs this batch, help it with:\n"
+        "  promptlayer-exec batch work --name night --db sqlite:///a.sqlite\n"
+    )
 
 
 def test_a_lock_on_a_file_that_was_removed_meanwhile_counts_for_nothing(

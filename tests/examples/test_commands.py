@@ -151,11 +151,12 @@ def test_a_night_under_systemd_fails_and_is_mended(
 ) -> None:
     """The command of the unit runs the items, and those of the page run the failed one again."""
     date, settings = night
-    service, timer = code_blocks("docs/operating.md", "ini")
+    service, timer, mail = code_blocks("docs/operating.md", "ini")
     (tmp_path / "grading.service").write_text(service)
     (tmp_path / "grading.timer").write_text(timer)
+    (tmp_path / "grading-failed.service").write_text(mail)
     if shutil.which("systemd-analyze"):
-        run("systemd-analyze verify ./grading.service ./grading.timer", tmp_path, settings)
+        run("systemd-analyze verify ./grading*.service ./grading.timer", tmp_path, settings)
 
     # As systemd reads it: a line ends without a backslash, and two percent signs mean one.
     (command,) = re.findall(r"^ExecStart=(.*?)(?<!\\)\n", service, re.MULTILINE | re.DOTALL)
