@@ -30,7 +30,9 @@ async def test_a_misspelt_input_is_found_before_anything_is_added(
 ) -> None:
     """The key is not used up: the corrected request can have it."""
     batch = checking()
-    with pytest.raises(InvalidInputs, match=r"item 'b': .*topik \(did you mean 'topic'") as caught:
+    with pytest.raises(
+        InvalidInputs, match=r"item 'b': .*'topik' \(did you mean 'topic'"
+    ) as caught:
         await batch.add([GOOD, MISSPELT])
     assert caught.value.missing == ("topic",)
     assert (await batch.status()).total == 0
