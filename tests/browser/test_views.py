@@ -119,7 +119,7 @@ async def test_a_new_batch_waits_for_its_worker(sim: Simulator, ui: Any, page: P
     """In its first seconds, nothing is wrong if nobody works on it."""
     sim.add_workflow("order", _order)
     make = partial(Session, sim.api_key, base_url=sim.base_url, push=False)
-    await Batch(NIGHT, session=make).add([StartRequest("order", {"n": 1})])
+    await Batch(NIGHT, session=make).add([StartRequest("order", {"n": 1}, key="one")])
     await ui.open("#/batches")
     await expect(page.locator(".batch")).to_contain_text("1 item, its worker is starting")
 
