@@ -396,8 +396,8 @@ def address(request: pytest.FixtureRequest) -> Callable[[int], str]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every stream say after 0.1 s why there is nothing new."""
-    monkeypatch.setattr(_run_events, "_PATIENCE", 0.1)
+    """Make every stream say after 0.3 s why there is nothing new."""
+    monkeypatch.setattr(_run_events, "_PATIENCE", 0.3)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -515,7 +515,7 @@ async def test_an_outage_that_is_too_long_is_the_failure(
 ) -> None:
     """It has the last snapshot, as any other."""
     held = sim.add_execution(HELD)
-    retry = attrs.evolve(IMPATIENT, watch_outage=0.5)
+    retry = attrs.evolve(IMPATIENT, watch_outage=0.9)
     async with connect(make_app(open_session(retry=retry))) as client:
         reading = asyncio.create_task(client.get(address(held)))
         await sim.wait_for_requests(2)
