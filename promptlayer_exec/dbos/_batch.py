@@ -283,9 +283,7 @@ class Batch:
         if into is not None:
             integration.check_type(self._session, into)
         last = 0
-        async with self._open(creates=True) as store:  # what follows adds items, or works
-            await self._check_owner(store)
-
+        async with self._open_to_work() as store:
             is_last = False
             while not is_last:
                 # Checked before the last read, so that no outcome is missed in between.
@@ -318,8 +316,7 @@ class Batch:
         Returns:
             The number of these items.
         """
-        async with self._open(creates=True) as store:  # what follows adds items, or works
-            await self._check_owner(store)
+        async with self._open_to_work() as store:
             return await self._requeue(store, Reason.RECHECK, kinds=["failed"])
 
     async def retry(
@@ -360,8 +357,7 @@ class Batch:
         chosen = None if keys is None else _check_keys(keys)
         kinds = [kind for kind, is_meant in (("failed", failed), ("unknown", unknown)) if is_meant]
 
-        async with self._open(creates=True) as store:  # what follows adds items, or works
-            await self._check_owner(store)
+        async with self._open_to_work() as store:
             if again:
                 kinds = ["succeeded", "failed", "unknown"]
                 return await self._requeue(store, Reason.AGAIN, kinds=kinds, keys=chosen)
@@ -393,8 +389,7 @@ class Batch:
         """
         _check_keys([key])
         execution_id = integration.check_execution_id(execution_id)
-        async with self._open(creates=True) as store:  # what follows adds items, or works
-            await self._check_owner(store)
+        async with self._open_to_work() as store:
             act = partial(requeue.adopt, store, self._name, key, execution_id)
             return await store.run_in_thread(act)
 
@@ -418,8 +413,7 @@ class Batch:
         """
         integration.check_seconds("running_for", running_for)
         chosen = None if keys is None else _check_keys(keys)
-        async with self._open(creates=True) as store:  # what follows adds items, or works
-            await self._check_owner(store)
+        async with self._open_to_work() as store:
             act = partial(requeue.give_up, store, self._name, chosen, running_for=running_for)
             return await store.run_in_thread(act)
 
@@ -435,8 +429,8 @@ class Batch:
         Raises:
             ConfigurationError: it does not.
         """
-        async with self._open(creates=True) as store:  # what follows adds items, or works
-            await self._check_owner(store)
+        async with self._open_to_work():
+            pass
 
     async def status(self) -> BatchStatus:
         """Return how many items are in which state, and how many workers are alive."""
@@ -585,6 +579,17 @@ class Batch:
                     self._store = None
                 # Not in the event loop: SQLite writes its log back into the file.
                 await store.run_in_thread(store.close)
+
+    @asynccontextmanager
+    async def _open_to_work(self) -> AsyncIterator[Store]:
+        """Yield the database to a call that adds items or works, or that comes before one.
+
+        Raises:
+            ConfigurationError: the batch belongs to another server, or to another API key.
+        """
+        async with self._open(creates=True) as store:
+            await self._check_owner(store)
+            yield store
 
     async def _is_finished(self, store: Store) -> bool:
         return await store.run_in_thread(store.is_finished, self._name)
