@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
-from types import FunctionType
-from typing import Any, Generic
+from types import FunctionType, NoneType, UnionType
+from typing import Any, ForwardRef, Generic, Union, get_args, get_origin
 
 import attrs
 import pytest
@@ -51,15 +51,23 @@ def documented(directives: str) -> Iterator[tuple[str, Any, dict[str, str]]]:
                 yield name, getattr(importlib.import_module(module), name), options
 
 
+def annotation(it: Any) -> str:
+    """Return a type as its source has it, whatever attrs and this Python have made of it."""
+    if isinstance(it, str):
+        return it
+    if isinstance(it, ForwardRef):
+        return it.__forward_arg__
+    if get_origin(it) in (Union, UnionType):
+        return " | ".join(annotation(member) for member in get_args(it))
+    return "None" if it is NoneType else inspect.formatannotation(it)
+
+
 def parameter(it: inspect.Parameter) -> str:
     """Return a parameter as its source has it."""
     prefix = {it.VAR_POSITIONAL: "*", it.VAR_KEYWORD: "**"}.get(it.kind, "")
     text = f"{prefix}{it.name}"
     if it.annotation is not it.empty:
-        annotation = it.annotation
-        if not isinstance(annotation, str):
-            annotation = inspect.formatannotation(annotation)
-        text += f": {annotation}"
+        text += f": {annotation(it.annotation)}"
     if it.default is not it.empty:
         default = re.sub(r"^(\w+Policy)\(.*\)$", r"\1()", repr(it.default))
         default = re.sub(r"^(Ellipsis|NOTHING)$", "...", default)

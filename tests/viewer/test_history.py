@@ -6,6 +6,7 @@ import sqlite3
 import stat
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,7 @@ async def test_a_file_of_another_version_is_named(history: History, tmp_path: Pa
     """The error has its path, and what to do with it."""
     await ids(history)
     path = tmp_path / "state" / "history.sqlite"
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         connection.execute("ALTER TABLE executions DROP COLUMN failed_node")
     reopened = History(path, server="http://a")
     with pytest.raises(ConfigurationError) as caught:
