@@ -375,7 +375,7 @@ async def test_a_start_that_is_not_answered_while_the_work_ends_is_unknown(
 ) -> None:
     """A worker waits for the request timeout, and the next one does not start it again."""
     batch = batch_of(
-        session=partial(Session, sim.api_key, base_url=sim.base_url, request_timeout=0.2, **BARE)
+        session=partial(Session, sim.api_key, base_url=sim.base_url, request_timeout=0.5, **BARE)
     )
     await batch.add([request("a")])
     sim.inject(Fault.delay(1.0))

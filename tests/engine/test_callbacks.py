@@ -217,7 +217,7 @@ async def test_a_start_whose_caller_was_cancelled_is_recovered_too(
 ) -> None:
     """Nobody has its error, so the event and the log are all that there is."""
     sim.add_workflow("report", DONE)
-    session = open_session(callbacks=CALLBACKS, request_timeout=0.2)
+    session = open_session(callbacks=CALLBACKS, request_timeout=0.5)
     sim.inject(Fault.stall())
     starting = asyncio.create_task(session.start("report"))
     await sim.wait_for_requests(1)

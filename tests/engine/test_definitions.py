@@ -100,7 +100,7 @@ async def test_a_start_goes_on_without_a_definition(
     sim: Simulator, checking: Session, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     """That there is none is kept, too: the next start does not wait for it."""
-    monkeypatch.setattr(definitions, "_LIMITS", definitions._Limits(timeout=0.05))
+    monkeypatch.setattr(definitions, "_LIMITS", definitions._Limits(timeout=0.3))
     sim.inject(fault)
     await checking.start("w")
     await checking.start("w")
@@ -194,7 +194,7 @@ class TestEnds:
     async def starting(self, sim: Simulator, checking: Session, recorder: Any) -> asyncio.Task[Any]:
         """Return a start that waits for the definition."""
         sim.inject(Fault.stall(), path="/workflows/w")
-        starting = asyncio.create_task(checking.run("w", {"topic": "otters"}, timeout=0.2))
+        starting = asyncio.create_task(checking.run("w", {"topic": "otters"}, timeout=0.5))
         await sim.wait_for_requests(1)
         return starting
 

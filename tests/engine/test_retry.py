@@ -107,12 +107,12 @@ async def test_an_abandoned_outage_is_not_logged_as_ended(
     with pytest.raises(ConnectionFailed):
         await session.execution(5).snapshot()
     with pytest.raises(ExecutionTimeout):
-        await session.execution(6).wait(timeout=0.05)
+        await session.execution(6).wait(timeout=0.5)
     await session.aclose()
     why = f"could not reach {dead}: Connection refused. Trying again"
     single, watched = lines(caplog, logging.WARNING)
     assert single == f"execution 5: {why} for up to 0.02 s"
-    assert re.fullmatch(re.escape(f"execution 6: {why} for up to ") + r"0\.0\d* s", watched)
+    assert re.fullmatch(re.escape(f"execution 6: {why} for up to ") + r"0\.\d* s", watched)
     assert "PromptLayer is reachable again" not in lines(caplog, logging.INFO)
 
 
@@ -144,7 +144,7 @@ async def test_a_timeout_shorter_than_the_retries_is_the_limit(
     limits = [line.rsplit(". ", 1)[1] for line in lines(caplog, logging.WARNING)]
     assert limits == ["Trying again for up to 8 s"] * 2
 
-    session = open_session(base_url=dead, wait_timeout=0.02)
+    session = open_session(base_url=dead, wait_timeout=0.3)
     for call in (session.start("w"), anext(session.workflows())):
         with pytest.raises(ExecutionTimeout) as caught:
             await call

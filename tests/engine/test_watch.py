@@ -490,7 +490,7 @@ async def test_a_timeout_names_an_unknown_status(sim: Simulator, session: Sessio
     odd = SimNode("approve", status="AWAITING_APPROVAL")
     waiting = sim.add_execution(Scenario([SimNode("A"), odd, SimNode("B", duration=None)]))
     with pytest.raises(ExecutionTimeout, match="'approve' has the unknown status 'AWAITING_APPR"):
-        await session.execution(waiting).wait(timeout=0.2)
+        await session.execution(waiting).wait(timeout=0.5)
 
 
 async def test_a_timeout_before_any_answer_says_so(

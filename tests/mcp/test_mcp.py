@@ -201,7 +201,7 @@ async def test_the_tools_say_what_they_do(
 async def test_a_wait_ends_before_the_execution(held: int, connect: Connect) -> None:
     """That is no error: the result has the id, and says what to do."""
     async with connect() as client:
-        result = await call(client, "wait_execution", execution_id=str(held), timeout=0.05)
+        result = await call(client, "wait_execution", execution_id=str(held), timeout=0.5)
         assert (result["timed_out"], result["complete"], result["succeeded"]) == (True, False, None)
         assert result["execution_id"] == str(held)
         assert result["progress"] == 0.5

@@ -636,7 +636,7 @@ class TestDelivery:
         await recorder.next(WatchStarted)
         await asyncio.sleep(0)  # it sleeps until shortly before the first deadline
         with pytest.raises(ExecutionTimeout, match="0 of 1 nodes done"):
-            await execution.wait(timeout=0.1)
+            await execution.wait(timeout=0.5)
         assert server.polls == 1
         await server.finish(execution.id)
         assert (await first).complete
@@ -735,7 +735,7 @@ class TestFaults:
         """Neither the start nor the result waits for it, and in the end it is given up."""
         server.hold = {held}
         monkeypatch.setattr(channels, "_POLICY", channels.ChannelPolicy(handshake=0.2))
-        session = open_pushed(poll=OFTEN, request_timeout=0.2)
+        session = open_pushed(poll=OFTEN, request_timeout=0.5)
         execution = await session.start("w")
         await polled_to_the_end(server, execution)
         await log.given_up()
@@ -1103,7 +1103,7 @@ class TestClosing:
         """Nothing is left, and the wait ends with `SessionClosed`."""
         server.ttl = 0.05 if stage == "refresh" else None
         server.hold = {stage}
-        session = open_pushed(poll=OFTEN, request_timeout=0.2 if stage == RUN else 30.0)
+        session = open_pushed(poll=OFTEN, request_timeout=0.5 if stage == RUN else 30.0)
         waiting = asyncio.create_task(session.run("w"))
         await server.until(lambda: stage in [name for _, name in server.log])
         async with asyncio.timeout(8.0):

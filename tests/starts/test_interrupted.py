@@ -204,7 +204,7 @@ async def test_a_claim_that_takes_too_long_is_tried_again(
 
     sim.add_workflow("write", DONE)
     store = Hanging()
-    session = open_session(starts=store, request_timeout=0.2)
+    session = open_session(starts=store, request_timeout=0.5)
     run = await session.start("write", {}, key="order")
     assert store.claims == 2
     assert [type(event.error) for event in recorder.of(RequestRetried)] == [RequestTimeout]
