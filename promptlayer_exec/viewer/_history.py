@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +16,9 @@ import attrs
 import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError, StoreUnavailable
-from promptlayer_exec._causes import common_reason
 from promptlayer_exec._database.database import LIMITS as DEFAULT_LIMITS
 from promptlayer_exec._database.database import Database
+from promptlayer_exec.viewer._incident_runs import cause_of, find_incidents
 
 T = TypeVar("T")
 
@@ -223,7 +223,7 @@ class History:
         is_success = (_row.outcome == "succeeded", _row.execution_id.is_not(None))
         failed = [dict(run) for run in latest if run["outcome"] == "failed"]
         causes = Counter(cause_of(run) for run in failed)
-        first = {cause_of(run): run["began"] for run in failed}  # the oldest comes last
+        incidents = find_incidents(await self.finished(workflow)) if failed else {}
 
         successes = list[dict[str, Any]]()
         for run in await self._call(_read, newest.where(*is_success).limit(2)):
@@ -246,11 +246,21 @@ class History:
             "successes": successes,  # the second is for the page of the first
             "failed": causes.total(),
             "causes": [
-                {"failed_node": cause[1], "cause": cause[2], "count": count, "first": first[cause]}
+                {"failed_node": cause[1], "cause": cause[2], "count": count}
+                | {"incident": attrs.asdict(incidents[cause])}
                 for cause, count in causes.items()
+                if cause in incidents
             ],
             "total": len(latest),
         }
+
+    async def finished(self, workflow: str) -> list[dict[str, Any]]:
+        """Return all runs of a workflow that succeeded or failed, the newest first, in short."""
+        columns = (_row.workflow, _row.outcome, _row.began, _row.failed_node, _row.problem)
+        is_over = _row.outcome.in_(["succeeded", "failed"])
+        runs = sa.select(*columns).where(self._is_server, _row.workflow == workflow, is_over)
+        newest = runs.order_by(_row.began.desc(), _row.key.desc())
+        return [dict(run) for run in await self._call(_read, newest)]
 
     async def failures(self, workflow: str = "", *, since: float = 0.0) -> list[dict[str, Any]]:
         """Return the runs that failed, the newest first, with their inputs."""
@@ -261,6 +271,15 @@ class History:
             failed = failed.where(_row.workflow == workflow)
         newest = failed.order_by(_row.began.desc(), _row.key.desc())
         return [dict(run) for run in await self._call(_read, newest)]
+
+    async def alike(self, execution_ids: Collection[int]) -> list[dict[str, Any]]:
+        """Return these runs and all others with the workflow and the inputs of one of them."""
+        what = sa.tuple_(_row.workflow, _row.inputs)
+        wanted = sa.select(_row.workflow, _row.inputs).where(
+            self._is_server, _row.execution_id.in_(execution_ids)
+        )
+        query = sa.select(_executions).where(self._is_server, what.in_(wanted))
+        return [dict(run) for run in await self._call(_read, query)]
 
     async def delete(self, key: int) -> None:
         line = self._is_server, _row.key == key
@@ -350,17 +369,6 @@ def _execute(connection: sa.Connection, statement: sa.Executable) -> None:
 
 def _read(connection: sa.Connection, query: sa.Select[Any]) -> Sequence[sa.RowMapping]:
     return connection.execute(query).mappings().all()
-
-
-def cause_of(run: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return what a failed run shares with others: workflow, node and reason, or nothing of these.
-
-    Args:
-        run: a record of the history.
-    """
-    node, problem = run["failed_node"] or "", run["problem"] or ""
-    reason = problem.removeprefix(f"{node}: ") if node else problem
-    return run["workflow"] or "", node, common_reason(reason)
 
 
 def _settled(connection: sa.Connection, successes: sa.Select[Any]) -> Sequence[sa.RowMapping]:

@@ -24,6 +24,7 @@ from promptlayer_exec.viewer._guard import Address, Guard
 from promptlayer_exec.viewer._incidents import add_incident_routes
 from promptlayer_exec.viewer._item_pages import add_item_routes
 from promptlayer_exec.viewer._live_stream import board_events
+from promptlayer_exec.viewer._reruns import add_rerun_routes
 
 _PAGE = Path(__file__).with_name("page")
 _TYPES = {
@@ -70,6 +71,7 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
     routes.add_execution_routes(app, board)
     routes.add_workflow_routes(app, board)
     routes.add_start_routes(app, board)
+    add_rerun_routes(app, board)
     if HAS_BATCHES:
         add_batch_routes(app, board.session)
         add_item_routes(app, board)

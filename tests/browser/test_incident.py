@@ -174,8 +174,10 @@ async def test_failures_of_one_cause_are_one_line(offers: Offers, page: Page) ->
     await expect(incident.locator('[data-part="reason"]')).to_have_text("no seats for …")
     hits = "Hits customer: globex 3, globex 2, globex 1 and 1 more. All have plan: free."
     await expect(incident.locator('[data-part="hits"]')).to_have_text(hits)
-    await expect(incident).to_contain_text("4 of the latest 5 runs failed for this reason.")
-    difference = "Differs first from the last success in load customer: seats 0 ← 12"
+    await expect(incident).to_contain_text("all 4 runs failed for this reason. The last success")
+    difference = (
+        "Differs from the last success in input plan: free ← pro; load customer: seats 0 ← 12"
+    )
     await expect(incident.locator('[data-part="difference"]')).to_have_text(difference)
     await expect(page.locator('[data-count="failed"]')).to_have_text("4")
     for execution_id in ids:
@@ -194,12 +196,15 @@ async def test_failures_of_one_cause_are_one_line(offers: Offers, page: Page) ->
 async def test_all_runs_of_a_cause_start_again_after_a_question(
     sim: Simulator, offers: Offers, page: Page
 ) -> None:
-    """The question has their number and that each is paid for; each runs with its own inputs."""
+    """It has their number, version and cost. Nothing runs twice, and what fails again moves."""
     await fail_together(offers, 3)
-    again = page.get_by_role("button", name="Run all 3 again: churn-offer")
+    again = page.get_by_role("button", name="Run all again: churn-offer")
     await again.click()
     dialog = page.get_by_role("dialog")
-    await expect(dialog).to_contain_text("This starts 3 new runs with the same inputs, and you pay")
+    question = (
+        "This starts 3 new runs with the same inputs, with the latest version. You pay for each"
+    )
+    await expect(dialog).to_contain_text(question)
     await dialog.get_by_role("button", name="Cancel").click()
     assert len(sim.runs) == 4
 
@@ -208,6 +213,24 @@ async def test_all_runs_of_a_cause_start_again_after_a_question(
     await expect(page.locator('[data-count="failed"]')).to_have_text("6")
     inputs = [run.inputs["customer"] for run in sim.runs[4:]]
     assert inputs == ["globex 2", "globex 1", "globex 0"]
+    # The pointer and the focus are still on the line.
+    await expect(page.locator(".incident")).to_contain_text("6 failed")
+    await expect(page.locator('.group[data-group="running"]')).to_be_hidden()
+    await again.click()
+    await expect(dialog).to_contain_text(
+        "Left out are 3 of the 6 that failed: 3 had the same inputs"
+    )
+    await dialog.get_by_role("button", name="Cancel").click()
+
+    await offers.start(customer="acme", plan="pro")  # all runs succeed now
+    await again.click()
+    await dialog.get_by_role("button", name="Start 3 new runs").click()
+    await expect(page.locator('[data-count="succeeded"]')).to_have_text("5")
+    await again.click()
+    done = (
+        "nothing to run again. Left out are 6 of the 6 that failed: 6 ran again since (6 succeeded)"
+    )
+    await expect(page.locator("#notice")).to_contain_text(done)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -218,7 +241,7 @@ async def test_a_cause_has_a_page(offers: Offers, ui: Any, page: Page, width: in
     title = page.locator(".incident").get_by_role("link", name="churn-offer", exact=True)
     await title.click()
     await expect(page.locator("#cause-reason")).to_have_text("no seats for …")
-    await expect(page.locator("#cause-facts")).to_contain_text("2 of the latest 3 runs failed")
+    await expect(page.locator("#cause-facts")).to_contain_text("all 2 runs failed for this reason")
     await expect(page.locator("#cause-difference")).to_contain_text("seats 0 ← 12")
     await expect(page.get_by_role("img", name="At most 2 runs an hour")).to_be_visible()
     await ui.check("cause")

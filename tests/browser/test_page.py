@@ -527,6 +527,7 @@ async def test_a_line_waits_while_somebody_points_at_it(
     for execution_id in ids[5:15]:
         sim.finish(execution_id, "plan", status="FAILED")
         await expect(state(page, execution_id)).to_have_text("Failed")
+        await line(page, ids[9]).dispatch_event("pointermove")  # a pointer at rest is no use
     group = page.locator(".group:visible h2")
     await expect(group).to_have_text(["Running"])
     await expect(line(page, ids[9]).get_by_role("link").first).to_be_focused()

@@ -277,8 +277,9 @@ test("whom a cause hits are the inputs in which its runs differ", () => {
 test("inputs and differences are short", () => {
   assert.equal(shortInputs({ a: "1", b: "x".repeat(50), c: "", d: "4", e: "5" }), `a: 1 · b: ${"x".repeat(40)}… · c:  · d: 4`);
   assert.equal(shortInputs(null), "");
-  const difference = { node: "load", path: "seats", now: "0", before: "12" };
-  assert.equal(differenceText(difference), "load: seats 0 ← 12");
-  assert.equal(differenceText({ ...difference, path: "" }), "load: 0 ← 12");
+  const seats = { where: "load: seats", now: "0", before: "12" };
+  const locale = { where: "input locale:", now: null, before: "en" };
+  assert.equal(differenceText([locale, seats]), "Differs from the last success in input locale: (none) ← en; load: seats 0 ← 12");
+  assert.equal(differenceText([]), "");
   assert.equal(differenceText(null), "");
 });

@@ -1,6 +1,8 @@
 // @ts-check
 // Which runs failed for one cause, and whom that hits.
 
+import { ago, counted } from "./times.js";
+
 const FEW = 3; // inputs, and values of each, to name
 const LONG = 40; // characters of an input on a line
 
@@ -23,6 +25,8 @@ export function causesOf(runs) {
 }
 
 const cut = (text) => (text.length > LONG ? `${text.slice(0, LONG)}…` : text);
+
+const stopped = (text) => (/[.!?…]$/.test(text) ? text : `${text}.`);
 
 // The inputs of a run on one line, or "" if they are not known.
 export function shortInputs(inputs) {
@@ -47,17 +51,31 @@ export function hitBy(all) {
     const rest = distinct.length - FEW;
     return `${name}: ${distinct.slice(0, FEW).map(cut).join(", ")}${rest > 0 ? ` and ${rest} more` : ""}`;
   });
-  const words = hit.length > 0 ? [`Hits ${hit.join("; ")}.`] : [];
+  const words = hit.length > 0 ? [stopped(`Hits ${hit.join("; ")}`)] : [];
   if (shared.length > 0) {
     const every = shared.map((name) => `${name}: ${cut(known[0][name])}`);
-    words.push(`All have ${every.join(", ")}.`);
+    words.push(stopped(`All have ${every.join(", ")}`));
   }
   return words.join(" ");
 }
 
-// "seats 0 ← 12" in a node, or "" if nothing differs.
-export function differenceText(difference) {
-  if (difference === null) return "";
-  const { node, path, now, before } = difference;
-  return `${node}: ${path === "" ? "" : `${path} `}${cut(now)} ← ${cut(before)}`;
+// What failed runs share, and the last success does not: "version 2 ← 1; load customer: seats 0 ← 12".
+// "" if nothing differs.
+export function differenceText(differences) {
+  const text = (value) => (value === null ? "(none)" : cut(value));
+  const all = (differences ?? []).map(({ where, now, before }) => `${where} ${text(now)} ← ${text(before)}`);
+  return all.length === 0 ? "" : `Differs from the last success in ${all.join("; ")}`;
+}
+
+// "all 9 runs failed for this reason", "3 of 12 runs failed for this reason", of those since it began.
+export function shareText({ count, total }) {
+  const runs = count === total ? `all ${counted(total, "run")}` : `${count} of ${counted(total, "run")}`;
+  return `${count === 1 && total === 1 ? "the only run" : runs} failed for this reason`;
+}
+
+// "The last success was 2 hours ago.", or that a run succeeded after the latest failure.
+export function successText(success, latest) {
+  if (success === undefined) return "";
+  const words = success.ended > latest ? "A later run succeeded" : "The last success was";
+  return `${words} ${ago(success.ended)}.`;
 }

@@ -1,7 +1,7 @@
 // @ts-check
 // Running again, which costs again: behind a question.
 
-import { call, get, getInputs, getText } from "../library/api.js";
+import { call, get, getInputs } from "../library/api.js";
 import { announce, confirmIn, notify } from "../library/dom.js";
 import { addressOf, go } from "../library/router.js";
 import { counted } from "../library/times.js";
@@ -30,7 +30,7 @@ export async function runAgain(run) {
   }
   const answer = await confirmIn({
     title: `Run ${workflow} again?`,
-    text: `This starts a new run with the same inputs. ${COST}`,
+    text: `This starts a new run with the same inputs, ${versionOf(run.data)}. ${COST}`,
     details: inputs,
     yes: "Start a new run",
     other: "Edit the inputs first",
@@ -77,39 +77,80 @@ async function retryItem({ batch, item: key }) {
   }
 }
 
-// Asks, and starts a run for each of several that failed. `contents` has the settings of each, and
-// the path of its inputs, or null if they are not known.
-export async function runAllAgain(workflow, contents) {
-  const known = contents.filter(({ path }) => path !== null);
-  let all;
+// Asks, and starts runs with the settings of several that failed: one for each setting, unless a
+// later run with it is running or has succeeded. Returns whether it started any.
+export async function runAllAgain(workflow, ids) {
+  let plan;
   try {
-    all = await Promise.all(known.map(({ path }) => getText(path)));
+    plan = await (await call("POST", "api/reruns", { execution_ids: ids })).json();
   } catch (error) {
-    return notify(error.message);
+    notify(error.message);
+    return false;
   }
-  const count = counted(known.length, "new run");
-  const missing = contents.length - known.length;
-  const others = missing === 0 ? "" : ` The inputs of ${missing} others are not known here, so they do not run again.`;
+  const { runs } = plan;
+  const rest = leftOut(plan, ids.length);
+  if (runs.length === 0) {
+    notify(`There is nothing to run again. ${rest}`);
+    return false;
+  }
+  const count = counted(runs.length, "new run");
   const answer = await confirmIn({
-    title: `Run ${workflow} again ${known.length} times?`,
-    text: `This starts ${count} with the same inputs, and you pay for each. You cannot cancel them.${others}`,
-    details: all.join("\n"),
+    title: `Run ${workflow} again ${runs.length === 1 ? "once" : `${runs.length} times`}?`,
+    text: `This starts ${count} with the same inputs, ${versionsOf(runs)}. You pay for each, and cannot cancel them. ${rest}`,
+    details: runs.map(({ inputs }) => inputs).join("\n"),
     yes: `Start ${count}`,
   });
-  if (answer !== "yes") return;
+  if (answer !== "yes") return false;
 
   let started = 0;
-  for (const [index, { label, version, metadata }] of known.entries()) {
-    const number = version === null ? null : String(version);
+  for (const run of runs) {
+    const version = run.version === null ? null : String(run.version);
     try {
-      await startRun({ workflow, inputs: all[index], label, version: number, metadata });
+      await startRun({ ...run, version });
       started += 1;
     } catch (error) {
-      const rest = `${started} of ${count} started, and the page starts no more.`;
-      return notify(`${rest} ${error.isUnknown ? "Another one may have started. " : ""}${error.message}`);
+      notify(`${started} of ${count} started, and the page starts no more. ${error.isUnknown ? "Another one may have started. " : ""}${error.message}`);
+      return started > 0;
     }
   }
   announce(`${count} of ${workflow} started.`);
+  return true;
+}
+
+// Why fewer runs start than failed.
+function leftOut({ equal, since, without_inputs: unknown }, all) {
+  const again = Object.values(since).reduce((sum, one) => sum + one, 0);
+  const reasons = [];
+  if (again > 0) {
+    const states = Object.entries(since).map(([state, number]) => `${number} ${SINCE[state]}`);
+    reasons.push(`${again} ran again since (${states.join(", ")})`);
+  }
+  if (equal > 0) reasons.push(`${equal} had the same inputs as another`);
+  if (unknown > 0) reasons.push(`the inputs of ${unknown} are not known here`);
+  if (reasons.length === 0) return "";
+  return `Left out are ${again + equal + unknown} of the ${all} that failed: ${reasons.join("; ")}.`;
+}
+
+// The states of a later run with the same inputs.
+const SINCE = {
+  waiting: "running",
+  running: "running",
+  succeeded: "succeeded",
+  lost: "no longer followed",
+  unknown: "may have started",
+};
+
+// "with version 2", "2 with version 2 and 1 with the latest version".
+function versionsOf(runs) {
+  const counts = new Map();
+  for (const run of runs) counts.set(versionOf(run), (counts.get(versionOf(run)) ?? 0) + 1);
+  if (counts.size === 1) return versionOf(runs[0]);
+  return new Intl.ListFormat("en").format([...counts].map(([version, count]) => `${count} ${version}`));
+}
+
+function versionOf({ version, label }) {
+  if (version !== null) return `with version ${version}`;
+  return label === null ? "with the latest version" : `with the version labelled ${label}`;
 }
 
 export function confirmStart(workflow, details) {

@@ -1,7 +1,7 @@
 // @ts-check
 // The line of a cause: several runs that failed for one reason. It unfolds into their lines.
 
-import { differenceText, hitBy } from "../library/causes.js";
+import { differenceText, hitBy, shareText, successText } from "../library/causes.js";
 import { get } from "../library/api.js";
 import { clone, part, show, write, writeTime } from "../library/dom.js";
 import { board } from "../library/model.js";
@@ -10,11 +10,12 @@ import { ago, clock, counted } from "../library/times.js";
 import { usualOf } from "../library/usual.js";
 import { runAllAgain } from "./again.js";
 
-const differences = new Map(); // by the ids of a failed run and a success: what differs first
+const COMPARED = 5; // failed runs, besides the newest, that must share a difference
+const differences = new Map(); // by the ids of the runs
 
 export class Incident {
-  // `onFold(isOpen)` shows or hides the lines of its runs.
-  constructor(key, onFold) {
+  // `onFold(isOpen)` shows or hides the lines of its runs. `onStarted()` is called after they run again.
+  constructor(key, onFold, onStarted) {
     const [workflow, node, cause] = JSON.parse(key);
     this.key = key;
     this.workflow = workflow;
@@ -29,7 +30,9 @@ export class Incident {
     write(part(this.root, "reason"), cause);
     const fold = part(this.root, "fold");
     fold.addEventListener("click", () => onFold(fold.getAttribute("aria-expanded") !== "true"));
-    part(this.root, "run-all").addEventListener("click", () => runAllAgain(workflow, this.runs.map(contentOf)));
+    part(this.root, "run-all").addEventListener("click", async () => {
+      if (await runAllAgain(workflow, this.runs.map(({ id }) => id))) onStarted();
+    });
   }
 
   // Shows how many runs there are, the newest of them first.
@@ -42,7 +45,7 @@ export class Incident {
     part(root, "fold").setAttribute("aria-label", `The ${count} of ${this.workflow} that failed for this reason`);
     write(part(root, "hits"), hitBy(runs.map((run) => run.data.inputs)));
     part(root, "run-all").hidden = !runs.some((run) => run.data.has_inputs);
-    part(root, "run-all").setAttribute("aria-label", `Run all ${runs.length} again: ${this.workflow}`);
+    part(root, "run-all").setAttribute("aria-label", `Run all again: ${this.workflow}`);
     this.tick();
   }
 
@@ -53,41 +56,37 @@ export class Incident {
     const usual = usualOf(newest);
     const known = usual.causes.find((one) => one.cause === cause && one.failed_node === node);
     const ends = runs.map((run) => run.endedAt()).filter((moment) => moment !== null);
-    const first = Math.min(...ends, known?.first ?? Infinity);
-    const since = Number.isFinite(first) ? `Since ${clock(first)} (${ago(first)})` : "";
-    const often = known === undefined ? "" : `${known.count} of the latest ${counted(usual.total, "run")} failed for this reason`;
-    write(part(root, "since"), [since, often].filter((text) => text !== "").join(": ") + (since || often ? "." : ""));
     const latest = Math.max(0, ...ends);
+    const first = known?.incident.first ?? Math.min(...ends);
+    const since = Number.isFinite(first) ? `Since ${clock(first)} (${ago(first)})` : "";
+    const often = known === undefined ? "" : shareText(known.incident);
+    const facts = [since, often].filter((text) => text !== "").join(", ");
+    const success = usual.successes.find((one) => !runs.some((run) => run.id === one.execution_id));
+    write(part(root, "since"), [facts === "" ? "" : `${facts}.`, successText(success, latest)].filter((text) => text !== "").join(" "));
     if (latest > 0) writeTime(part(root, "when"), latest, ago(latest));
 
     const title = part(root, "title");
     if (board.hasHistory) title.href = causeAddress({ workflow, failed_node: node, cause });
-    const success = usual.successes.find((one) => !runs.some((run) => run.id === one.execution_id));
     part(root, "compare").hidden = success === undefined;
     if (success === undefined) return;
     part(root, "compare").href = comparisonOf(newest.id, success.execution_id);
     part(root, "compare").setAttribute("aria-label", `Compare with the last success: ${workflow}`);
-    this.showDifference(newest.id, success.execution_id);
+    this.showDifference(runs.map((run) => run.id), success.execution_id);
   }
 
   showDifference(failed, success) {
     const place = part(this.root, "difference");
-    differenceOf(failed, success).then((difference) => {
-      const text = differenceText(difference);
-      show(place, text === "" ? null : `Differs first from the last success in ${text}`);
-    });
+    differencesOf(failed, success).then((differences) => show(place, differenceText(differences) || null));
   }
 }
 
-// The viewer reads the success again for it, once.
-export function differenceOf(failed, success) {
-  const key = `${failed} ${success}`;
+// What the failed runs share, and the success does not. The viewer reads the success again for it, once.
+export function differencesOf([newest, ...all], success) {
+  const others = all.slice(0, COMPARED);
+  const key = [newest, success, ...others].join(" ");
   if (!differences.has(key)) {
-    differences.set(key, get(`api/executions/${failed}/difference/${success}`).catch(() => null));
+    const params = new URLSearchParams(others.map((id) => ["others", id]));
+    differences.set(key, get(`api/executions/${newest}/differences/${success}?${params}`).catch(() => null));
   }
   return differences.get(key);
-}
-
-function contentOf({ id, data: { label, version, metadata, has_inputs } }) {
-  return { path: has_inputs ? `api/executions/${id}/inputs` : null, label, version, metadata };
 }

@@ -14,6 +14,7 @@ import { matches, Rows } from "../parts/rows.js";
 import { ago, counted, fully } from "../library/times.js";
 
 const FEW = 5; // succeeded runs to show before somebody asks for the others
+const REST = 5000; // milliseconds without use, after which lines move again
 
 const lines = new Map(); // by id
 const open = new Set(); // ids of lines that show their nodes, also while a viewer restarts
@@ -22,6 +23,8 @@ const unfolded = new Set(); // keys of causes that show their lines
 const groups = findAll(".group");
 let isShown = false;
 let frame = 0;
+let usedAt = -Infinity; // when somebody last used a line
+let resting = 0; // the timer that arranges the lines once nobody does
 let isUnfolded = false;
 let isRecentKnown = false;
 
@@ -194,11 +197,22 @@ function drop(id) {
   if (hadFocus) (next ? part(next, "title") : byId("execution-id")).focus();
 }
 
-// The order: groups, the newest first in each. While somebody points at a line, or has the focus
-// in one, no line moves away from there.
+// The order: groups, the newest first in each. While somebody uses the pointer or the keyboard on a
+// line, no line moves away from there. A pointer or a focus that just rests there is no use.
 
 function isUsed() {
-  return byId("board").matches(":hover") || byId("board").contains(document.activeElement);
+  const isThere = byId("board").matches(":hover") || byId("board").contains(document.activeElement);
+  return isThere && performance.now() - usedAt < REST;
+}
+
+// Who has started runs wants to see what becomes of them.
+function letMove() {
+  usedAt = -Infinity;
+  arrangeSoon();
+}
+
+for (const kind of ["pointermove", "wheel", "keydown", "focusin"]) {
+  byId("board").addEventListener(kind, () => (usedAt = performance.now()), { passive: true });
 }
 
 // Changes come in bursts: one arrangement is enough for all that come within a frame.
@@ -210,7 +224,9 @@ function arrangeSoon() {
 function arrange() {
   cancelAnimationFrame(frame);
   frame = 0;
+  clearTimeout(resting);
   if (!isShown) return;
+  if (isUsed()) resting = setTimeout(arrangeSoon, REST);
   const text = byId("filter").value.trim().toLowerCase();
   const state = find("input[name=state]:checked").value;
   const counts = { all: 0, failed: 0, lost: 0, slow: 0, running: 0, succeeded: 0 };
@@ -287,7 +303,7 @@ function causesNow(members, isStill) {
     incidents.delete(key);
   }
   for (const [key, runs] of causes) {
-    if (!incidents.has(key)) incidents.set(key, new Incident(key, (isOpen) => unfold(key, isOpen)));
+    if (!incidents.has(key)) incidents.set(key, new Incident(key, (isOpen) => unfold(key, isOpen), letMove));
     incidents.get(key).update(runs, unfolded.has(key));
   }
   return causes;

@@ -2,13 +2,14 @@
 // The page of a cause: when it began, how often it happens, and the runs that it hit:
 // `#/cause?workflow=offers&failed_node=choose&cause=…`.
 
-import { differenceText, hitBy, shortInputs } from "../library/causes.js";
-import { call, get } from "../library/api.js";
+import { differenceText, hitBy, shareText, shortInputs, successText } from "../library/causes.js";
+import { get } from "../library/api.js";
 import { byId, findAll, make, makeSvg, show, timeOf, write } from "../library/dom.js";
+import { runs as live, STATES } from "../library/model.js";
 import { addressOf, comparisonOf } from "../library/router.js";
-import { clock, counted } from "../library/times.js";
+import { ago, clock, counted } from "../library/times.js";
 import { runAllAgain } from "../parts/again.js";
-import { differenceOf } from "../parts/incident.js";
+import { differencesOf } from "../parts/incident.js";
 
 const HOUR = 3600;
 const MOST_HOURS = 48; // in the plot
@@ -17,7 +18,7 @@ const BAR = 12;
 
 let shown = new URLSearchParams();
 let page = null;
-let success = null;
+let success; // the last one
 let asked = 0;
 
 export const causeView = {
@@ -35,7 +36,7 @@ export const causeView = {
   },
 
   onExecution(run, before) {
-    if (run.isEnded && run.data.state !== before.state) setTimeout(load, 500); // once it is recorded
+    if (run.data.state !== before.state) setTimeout(load, 500); // once it is recorded
   },
 
   title: () => `${shown.get("workflow") ?? "Cause"}: why runs failed · Executions`,
@@ -58,48 +59,61 @@ async function load() {
   }
   if (number !== asked) return;
   show(byId("cause-problem"), null);
-  success = usual.successes[0]?.execution_id ?? null;
-  render(usual);
+  success = usual.successes[0];
+  render();
 }
 
-function render(usual) {
-  const { runs, count, first, latest, failed_node: node, cause, hours } = page;
-  const known = usual.causes.find((one) => one.cause === cause && one.failed_node === node);
-  const words = count === 0 ? ["The history has no such run any more."] : [`${counted(count, "run")} failed for this reason, first at ${clock(first)} and last at ${clock(latest)}.`];
-  if (known !== undefined) {
-    words.push(`${known.count} of the latest ${counted(usual.total, "run")} failed for it, and ${usual.failed} failed in all.`);
-  }
+function render() {
+  const { runs, failed_node: node } = page;
   write(byId("cause-where"), node === "" ? "" : `in ${node}`);
-  write(byId("cause-facts"), words.join(" "));
-  write(byId("cause-hits"), hitBy(runs.map((run) => run.inputs)));
-  byId("cause-plot").replaceChildren(...(hours.length > 0 ? [plotOf(hours)] : []));
+  write(byId("cause-facts"), factsOf(page));
+  write(byId("cause-hits"), hitBy(present().map((run) => run.inputs)));
+  byId("cause-plot").replaceChildren(...(page.hours.length > 0 ? [plotOf(page.hours)] : []));
   byId("cause-run-all").hidden = !runs.some((run) => run.has_inputs);
-  byId("cause-compare").hidden = success === null || runs.length === 0;
-  if (!byId("cause-compare").hidden) byId("cause-compare").href = comparisonOf(runs[0].execution_id, success);
+  byId("cause-compare").hidden = success === undefined || runs.length === 0;
+  if (!byId("cause-compare").hidden) byId("cause-compare").href = comparisonOf(runs[0].execution_id, success.execution_id);
 
   const focused = document.activeElement?.getAttribute("href");
   byId("cause-runs").replaceChildren(...runs.map(rowOf));
   if (focused) findAll("#cause-runs a").find((link) => link.getAttribute("href") === focused)?.focus({ preventScroll: true });
-  showDifference(runs);
+  showDifference();
+}
+
+// The runs of the present incident. Earlier ones were another.
+const present = () => page.runs.filter((run) => run.began >= page.first);
+
+// "All 9 runs since 10:02 failed for this reason … It had also happened once before, on Nov 29."
+function factsOf({ count, total, first, latest, earlier }) {
+  if (count === 0) return "The history has no such run any more.";
+  const since = `Since ${clock(first)} (${ago(first)}), ${shareText({ count, total })}, last at ${clock(latest)}.`;
+  const words = [since, successText(success, latest)];
+  if (earlier.length > 0) {
+    const often = earlier.length === 1 ? "once before" : `${earlier.length} times before, last`;
+    words.push(`It also happened ${often} on ${clock(earlier[0])}, which was another incident.`);
+  }
+  return words.filter((text) => text !== "").join(" ");
 }
 
 function rowOf(run) {
   const link = make("a", { href: addressOf(["executions", run.execution_id]) }, `Execution ${run.execution_id}`);
   const inputs = shortInputs(run.inputs);
-  return make("li", {}, make("span", { class: "name" }, link), timeOf(run.began), make("span", {}, inputs === "" ? "Its inputs are not known here" : inputs));
+  const about = make("span", {}, inputs === "" ? "Its inputs are not known here" : inputs);
+  return make("li", {}, make("span", { class: "name" }, link), timeOf(run.began), about, ...againOf(run));
 }
 
-// The viewer must follow the failed run to read its values.
-async function showDifference(runs) {
-  if (success === null || runs.length === 0) return;
-  const id = runs[0].execution_id;
-  try {
-    await call("POST", "api/executions", { execution_id: id });
-  } catch {
-    return; // PromptLayer no longer has it
-  }
-  const text = differenceText(await differenceOf(id, success));
-  write(byId("cause-difference"), text === "" ? "" : `Differs first from the last success in ${text}`);
+// What became of the same inputs since then.
+function againOf({ again }) {
+  if (again === null) return [];
+  const { execution_id: id, outcome } = again;
+  const [word] = STATES[live.get(id)?.data.state ?? outcome];
+  const run = id === null ? "a start" : make("a", { href: addressOf(["executions", id]) }, `Execution ${id}`);
+  return [make("span", { class: "muted later" }, "Later, with the same inputs: ", run, ` ${word.toLowerCase()}`)];
+}
+
+async function showDifference() {
+  const ids = present().map((run) => run.execution_id);
+  if (success === undefined || ids.length === 0) return;
+  write(byId("cause-difference"), differenceText(await differencesOf(ids, success.execution_id)));
 }
 
 // A bar for each hour, the present one at the right.
@@ -122,9 +136,6 @@ function plotOf(hours) {
   return make("figure", {}, svg, make("figcaption", { class: "muted" }, text));
 }
 
-byId("cause-run-all").addEventListener("click", () => {
-  const contents = page.runs.map(({ key, label, version, metadata, has_inputs }) => {
-    return { path: has_inputs ? `api/history/${key}/inputs` : null, label, version, metadata };
-  });
-  runAllAgain(page.workflow, contents);
+byId("cause-run-all").addEventListener("click", async () => {
+  if (await runAllAgain(page.workflow, page.execution_ids)) load();
 });
