@@ -416,10 +416,16 @@ def dashboard(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Run 50,000 items against a server that often fails; the suite runs 500."""
-    _install(session, "test", ".")
-    environment = {"PYTHONSAFEPATH": "1", "PROMPTLAYER_EXEC_SOAK_ITEMS": "50000"}
-    session.run("pytest", "-s", "tests/soak", *session.posargs, env=environment)
+    """Run 50,000 items against a server that often fails, also with keys on PostgreSQL."""
+    _install(session, "test", ".[starts]")
+    _install_postgresql(session)
+    environment = {
+        "PYTHONSAFEPATH": "1",
+        "PROMPTLAYER_EXEC_SOAK_ITEMS": "50000",
+        "PROMPTLAYER_EXEC_SOAK_DATABASE": "postgresql:///postgres",  # libpq gets the rest from:
+    }
+    pytest = ("pg_virtualenv", "pytest", "-s", "tests/soak", *session.posargs)
+    session.run(*pytest, env=environment, external=True)
 
 
 @nox.session

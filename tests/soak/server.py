@@ -2,7 +2,8 @@
 
 Usage: server.py EXECUTIONS EVERY
 
-It prints its base URL and the ids of its executions as a line of JSON. When standard input ends, as
+It prints its base URL and the ids of its executions as a line of JSON. For each line of standard
+input, it prints the runs that were started, as pairs of input and id. When standard input ends, as
 it does with the parent process, it prints what it did as another line, and stops.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, Simulator
 
-LONGEST = 600.0
+LONGEST = 900.0
 TOO_LARGE = 256 * 1024
 # A 429 slows all requests, so many of them would only make the test long.
 COMMON, RARE = 3, 1
@@ -126,7 +127,8 @@ async def main(executions: str, every: str) -> None:
         _print({"base_url": simulator.base_url, "key": simulator.api_key, "pool": server.pool})
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LONGEST):
-                await stdin.read()
+                while await stdin.readline():
+                    _print([(run.inputs["n"], run.execution_id) for run in simulator.runs])
     _print(server.report())
 
 

@@ -1,6 +1,6 @@
 """A fan-out against a server that often fails: every item has one outcome, and nothing leaks.
 
-`nox -s soak` runs it with 50,000 items, the suite with 250.
+`nox -s soak` runs it with 50,000 items and keys on PostgreSQL, the suite with 250 on SQLite.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ from promptlayer_exec import (
     WatchStarted,
     WatchWoken,
 )
+from promptlayer_exec.starts import SQLStartStore
 
 SERVER = Path(__file__).with_name("server.py")
 DESCRIPTORS = Path("/proc/self/fd")
 SMAPS = Path("/proc/self/smaps_rollup")
 
 ITEMS = int(os.environ.get("PROMPTLAYER_EXEC_SOAK_ITEMS", "250"))
+DATABASE = os.environ.get("PROMPTLAYER_EXEC_SOAK_DATABASE")  # its URL
 LONG = ITEMS >= 10_000
 MAX_IN_FLIGHT = 500 if LONG else 50
 FAULTY_EVERY = 100 if LONG else 20
@@ -70,6 +72,16 @@ class Server:
         self.base_url: str = ready["base_url"]
         self.key: str = ready["key"]
         self.pool: list[int] = ready["pool"]
+
+    def runs(self) -> dict[int, list[int]]:
+        """Return the ids of the runs that each input has started."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"runs\n")
+        self._process.stdin.flush()
+        runs: dict[int, list[int]] = {}
+        for n, execution_id in self._read():
+            runs.setdefault(n, []).append(execution_id)
+        return runs
 
     def stop(self) -> dict[str, Any]:
         """Stop the server, and return what it did."""
@@ -109,9 +121,10 @@ class Size(NamedTuple):
 class Ledger:
     """Hands out the items, and checks the outcome of each."""
 
-    def __init__(self, pool: list[int], started_every: int) -> None:
+    def __init__(self, pool: list[int], started_every: int, *, keyed: bool = False) -> None:
         self._value = {execution_id: value for value, execution_id in enumerate(pool)}
         self._every = started_every
+        self._keyed = keyed
         # Two items with one execution at once would share its faults.
         self._free = deque(pool)
         self._outcomes = bytearray(ITEMS)  # how many each item has
@@ -128,7 +141,11 @@ class Ledger:
             if i and i % INTERVAL == 0:
                 await self._wait_for(i)
                 self.sizes.append(Size.now())
-            yield self._free.popleft() if i % self._every else StartRequest("echo", {"n": i})
+            yield self._free.popleft() if i % self._every else self.request(i)
+
+    def request(self, i: int) -> StartRequest:
+        """Return the request that starts an item."""
+        return StartRequest("echo", {"n": i}, key=f"item-{i}" if self._keyed else None)
 
     async def _wait_for(self, completed: int) -> None:
         self._all_completed.clear()
@@ -206,18 +223,7 @@ async def test_each_item_has_exactly_one_outcome_and_nothing_leaks(
     with server(2 * MAX_IN_FLIGHT) as soak_server:
         sockets_before = sockets()
         ledger = Ledger(soak_server.pool, started_every=1 if push else STARTED_EVERY)
-        async with Session(
-            soak_server.key,
-            base_url=soak_server.base_url,
-            poll=PollPolicy.fixed(0.05),
-            retry=RetryPolicy(base=0.01, ceiling=0.1),
-            request_timeout=REQUEST_TIMEOUT,
-            max_response_bytes=64 * 1024,
-            rate=None,
-            push=push,  # it is used for the runs that the session starts
-            check_inputs=False,
-            observers=[counter],
-        ) as session:
+        async with session_of(soak_server, push=push, observers=[counter]) as session:
             async for outcome in session.as_completed(ledger.items(), max_in_flight=MAX_IN_FLIGHT):
                 ledger.check(outcome)
         assert our_tasks() == []
@@ -243,12 +249,78 @@ async def test_each_item_has_exactly_one_outcome_and_nothing_leaks(
 
     del outcome
     assert kept() <= kept_before  # other tests may have kept some
-    kinds = Counter(f"{method} {kind}" for method, kind, _ in faults)
     assert counter.counts[WatchWoken] > (ITEMS / 2 if push else -1)
     if LONG:
-        show(seconds, report["requests"], kinds, ledger)
-        assert growth([size.objects for size in ledger.sizes]) <= MOST_OBJECTS
-        assert growth([size.bytes for size in ledger.sizes]) <= MOST_BYTES
+        show(seconds, report, ledger)
+        check_growth(ledger.sizes)
+
+
+@pytest.mark.timeout(900)
+async def test_each_key_leads_to_one_run_with_its_own_output(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The store lists exactly the keys whose start was lost, and adopting or forgetting ends it."""
+    caplog.set_level(logging.CRITICAL, logger="promptlayer_exec")
+    url = DATABASE or f"sqlite:///{tmp_path / 'starts.sqlite'}"
+    began = time.monotonic()
+    with server(2 * MAX_IN_FLIGHT) as soak_server:
+        ledger = Ledger(soak_server.pool, started_every=1, keyed=True)
+        store = SQLStartStore(url)
+        async with session_of(soak_server, push=True, starts=store) as session:
+            async for outcome in session.as_completed(ledger.items(), max_in_flight=MAX_IN_FLIGHT):
+                ledger.check(outcome)
+
+            ledger.check_all()
+            lost = ledger.lost
+            while unknown := [stored.key async for stored in store.unknown()]:
+                assert sorted(unknown) == sorted(f"item-{n}" for n in lost)
+                await settle(store, lost, soak_server.runs())
+                lost = []
+                requests = [ledger.request(int(key.removeprefix("item-"))) for key in unknown]
+                async for again in session.as_completed(requests):
+                    n = again.item.inputs["n"]
+                    if isinstance(again.error, StartUnknown):
+                        lost.append(n)
+                    elif not isinstance(again.error, InvalidResponse):
+                        assert again.result() == n
+        runs = soak_server.runs()
+        report = soak_server.stop()
+
+    assert sorted(runs) == list(range(ITEMS))
+    assert all(len(ids) == 1 for ids in runs.values())
+    if LONG:
+        show(time.monotonic() - began, report, ledger)
+        check_growth(ledger.sizes)
+
+
+def session_of(soak_server: Server, **settings: Any) -> Session:
+    """Return a session that polls and retries at once."""
+    return Session(
+        soak_server.key,
+        base_url=soak_server.base_url,
+        poll=PollPolicy.fixed(0.05),
+        retry=RetryPolicy(base=0.01, ceiling=0.1),
+        request_timeout=REQUEST_TIMEOUT,
+        max_response_bytes=64 * 1024,
+        rate=None,
+        check_inputs=False,
+        **settings,  # push is used for the runs that the session starts
+    )
+
+
+async def settle(store: SQLStartStore, lost: list[int], runs: dict[int, list[int]]) -> None:
+    """Do what a person does after a look at PromptLayer: adopt the runs, forget the other keys."""
+    for n in lost:
+        if n in runs:
+            assert await store.adopt(f"item-{n}", *runs[n])
+        else:
+            assert await store.forget(f"item-{n}")
+
+
+def check_growth(sizes: list[Size]) -> None:
+    """Check that an item leaves next to nothing in memory."""
+    assert growth([size.objects for size in sizes]) <= MOST_OBJECTS
+    assert growth([size.bytes for size in sizes]) <= MOST_BYTES
 
 
 def growth(sizes: list[int]) -> float:
@@ -257,15 +329,11 @@ def growth(sizes: list[int]) -> float:
     return median((later - size) / (j - i) / INTERVAL for (i, size), (j, later) in pairs)
 
 
-def show(
-    seconds: float,
-    requests: dict[str, int],
-    kinds: Counter[str],
-    ledger: Ledger,
-) -> None:
+def show(seconds: float, report: dict[str, Any], ledger: Ledger) -> None:
     """Print what happened."""
+    kinds = Counter(f"{method} {kind}" for method, kind, _ in report["faults"])
     lines = [
-        f"{ITEMS:,} items in {seconds:.0f} s, {requests}",
+        f"{ITEMS:,} items in {seconds:.0f} s, {report['requests']}",
         f"faults: {sum(kinds.values())}, {dict(sorted(kinds.items()))}",
         f"ended with: {dict(ledger.errors)}",
         f"objects after each {INTERVAL:,}: {[size.objects for size in ledger.sizes]}",
