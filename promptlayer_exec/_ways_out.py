@@ -36,11 +36,11 @@ _OF_ITEM = {
     "following": [("end it with", "batch give-up", "KEY")],
     "unknown": [
         ("if you find its run, follow it with", "batch adopt", "KEY ID"),
-        ("else start it again with", "batch retry --unknown", "KEY"),
+        ("else start it again, which you pay for, with", "batch retry --unknown", "KEY"),
     ],
     # A run that may still bring an output is followed again, and no other one starts.
     "failed": [
-        ("start it again with", "batch retry", "KEY"),
+        ("start it again, which you pay for, with", "batch retry", "KEY"),
         ("or check its run again, for free, with", "batch recheck", ""),
     ],
     "succeeded": [
@@ -66,10 +66,10 @@ _OF_ITEMS = {
             "batch adopt",
             "KEY ID",
         ),
-        ("or start them again with", "batch retry --unknown", ""),
+        ("or start them again, which you pay for, with", "batch retry --unknown", ""),
     ],
     "failed": [
-        ("start failed items again with", "batch retry --failed", ""),
+        ("start failed items again, which you pay for, with", "batch retry --failed", ""),
         ("or check their runs again, for free, with", "batch recheck", ""),
     ],
     "succeeded": [("write all results with", "batch export", "")],

@@ -118,7 +118,7 @@ def test_a_batch_is_run_and_its_results_are_written(
         "1 NotFound",
     ]
     assert err.splitlines()[-2:] == [
-        "start failed items again with:",
+        "start failed items again, which you pay for, with:",
         "  promptlayer-exec batch retry --failed --name night",
     ]
     lines = {line["key"]: line for line in results(tmp_path / "out.jsonl")}
@@ -762,7 +762,7 @@ def test_what_did_not_succeed_has_a_command_that_goes_on(
     """
     file = write(tmp_path / "my night", {"workflow": "echo", "inputs": {"n": "bad"}})
     hint = (
-        "start failed items again with:\n"
+        "start failed items again, which you pay for, with:\n"
         "  promptlayer-exec batch retry --failed --name 'my night'{0}\n"
     )
     assert run("run", file)[2].endswith(hint.format(""))
@@ -889,7 +889,7 @@ def test_only_the_items_with_these_keys_are_started_again(
             "item 'lost' is unknown: its run may have started, and you may be billed\n"
             "if you find its run, follow it with:\n"
             "  promptlayer-exec batch adopt lost ID --name night\n"
-            "else start it again with:\n"
+            "else start it again, which you pay for, with:\n"
             "  promptlayer-exec batch retry lost --unknown --name night\n"
         ),
     )
@@ -934,7 +934,7 @@ def test_an_item_that_is_followed_shows_its_run(sim: Simulator, run: Run, tmp_pa
         ),
     )
     again = (
-        "start it again with:\n"
+        "start it again, which you pay for, with:\n"
         "  promptlayer-exec batch retry a --name night\n"
         "or check its run again, for free, with:\n"
         "  promptlayer-exec batch recheck --name night\n"
@@ -977,7 +977,7 @@ def test_an_item_without_a_run_cannot_be_given_up(sim: Simulator, run: Run, tmp_
     ways_out = (
         "if you find its run, follow it with:\n"
         "  promptlayer-exec batch adopt a ID --name night\n"
-        "else start it again with:\n"
+        "else start it again, which you pay for, with:\n"
         "  promptlayer-exec batch retry a --unknown --name night\n"
     )
     text = "item 'a' is unknown, so there is no run to give up\n"

@@ -12,8 +12,9 @@ const { fold } = await page("library/fold.js");
 const { layOut } = await page("library/layout.js");
 const { ago, duration, tickLabel, ticks } = await page("library/times.js");
 const { sentenceOf, textOf } = await page("library/sentence.js");
-const { causesOf, differenceText, hitBy, shortInputs } = await page("library/causes.js");
+const { causesOf, differenceText, hitBy, shareText, shortInputs, summaryText } = await page("library/causes.js");
 const { criticalPath } = await page("library/critical.js");
+const { comparisonOf } = await page("library/router.js");
 
 const SIZES = { along: 10, across: 10, gapAlong: 5, gapAcross: 5 };
 const edgesOf = (pairs) => pairs.map(([source, target]) => ({ source, target }));
@@ -175,6 +176,12 @@ test("the sentence of a running run says whether it is stuck", () => {
   const whole = sentenceOf(runOf({ state: "running", nodes, time: 130 }), { ...usual, nodes: {} });
   assert.match(textOf(whole), /^Running in rank for 2 min 10 s. The whole run usually takes 40 s\./);
   assert.equal(whole.isSlow, true);
+  // During an outage, what was slow stays slow, and nothing becomes slow unseen.
+  const inOutage = (seconds) => {
+    const problem = { since: Date.now() / 1000 - seconds };
+    return sentenceOf(runOf({ state: "running", nodes, time: 26, problem }), usual).isSlow;
+  };
+  assert.deepEqual([inOutage(0), inOutage(20)], [true, false]);
   // As long as the node usually takes, and since the node began, no change says nothing.
   const usually = { ...usual, nodes: { rank: 60 } };
   assert.equal(textOf(sentenceOf(runOf({ state: "running", nodes, time: 26 }), usually)), "Running in rank for 26 s (usually 1 min 00 s).");
@@ -282,4 +289,25 @@ test("inputs and differences are short", () => {
   assert.equal(differenceText([locale, seats]), "Differs from the last success in input locale: (none) ← en; load: seats 0 ← 12");
   assert.equal(differenceText([]), "");
   assert.equal(differenceText(null), "");
+  assert.equal(shareText({ count: 3, total: 12 }), "3 of 12 runs failed for this reason");
+  assert.equal(shareText({ count: 12, total: 12 }), "all 12 runs failed for this reason");
+});
+
+test("the summary of an incident has what a colleague needs elsewhere", () => {
+  const runs = [{ began: 9000, inputs: { plan: "free", id: "7" } }, { began: 8000, inputs: { plan: "free", id: "8" } }, { began: 1, inputs: {} }];
+  const page = { workflow: "offers", failed_node: "choose", cause: "no seats", count: 2, total: 2, first: 8000, latest: 9000, execution_ids: ["12", "11"], runs };
+  const text = summaryText(page, { execution_id: "9", ended: 7000 }, "Differs from the last success in load: seats 0 ← 12", "http://x/#/cause");
+  const words = [
+    "offers fails in choose: no seats. From 1970-01-01 02:13 UTC to 1970-01-01 02:30 UTC, all 2 runs failed for this reason.",
+    "The last success was execution 9 at 1970-01-01 01:56 UTC. Hits id: 7, 8. All have plan: free.",
+    "Differs from the last success in load: seats 0 ← 12. Failed executions: 12, 11. http://x/#/cause",
+  ];
+  assert.equal(text, words.join(" "));
+});
+
+test("of two executions, the success is on the left, or else the older one", () => {
+  const run = (id, hasSucceeded) => ({ id, hasSucceeded });
+  assert.equal(comparisonOf(run("9", false), run("10", true)), "#/compare/10/9");
+  assert.equal(comparisonOf(run("10", true), run("9", true)), "#/compare/9/10");
+  assert.equal(comparisonOf(run("9", false), run("10", false)), "#/compare/9/10");
 });

@@ -1,9 +1,10 @@
 // @ts-check
 // Which runs failed for one cause, and whom that hits.
 
-import { ago, counted } from "./times.js";
+import { ago, counted, universal } from "./times.js";
 
 const FEW = 3; // inputs, and values of each, to name
+const MANY = 10; // executions to name in a summary
 const LONG = 40; // characters of an input on a line
 
 // A cause is a workflow, the node that failed, and the reason without what differs from run to run.
@@ -71,6 +72,23 @@ export function differenceText(differences) {
 export function shareText({ count, total }) {
   const runs = count === total ? `all ${counted(total, "run")}` : `${count} of ${counted(total, "run")}`;
   return `${count === 1 && total === 1 ? "the only run" : runs} failed for this reason`;
+}
+
+// A paragraph for a colleague, who may read it elsewhere and later. `success` is the last one, if known.
+export function summaryText(page, success, difference, address) {
+  const { workflow, failed_node: node, cause, first, latest, execution_ids: ids, runs } = page;
+  const where = node === "" ? "" : ` in ${node}`;
+  const rest = ids.length - MANY;
+  const words = [
+    stopped(`${workflow} fails${where}: ${cause}`),
+    `From ${universal(first)} to ${universal(latest)}, ${shareText(page)}.`,
+    success === undefined ? "" : `The last success was execution ${success.execution_id} at ${universal(success.ended)}.`,
+    hitBy(runs.filter((run) => run.began >= first).map((run) => run.inputs)),
+    difference === "" ? "" : stopped(difference),
+    `Failed executions: ${ids.slice(0, MANY).join(", ")}${rest > 0 ? ` and ${rest} more` : ""}.`,
+    address,
+  ];
+  return words.filter((text) => text !== "").join(" ");
 }
 
 // "The last success was 2 hours ago.", or that a run succeeded after the latest failure.

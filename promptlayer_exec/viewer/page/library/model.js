@@ -218,7 +218,7 @@ const SERVER = {
   stale: ["PromptLayer does not respond", GOES_ON],
   failing: ["PromptLayer has errors", `There is nothing to do but wait. ${GOES_ON}`],
   waiting: ["PromptLayer asks to wait", `Start fewer runs in parallel if this happens often. ${GOES_ON}`],
-  refused: ["PromptLayer refuses the key", "Start the viewer again with another one."],
+  refused: ["PromptLayer refuses the key", "The page tries the key every 15 seconds, and follows the runs again once it works. Start the viewer again to use another key."],
 };
 
 // Whether a problem is none of a single run.

@@ -24,9 +24,17 @@ export function addressOfRun(batch, item, id) {
   return addressOf(["executions", id ?? ""], { batch, item });
 }
 
-// Of two executions, the one that started first is on the left.
-export function comparisonOf(...ids) {
-  return addressOf(["compare", ...ids.sort((one, other) => (BigInt(one) < BigInt(other) ? -1 : 1))]);
+// Of two executions, the one that succeeded is on the left. If both did, or none, it is the older one.
+export function comparisonOf(one, other) {
+  const isOlder = BigInt(one.id) < BigInt(other.id);
+  const isFirst = one.hasSucceeded === other.hasSucceeded ? isOlder : one.hasSucceeded;
+  return addressOf(["compare", ...(isFirst ? [one.id, other.id] : [other.id, one.id])]);
+}
+
+// The comparison with a success of the same workflow.
+export function comparisonWith(success, run) {
+  const { id, data } = run;
+  return comparisonOf({ id: success, hasSucceeded: true }, { id, hasSucceeded: data.state === "succeeded" });
 }
 
 // The page of a cause.

@@ -46,13 +46,16 @@ function plain(...pieces) {
 }
 
 function runningSentence(run, usual) {
-  const time = run.now();
+  const problem = run.problem();
+  const isOld = problem !== null;
+  // What is slow was so when PromptLayer last responded.
+  const unseen = isOld ? Date.now() / 1000 - problem.since : 0;
+  const time = run.now() - unseen;
   const nodes = run.running();
-  const isOld = run.problem() !== null;
   const verb = isOld ? "Last seen running" : "Running";
   const quiet = time - run.latest();
   const total = run.length();
-  const isLate = total !== null && usual.duration !== null && total > SLOW * usual.duration;
+  const isLate = total !== null && usual.duration !== null && total - unseen > SLOW * usual.duration;
   const change = ` No change for ${duration(quiet, true)}.`;
 
   const [node] = nodes;
@@ -63,15 +66,15 @@ function runningSentence(run, usual) {
   }
 
   const others = nodes.length === 1 ? "" : ` and ${counted(nodes.length - 1, "other node")}`;
-  // For how long, nobody has seen.
-  if (isOld) return { pieces: [say(`${verb} in `), naming(node), say(`${others}.`)], isSlow: false };
-
   const length = time - node.running;
   const normal = usual.nodes[node.name] ?? null;
+  const isSlow = isLate || (normal !== null && length > SLOW * normal);
+  // For how long, nobody has seen.
+  if (isOld) return { pieces: [say(`${verb} in `), naming(node), say(`${others}.`)], isSlow };
+
   let rest = node.running === null ? "" : ` for ${duration(length, true)}`;
   if (normal !== null) rest += ` (usually ${duration(normal, true)})`;
   else if (usual.duration !== null) rest += `. The whole run usually takes ${duration(usual.duration, true)}`;
-  const isSlow = isLate || (normal !== null && length > SLOW * normal);
   // The latest change may be that the node began, and the node may usually take that long.
   const isQuiet = quiet >= Math.max(QUIET, normal ?? 0) && (node.running === null || quiet < length - 1);
   const next = lastSuccess(run, usual);

@@ -31,6 +31,8 @@ export function clock(moment) {
 }
 
 export const fully = (moment) => WHOLE.format(date(moment));
+// For somebody elsewhere: "2026-12-02 08:53 UTC".
+export const universal = (moment) => `${machine(moment).slice(0, 16).replace("T", " ")} UTC`;
 export const machine = (moment) => date(moment).toISOString();
 
 /** @type {[Intl.RelativeTimeFormatUnit, number][]} */

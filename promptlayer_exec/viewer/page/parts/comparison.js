@@ -10,11 +10,12 @@ import { clock } from "../library/times.js";
 export function offerComparison(root, current) {
   const form = part(root, "compare-form");
   const button = part(root, "compare");
+  let others = [];
   button.addEventListener("click", async () => {
     form.hidden = !form.hidden;
     button.setAttribute("aria-expanded", String(!form.hidden));
     if (form.hidden) return;
-    const others = await othersOf(current());
+    others = await othersOf(current());
     part(root, "others").replaceChildren(
       make("option", { value: "" }, others.length > 0 ? "Choose one" : "No other run is known here"),
       ...others.map(({ id, text }) => make("option", { value: id }, text)),
@@ -25,11 +26,12 @@ export function offerComparison(root, current) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     const other = part(root, "other-id").value.trim() || part(root, "others").value;
-    const { id } = current();
+    const { id, data } = current();
     const isId = /^[0-9]{1,19}$/.test(other) && other !== id;
     write(part(root, "compare-error"), isId ? "" : "Choose another execution, or enter its id.");
     if (!isId) return;
-    go(comparisonOf(id, other));
+    const isOther = others.some((one) => one.id === other && one.hasSucceeded);
+    go(comparisonOf({ id, hasSucceeded: data.state === "succeeded" }, { id: other, hasSucceeded: isOther }));
   });
 }
 

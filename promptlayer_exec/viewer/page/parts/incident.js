@@ -5,7 +5,7 @@ import { differenceText, hitBy, shareText, successText } from "../library/causes
 import { get } from "../library/api.js";
 import { clone, part, show, write, writeTime } from "../library/dom.js";
 import { board } from "../library/model.js";
-import { causeAddress, comparisonOf } from "../library/router.js";
+import { causeAddress, comparisonWith } from "../library/router.js";
 import { ago, clock, counted } from "../library/times.js";
 import { usualOf } from "../library/usual.js";
 import { runAllAgain } from "./again.js";
@@ -69,7 +69,7 @@ export class Incident {
     if (board.hasHistory) title.href = causeAddress({ workflow, failed_node: node, cause });
     part(root, "compare").hidden = success === undefined;
     if (success === undefined) return;
-    part(root, "compare").href = comparisonOf(newest.id, success.execution_id);
+    part(root, "compare").href = comparisonWith(success.execution_id, newest);
     part(root, "compare").setAttribute("aria-label", `Compare with the last success: ${workflow}`);
     this.showDifference(runs.map((run) => run.id), success.execution_id);
   }

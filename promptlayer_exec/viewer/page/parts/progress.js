@@ -4,7 +4,7 @@
 import { runAgain } from "./again.js";
 import { draw, make, part, show, write } from "../library/dom.js";
 import { isServerWide, STATES } from "../library/model.js";
-import { addressOf, causeAddress, comparisonOf } from "../library/router.js";
+import { addressOf, causeAddress, comparisonWith } from "../library/router.js";
 import { sentenceOf } from "../library/sentence.js";
 import { clock, duration, sinceText } from "../library/times.js";
 import { usualOf } from "../library/usual.js";
@@ -97,5 +97,5 @@ function nodeAddress({ id, item = null }, node) {
 function addressFor({ kind, text, id }, run) {
   if (kind === "node") return nodeAddress(run, text);
   if (kind === "cause") return causeAddress(run.data);
-  return kind === "compare" ? comparisonOf(run.id, id) : null;
+  return kind === "compare" ? comparisonWith(id, run) : null;
 }

@@ -2,11 +2,11 @@
 // The page of a cause: when it began, how often it happens, and the runs that it hit:
 // `#/cause?workflow=offers&failed_node=choose&cause=…`.
 
-import { differenceText, hitBy, shareText, shortInputs, successText } from "../library/causes.js";
+import { differenceText, hitBy, shareText, shortInputs, successText, summaryText } from "../library/causes.js";
 import { get } from "../library/api.js";
-import { byId, findAll, make, makeSvg, show, timeOf, write } from "../library/dom.js";
+import { byId, copyWith, findAll, make, makeSvg, show, timeOf, write } from "../library/dom.js";
 import { runs as live, STATES } from "../library/model.js";
-import { addressOf, comparisonOf } from "../library/router.js";
+import { addressOf } from "../library/router.js";
 import { ago, clock, counted } from "../library/times.js";
 import { runAllAgain } from "../parts/again.js";
 import { differencesOf } from "../parts/incident.js";
@@ -29,7 +29,7 @@ export const causeView = {
     page = null;
     write(byId("cause-title"), `${params.get("workflow") ?? ""}: why runs failed`);
     write(byId("cause-reason"), params.get("cause") ?? "");
-    for (const id of ["cause-facts", "cause-hits", "cause-difference"]) write(byId(id), "");
+    for (const id of ["cause-copied", "cause-facts", "cause-hits", "cause-difference"]) write(byId(id), "");
     byId("cause-plot").replaceChildren();
     byId("cause-runs").replaceChildren();
     return load();
@@ -70,8 +70,9 @@ function render() {
   write(byId("cause-hits"), hitBy(present().map((run) => run.inputs)));
   byId("cause-plot").replaceChildren(...(page.hours.length > 0 ? [plotOf(page.hours)] : []));
   byId("cause-run-all").hidden = !runs.some((run) => run.has_inputs);
+  byId("cause-copy").hidden = page.count === 0;
   byId("cause-compare").hidden = success === undefined || runs.length === 0;
-  if (!byId("cause-compare").hidden) byId("cause-compare").href = comparisonOf(runs[0].execution_id, success.execution_id);
+  if (!byId("cause-compare").hidden) byId("cause-compare").href = addressOf(["compare", success.execution_id, runs[0].execution_id]);
 
   const focused = document.activeElement?.getAttribute("href");
   byId("cause-runs").replaceChildren(...runs.map(rowOf));
@@ -135,6 +136,9 @@ function plotOf(hours) {
   });
   return make("figure", {}, svg, make("figcaption", { class: "muted" }, text));
 }
+
+const summary = () => summaryText(page, success, byId("cause-difference").textContent, location.href);
+copyWith(byId("cause-copy"), byId("cause-copied"), summary);
 
 byId("cause-run-all").addEventListener("click", async () => {
   if (await runAllAgain(page.workflow, page.execution_ids)) load();

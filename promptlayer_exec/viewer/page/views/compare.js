@@ -107,6 +107,10 @@ function render(left, right) {
   const hasInputs = left.data.has_inputs || right.data.has_inputs;
   if (hasInputs) list.prepend(inputsRow(left, right));
   const card = make("div", { class: "pairs" }, headOf(left, right), list);
+  // Where the values are below each other, they have these names.
+  [left, right].forEach(({ id, data }, side) => {
+    card.style.setProperty(side === 0 ? "--left" : "--right", JSON.stringify(`Execution ${id}: ${STATES[data.state][0].toLowerCase()}`));
+  });
   byId("compare").replaceChildren(card);
   if (focused !== undefined) {
     findAll(".pair", list).find((one) => one.dataset.name === focused)?.querySelector("summary").focus();

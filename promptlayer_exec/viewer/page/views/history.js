@@ -5,7 +5,7 @@ import { call, get } from "../library/api.js";
 import { announce, byId, clone, confirmIn, draw, find, findAll, make, oneLine, part, show, timeOf, write, writeTime } from "../library/dom.js";
 import { groupOf, runs, STATES } from "../library/model.js";
 import { trendOf } from "../parts/plot.js";
-import { addressOf, causeAddress, go, replace } from "../library/router.js";
+import { addressOf, causeAddress, comparisonOf, go, replace } from "../library/router.js";
 import { ago, clock, duration } from "../library/times.js";
 
 const PAUSE = 150; // milliseconds without typing until it searches
@@ -223,7 +223,7 @@ byId("forget-all").addEventListener("click", async () => {
   }
 });
 
-// You can compare two of one workflow, the older on the left.
+// You can compare two of one workflow.
 
 function pick(entry, box) {
   if (box.checked) picked.set(entry.execution_id, entry);
@@ -240,9 +240,9 @@ function showPicked() {
 }
 
 byId("history-compare").addEventListener("click", () => {
-  const ids = [...picked.values()].sort((a, b) => a.began - b.began).map((one) => one.execution_id);
+  const [one, other] = [...picked.values()].map(({ execution_id: id, outcome }) => ({ id, hasSucceeded: outcome === "succeeded" }));
   picked.clear();
-  go(addressOf(["compare", ...ids]));
+  go(comparisonOf(one, other));
 });
 
 // Which causes made runs fail lately, the most frequent first.
