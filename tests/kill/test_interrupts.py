@@ -19,6 +19,7 @@ from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 INTERPRETERS = 10
 PROGRAM = """
 import sys
+import threading
 from promptlayer_exec import StartRequest
 from promptlayer_exec.sync import Session
 
@@ -32,6 +33,11 @@ print("begins", flush=True)
 CALLS = {
     "run": 'session.run("held", inputs)',
     "stream": 'for snapshot in session.start("held", inputs).stream(): pass',
+    "the body of a stream": """
+for snapshot in session.start("held", inputs).stream():
+    threading.Event().wait()
+""",
+    "collect": 'session.collect([StartRequest("held", inputs)] * 4)',
     "as_completed": """
 for outcome in session.as_completed([StartRequest("held", inputs)] * 8, max_in_flight=3): pass
 """,

@@ -486,20 +486,14 @@ def test_an_interpreter_that_exits_prints_the_ids_of_an_open_session(
 
 INTERRUPTED = {
     "run": 'session.run("held")',
-    "stream": 'for snapshot in session.start("held").stream(): pass',
-    "the body of a stream": """
-for snapshot in session.start("held").stream():
-    threading.Event().wait()
-""",
     "as_completed": """
 for outcome in session.as_completed([StartRequest("held")] * 8, max_in_flight=3): pass
 """,
-    "collect": 'session.collect([StartRequest("held")] * 4)',
 }
 
 
-@pytest.mark.parametrize("has_logging", [False, True])
-@pytest.mark.parametrize("call", INTERRUPTED)
+# tests/kill has the other calls, and many more moments.
+@pytest.mark.parametrize(("call", "has_logging"), [("run", False), ("as_completed", True)])
 def test_ctrl_c_prints_the_ids(sim: Simulator, call: str, has_logging: bool) -> None:
     """At any moment, of all runs that started."""
     configure = "import logging; logging.basicConfig(level=logging.INFO)\n" if has_logging else ""
