@@ -258,15 +258,18 @@ async def test_a_run_that_alone_gets_errors_ends_its_item_soon(
 ) -> None:
     """The server reports how others end, so that it is neither an outage nor a gateway."""
     adjust(following, "READ_PATIENCE", refused_alone=0.3, refused=3600.0)
-    batch = batch_of(watch_outage=0.5)
+    batch = batch_of(watch_outage=1.5)  # in the second half of it, another run ends
     await batch.add(requests(["odd"], "held"))
     working = asyncio.create_task(batch.work())
     sim.inject(Fault.status(status, times=None, execution_id=await run_of(sim, "odd")))
-    for number in range(20):
-        await batch.add(requests([number]))
-        await asyncio.sleep(0.05)
+    others = 0
+    while not (await batch.status()).failed:
+        assert others < 200
+        await batch.add(requests([others]))
+        others += 1
+        await asyncio.sleep(0.1)
     ended = await asyncio.wait_for(working, 20)
-    assert (ended.succeeded, ended.failed) == (20, 1)
+    assert (ended.succeeded, ended.failed) == (others, 1)
     assert (await outcomes(batch))["odd"].error.type == error
 
 
