@@ -217,9 +217,7 @@ async def test_all_runs_of_a_cause_start_again_after_a_question(
     await expect(page.locator(".incident")).to_contain_text("6 failed")
     await expect(page.locator('.group[data-group="running"]')).to_be_hidden()
     await again.click()
-    await expect(dialog).to_contain_text(
-        "Left out are 3 of the 6 that failed: 3 had the same inputs"
-    )
+    await expect(dialog).to_contain_text("Left out of the 6 that failed: 3 had the same inputs")
     await dialog.get_by_role("button", name="Cancel").click()
 
     await offers.start(customer="acme", plan="pro")  # all runs succeed now
@@ -227,9 +225,7 @@ async def test_all_runs_of_a_cause_start_again_after_a_question(
     await dialog.get_by_role("button", name="Start 3 new runs").click()
     await expect(page.locator('[data-count="succeeded"]')).to_have_text("5")
     await again.click()
-    done = (
-        "nothing to run again. Left out are 6 of the 6 that failed: 6 ran again since (6 succeeded)"
-    )
+    done = "nothing to run again. Left out of the 6 that failed: 6 ran again since (6 succeeded)"
     await expect(page.locator("#notice")).to_contain_text(done)
 
 

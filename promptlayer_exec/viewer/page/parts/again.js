@@ -2,7 +2,7 @@
 // Running again, which costs again: behind a question.
 
 import { call, get, getInputs } from "../library/api.js";
-import { announce, confirmIn, notify } from "../library/dom.js";
+import { announce, byId, confirmIn, notify } from "../library/dom.js";
 import { addressOf, go } from "../library/router.js";
 import { counted } from "../library/times.js";
 
@@ -87,6 +87,7 @@ export async function runAllAgain(workflow, ids) {
     notify(error.message);
     return false;
   }
+  byId("notice").hidden = true; // which may be about the runs of an earlier click
   const { runs } = plan;
   const rest = leftOut(plan, ids.length);
   if (runs.length === 0) {
@@ -119,16 +120,15 @@ export async function runAllAgain(workflow, ids) {
 
 // Why fewer runs start than failed.
 function leftOut({ equal, since, without_inputs: unknown }, all) {
-  const again = Object.values(since).reduce((sum, one) => sum + one, 0);
+  const again = Object.values(since).reduce((sum, number) => sum + number, 0);
   const reasons = [];
   if (again > 0) {
     const states = Object.entries(since).map(([state, number]) => `${number} ${SINCE[state]}`);
     reasons.push(`${again} ran again since (${states.join(", ")})`);
   }
   if (equal > 0) reasons.push(`${equal} had the same inputs as another`);
-  if (unknown > 0) reasons.push(`the inputs of ${unknown} are not known here`);
-  if (reasons.length === 0) return "";
-  return `Left out are ${again + equal + unknown} of the ${all} that failed: ${reasons.join("; ")}.`;
+  if (unknown > 0) reasons.push(`${unknown} whose inputs are not known here`);
+  return reasons.length === 0 ? "" : `Left out of the ${all} that failed: ${reasons.join("; ")}.`;
 }
 
 // The states of a later run with the same inputs.
