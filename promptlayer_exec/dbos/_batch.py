@@ -440,7 +440,11 @@ class Batch:
             return attrs.evolve(found, workers=workers)
 
     async def items(
-        self, *, state: ItemState | None = None, older_than: float = 0.0
+        self,
+        *,
+        state: ItemState | None = None,
+        older_than: float = 0.0,
+        containing: str = "",
     ) -> AsyncGenerator[BatchItem, None]:
         """Yield the items of the batch, in the order of their keys, each as it is now.
 
@@ -448,6 +452,8 @@ class Batch:
             state: only items in this state: `waiting`, `sending`, `following`, `unknown`, `failed`
                 or `succeeded`. None means all.
             older_than: only items whose state has not changed for this many seconds.
+            containing: only items with this text in their key, their request (its inputs, for
+                example) or their error. Case does not matter, at least for ASCII letters.
 
         Raises:
             ValueError: `state` is another one, or `older_than` is negative.
@@ -456,7 +462,7 @@ class Batch:
         integration.check_seconds("older_than", older_than)
         last = ""
         async with self._open() as store:
-            read = partial(reports.items_after, store, self._name)
+            read = partial(reports.items_after, store, self._name, containing=containing)
             while page := await store.run_in_thread(read, last, state, older_than):
                 for item in page:
                     yield item

@@ -157,7 +157,13 @@ def check_state(state: Any) -> None:
 
 
 def items_after(
-    store: Store, batch: str, last: str, state: ItemState | None, older_than: float
+    store: Store,
+    batch: str,
+    last: str,
+    state: ItemState | None,
+    older_than: float,
+    *,
+    containing: str,
 ) -> list[BatchItem]:
     """Return the next items after a key, in the order of their keys."""
     # An output may have megabytes, and the id of its run is in the row.
@@ -171,7 +177,17 @@ def items_after(
         query = query.where(_item.kind.is_(None), _state == state)
     if older_than:
         query = query.where(_item.since <= store.now - older_than)
+    if containing:
+        query = query.where(_contains(containing))
     return [_batch_item(row) for row in store.rows(query.order_by(_item.key).limit(_PAGE))]
+
+
+def _contains(text: str) -> Any:
+    """Return the condition that an item's key, request or error contains a text."""
+    error = sa.case((_item.kind != "succeeded", _item.outcome))
+    forms = {text, json.dumps(text)[1:-1]}  # within a string, JSON escapes some characters
+    columns = (_item.key, _item.request, error)
+    return sa.or_(*(it.icontains(form, autoescape=True) for it in columns for form in forms))
 
 
 def _batch_item(row: Any) -> BatchItem:

@@ -51,11 +51,11 @@ def add_batch_routes(app: FastAPI, session: Session) -> None:
         return JSONResponse(view | await _read_unknown_keys())
 
     @app.get("/api/batch")
-    async def get_batch(name: str, kind: str = "", reason: str = "", count: int = 200) -> Response:
+    async def get_batch(
+        name: str, kind: str = "", reason: str = "", text: str = "", count: int = 200
+    ) -> Response:
         batch = (await import_batches()).Batch(name, session=session)
-        items = await _read_items(batch, kind, reason, count)
-        if kind in _UNFINISHED:
-            items["items"] = await _read_unfinished(batch, kind, count)
+        items = await _read_items(batch, kind, reason, text.strip(), count)
         flags = await working_flags(batch, name)
         states = [
             {"state": state, "ways": [attrs.asdict(way) for way in out_of_items(state, flags)]}
@@ -122,6 +122,42 @@ async def _read_unknown_keys() -> dict[str, Any]:
     return view
 
 
+async def _read_items(
+    batch: Batch, kind: str, reason: str, text: str, count: int
+) -> dict[str, Any]:
+    """Return items, those that did not succeed first, and what the finished ones have in common.
+
+    Args:
+        batch: the batch.
+        kind: only items in this state. Empty: all that have finished, and with a text, all.
+        reason: only items that failed for this cause, as in `groups`. Empty: all.
+        text: only items whose key, request or error contains it. Empty: all.
+        count: how many items to return.
+    """
+    items, view = await _read_finished(batch)
+    view["rate"] = _rate([item["finished"] for item in items])
+    groups = Counter(item["cause"] for item in items if item["kind"] != "succeeded")
+    view["groups"] = [{"text": cause, "count": number} for cause, number in groups.most_common(20)]
+
+    if text:
+        wanted = await _find_items(batch, text)
+        view["found"] = Counter(item.state for item in wanted.values())
+        items = [item for item in items if item["key"] in wanted]
+        items += [_unfinished_view(it) for it in wanted.values() if it.state in _UNFINISHED]
+    elif kind in _UNFINISHED:
+        return view | {"items": await _read_unfinished(batch, kind, count)}
+
+    matching = [
+        item for item in items if kind in ("", item["kind"]) and reason in ("", item["cause"])
+    ]
+    return view | {"items": matching[:count], "matching": len(matching)}
+
+
+async def _find_items(batch: Batch, text: str) -> dict[str, BatchItem]:
+    async with aclosing(batch.items(containing=text)) as items:
+        return {item.key: item async for item in items}
+
+
 async def _read_unfinished(batch: Batch, state: Any, count: int) -> list[dict[str, Any]]:
     found = list[dict[str, Any]]()
     async with aclosing(batch.items(state=state)) as items:
@@ -132,15 +168,8 @@ async def _read_unfinished(batch: Batch, state: Any, count: int) -> list[dict[st
     return found
 
 
-async def _read_items(batch: Batch, kind: str, reason: str, count: int) -> dict[str, Any]:
-    """Return the finished items, those that did not succeed first, and what they have in common.
-
-    Args:
-        batch: the batch.
-        kind: only items that finished so. Empty: all.
-        reason: only items that failed for this cause, as in `groups`. Empty: all.
-        count: how many items to return.
-    """
+async def _read_finished(batch: Batch) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the finished items, those that did not succeed first, and whether these are all."""
     ended: dict[str, Any] = {}  # by key: an item that runs again finishes again
     view: dict[str, Any] = {"is_whole": True, "problem": None}
 
@@ -159,16 +188,7 @@ async def _read_items(batch: Batch, kind: str, reason: str, count: int) -> dict[
 
     items = [*reversed(ended.values())]
     items.sort(key=lambda item: item["kind"] == "succeeded")
-    groups = Counter(item["cause"] for item in items if item["kind"] != "succeeded")
-    matching = [
-        item for item in items if kind in ("", item["kind"]) and reason in ("", item["cause"])
-    ]
-
-    view["groups"] = [{"text": text, "count": number} for text, number in groups.most_common(20)]
-    view["matching"] = len(matching)
-    view["items"] = matching[:count]
-    view["rate"] = _rate([item["finished"] for item in ended.values()])
-    return view
+    return items, view
 
 
 def _rate(finished: list[float]) -> float | None:
@@ -187,6 +207,7 @@ def _unfinished_view(item: BatchItem) -> dict[str, Any]:
         "error": None,
         "node": None,
         "reason": "",
+        "cause": "",
         "finished": item.since.timestamp(),
     }
 

@@ -194,3 +194,29 @@ async def test_two_of_one_workflow_are_chosen_for_comparison(
     await button.click()
     await expect(page.locator("#compare-problem")).to_contain_text("The server returned 404")
     assert page.url.endswith("#/compare/5002/5005")
+
+
+async def test_the_focused_line_is_whole_and_found_again(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """A key that moves down shows a line to its bottom edge; Back returns to where it was."""
+    remember(viewer, 40)
+    opened = sim.add_execution(DONE)
+    viewer.board.history.record(
+        execution_id=opened, outcome="succeeded", began=time.time() - 3600 * 30
+    )
+    await ui.open("#/history")
+    await expect(page.locator(".entry")).to_have_count(41)
+    for _ in range(31):
+        await page.keyboard.press("j")
+    await expect(entry(page, opened).get_by_role("link")).to_be_focused()
+    before = await entry(page, opened).bounding_box()
+    assert before is not None
+    assert before["y"] + before["height"] <= 900
+    await page.keyboard.press("Enter")
+    await expect(ui.part("state")).to_have_text("Succeeded")
+    await page.go_back()
+    await expect(entry(page, opened).get_by_role("link")).to_be_focused()
+
+    top = "document.activeElement.closest('.entry').getBoundingClientRect().top"
+    await page.wait_for_function(f"(before) => Math.abs({top} - before) < 2", arg=before["y"])

@@ -611,6 +611,9 @@ async def test_keys_go_through_the_lines(sim: Simulator, ui: Any, page: Page) ->
     for key, expected in (("j", failing), ("j", done), ("j", done), ("k", failing), ("n", failing)):
         await page.keyboard.press(key)
         await expect(line(page, expected).get_by_role("link").first).to_be_focused()
+    for is_open in (True, False):
+        await page.keyboard.press("o")
+        await expect(node(page, failing, "b")).to_be_visible(visible=is_open)
     await page.keyboard.press("/")
     await expect(page.locator("#filter")).to_be_focused()
     await page.keyboard.type("jk/n")

@@ -160,7 +160,17 @@ async def test_batches_say_what_is_wrong_and_what_goes_on(
     )
     await expect(page.locator(".item .status")).to_have_text(["Failed", "Unknown", "Succeeded"])
     await expect(page.locator(".groups button").first).to_contain_text(WORD)
+    await expect(page.locator(".next").first).to_contain_text("which you pay for")
     await ui.check("batch")
+
+    await page.keyboard.press("/")
+    await page.keyboard.type('n": 3')
+    await expect(page.locator(".item .name")).to_have_text(["order 3"])
+    await expect(page.locator(".kinds button")).to_have_text(["All 1", "Succeeded 1"])
+    await expect(page.locator("#batch-filter")).to_be_focused()
+    await page.keyboard.type("0")
+    await expect(page.locator("#batch-items .empty")).to_have_text("No item matches.")
+    await page.locator("#batch-filter").fill("")
 
     link = page.locator(".item[data-kind=failed] .name")
     await link.focus()
@@ -192,6 +202,11 @@ async def test_an_item_leads_to_everything_that_is_known(
     first = page.locator("#item .next code").first
     await expect(first).to_have_text(f"promptlayer-exec batch retry '{failed.key}' {flags}")
     await ui.check("item")
+
+    await ui.open(f"#/item/{quote(NIGHT)}/order%201")
+    await expect(page.locator(".item-error")).to_contain_text(sim.base_url)
+    await expect(page.locator(".item-error a")).to_have_count(0)  # the API is no page
+    await page.go_back()
 
     await page.locator("#item .facts").get_by_role("link").click()
     await expect(ui.part("title")).to_have_text("order")

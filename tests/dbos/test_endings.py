@@ -104,6 +104,8 @@ async def test_items_are_listed_with_their_states(sim: Simulator, batch: Batch) 
     assert found[2].since >= (await batch.item("held")).attempts[-1].started - clock
     assert [item.key async for item in batch.items(state="following")] == ["held"]
     assert [item.key async for item in batch.items(older_than=3600.0)] == []
+    for text, keys in (("HEL", ["held"]), ('"workflow"', ["bad", "good", "held"]), ("%", [])):
+        assert [item.key async for item in batch.items(containing=text)] == keys
     with pytest.raises(ValueError, match="state must be one of waiting, sending"):
         await anext(batch.items(state="running"))  # type: ignore[arg-type]
     sim.finish(run, "Answer")

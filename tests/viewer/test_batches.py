@@ -65,6 +65,10 @@ async def test_what_did_not_succeed_comes_first(
     assert ([item["key"] for item in some["items"]], some["matching"]) == (["item 2"], 1)
     _, some = await viewer.send("GET", "batch?name=night&kind=succeeded&count=0")
     assert (some["items"], some["matching"]) == ([], 1)
+    for text, keys in (("ITEM 2", ["item 2"]), ('n": 3', ["item 3"]), ("No Text", ["item 2"])):
+        _, some = await viewer.send("GET", f"batch?{urlencode({'name': 'night', 'text': text})}")
+        assert [item["key"] for item in some["items"]] == keys
+        assert (some["found"], some["groups"]) == ({some["items"][0]["kind"]: 1}, found["groups"])
     assert {failed["execution_id"], fine["execution_id"]} <= {
         str(run.execution_id) for run in sim.runs
     }

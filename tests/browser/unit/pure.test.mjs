@@ -279,6 +279,8 @@ test("whom a cause hits are the inputs in which its runs differ", () => {
   assert.equal(hitBy([all[0]]), "");
   assert.equal(hitBy([null, null]), "");
   assert.equal(hitBy([{ a: "1" }, { b: "2" }]), "");
+  const letters = ["It is broken.", "Two?"].map((letter) => ({ letter, place: "here." }));
+  assert.equal(hitBy(letters), "Hits letter: It is broken, Two? All have place: here.");
 });
 
 test("inputs and differences are short", () => {

@@ -28,6 +28,8 @@ export function causesOf(runs) {
 const cut = (text) => (text.length > LONG ? `${text.slice(0, LONG)}…` : text);
 
 const stopped = (text) => (/[.!?…]$/.test(text) ? text : `${text}.`);
+// A value in a sentence, without a full stop of its own.
+const inList = (text) => cut(text).replace(/\.$/, "");
 
 // The inputs of a run on one line, or "" if they are not known.
 export function shortInputs(inputs) {
@@ -50,11 +52,11 @@ export function hitBy(all) {
   const hit = differing.map((name) => {
     const distinct = values(name);
     const rest = distinct.length - FEW;
-    return `${name}: ${distinct.slice(0, FEW).map(cut).join(", ")}${rest > 0 ? ` and ${rest} more` : ""}`;
+    return `${name}: ${distinct.slice(0, FEW).map(inList).join(", ")}${rest > 0 ? ` and ${rest} more` : ""}`;
   });
   const words = hit.length > 0 ? [stopped(`Hits ${hit.join("; ")}`)] : [];
   if (shared.length > 0) {
-    const every = shared.map((name) => `${name}: ${cut(known[0][name])}`);
+    const every = shared.map((name) => `${name}: ${inList(known[0][name])}`);
     words.push(stopped(`All have ${every.join(", ")}`));
   }
   return words.join(" ");

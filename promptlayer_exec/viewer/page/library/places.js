@@ -5,6 +5,7 @@ import { find } from "./dom.js";
 
 // By the number of an entry of the browser's history, which the entry itself carries.
 const places = new Map();
+const SETTLING = 1500; // milliseconds in which a view may still change its height by itself
 let current = 0;
 let latest = 0;
 
@@ -38,8 +39,22 @@ export function returnTo({ scroll, focused, link, top }, view) {
   if (target === null || !target.checkVisibility()) return false;
 
   target.focus({ preventScroll: true });
-  const align = () => scrollBy(0, target.getBoundingClientRect().top - top);
-  align();
-  requestAnimationFrame(align); // lines have their true height only after drawing
+  settle(view, () => {
+    if (target.isConnected) scrollBy(0, target.getBoundingClientRect().top - top);
+  });
   return true;
+}
+
+// Lines have their true height only after drawing, and parts of a view arrive later than others.
+// Aligns until then, or until somebody scrolls.
+function settle(view, align) {
+  align();
+  const ended = new AbortController();
+  const observer = new ResizeObserver(align);
+  ended.signal.addEventListener("abort", () => observer.disconnect());
+  for (const kind of ["wheel", "pointerdown", "keydown"]) {
+    addEventListener(kind, () => ended.abort(), { passive: true, signal: ended.signal });
+  }
+  observer.observe(view);
+  setTimeout(() => ended.abort(), SETTLING);
 }

@@ -18,6 +18,7 @@ export function duration(seconds, isRough = false) {
 
 const CLOCK = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
 const SHORT = new Intl.DateTimeFormat(undefined, { timeStyle: "short" });
+const HOUR = new Intl.DateTimeFormat(undefined, { hour: "numeric" });
 const DAY = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });
 const WHOLE = new Intl.DateTimeFormat(undefined, { dateStyle: "full", timeStyle: "long" });
 
@@ -29,6 +30,9 @@ export function clock(moment) {
   if (isToday) return CLOCK.format(date(moment));
   return `${DAY.format(date(moment))}, ${SHORT.format(date(moment))}`;
 }
+
+// The label of a whole hour on an axis: midnight is the day.
+export const hourOf = (moment) => (date(moment).getHours() === 0 ? DAY : HOUR).format(date(moment));
 
 export const fully = (moment) => WHOLE.format(date(moment));
 // For somebody elsewhere: "2026-12-02 08:53 UTC".

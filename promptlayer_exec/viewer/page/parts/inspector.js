@@ -3,18 +3,22 @@
 
 import { getInputs } from "../library/api.js";
 import { Detail } from "./detail.js";
-import { draw, make, oneLine, part, write } from "../library/dom.js";
+import { draw, iconOf, make, oneLine, part, write } from "../library/dom.js";
 import { statusOf, wordOf } from "../library/model.js";
+import { addressOf } from "../library/router.js";
 import { Value } from "./value.js";
 
 export class Inspector {
-  constructor(root, run, onClose) {
+  // `onChoose(name, isByKey)` selects another node.
+  constructor(root, run, onClose, onChoose) {
     this.root = root;
     this.run = run;
+    this.onChoose = onChoose;
     this.name = null;
     this.detail = null;
     this.inputs = null;
     this.outputs = new Map();
+    this.shown = ""; // what is on the page of the nodes that the selected one depends on, as JSON
     this.at("close").addEventListener("click", onClose);
   }
 
@@ -43,10 +47,38 @@ export class Inspector {
     write(this.at("node-title"), node.name);
     write(this.at("node-status"), wordOf(node));
     draw(this.at("node-icon"), statusOf(node));
+    this.showSources();
   }
 
-  showTimes() {
+  // What the workflow's definition tells.
+  showDefinition() {
     this.detail?.showTimes();
+    this.showSources();
+  }
+
+  // The nodes on which the selected one depends, with the beginning of what each put out.
+  showSources() {
+    const names = this.run.dependencies?.get(this.name) ?? [];
+    const known = names.map((name) => this.run.nodes.get(name)).filter((node) => node !== undefined);
+    this.at("received").hidden = known.length === 0;
+    const text = JSON.stringify(known.map((node) => [node.name, node.status, node.value, node.error_message]));
+    if (this.shown === text) return;
+    this.shown = text; // else a link would lose the focus
+    this.at("sources").replaceChildren(...known.map((node) => this.sourceOf(node)));
+  }
+
+  sourceOf(node) {
+    const link = make("a", { href: addressOf(["executions", this.run.id], { node: node.name }) }, node.name);
+    link.addEventListener("click", (event) => {
+      if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+      event.preventDefault();
+      this.onChoose(node.name, event.detail === 0);
+    });
+    const status = make("span", { class: "status" }, iconOf(statusOf(node)), wordOf(node));
+    const value = oneLine(node.error_message ?? node.value ?? "");
+    const source = make("li", {}, link, status, make("code", { class: "preview" }, value));
+    source.dataset.status = statusOf(node);
+    return source;
   }
 
   focus() {

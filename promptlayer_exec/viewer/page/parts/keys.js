@@ -1,7 +1,7 @@
 // @ts-check
 // Keys with one letter, which go through the lines of a view. You can turn them off.
 
-import { byId, find } from "../library/dom.js";
+import { byId, find, part } from "../library/dom.js";
 
 const WANTED = "keys";
 const FIELDS = "input:not([type=checkbox], [type=radio]), textarea, select";
@@ -27,8 +27,17 @@ export function listenToKeys(view) {
     } else if (keys && ["j", "k", "n"].includes(event.key)) {
       event.preventDefault();
       move(keys, event.key);
+    } else if (event.key === "o") {
+      foldAt(target);
     }
   });
+}
+
+// Unfolds the line with the focus, or folds it again.
+/** @type {(target: any) => void} */
+function foldAt(target) {
+  const line = target.closest("li");
+  if (line !== null) part(line, "fold")?.click();
 }
 
 function move({ items, isWanted, onMove }, key) {
@@ -40,7 +49,7 @@ function move({ items, isWanted, onMove }, key) {
   if (key === "n") next = [...all.slice(at + 1), ...all.slice(0, at + 1)].find(isWanted);
   if (next === undefined) return;
   next.focus({ preventScroll: true });
-  next.scrollIntoView({ block: "nearest" });
+  (next.closest(".line-head, .incident-head, li") ?? next).scrollIntoView({ block: "nearest" });
   onMove?.(next);
 }
 

@@ -14,26 +14,31 @@ const UNFINISHED = ["waiting", "sending", "following"]; // the states of items t
 const EVERY = 5000; // milliseconds
 const STARTING = 15; // seconds in which a new batch need not have a worker yet
 const PAGE = 200;
+const PAUSE = 150; // milliseconds without typing until it filters
 // By the state of items, as the commands name it: the colour of its segment.
 const SEGMENTS = { failed: "failed", unknown: "unknown", following: "running", sending: "running", waiting: "queued", succeeded: "success" };
 
 let name = null;
 let timer = 0;
 let shown = ""; // what is on the page, as JSON, to leave it alone if nothing is new
-let filters = { kind: "", reason: "" };
+let filters = { kind: "", reason: "", text: "" };
 let count = PAGE; // items on the page
+let typing = 0;
 
 export const batchesView = {
   element: byId("view-batches"),
 
   show([, chosen], params) {
     name = chosen ?? null;
-    filters = { kind: params.get("kind") ?? "", reason: params.get("reason") ?? "" };
+    filters = { kind: "", reason: "", text: "" };
+    for (const one of Object.keys(filters)) filters[one] = params.get(one) ?? "";
+    byId("batch-filter").value = filters.text;
+    byId("batch-form").hidden = true;
     count = PAGE;
     shown = "";
     write(byId("batches-title"), name === null ? "Batches" : `Batch ${name}`);
     byId("batches-crumb").hidden = name === null;
-    byId("batches").replaceChildren();
+    for (const id of ["batches", "batch-items"]) byId(id).replaceChildren();
     write(byId("batches-empty"), "Reading the database …");
     clearInterval(timer);
     timer = setInterval(load, EVERY);
@@ -42,27 +47,29 @@ export const batchesView = {
 
   hide() {
     clearInterval(timer);
+    clearTimeout(typing);
   },
 
   title: () => (name === null ? "Batches · Executions" : `Batch ${name} · Executions`),
 
   keys: {
-    items: () => findAll("#batches .batch-name a, #batches .item a.name"),
+    items: () => findAll("#batches .batch-name a, #batch-items .item a.name"),
     isWanted: (item) => item.closest("[data-kind=failed], [data-kind=unknown]") !== null,
   },
 };
 
 async function load() {
   const asked = name;
+  const query = queryOf(asked);
   let found;
   try {
-    found = await get(asked === null ? "api/batches" : `api/batch?${queryOf(asked)}`);
+    found = await get(asked === null ? "api/batches" : `api/batch?${query}`);
   } catch (error) {
     write(byId("batches-empty"), "");
     const none = "Batches need another extra: install promptlayer-exec[dbos] where the viewer runs.";
     return show(byId("batches-problem"), error.status === 404 ? none : error.message);
   }
-  if (asked !== name) return;
+  if (asked !== name || query !== queryOf(asked)) return; // somebody has chosen something else
   show(byId("batches-problem"), found.problem ?? null);
   const minute = Math.floor(Date.now() / 60_000); // "3 minutes ago"
   const text = `${minute} ${JSON.stringify(found)}`;
@@ -70,18 +77,24 @@ async function load() {
   shown = text;
 
   // Restores the focus and the fold after drawing again.
-  const focus = find("#batches :focus")?.closest("[data-focus]")?.dataset.focus;
+  const focus = find("#view-batches :focus")?.closest("[data-focus]")?.dataset.focus;
   const isUnfolded = find("#batches details")?.open ?? false;
   if (asked === null) showAll(found);
   else showOne(found, isUnfolded);
-  if (focus !== undefined) find(`#batches [data-focus="${CSS.escape(focus)}"]`)?.focus({ preventScroll: true });
+  if (focus !== undefined) find(`#view-batches [data-focus="${CSS.escape(focus)}"]`)?.focus({ preventScroll: true });
 }
 
 function queryOf(asked) {
   const query = new URLSearchParams({ name: asked, count: String(count) });
   for (const [key, value] of Object.entries(filters)) if (value !== "") query.set(key, value);
-  return query;
+  return query.toString();
 }
+
+byId("batch-form").addEventListener("submit", (event) => event.preventDefault());
+byId("batch-filter").addEventListener("input", () => {
+  clearTimeout(typing);
+  typing = setTimeout(() => choose({ text: byId("batch-filter").value.trim() }), PAUSE);
+});
 
 function choose(chosen) {
   filters = { ...filters, ...chosen };
@@ -143,7 +156,7 @@ function datesOf({ created, latest }) {
 
 function showOne(batch, isUnfolded) {
   write(byId("batches-empty"), "");
-  const label = UNFINISHED.includes(filters.kind) ? `Items that are ${filters.kind}` : "Finished items";
+  const label = filters.kind === "" ? (batch.found === undefined ? "Finished items" : "Items that match") : `Items that are ${filters.kind}`;
   const items = make("ol", { class: "items", "aria-label": label });
   items.append(...batch.items.map(itemOf));
   const note = batch.is_whole || batch.problem !== null ? [] : [make("p", { class: "muted" }, PARTLY)];
@@ -153,9 +166,13 @@ function showOne(batch, isUnfolded) {
     ...nextOf(batch, isUnfolded),
     ...keysOf(batch),
     ...groupsOf(batch),
+  );
+  byId("batch-form").hidden = false;
+  byId("batch-items").replaceChildren(
     chipsOf(batch),
     ...note,
     ...(batch.items.length > 0 ? [items] : []),
+    ...(batch.items.length === 0 && filters.text !== "" ? [make("p", { class: "empty" }, "No item matches.")] : []),
     ...moreOf(batch),
   );
 }
@@ -223,10 +240,14 @@ function groupsOf({ groups }) {
 }
 
 function chipsOf(batch) {
-  const { counts } = batch;
-  const all = [["", "finished", counts.succeeded + counts.failed + counts.unknown]];
+  // With a filter, items match it in any state.
+  const { found } = batch;
+  const counts = found ?? batch.counts;
+  const number = (state) => counts[state] ?? 0;
+  const finished = number("succeeded") + number("failed") + number("unknown");
+  const all = [found === undefined ? ["", "finished", finished] : ["", "all", totalOf({ counts })]];
   for (const { state } of batch.states) {
-    if (counts[state] > 0 || state === filters.kind) all.push([state, state, counts[state]]);
+    if (number(state) > 0 || state === filters.kind) all.push([state, state, number(state)]);
   }
   const chips = all.map(([kind, word, number]) => {
     const label = `${word[0].toUpperCase()}${word.slice(1)} ${number.toLocaleString("en")}`;
@@ -239,7 +260,7 @@ function chipsOf(batch) {
 }
 
 function moreOf({ matching, items, counts }) {
-  const all = UNFINISHED.includes(filters.kind) ? counts[filters.kind] : matching;
+  const all = matching ?? counts[filters.kind]; // all of an unfinished kind
   const rest = all - items.length;
   if (rest <= 0) return [];
   const button = make("button", { type: "button", "data-focus": "more" }, `Show more (${rest.toLocaleString("en")} left)`);

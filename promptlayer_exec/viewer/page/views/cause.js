@@ -7,14 +7,17 @@ import { get } from "../library/api.js";
 import { byId, copyWith, findAll, make, makeSvg, show, timeOf, write } from "../library/dom.js";
 import { runs as live, STATES } from "../library/model.js";
 import { addressOf } from "../library/router.js";
-import { ago, clock, counted } from "../library/times.js";
+import { ago, clock, counted, hourOf } from "../library/times.js";
 import { runAllAgain } from "../parts/again.js";
 import { differencesOf } from "../parts/incident.js";
 
 const HOUR = 3600;
-const MOST_HOURS = 48; // in the plot
+const LEAST_HOURS = 12; // in the plot
+const MOST_HOURS = 48;
 const HEIGHT = 60;
+const AXIS = 18;
 const BAR = 12;
+const EVERY = 6; // hours between two labels
 
 let shown = new URLSearchParams();
 let page = null;
@@ -121,20 +124,25 @@ async function showDifference() {
 function plotOf(hours) {
   const counts = new Map(hours);
   const last = Math.floor(Date.now() / 1000 / HOUR) * HOUR;
-  const from = Math.max(hours[0][0], last - (MOST_HOURS - 1) * HOUR);
+  const from = Math.max(Math.min(hours[0][0], last - (LEAST_HOURS - 1) * HOUR), last - (MOST_HOURS - 1) * HOUR);
   const all = [];
   for (let hour = from; hour <= last; hour += HOUR) all.push([hour, counts.get(hour) ?? 0]);
   const most = Math.max(1, ...all.map(([, count]) => count));
   const width = all.length * BAR;
   const text = `At most ${counted(most, "run")} an hour since ${clock(from)}`;
-  const svg = makeSvg("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, width, height: HEIGHT, role: "img", "aria-label": text });
+  const size = { viewBox: `0 0 ${width} ${HEIGHT + AXIS}`, width, height: HEIGHT + AXIS };
+  const svg = makeSvg("svg", { ...size, role: "img", "aria-label": text });
   all.forEach(([hour, count], index) => {
     const height = count === 0 ? 1 : Math.max(3, (count / most) * HEIGHT);
     const shape = { x: index * BAR, y: HEIGHT - height, width: BAR - 2, height };
-    const bar = makeSvg("rect", shape, makeSvg("title", {}, `${clock(hour)}: ${counted(count, "run")}`));
-    svg.append(bar);
+    svg.append(makeSvg("rect", shape, makeSvg("title", {}, `${clock(hour)}: ${counted(count, "run")}`)));
+    // A label at the edge would be cut off.
+    const isLabelled = new Date(1000 * hour).getHours() % EVERY === 0 && index >= 2 && index < all.length - 1;
+    if (isLabelled) svg.append(makeSvg("text", { x: (index + 0.5) * BAR, y: HEIGHT + AXIS - 4 }, hourOf(hour)));
   });
-  return make("figure", {}, svg, make("figcaption", { class: "muted" }, text));
+  const figure = make("figure", {}, svg, make("figcaption", { class: "muted" }, text));
+  requestAnimationFrame(() => figure.scrollTo(figure.scrollWidth, 0)); // a phone has no room for all
+  return figure;
 }
 
 const summary = () => summaryText(page, success, byId("cause-difference").textContent, location.href);

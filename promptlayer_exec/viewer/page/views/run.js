@@ -111,7 +111,7 @@ class RunPage {
       scroller: part(root, "scroller"),
     });
     this.graph = new GraphPanel(root, id, (name) => this.choose(name), () => this.onDrawn());
-    this.inspector = new Inspector(root, shown, () => this.close());
+    this.inspector = new Inspector(root, shown, () => this.close(), (name, isByKey) => this.choose(name, isByKey));
     this.listen();
     showSnippets(part(root, "snippets"), id, board.server);
     if (run === null) this.showMissing();
@@ -213,7 +213,7 @@ class RunPage {
   }
 
   onDrawn() {
-    this.inspector.showTimes();
+    this.inspector.showDefinition();
     this.showCritical();
   }
 
