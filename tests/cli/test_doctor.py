@@ -945,7 +945,8 @@ class TestDatabases:
     def test_a_host_that_is_not_known(self, examine: Examine) -> None:
         """What psycopg quotes is left out."""
         (found,) = examine("--db", "postgresql://jane@private.invalid/x").deviations.values()
-        assert found.startswith("failed: could not use it: failed to resolve host ...: ")
+        assert found.startswith("failed: could not use it: ")
+        assert "private.invalid" not in found
 
     def test_the_text_shows_where_they_are(self, call: Callable[..., Any]) -> None:
         """Without the password."""

@@ -64,7 +64,11 @@ def test_the_task_returns_the_output(server: Simulator, run: Callable[[], Any]) 
     assert finished.state == "success"
     (only,) = server.runs
     assert only.inputs == {"topic": "otters"}
-    assert only.body["metadata"] == {"airflow_run": finished.run_id, "airflow_task": "report"}
+    assert only.body["metadata"] == {
+        "airflow_run": finished.run_id,
+        "airflow_task": "report",
+        "promptlayer_exec.key": f"airflow/reports/{finished.run_id}/report/-1",
+    }
     with create_session() as session:
         stored = session.scalars(select(XComModel.value).where(XComModel.key == "return_value"))
         assert list(stored) == ["Otters are fine."]

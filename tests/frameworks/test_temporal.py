@@ -65,7 +65,8 @@ async def test_a_workflow_returns_the_report(
     """The run can be found by the Temporal workflow's id."""
     assert await write(client, page, "otters") == "Otters are fine."
     (run,) = server.runs
-    assert run.body["metadata"] == {"temporal_workflow": "report-otters"}
+    assert run.body["metadata"]["temporal_workflow"] == "report-otters"
+    assert run.body["metadata"]["promptlayer_exec.key"].startswith("temporal/report-otters/")
 
 
 async def test_a_repeated_activity_follows_the_same_execution(
