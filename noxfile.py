@@ -430,12 +430,12 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def machines(session: nox.Session) -> None:
-    """Run forty times as many random programs as the suite; `-- --hypothesis-seed=N` repeats a run.
+    """Run eighty times as many random programs as the suite.
 
-    Without a seed it takes a new one, and shows it.
+    Without a seed it takes a new one, and shows it. `-- --hypothesis-seed=N` repeats a run.
     """
     _install(session, "test", ".[dbos]")
-    environment = {"PYTHONSAFEPATH": "1", "PROMPTLAYER_EXEC_MACHINES": "40"}
+    environment = {"PYTHONSAFEPATH": "1", "PROMPTLAYER_EXEC_MACHINES": "80"}
     arguments = session.posargs or [f"--hypothesis-seed={random.randrange(2**32)}"]
     pytest = ("pytest", "-n", "3", "--timeout=3600", "tests/machines")
     session.run(*pytest, *arguments, env=environment)

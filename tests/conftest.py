@@ -29,7 +29,7 @@ from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 # While tests are collected, nothing is garbage. Looking for it would take a quarter of the time.
 gc.disable()
 
-settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+settings.register_profile("suite", derandomize=True, deadline=None, database=None, max_examples=40)
 settings.load_profile("suite")
 
 

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from promptlayer_exec._api.messages import Response
@@ -212,7 +212,6 @@ JSON = st.recursive(
 
 
 @given(st.binary(max_size=30) | JSON.map(lambda value: json.dumps(value).encode()))
-@settings(max_examples=100, deadline=None, derandomize=True)
 @example(b'{"detail": [{"loc": ["\\ud800"]}]}')
 def test_any_body(body):
     """Every body gives an error with a message."""

@@ -5,7 +5,7 @@ import logging
 
 import attrs
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
@@ -265,7 +265,6 @@ JSON = st.recursive(
 
 
 @given(JSON, st.booleans(), st.booleans())
-@settings(max_examples=60, deadline=None, derandomize=True)
 def test_fidelity(value, escaped, marked):
     """For any JSON in a node, `raw` and `value` are exactly what `json.loads` returns."""
     node = {"status": "SUCCESS", "value": value, "extra": value}

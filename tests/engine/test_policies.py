@@ -5,7 +5,7 @@ import pickle
 
 import attrs
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from promptlayer_exec._values.errors import ConfigurationError
@@ -16,8 +16,6 @@ from promptlayer_exec._values.policies import (
     RetryPolicy,
     check_timeout,
 )
-
-arithmetic = settings(max_examples=60, deadline=None, derandomize=True)
 
 seconds = st.floats(0.0, 1e6)
 chances = st.floats(0.0, 1.0, exclude_max=True)
@@ -52,7 +50,6 @@ def views(draw):
 
 
 @given(poll_policies(), views(), chances)
-@arithmetic
 def test_poll_delay_is_in_bounds(policy, view, chance):
     """A delay is between floor and ceiling; jitter only lengthens it, within its limits."""
     plain = policy.delay(**view, chance=0.0)
@@ -63,7 +60,6 @@ def test_poll_delay_is_in_bounds(policy, view, chance):
 
 
 @given(poll_policies(), views(), chances, seconds)
-@arithmetic
 def test_poll_retry_after_is_a_floor(policy, view, chance, retry_after):
     """A delay is at least Retry-After, and a shorter Retry-After does not change it."""
     plain = policy.delay(**view, chance=chance)
@@ -71,7 +67,6 @@ def test_poll_retry_after_is_a_floor(policy, view, chance, retry_after):
 
 
 @given(st.floats(1e-3, 1e3), views(), chances)
-@arithmetic
 def test_poll_fixed(every, view, chance):
     """A fixed policy always polls after the same delay."""
     policy = PollPolicy.fixed(every)
@@ -212,7 +207,6 @@ def test_policies_are_values(policy):
 
 
 @given(retry_policies, st.integers(1, 10**6), chances)
-@arithmetic
 @example(RetryPolicy(), 10**6, 0.5)
 @example(RetryPolicy(base=1e308, ceiling=1e308), 10**6, 0.5)
 def test_retry_delay_is_in_bounds(policy, failures, chance):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from promptlayer_exec import (
@@ -180,7 +180,6 @@ async def test_no_answer_is_quoted(
 
 # Retry states and recent starts: arithmetic, with time and chance as arguments
 
-arithmetic = settings(max_examples=60, deadline=None, derandomize=True)
 seconds = st.floats(0.0, 1e6)
 chances = st.floats(0.0, 1.0, exclude_max=True)
 retry_policies = st.builds(
@@ -193,7 +192,6 @@ ERROR = ConnectionError("reset")
 
 
 @given(retry_policies, st.floats(0.001, 1e4), st.lists(st.none() | st.floats(0, 300)), st.data())
-@arithmetic
 def test_retry_state_in_virtual_time(
     policy: Any, limit: Any, announcements: Any, data: Any
 ) -> None:

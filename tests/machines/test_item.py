@@ -391,4 +391,4 @@ def test_items_in_any_weather(
         (liveness, "_is_gone", lambda process: True),  # each worker but the one that looks
     ):
         monkeypatch.setattr(module, name, value)
-    run_machine(lambda: Working(make_world(is_virtual=False), batches_file, tmp_path), 6, 3)
+    run_machine(lambda: Working(make_world(is_virtual=False), batches_file, tmp_path), 3, 3)

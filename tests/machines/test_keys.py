@@ -567,4 +567,4 @@ def has_handle(call: Any) -> bool:
 @pytest.mark.parametrize("machine", [Keyed, Restarting])
 def test_each_key_starts_one_run(run_machine: Any, make_world: Any, machine: Any) -> None:
     """Whoever repeats it, whatever gets lost, and whichever process is killed."""
-    run_machine(lambda: machine(make_world()), 20, 40)
+    run_machine(lambda: machine(make_world()), 10, 40)

@@ -203,4 +203,4 @@ class Starting(RuleBasedStateMachine):
 
 def test_starts_in_any_weather(make_world: Any, run_machine: Callable[..., None]) -> None:
     """Each is taken by the server once at most, unless the caller hears that this is not known."""
-    run_machine(lambda: Starting(make_world()), 50, 30)
+    run_machine(lambda: Starting(make_world()), 25, 30)

@@ -225,4 +225,4 @@ def is_final(states: dict[str, str]) -> bool:
 
 def test_a_watch_in_any_weather(make_world: Any, run_machine: Callable[..., None]) -> None:
     """Snapshots never go backward, the last one is the complete one, and no deadline is passed."""
-    run_machine(lambda: Watching(make_world()), 25, 30)
+    run_machine(lambda: Watching(make_world()), 12, 30)
