@@ -124,8 +124,9 @@ async def test_items_are_listed_with_their_states(sim: Simulator, batch: Batch) 
     assert [attempt.state for attempt in stored.attempts] == ["unknown", "waiting"]
 
 
-@pytest.mark.parametrize("error", REFUSALS)
-@pytest.mark.parametrize("others", [0, 9])
+@pytest.mark.parametrize(
+    ("error", "others"), [*((error, 9) for error in REFUSALS), ("NotFound", 0), ("Forbidden", 0)]
+)
 async def test_a_run_that_nobody_can_read_ends_its_item_alone(
     sim: Simulator,
     batch_of: Callable[..., Batch],

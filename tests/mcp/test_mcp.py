@@ -861,9 +861,9 @@ state.write_text(f"exit {process.wait()}")
 """
 
 
-@pytest.mark.parametrize("end", [None, signal.SIGINT, signal.SIGTERM])
-async def test_the_process_ends_with_its_client_or_by_a_signal(
-    held: int, environment: dict[str, str], tmp_path: Path, end: signal.Signals | None
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+async def test_the_process_ends_by_a_signal(
+    held: int, environment: dict[str, str], tmp_path: Path, end: signal.Signals
 ) -> None:
     """Although a call waits and standard input is open; what was running is named."""
     state, log = tmp_path / "state", tmp_path / "log"
@@ -881,26 +881,26 @@ async def test_the_process_ends_with_its_client_or_by_a_signal(
             wait = client.call_tool("wait_execution", asked, progress_callback=report)
             waiting = asyncio.create_task(wait)
             await waits.wait()
-            if end is not None:
-                os.kill(int(state.read_text()), end)
-                with pytest.raises(MCPError, match="closed"):
-                    await waiting
-        waiting.cancel()
-        await asyncio.wait([waiting])
-    assert state.read_text() == f"exit {0 if end is None else 128 + end}"
+            os.kill(int(state.read_text()), end)
+            with pytest.raises(MCPError, match="closed"):
+                await waiting
+    assert state.read_text() == f"exit {128 + end}"
     assert f"execution {held} continues on PromptLayer. Follow it with: promptlayer-exec watch" in (
         log.read_text()
     )
 
 
-async def test_standard_output_has_nothing_but_the_protocol(held: int, serve_mcp: Serve) -> None:
-    """Each line of it is a message."""
+async def test_the_process_ends_with_its_client(held: int, serve_mcp: Serve) -> None:
+    """Although a call waits, which it names. Each line of its standard output is a message."""
     process = await serve_mcp(tool_call("wait_execution", execution_id=held))
     lines = [json.loads(await process.stdout.readline()) for _ in range(2)]
     assert lines[1]["method"] == "notifications/progress"
     process.stdin.close()
-    lines.extend(map(json.loads, (await process.stdout.read()).splitlines()))
+    out, errors = await process.communicate()
+    lines.extend(map(json.loads, out.splitlines()))
     assert all(line["jsonrpc"] == "2.0" for line in lines)
+    assert process.returncode == 0
+    assert f"execution {held} continues on PromptLayer. Follow it with".encode() in errors
 
 
 @pytest.mark.parametrize(
