@@ -198,6 +198,7 @@ async def test_all_runs_of_a_cause_start_again_after_a_question(
 ) -> None:
     """It has their number, version and cost. Nothing runs twice, and what fails again moves."""
     await fail_together(offers, 3)
+    await expect(page.locator(".incident")).to_contain_text("3 failed")
     again = page.get_by_role("button", name="Run all again: churn-offer")
     await again.click()
     dialog = page.get_by_role("dialog")
