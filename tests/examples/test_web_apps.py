@@ -567,9 +567,13 @@ async def test_rows_without_an_id_and_unknown_keys_are_settled(
             sim.inject(Fault.disconnect(), path="/run")
             assert await page["sweep_up"](session, *ordered) == {"2": 1002}
             assert await page["sweep_up"](session, *ordered) == {"2": 1002}
+            never_ran = Workflow("write-report"), [("3", "eels")]
+            sim.inject(Fault.status(503), path="/run")
+            assert await page["sweep_up"](session, *never_ran) == {}
             await page["settle"](store, find)
             assert await page["sweep_up"](session, *ordered) == {"1": 1001, "2": 1002}
-    assert len(sim.runs) == 2
+            assert await page["sweep_up"](session, *never_ran) == {"3": 1003}
+    assert len(sim.runs) == 3
 
 
 def test_the_store_that_restarts_unknown_starts_can_be_made() -> None:

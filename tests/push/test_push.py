@@ -641,6 +641,18 @@ class TestDelivery:
         await server.finish(execution.id)
         assert (await first).complete
 
+    async def test_a_deadline_waits_for_the_time_that_the_server_asked_for(
+        self, pushed: Session, server: Server
+    ) -> None:
+        """The poll shortly before a deadline is left out if it would come during Retry-After."""
+        server.retry_after = "3600"
+        execution = await pushed.start("w")
+        waits = [asyncio.create_task(execution.wait(timeout=seconds)) for seconds in (0.2, 0.6)]
+        for wait in waits:
+            with pytest.raises(ExecutionTimeout):
+                await wait
+        assert server.polls == 1
+
     async def test_a_fan_out_is_pushed(self, pushed: Session, server: Server) -> None:
         """Forty runs cost eighty requests."""
         running = asyncio.create_task(pushed.collect([StartRequest("w")] * 40))
