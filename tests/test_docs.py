@@ -14,7 +14,7 @@ import sys
 import tomllib
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.metadata import metadata
 from pathlib import Path
 from types import ModuleType
@@ -63,6 +63,12 @@ def blocks(page: str, language: str) -> list[str]:
     """Return the code blocks of a page in one language."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def sentences(page: str) -> str:
+    """Return what a page says outside of code blocks."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def is_program(block: str) -> bool:
@@ -156,6 +162,22 @@ def test_the_commands_shown_exist(line: str) -> None:
     """Each command and each of its options exists; none of them is run."""
     argv = shlex.split(line.partition("|")[0], comments=True)
     assert parsed(argv).startswith("promptlayer-exec ")
+
+
+INLINE = sorted(
+    {
+        (page, line)
+        for page in PAGES
+        for line in re.findall(r"`(promptlayer-exec (?!--)[^`]+)`", sentences(page))
+    }
+)
+
+
+@pytest.mark.parametrize(("page", "line"), INLINE)
+def test_the_commands_in_sentences_exist(page: str, line: str) -> None:
+    """Each command and each of its options exists; a sentence may leave out what it is given."""
+    with suppress(typer.BadParameter):  # also what is missing
+        assert parsed(shlex.split(line)).startswith("promptlayer-exec ")
 
 
 def test_the_reference_is_complete() -> None:

@@ -83,7 +83,7 @@ def run(script: str, directory: Path, settings: dict[str, str]) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, (script, done.stdout, done.stderr)
@@ -236,6 +236,7 @@ def test_the_commands_that_serve_work(page: str, settings: dict[str, str], tmp_p
         assert server.returncode == 0, script
 
 
+@pytest.mark.timeout(600)  # pip installs everything twice, and a busy machine is slow
 def test_the_commands_on_installing_work(tmp_path: Path, settings: dict[str, str]) -> None:
     """In a new environment, from a checkout of the name that the page gives it."""
     checkout, project = tmp_path / "promptlayer-exec", tmp_path / "project"

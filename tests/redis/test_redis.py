@@ -297,8 +297,9 @@ async def test_an_outage_is_said_in_every_process(
         async with aclosing(response.body_iterator) as events:
             async for event in events:
                 kinds.append(event.event)
-                has_begun.release()
-                if event.event == "waiting":
+                if event.event == "snapshot":
+                    has_begun.release()
+                if event.event == "waiting" and "snapshot" in kinds:
                     is_waiting.release()
         return kinds
 
@@ -313,7 +314,9 @@ async def test_an_outage_is_said_in_every_process(
         sim.finish(held, "Answer")
         sim.clear_faults()
         kinds = await asyncio.gather(*following)
-    assert kinds == [["snapshot", "waiting", "resumed", "node", "complete"]] * 3
+    for seen in kinds:
+        first = seen.index("snapshot")  # on a busy machine, the first one may be waited for
+        assert seen[first:] == ["snapshot", "waiting", "resumed", "node", "complete"]
 
 
 async def test_a_wake_up_reaches_the_session_that_polls(
