@@ -356,7 +356,7 @@ class _RecordTable:
     def _stored(self, row: Any) -> StoredStart:
         state, reason = row.state, None
         if state == "unknown":
-            reason = "the response to its start request was lost"
+            reason = "there was no usable response to its start request"
         elif state == "sending" and row.until <= row.now:
             state = "unknown"
             reason = "the process that sent its start request recorded no response"

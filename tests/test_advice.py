@@ -99,8 +99,8 @@ def test_a_key_whose_run_is_unknown_has_a_way_out() -> None:
     """If a store keeps the key, the next call with it starts nothing."""
     error = StartUnknown("-", workflow="w", reason="-", key="k")
     error.is_key_stored = True
-    assert "`promptlayer-exec starts adopt KEY ID` records its id" in str(error)
-    assert "`promptlayer-exec starts forget KEY` or await store.forget(key)" in str(error)
+    assert "`promptlayer-exec starts adopt k ID` records its id" in str(error)
+    assert "`promptlayer-exec starts forget k` or await store.forget(key)" in str(error)
     assert "`promptlayer-exec starts adopt k ID`" in advice.explain(error)
     assert "`promptlayer-exec starts forget k`" in advice.explain(error)
     assert "with this idempotency_key starts nothing" in error_text(error)

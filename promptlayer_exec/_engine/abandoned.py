@@ -107,12 +107,12 @@ class AbandonedRuns:
             warn_of_run("%s", ". ".join(texts))
 
     def _text(self, runs: list[AbandonedRun]) -> str:
+        runs.sort(key=lambda run: run.execution_id)
         others = [run for run in runs if not run.is_recorded]
-        others.sort(key=lambda run: run.execution_id)
         ids = ", ".join(f"{run.execution_id}{shown_key(run.key)}" for run in others)
 
         if not others:
-            way_back = "session.find(key) picks up each by its key"
+            way_back = f"session.find(key) picks up each by its key: {_keys_text(runs)}"
         elif len(others) == len(runs):
             way_back = f"session.execution(id) picks up each by its id: {ids}"
         else:
@@ -121,6 +121,13 @@ class AbandonedRuns:
             way_back += f" session.execution(id) the others by their ids: {ids}"
         count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
         return f"{count} started, but nobody received their outcomes. {way_back}"
+
+
+def _keys_text(runs: list[AbandonedRun]) -> str:
+    """Return the first keys, because the store lists them all."""
+    keys = [short_repr(run.key) for run in runs[:5]]
+    more = len(runs) - len(keys)
+    return ", ".join(keys) + (f" and {more} more" if more else "")
 
 
 def log_abandoned(run: AbandonedRun) -> None:

@@ -22,7 +22,7 @@ _OTHER_NAMES = {
     "workflow_label_name": "it is label= here",
     "workflow_version": "it is version= here",
     "workflow_version_number": "it is version= here",
-    "return_all_outputs": "use (await execution.wait()).raw",
+    "return_all_outputs": "start the run: execution.wait() returns a snapshot with raw",
     "timeout": "Session has wait_timeout= for a wait, and request_timeout= for one HTTP attempt",
     "throw_on_error": "errors are always raised here",
     "cache_ttl_seconds": "there is no cache of prompt templates here",
@@ -72,10 +72,11 @@ def check_count(name: str, value: Any) -> int:
 
 
 def unexpected_argument(function: str, unknown: Iterable[str]) -> TypeError:
-    """Return the error for unknown arguments. If another client has one of them, it names ours."""
-    for name in unknown:
-        if name in _OTHER_NAMES:
-            return TypeError(f"unexpected argument {name}=: {_OTHER_NAMES[name]}")
+    """Return the error for unknown arguments. If another client has them, it names ours."""
+    unknown = list(unknown)
+    known = [f"{name}=: {_OTHER_NAMES[name]}" for name in unknown if name in _OTHER_NAMES]
+    if known:
+        return TypeError(f"unexpected argument {'; '.join(known)}")
     return TypeError(f"{function}() got an unexpected keyword argument {next(iter(unknown))!r}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import shlex
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import attrs
@@ -430,14 +431,12 @@ class StartUnknown(PromptLayerExecError):
     def _find_advice(self) -> str:
         advice = "Look for it in PromptLayer before you start it again, or you may pay twice."
         if self.is_key_stored:
+            key = shlex.quote(str(self.key))
             advice = f"Look in PromptLayer for the metadata promptlayer_exec.key {self.key!r:.500}."
-            advice += (
-                " If the run is there, `promptlayer-exec starts adopt KEY ID` records its id, as"
-            )
-            advice += (
-                " does await store.adopt(key, id). If not, `promptlayer-exec starts forget KEY` or"
-            )
-            advice += " await store.forget(key), and start it again."
+            advice += f" If the run is there, `promptlayer-exec starts adopt {key} ID` records its"
+            advice += " id, as does await store.adopt(key, id). If not, `promptlayer-exec starts"
+            advice += f" forget {key}` or await store.forget(key), and start it again. If the store"
+            advice += " has a URL, these commands need --db URL."
         if self.callback_token is not None:
             advice = f"Session.recover(error) waits for its callback. {advice}"
         return advice

@@ -241,6 +241,9 @@ async def _forget_all(chosen: list[StoredStart], database: str | None) -> None:
 
     which = "it" if count == 1 else "any of them"
     err(f"forgot {_count(count)}. The next start with {which} pays for a new run")
+    runs = [record.execution_id for record in chosen if record.state == "started"]
+    if runs:
+        err(f"these runs had started, and remain on PromptLayer: {', '.join(map(str, runs))}")
     if count < len(chosen):
         err(f"kept {_count(len(chosen) - count)}, whose run has become known meanwhile")
 

@@ -309,7 +309,7 @@ class Simulator:
         self._faults.add(attrs.evolve(fault, path=path or fault.path))
 
     def replay(self, path: str | Path) -> list[int]:
-        """Respond to requests as in a recording, which `promptlayer-exec doctor --record` can make.
+        """Respond to requests as in a recording, such as one of the command `doctor --record`.
 
         The responses to the same operation come in the recorded order, and the last one is
         repeated. A request for results gets the responses for the same execution. The name of the

@@ -55,7 +55,7 @@ def test_each_unknown_key_is_brought_to_one_run(
     lines = out.splitlines()
     assert code == 0
     assert [line.split("  ")[0] for line in lines] == ["order 1", "order-2"]
-    assert "workflow report: the response to its start request was lost" in lines[0]
+    assert "workflow report: there was no usable response to its start request" in lines[0]
     assert "promptlayer-exec starts adopt 'order 1' ID --db sqlite" in lines[0].split("  ")[-1]
     assert "2 unknown: each may have started a run, and you may be billed." in err
     assert "promptlayer_exec.key = KEY" in err
@@ -78,6 +78,8 @@ def test_each_unknown_key_is_brought_to_one_run(
     assert run("order-2")[0] == 0
     assert len(sim.runs) == before + 3
     assert starts("list", "--unknown")[1] == ""
+    _, _, err = starts("forget", "order 1", "--yes")
+    assert f"these runs had started, and remain on PromptLayer: {found}" in err
 
 
 def test_a_key_may_begin_with_a_hyphen(

@@ -541,7 +541,8 @@ async def test_an_interrupted_collect_logs_all_runs_in_one_line(
     collecting.cancel()
     await asyncio.wait([collecting])
     await session.aclose()
-    way_back = "session.find(key) picks up each by its key"
+    keys = "'item 0', 'item 2', 'item -2'"
+    way_back = f"session.find(key) picks up each by its key: {keys}"
     if not has_store:
         way_back = "session.execution(id) picks up each by its id: 1001 (key 'item 0'), 1002"
         way_back += " (key 'item 2'), 1003 (key 'item -2')"

@@ -61,7 +61,11 @@ async def test_run_returns_the_main_output(sim: Simulator, session: Session) -> 
         ({"inputs": {"x": {1}}}, TypeError, r"inputs\.x"),
         ({"label": "a", "version": 1}, ValueError, "either label or version"),
         ({"input_variables": {}}, TypeError, "it is inputs= here"),
-        ({"return_all_outputs": True}, TypeError, r"use \(await execution\.wait\(\)\)\.raw"),
+        (
+            {"return_all_outputs": True},
+            TypeError,
+            r"a snapshot with raw",
+        ),
     ],
 )
 async def test_arguments_are_checked_before_anything_is_sent(

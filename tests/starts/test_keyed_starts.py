@@ -222,8 +222,9 @@ def start(session: Session, flow: str, key: str = "order") -> asyncio.Task[Execu
 
 WAYS_OUT = (
     "Look in PromptLayer for the metadata promptlayer_exec.key 'order'. If the run is there,"
-    " `promptlayer-exec starts adopt KEY ID` records its id, as does await store.adopt(key, id). If"
-    " not, `promptlayer-exec starts forget KEY` or await store.forget(key), and start it again."
+    " `promptlayer-exec starts adopt order ID` records its id, as does await store.adopt(key, id)."
+    " If not, `promptlayer-exec starts forget order` or await store.forget(key), and start it"
+    " again. If the store has a URL, these commands need --db URL."
 )
 
 
@@ -957,7 +958,7 @@ async def test_what_is_unknown_can_be_listed(
     found = [record async for record in store.store.unknown()]
     assert [(record.key, record.state, record.reason) for record in found] == [
         ("a", "unknown", "the process that sent its start request recorded no response"),
-        ("b", "unknown", "the response to its start request was lost"),
+        ("b", "unknown", "there was no usable response to its start request"),
     ]
     assert [record async for record in store.store.unknown(older_than=60.0)] == []
     age(url, 61.0)
