@@ -396,8 +396,8 @@ def address(request: pytest.FixtureRequest) -> Callable[[int], str]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every stream say after 0.3 s why there is nothing new."""
-    monkeypatch.setattr(_run_events, "_PATIENCE", 0.3)
+    """Make every stream say after 0.6 s why there is nothing new."""
+    monkeypatch.setattr(_run_events, "_PATIENCE", 0.6)
 
 
 @pytest.mark.usefixtures("impatient")

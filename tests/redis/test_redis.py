@@ -286,7 +286,7 @@ async def test_an_outage_is_said_in_every_process(
     """A process that follows a holder says it once the lease is over and its own polls fail."""
     terms = attrs.evolve(backplane_module.TERMS, lease=1.0, renewal=0.2, recheck=0.2)
     monkeypatch.setattr(backplane_module, "TERMS", terms)
-    monkeypatch.setattr(_run_events, "_PATIENCE", 0.1)
+    monkeypatch.setattr(_run_events, "_PATIENCE", 1.0)
     for worker in workers:
         worker.new_session(retry=RetryPolicy(base=0.8, ceiling=2.0, watch_outage=30.0))
     has_begun, is_waiting = asyncio.Semaphore(0), asyncio.Semaphore(0)
