@@ -3,19 +3,12 @@
 
 import * as api from "./library/api.js";
 import { notifyOfEnd, showIcon } from "./parts/alerts.js";
-import { batchesView } from "./views/batches.js";
 import { boardView } from "./views/board.js";
-import { causeView } from "./views/cause.js";
-import { compareView } from "./views/compare.js";
 import { announce, byId, find, findAll, notify, show, write } from "./library/dom.js";
-import { historyView } from "./views/history.js";
-import { itemView } from "./views/item.js";
 import { listenToKeys } from "./parts/keys.js";
 import { changePlace, returnTo } from "./library/places.js";
 import { board, connection, connectionChanged, groupOf, Run, runOf, runs, serverProblem, STATES } from "./library/model.js";
 import { route } from "./library/router.js";
-import { runView } from "./views/run.js";
-import { startView } from "./views/start.js";
 import { follow } from "./library/stream.js";
 import { leads, shareStream } from "./library/tabs.js";
 import { clock, sinceText } from "./library/times.js";
@@ -30,17 +23,20 @@ const CONNECTIONS = {
   ended: "The viewer has stopped. Waiting for it to start again",
   refused: "Refused",
 };
+// The board comes first. The others have most of the code, which is loaded after its lines are there.
 const VIEWS = {
-  executions: runView,
-  history: historyView,
-  batches: batchesView,
-  item: itemView,
-  start: startView,
-  compare: compareView,
-  cause: causeView,
+  executions: async () => (await import("./views/run.js")).runView,
+  history: async () => (await import("./views/history.js")).historyView,
+  batches: async () => (await import("./views/batches.js")).batchesView,
+  item: async () => (await import("./views/item.js")).itemView,
+  start: async () => (await import("./views/start.js")).startView,
+  compare: async () => (await import("./views/compare.js")).compareView,
+  cause: async () => (await import("./views/cause.js")).causeView,
 };
 
-let view = null;
+let view = null; // until it is loaded
+let wanted = 0; // views, of which the page shows the last
+let hasAllViews = false;
 let isConnected = false;
 let lastBoard = null; // the last event of that kind
 let checked = null; // the instance of the viewer whose key this tab has tried
@@ -50,7 +46,11 @@ let checked = null; // the instance of the viewer whose key this tab has tried
 async function showView() {
   const { parts, params } = route();
   const place = changePlace();
-  const next = (parts[0] === "executions" && !parts[1] ? null : VIEWS[parts[0]]) ?? boardView;
+  const name = parts[0] === "executions" && !parts[1] ? "board" : parts[0];
+  const number = (wanted += 1);
+  const next = Object.hasOwn(VIEWS, name) ? await load(name) : boardView;
+  if (next === null || number !== wanted) return;
+
   if (view !== null && view !== next) {
     view.hide?.();
     view.element.hidden = true;
@@ -62,8 +62,8 @@ async function showView() {
   if (isOther && !isFirst) scrollTo(0, 0); // before the view scrolls to what it shows
   const shown = next.show(parts, params);
   for (const link of findAll(".views a")) {
-    const isHere = VIEWS[link.dataset.view] === (next === itemView ? batchesView : next) || (link.dataset.view === "board" && next === boardView);
-    if (isHere) link.setAttribute("aria-current", "page");
+    const here = next === boardView ? "board" : name === "item" ? "batches" : name;
+    if (link.dataset.view === here) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   if (isOther && !isFirst) next.element.querySelector("h2")?.focus({ preventScroll: true });
@@ -73,8 +73,23 @@ async function showView() {
   if (view === next) returnTo(place, next.element);
 }
 
+async function load(name) {
+  try {
+    return await VIEWS[name]();
+  } catch {
+    notify("The viewer did not respond. Is it still running?");
+    return null;
+  }
+}
+
+function loadAllViews() {
+  if (hasAllViews) return;
+  hasAllViews = true;
+  for (const name of Object.keys(VIEWS)) VIEWS[name]().catch(() => (hasAllViews = false));
+}
+
 function showTitle() {
-  const run = view === runView ? runView.run() : null;
+  const run = view?.run?.() ?? null;
   const shown = run === null ? [...runs.values()].filter((one) => one.isListed) : [run];
   const title = `${run === null ? countsOf(shown) : ""}${view?.title() ?? "Executions"}`;
   if (document.title !== title) document.title = title;
@@ -162,21 +177,22 @@ const on = {
     byId("to-history").hidden = !data.has_history;
     byId("to-batches").hidden = !data.has_batches;
     if (isRestarted) missing.forEach(({ id }) => board.returning.add(id));
-    view.onBoard?.();
+    view?.onBoard?.();
     if (isRestarted && leads()) addAgain(missing);
     showTitle();
+    requestAnimationFrame(() => setTimeout(loadAllViews)); // once the lines are there
   },
 
   nodes(data) {
     const run = runOf(data.execution_id);
     run.takeNodes(data);
-    view.onNodes?.(run, data.all ? null : data.nodes.map((node) => node.name));
+    view?.onNodes?.(run, data.all ? null : data.nodes.map((node) => node.name));
   },
 
   execution(data) {
     const run = runOf(data.execution_id);
     const before = run.take(data, data.age);
-    view.onExecution?.(run, before);
+    view?.onExecution?.(run, before);
     showTitle();
     const isNew = ["waiting", "running"].includes(before.state) && before.total > 0;
     if (run.isEnded && before.state !== data.state) usualMayChange(run);
@@ -232,7 +248,7 @@ async function addAgain(missing) {
       board.returning.delete(id);
     }
   }
-  view.onBoard?.();
+  view?.onBoard?.();
 }
 
 function showRefusal(reason) {
@@ -245,7 +261,7 @@ function showRefusal(reason) {
 
 byId("dismiss").addEventListener("click", () => {
   byId("notice").hidden = true;
-  view.element.querySelector("input, h2")?.focus();
+  view?.element.querySelector("input, h2")?.focus();
 });
 
 // This tab keeps the token, and the address stays as it is.
@@ -293,13 +309,13 @@ new ResizeObserver(() => {
 // A URL that differs only in its fragment does not reload the page.
 addEventListener("hashchange", () => {
   if (api.takeToken()) location.reload();
-  else if (view !== null) showView();
+  else if (wanted > 0) showView();
 });
 listenToKeys(() => view);
 whenUsualIsKnown(() => view?.refresh?.());
 api.whenRefused(showRefusal);
 if (await api.findToken()) {
-  showView();
+  await showView();
   shareStream(follow, on, replay);
 } else {
   showRefusal("The address of this page has no token.");
