@@ -255,9 +255,10 @@ async def test_an_outage_is_one_banner(sim: Simulator, viewer: Any, ui: Any, pag
 
 @pytest.mark.usefixtures("look")
 async def test_a_wrong_key_shows_on_the_empty_board(
-    sim: Simulator, viewer: Any, page: Page
+    sim: Simulator, viewer: Any, page: Page, browser_errors: Any
 ) -> None:
     """Before anything is followed, the banner says what to do."""
+    browser_errors.expected = ("ERR_CONNECTION_REFUSED",)
     sim.inject(Fault.status(401, times=None))
     await viewer.stop()
     await viewer.start()

@@ -11,7 +11,7 @@ import { board, connection, connectionChanged, groupOf, Run, runOf, runs, server
 import { route } from "./library/router.js";
 import { follow } from "./library/stream.js";
 import { leads, shareStream } from "./library/tabs.js";
-import { clock, sinceText } from "./library/times.js";
+import { clock, sinceText, unbroken } from "./library/times.js";
 import { usualMayChange, whenUsualIsKnown } from "./library/usual.js";
 
 const TICK = 200; // milliseconds, of runs in their first seconds
@@ -77,7 +77,7 @@ async function load(name) {
   try {
     return await VIEWS[name]();
   } catch {
-    notify("The viewer did not respond. Is it still running?");
+    notify("The viewer did not respond. Reload this page once it runs again.");
     return null;
   }
 }
@@ -122,7 +122,7 @@ function showOutage(problem) {
   if (problem === null) return show(byId("outage"), null);
   const { text, since, until, advice } = problem;
   const next = until === null ? "" : ` The next attempt is at ${clock(until)}.`;
-  show(byId("outage"), `${text} Since ${sinceText(since)}.${next} ${advice}`.trim());
+  show(byId("outage"), unbroken(`${text} Since ${sinceText(since)}.${next} ${advice}`.trim()));
 }
 
 // The viewer itself is gone. A short loss of the connection concerns nobody.

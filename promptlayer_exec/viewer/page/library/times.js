@@ -16,6 +16,9 @@ export function duration(seconds, isRough = false) {
   return `${Math.floor(minutes / 60)} h ${pad(minutes % 60)} min`;
 }
 
+// The same text, in which no line breaks between a number and its unit.
+export const unbroken = (text) => text.replace(/(\d) (?=(?:s|min|h)\b)/g, "$1\u00a0").replace(/(min|h) (?=\d)/g, "$1\u00a0");
+
 const CLOCK = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
 const SHORT = new Intl.DateTimeFormat(undefined, { timeStyle: "short" });
 const HOUR = new Intl.DateTimeFormat(undefined, { hour: "numeric" });

@@ -2,7 +2,7 @@
 // The durations of a workflow's latest runs as a small plot.
 
 import { make, makeSvg } from "../library/dom.js";
-import { counted, duration } from "../library/times.js";
+import { counted, duration, unbroken } from "../library/times.js";
 
 const WIDTH = 180;
 const HEIGHT = 40;
@@ -22,7 +22,7 @@ export function trendOf({ workflow, runs, total }) {
     make("span", { class: "name" }, workflow),
     make("span", { class: "muted" }, `${counted(total, "run")}${about}`),
     plot(runs, most),
-    make("span", { class: "muted" }, text),
+    make("span", { class: "muted" }, unbroken(text)),
   );
   return button;
 }
