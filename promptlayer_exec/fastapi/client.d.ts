@@ -24,9 +24,10 @@
  * @property {ReadonlyMap<string, Node>} nodes
  *
  * @typedef {object} Options
- * @property {string | null} [ticket]  for reading the executions. One ticket can cover many
- * @property {() => Promise<string>} [renew]  returns a new ticket after the server refused one
- * @property {string} [base]  the URL of the route `executions`, if this module is served elsewhere
+ * @property {string | null | undefined} [ticket]  for reading the executions. One can cover many
+ * @property {(() => Promise<string>) | undefined} [renew]  returns a new ticket after a refusal
+ * @property {string | undefined} [base]  the URL of the route `executions`, if it is not beside this
+ *   module
  */
 export type Node = {
     name: string;
@@ -70,17 +71,18 @@ export type View = {
 };
 export type Options = {
     /**
-     * for reading the executions. One ticket can cover many
+     * for reading the executions. One can cover many
      */
-    ticket?: string | null;
+    ticket?: string | null | undefined;
     /**
-     * returns a new ticket after the server refused one
+     * returns a new ticket after a refusal
      */
-    renew?: () => Promise<string>;
+    renew?: (() => Promise<string>) | undefined;
     /**
-     * the URL of the route `executions`, if this module is served elsewhere
+     * the URL of the route `executions`, if it is not beside this
+     * module
      */
-    base?: string;
+    base?: string | undefined;
 };
 /**
  * The view of an execution before its first event.

@@ -24,9 +24,10 @@
  * @property {ReadonlyMap<string, Node>} nodes
  *
  * @typedef {object} Options
- * @property {string | null} [ticket]  for reading the executions. One ticket can cover many
- * @property {() => Promise<string>} [renew]  returns a new ticket after the server refused one
- * @property {string} [base]  the URL of the route `executions`, if this module is served elsewhere
+ * @property {string | null | undefined} [ticket]  for reading the executions. One can cover many
+ * @property {(() => Promise<string>) | undefined} [renew]  returns a new ticket after a refusal
+ * @property {string | undefined} [base]  the URL of the route `executions`, if it is not beside this
+ *   module
  */
 
 const own = /^(.*\/executions)\/client\.js(?:[?#].*)?$/.exec(import.meta.url);

@@ -205,13 +205,15 @@ async def start(page: Page) -> None:
 
 
 async def test_the_page_starts_a_run_and_follows_it(sim: Simulator, page: Page) -> None:
-    """It follows by the ticket, which is in its address, and shows node after node."""
+    """By the ticket in its address, node after node. No other run can start meanwhile."""
     await page.locator("input").fill("beavers")
     await start(page)
+    await expect(page.get_by_role("button")).to_be_disabled()
     assert sim.runs[0].inputs == {"topic": "beavers"}
     assert "&ticket=" in page.url
     sim.finish(1001, "Report", value="</pre> fine")
     await expect(page.locator("#state")).to_have_text("Succeeded")
+    await expect(page.get_by_role("button")).to_be_enabled()
     lines = 'Plan: SUCCESS "three parts"\nReport: SUCCESS "</pre> fine"\n'
     assert await page.locator("#nodes").text_content() == lines
 

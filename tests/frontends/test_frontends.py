@@ -304,6 +304,7 @@ async def test_a_button_in_react_starts_a_run_and_shows_its_nodes_and_its_output
             nodes = page.locator("li")
             await expect(nodes).to_have_text(["Plan: SUCCESS", "Report: SUCCESS"])
             await expect(page.locator("p")).to_have_text("Otters are fine.")
+            await expect(page.get_by_role("button")).to_have_count(0)
             await page.reload()
         assert len(sim.runs) == 1
 
