@@ -435,8 +435,8 @@ class StartUnknown(PromptLayerExecError):
             advice = f"Look in PromptLayer for the metadata promptlayer_exec.key {self.key!r:.500}."
             advice += f" If the run is there, `promptlayer-exec starts adopt {key} ID` records its"
             advice += " id, as does await store.adopt(key, id). If not, `promptlayer-exec starts"
-            advice += f" forget {key}` or await store.forget(key), and start it again. If the store"
-            advice += " has a URL, these commands need --db URL."
+            advice += f" forget {key}` or await store.forget(key), and start it again. A store with"
+            advice += " a URL needs --db URL."
         if self.callback_token is not None:
             advice = f"Session.recover(error) waits for its callback. {advice}"
         return advice
@@ -501,7 +501,7 @@ class InvalidOutput(PromptLayerExecError):
         reason: what was expected there, and what came instead.
     """
 
-    _usual_advice = "Change the type or the workflow's output node."
+    _usual_advice = "error.value has it. Change the type or the workflow's output node."
     _stored = ("path", "reason")
 
     def __init__(self, message: str, *, path: str, value: Any, reason: str, **context: Any) -> None:

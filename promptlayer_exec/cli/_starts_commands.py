@@ -38,6 +38,7 @@ Key = Annotated[
 OlderThan = Annotated[
     float, options.seconds("Only keys that have not changed for this long, such as 1h.")
 ]
+_CHECK = "Check --db or PROMPTLAYER_EXEC_DB"
 Unknown = Annotated[bool, typer.Option("--unknown", help="Only keys whose run is unknown.")]
 
 
@@ -67,6 +68,9 @@ async def _list(
                         out(_json_line(record, database))
                     else:
                         out_record(_line(record), _way_out(record, database))
+
+    elif database is not None:
+        raise Misuse(f"there is no file {_path(database).absolute()}. {_CHECK}")
 
     if not count:
         what = "unknown key" if unknown else "key"
@@ -256,10 +260,7 @@ async def _record(store: SQLStartStore, key: str, database: str | None) -> Store
     """Return the record of a key, which must have one."""
     record = await store.find(key) if _exists(database) else None
     if record is None:
-        raise Misuse(
-            f"nothing has used the key {quoted(key)} in {_where(database)}. Check --db or"
-            " PROMPTLAYER_EXEC_DB"
-        )
+        raise Misuse(f"nothing has used the key {quoted(key)} in {_where(database)}. {_CHECK}")
     return record
 
 
@@ -330,8 +331,12 @@ def _where(database: str | None) -> str:
 def _exists(database: str | None) -> bool:
     """Return False if the database is a file that does not exist. Looking would create it."""
     _open_store(database)  # explains a malformed URL, or a missing extra
-    path = _where(database).removeprefix("sqlite:///").partition("?")[0]
-    return path.startswith("postgres") or Path(path).exists()
+    return _where(database).startswith("postgres") or _path(database).exists()
+
+
+def _path(database: str | None) -> Path:
+    """Return the path in the URL of a SQLite database."""
+    return Path(_where(database).removeprefix("sqlite:///").partition("?")[0])
 
 
 def _count(number: int) -> str:

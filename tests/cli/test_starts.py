@@ -133,7 +133,8 @@ def test_a_database_that_does_not_exist_is_not_created(
     starts: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Its name may be mistyped."""
-    assert starts("list")[0] == 0
+    code, _, err = starts("list", "--unknown")
+    assert (code, f"there is no file {tmp_path / 'keys'}" in err) == (2, True)
     assert starts("show", "order-1")[0] == 2
     assert starts("forget", "order-1", "--yes")[0] == 2
     assert starts("forget", "order-1", "--unknown", "--yes")[0] == 2

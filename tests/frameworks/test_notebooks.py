@@ -144,6 +144,6 @@ def test_failed_rows_run_again_and_objects_become_columns(
         run_cell(client, cell)
     assert len(server.runs) == 203
     assert run_cell(client, f"sorted(({join}).columns)") == str(
-        ["error", "reason", "report", "text", "topic", "words"]
+        ["error", "reason", "report", "run", "text", "topic", "words"]
     )
     client.stop_channels()

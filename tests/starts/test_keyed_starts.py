@@ -224,7 +224,7 @@ WAYS_OUT = (
     "Look in PromptLayer for the metadata promptlayer_exec.key 'order'. If the run is there,"
     " `promptlayer-exec starts adopt order ID` records its id, as does await store.adopt(key, id)."
     " If not, `promptlayer-exec starts forget order` or await store.forget(key), and start it"
-    " again. If the store has a URL, these commands need --db URL."
+    " again. A store with a URL needs --db URL."
 )
 
 
