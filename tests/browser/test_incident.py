@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from playwright.async_api import Locator, Page, expect
+from playwright.async_api import BrowserContext, Locator, Page, expect
 
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -140,10 +140,10 @@ async def test_all_lost_runs_are_followed_again_by_one_click(
 
 
 async def test_a_key_that_works_again_needs_no_click(
-    sim: Simulator, viewer: Any, page: Page
+    sim: Simulator, viewer: Any, page: Page, context: BrowserContext
 ) -> None:
     """The page tries a refused key every 15 seconds, and then follows the runs again."""
-    await page.clock.install()
+    await context.clock.install()  # for all pages of the context, which is the test's own
     await page.reload()
     sim.inject(Fault.status(401, times=None))
     viewer.board.follow(sim.add_execution(Scenario([SimNode("plan", "x", None)])))

@@ -119,10 +119,10 @@ async def test_progress_appears_node_by_node(sim: Simulator, page: Page) -> None
 
 
 async def test_times_advance_between_polls_and_a_silent_server_is_shown(
-    sim: Simulator, page: Page
+    sim: Simulator, page: Page, context: BrowserContext
 ) -> None:
     """A message says that PromptLayer does not respond, as the page may be out of date."""
-    await page.clock.install()
+    await context.clock.install()  # for all pages of the context, which is the test's own
     await page.reload()
     held = sim.add_execution(HELD)
     await add_open(page, held)
