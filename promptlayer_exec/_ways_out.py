@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 import attrs
 
@@ -38,10 +40,15 @@ _OF_ITEM = {
         ("if you find its run, follow it with", "batch adopt", "KEY ID"),
         ("else start it again, which you pay for, with", "batch retry --unknown", "KEY"),
     ],
-    # A run that may still bring an output is followed again, and no other one starts.
-    "failed": [
-        ("start it again, which you pay for, with", "batch retry", "KEY"),
-        ("or check its run again, for free, with", "batch recheck", ""),
+    "failed": [("start it again, which you pay for, with", "batch retry", "KEY")],
+    # It failed, but nobody knows how its run ends. `retry` follows that run, and starts none.
+    "undecided": [
+        (
+            "its run may still bring an output: follow it again, for free, with",
+            "batch retry",
+            "KEY",
+        ),
+        ("or pay for a second run with", "batch retry --again", "KEY"),
     ],
     "succeeded": [
         ("print its request and its history with", "batch show", "KEY"),
@@ -68,9 +75,10 @@ _OF_ITEMS = {
         ),
         ("or start them again, which you pay for, with", "batch retry --unknown", ""),
     ],
-    "failed": [
-        ("start failed items again, which you pay for, with", "batch retry --failed", ""),
-        ("or check their runs again, for free, with", "batch recheck", ""),
+    "failed": [("start failed items again, which you pay for, with", "batch retry --failed", "")],
+    "undecided": [
+        ("follow runs that may still bring an output again, for free, with", "batch recheck", ""),
+        ("or pay for a second run of an item with", "batch retry --again", "KEY"),
     ],
     "succeeded": [("write all results with", "batch export", "")],
 }
@@ -86,27 +94,39 @@ _OF_KEY = {
 }
 
 
+def is_undecided(kind: str, data: Mapping[str, Any]) -> bool:
+    """Return True if a stored error has a run that may have an output, or may still bring one."""
+    return data.get("execution_id") is not None and kind != "ExecutionFailed"
+
+
+def way_state(state: str, error: Any) -> str:
+    """Return the state of an item whose ways out apply.
+
+    Args:
+        state: its state, as in `BatchItem`.
+        error: its `StoredError`, or None if it has none.
+    """
+    if state == "failed" and error is not None and is_undecided(error.type, error.data):
+        return "undecided"
+    return state
+
+
 def out_of_item(
     state: str,
     key: str,
     flags: str,
     reading_flags: str | None = None,
-    *,
-    can_recheck: bool = True,
 ) -> list[WayOut]:
     """Return what to do next about one item, the usual way first.
 
     Args:
-        state: its state, as in `BatchItem`.
+        state: its state, as in `BatchItem`, or `undecided`, as `way_state` returns it.
         key: its key.
         flags: the options with which a command finds the batch and its server.
         reading_flags: the same for a command that asks no server. None: `flags`.
-        can_recheck: False if it is known how its run ended.
     """
     ways = []
     for what, command, arguments in _OF_ITEM[state]:
-        if command == "batch recheck" and not can_recheck:
-            continue
         is_reading = command == "batch show" and reading_flags is not None
         given = [key if argument == "KEY" else argument for argument in arguments.split()]
         shown = command_about(command, reading_flags or "" if is_reading else flags, *given)
@@ -114,15 +134,11 @@ def out_of_item(
     return ways
 
 
-def out_of_items(state: str, flags: str, *, can_recheck: bool = True) -> list[WayOut]:
-    """Return what to do next about all items of a batch in a state, the usual way first.
-
-    `can_recheck` is False if it is known how all of their runs ended.
-    """
+def out_of_items(state: str, flags: str) -> list[WayOut]:
+    """Return what to do next about all items of a batch in a state, the usual way first."""
     return [
         WayOut(what, command_about(command, flags, *arguments.split()))
         for what, command, arguments in _OF_ITEMS[state]
-        if command != "batch recheck" or can_recheck
     ]
 
 

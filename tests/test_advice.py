@@ -120,13 +120,14 @@ def test_advice_names_options_and_commands_that_exist() -> None:
 
 
 _BATCH = " --name night --base-url http://127.0.0.1:1"
+_STATES = (*get_args(ItemState), "undecided")
 
 
 @pytest.mark.parametrize(
     "way",
     [
-        *(way for state in get_args(ItemState) for way in out_of_item(state, "k", _BATCH, "")),
-        *(way for state in get_args(ItemState) for way in out_of_items(state, _BATCH)),
+        *(way for state in _STATES for way in out_of_item(state, "k", _BATCH, "")),
+        *(way for state in _STATES for way in out_of_items(state, _BATCH)),
         *(way for state in ("sending", "unknown") for way in out_of_key(state, "k")),
         *out_of_key("started", "k", execution_id=7, server="http://127.0.0.1:1"),
         WayOut("list them with", unknown_keys()),

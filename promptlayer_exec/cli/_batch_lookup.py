@@ -21,6 +21,7 @@ from promptlayer_exec._ways_out import (
     batch_option,
     command_about,
     database_option,
+    is_undecided,
     is_usual_database,
     out_of_items,
     server_option,
@@ -29,7 +30,7 @@ from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, hint, run_comm
 from promptlayer_exec.cli._printing import err, shorten
 
 if TYPE_CHECKING:
-    from promptlayer_exec.dbos import Batch, BatchStatus, Failure, StoredError
+    from promptlayer_exec.dbos import Batch, BatchStatus, Failure
 
 DEFAULT_RATE = 100.0
 _MOST_CAUSES = 10  # causes to print
@@ -214,10 +215,10 @@ def cause_lines(failures: Sequence[Failure]) -> list[str]:
     return lines
 
 
-def is_undecided(error: StoredError) -> bool:
-    """Return True if an item failed, but its run may have an output or get one."""
-    has_run = error.data.get("execution_id") is not None
-    return has_run and error.type != "ExecutionFailed"
+def undecided_count(failures: Sequence[Failure]) -> int:
+    """Return how many failed items have a run that may still bring an output."""
+    errors = [(failure.count, failure.error) for failure in failures]
+    return sum(count for count, error in errors if is_undecided(error.type, error.data))
 
 
 def work_hint(text: str, flags: str) -> str:
@@ -231,11 +232,14 @@ def hint_lines(status: BatchStatus, failures: Sequence[Failure], flags: str) -> 
     lines = []
     if status.finished < status.total and not status.workers:
         left = item_count(status.total - status.finished)
-        lines.append(work_hint(f"{left} not finished, and nobody is working on them", flags))
+        them = "it" if status.total - status.finished == 1 else "them"
+        lines.append(work_hint(f"{left} not finished, and nobody is working on {them}", flags))
 
-    if status.failed:
-        can_recheck = any(is_undecided(failure.error) for failure in failures)
-        lines += way_hints(out_of_items("failed", flags, can_recheck=can_recheck))
+    undecided = undecided_count(failures)
+    if status.failed > undecided:
+        lines += way_hints(out_of_items("failed", flags))
+    if undecided:
+        lines += way_hints(out_of_items("undecided", flags))
     if status.unknown:
         lines += way_hints(out_of_items("unknown", flags))
     return lines

@@ -15,7 +15,7 @@ import typer
 
 from promptlayer_exec._advice import explain, explain_stored
 from promptlayer_exec._integration import KEY_METADATA, printable
-from promptlayer_exec._ways_out import PROGRAM, command_about, out_of_item
+from promptlayer_exec._ways_out import PROGRAM, command_about, out_of_item, way_state
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_options as options
 from promptlayer_exec.cli._exit import Misuse, Subject, command, hint, run_command, way_hints
@@ -178,8 +178,7 @@ async def show(
         if item.state == "unknown":
             err(f"to find its run, search PromptLayer for {KEY_METADATA} = {printable(key)}")
         error = None if item.outcome is None else item.outcome.error
-        can_recheck = error is not None and lookup.is_undecided(error)
-        for line in way_hints(out_of_item(item.state, key, flags, can_recheck=can_recheck)):
+        for line in way_hints(out_of_item(way_state(item.state, error), key, flags)):
             err(line)
 
 

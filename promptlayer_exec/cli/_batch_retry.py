@@ -10,7 +10,7 @@ import typer
 from promptlayer_exec import NotFound, RequestError, Unauthorized
 from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import printable
-from promptlayer_exec._ways_out import PROGRAM, command_about, out_of_item
+from promptlayer_exec._ways_out import PROGRAM, command_about, out_of_item, out_of_items, way_state
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_options as options
 from promptlayer_exec.cli._exit import Misuse, Subject, command, hint, run_command, way_hints
@@ -39,7 +39,8 @@ async def recheck(
     """
     chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
     flags = await lookup.working_flags(batch, chosen, database, base_url, same_server=same_server)
-    _report(chosen, await batch.recheck(), "follow", flags)
+    count = await batch.recheck()
+    _report(chosen, 0, count, flags)
 
 
 def retry(
@@ -70,10 +71,10 @@ def retry(
         bool, typer.Option("--yes", help="Skip the confirmation prompt of --again.")
     ] = False,
 ) -> None:
-    """Start items that did not succeed once more.
+    """Start items again that did not succeed.
 
     With keys, only those items are started. Keys without an option mean --failed. If a run may
-    still bring an output, it is followed again instead, for free.
+    still bring an output, it is followed again instead, for free, unless you pass --again.
     """
     wanted = _Choice(keys or [], failed, unknown, again)
 
@@ -97,8 +98,10 @@ def retry(
 
     async def retry_chosen() -> None:
         chosen, batch, flags = await choose()
+        undecided = await wanted.count_undecided(batch)
         count = await wanted.retry(batch)
-        _report(chosen, count, "start" if again else "start or follow", flags)
+        followed = min(undecided, count)
+        _report(chosen, count - followed, followed, flags)
 
     if again and not is_confirmed:
         lookup.confirm(
@@ -131,7 +134,7 @@ async def give_up(
     """End items that the batch follows, before their runs end.
 
     They fail, with the ids of their runs, which continue on PromptLayer. `batch recheck` follows
-    them again, for free.
+    them again, for free, and `batch retry KEY --again` pays for a second run.
     """
     if not keys and running_for is None:
         raise Misuse("give the keys of items, or --running-for 1h for all that take longer")
@@ -144,9 +147,12 @@ async def give_up(
     if not count:
         err(f"batch {printable(chosen)}: there is no item to give up")
         return
-    text = f"batch {printable(chosen)}: gave up {lookup.item_count(count)}"
-    runs = "its run" if count == 1 else "their runs"
-    err(hint(f"{text}. Follow {runs} again with:", f"{PROGRAM} batch recheck{flags}"))
+    err(f"batch {printable(chosen)}: gave up {lookup.item_count(count)}")
+    ways = out_of_items("undecided", flags)
+    if keys and len(keys) == 1:
+        ways = out_of_item("undecided", keys[0], flags)
+    for line in way_hints(ways):
+        err(line)
 
 
 @command
@@ -219,8 +225,8 @@ async def _not_given_up(name: str, batch: Batch, keys: list[str], flags: str) ->
     key, kind = next(iter(kinds.items()))
     if kind is not None:
         state = "is unknown" if kind == "unknown" else f"has {kind}"
-        hints = "\n".join(way_hints(out_of_item(kind, key, flags)))
-        return Misuse(f"item {quoted(key)} {state}, so there is no run to give up", hint=hints)
+        problem = f"item {quoted(key)} {state}, so there is no run to give up"
+        return await _with_ways(problem, batch, key, flags)
 
     if await _latest_run(batch, key) is not None:
         return Misuse(f"item {quoted(key)} has not been followed for that long")
@@ -253,6 +259,17 @@ class _Choice:
             return ["succeeded", "failed", "unknown"]
         failed = self.failed or not self.unknown
         return ["failed"] * failed + ["unknown"] * self.unknown
+
+    async def count_undecided(self, batch: Batch) -> int:
+        """Return how many of the items are to be followed again, because their runs may go on."""
+        if self.again or "failed" not in self.kinds:
+            return 0
+        if not self.keys:
+            return lookup.undecided_count(await batch.failures())
+        items = [await batch.item(key) for key in dict.fromkeys(self.keys)]
+        outcomes = [item.outcome for item in items if item is not None]
+        errors = [outcome.error for outcome in outcomes if outcome is not None]
+        return sum(way_state("failed", error) == "undecided" for error in errors)
 
     async def retry(self, batch: Batch) -> int:
         if self.again:
@@ -292,13 +309,32 @@ async def _refusal(batch: Batch, key: str, flags: str, reading_flags: str) -> Mi
     problem = f"item {quoted(key)} {_NOT_AGAIN[item.state]}"
     if item.state == "following":
         problem += f" {item.attempts[-1].execution_id}"
-    ways = out_of_item(item.state, key, flags, reading_flags)
+    return await _with_ways(problem, batch, key, flags, reading_flags)
+
+
+async def _with_ways(
+    problem: str, batch: Batch, key: str, flags: str, reading_flags: str | None = None
+) -> Misuse:
+    """Return an error about an item, with the commands to run next."""
+    item = await batch.item(key)
+    if item is None:
+        return Misuse(problem)
+    state = way_state(item.state, None if item.outcome is None else item.outcome.error)
+    ways = out_of_item(state, key, flags, reading_flags)
     return Misuse(problem, hint="\n".join(way_hints(ways)))
 
 
-def _report(batch: str, count: int, act: str, flags: str) -> None:
-    if not count:
-        err(f"batch {printable(batch)}: there is no item to {act} again")
+def _report(batch: str, started: int, followed: int, flags: str) -> None:
+    """Print how many items start again, and how many are followed again."""
+    start = "starts again" if started == 1 else "start again"
+    follow = "is followed again" if followed == 1 else "are followed again"
+    count = lookup.item_count(started + followed)
+    if not started + followed:
+        err(f"batch {printable(batch)}: there is no item to run again")
         return
-    text = f"batch {printable(batch)}: a worker will {act} {lookup.item_count(count)} again"
-    err(lookup.work_hint(text, flags))
+
+    if started and followed:
+        text = f"{count}: {started} {start}, {followed} {follow}"
+    else:
+        text = f"{count} {start if started else follow}"
+    err(lookup.work_hint(f"batch {printable(batch)}: {text}", flags))

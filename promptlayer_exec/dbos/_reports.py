@@ -11,6 +11,7 @@ import attrs
 import sqlalchemy as sa
 
 from promptlayer_exec._causes import stored_cause
+from promptlayer_exec._ways_out import is_undecided
 from promptlayer_exec.dbos._records import Kind, StoredError, StoredOutcome
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import COUNTS, batches, items, key_and_attempt
@@ -115,6 +116,8 @@ class StoredItem:
 @attrs.frozen
 class Failure:
     """Items that failed for one cause: the same node and reason, but for ids and numbers.
+
+    Either all of them have a run that may still bring an output, or none has.
 
     Attributes:
         count: the number of items.
@@ -313,13 +316,14 @@ def _moment(text: str | None) -> datetime | None:
 
 
 def failures(store: Store, batch: str) -> tuple[Failure, ...]:
-    found: dict[tuple[str, str], list[tuple[str, StoredError]]] = {}
+    found: dict[tuple[str, bool, str], list[tuple[str, StoredError]]] = {}
     query = sa.select(_item.key, _item.outcome).order_by(_item.kind, _item.key)
     query = query.where(_item.batch == batch, _item.kind.in_(["failed", "unknown"]))
     for key, text in store.rows(query):
         error = StoredOutcome.from_json(text).error or StoredError("", "")
         cause = stored_cause(error.type, error.message, error.data)
-        found.setdefault((error.type, cause), []).append((key, error))
+        group = (error.type, is_undecided(error.type, error.data), cause)
+        found.setdefault(group, []).append((key, error))
     most_first = sorted(found.values(), key=len, reverse=True)
     return tuple(Failure(len(examples), *examples[0]) for examples in most_first)
 

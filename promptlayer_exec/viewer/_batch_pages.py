@@ -57,9 +57,11 @@ def add_batch_routes(app: FastAPI, session: Session) -> None:
         batch = (await import_batches()).Batch(name, session=session)
         items = await _read_items(batch, kind, reason, text.strip(), count)
         flags = await working_flags(batch, name)
+        ways = {state: out_of_items(state, flags) for state in _STATES}
+        ways["failed"] += out_of_items("undecided", flags)
         states = [
-            {"state": state, "ways": [attrs.asdict(way) for way in out_of_items(state, flags)]}
-            for state in _STATES
+            {"state": state, "ways": [attrs.asdict(way) for way in out]}
+            for state, out in ways.items()
         ]
         view = await _read_summary(batch, name) | {"states": states} | items
         return JSONResponse(view | await _read_unknown_keys())

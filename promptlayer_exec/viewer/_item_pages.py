@@ -14,7 +14,7 @@ from promptlayer_exec import ConfigurationError, PromptLayerExecError, Session
 from promptlayer_exec._advice import explain as explain_to_person
 from promptlayer_exec._advice import explain_stored
 from promptlayer_exec._integration import indented
-from promptlayer_exec._ways_out import command_about, out_of_item
+from promptlayer_exec._ways_out import command_about, out_of_item, way_state
 from promptlayer_exec.viewer._batch_pages import import_batches, reading_flags, working_flags
 from promptlayer_exec.viewer._board import Board
 from promptlayer_exec.viewer._live_stream import value_text
@@ -104,9 +104,10 @@ async def _item_view(batch: Batch, name: str, item: StoredItem) -> dict[str, Any
         problem = explain_to_person(error)
 
     flags = await working_flags(batch, name)
-    ways = out_of_item(item.state, item.key, flags, reading_flags(name))
-    runs = [attempt for attempt in item.attempts if attempt.execution_id is not None]
     outcome = item.outcome
+    state = way_state(item.state, None if outcome is None else outcome.error)
+    ways = out_of_item(state, item.key, flags, reading_flags(name))
+    runs = [attempt for attempt in item.attempts if attempt.execution_id is not None]
     return {
         "key": item.key,
         "state": item.state,

@@ -155,7 +155,14 @@ async def test_batches_say_what_is_wrong_and_what_goes_on(
     await expect(page.locator(".next:not(.unknown-keys) code")).to_have_text(
         [
             f"promptlayer-exec batch {verb} {flags}"
-            for verb in ("retry --failed", "recheck", "adopt KEY ID", "retry --unknown", "export")
+            for verb in (
+                "retry --failed",
+                "recheck",
+                "retry KEY --again",
+                "adopt KEY ID",
+                "retry --unknown",
+                "export",
+            )
         ]
     )
     await expect(page.locator(".item .status")).to_have_text(["Failed", "Unknown", "Succeeded"])

@@ -188,7 +188,7 @@ def test_an_interrupted_run_says_how_to_continue(
         "see how far it is with:\n  promptlayer-exec batch status --name night\n"
     )
     assert run("status")[2] == (
-        "1 item not finished, and nobody is working on them. Repeat its `batch run`,"
+        "1 item not finished, and nobody is working on it. Repeat its `batch run`,"
         " or continue without a results file with:\n"
         "  promptlayer-exec batch work --name night\n"
     )
@@ -739,17 +739,17 @@ def test_failed_and_unknown_items_are_started_again_on_request(
         *(2, ""),
         "give --failed, --unknown, both, or the keys of failed items\n",
     )
-    assert run("retry", "--failed")[2] == "batch night: there is no item to start or follow again\n"
+    assert run("retry", "--failed")[2] == "batch night: there is no item to run again\n"
     code, _, err = run("retry", "--unknown")
     assert code == 0
     assert err == (
-        "batch night: a worker will start or follow 1 item again. Repeat its `batch run`, or"
+        "batch night: 1 item starts again. Repeat its `batch run`, or"
         " continue without a results file with:\n"
         "  promptlayer-exec batch work --name night\n"
     )
     assert run(*command)[0] == 0
     assert [line["succeeded"] for line in results(tmp_path / "out.jsonl")] == [False, True]
-    assert run("recheck")[2] == "batch night: there is no item to follow again\n"
+    assert run("recheck")[2] == "batch night: there is no item to run again\n"
     assert run("show", "a")[1].count(" added\n") == 2
 
 
@@ -896,8 +896,8 @@ def test_only_the_items_with_these_keys_are_started_again(
     code, _, err = run("retry", "b", "--unknown")
     assert code == 2
     assert "\n  promptlayer-exec batch retry b --name night\n" in err
-    assert "will start or follow 1 item again" in run("retry", "b")[2]
-    assert "will start or follow 1 item again" in run("retry", "lost", "--unknown")[2]
+    assert "night: 1 item starts again. " in run("retry", "b")[2]
+    assert "night: 1 item starts again. " in run("retry", "lost", "--unknown")[2]
 
 
 def test_an_item_that_is_followed_shows_its_run(sim: Simulator, run: Run, tmp_path: Path) -> None:
@@ -926,26 +926,25 @@ def test_an_item_that_is_followed_shows_its_run(sim: Simulator, run: Run, tmp_pa
         "batch night: there is no item to give up\n",
     )
     assert run("give-up", "b") == (2, "", "batch 'night' has no item 'b'\n")
-    assert run("give-up", "a") == (
-        *(0, ""),
-        (
-            "batch night: gave up 1 item. Follow its run again with:\n"
-            "  promptlayer-exec batch recheck --name night\n"
-        ),
-    )
     again = (
-        "start it again, which you pay for, with:\n"
+        "its run may still bring an output: follow it again, for free, with:\n"
         "  promptlayer-exec batch retry a --name night\n"
-        "or check its run again, for free, with:\n"
-        "  promptlayer-exec batch recheck --name night\n"
+        "or pay for a second run with:\n"
+        "  promptlayer-exec batch retry a --again --name night\n"
     )
+    assert run("give-up", "a") == (0, "", "batch night: gave up 1 item\n" + again)
     text = "item 'a' has failed, so there is no run to give up\n"
     assert run("give-up", "a") == (2, "", text + again)
     _, shown, err = run("show", "a")
     assert "given up by hand" in shown
     assert err == again
-    assert "\n  promptlayer-exec batch recheck --name night\n" in run("status")[2]
-    assert run("recheck")[0] == 0
+    assert run("status")[2].endswith(
+        "follow runs that may still bring an output again, for free, with:\n"
+        "  promptlayer-exec batch recheck --name night\n"
+        "or pay for a second run of an item with:\n"
+        "  promptlayer-exec batch retry KEY --again --name night\n"
+    )
+    assert "batch night: 1 item is followed again. " in run("retry", "--failed")[2]
 
     sim.clear_faults()
     assert run("work", "--give-up-after", "1.5s")[0] == 1
@@ -955,6 +954,23 @@ def test_an_item_that_is_followed_shows_its_run(sim: Simulator, run: Run, tmp_pa
     assert run("recheck")[0] == 0
     assert run("work")[0] == 0
     assert len(sim.runs) == 1
+
+
+def test_runs_that_may_go_on_are_followed_again_and_others_start(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """Each kind of failed items has its commands, and `retry` counts both."""
+    given_up = {"key": "a", "workflow": "held", "inputs": {}}
+    bad = {"key": "b", "workflow": "echo", "inputs": {"n": "bad"}}
+    file = write(tmp_path / "night", given_up, bad)
+    assert run("run", file, "--give-up-after", "0.5s")[0] == 1
+    commands = [line for line in run("status")[2].splitlines() if line.startswith("  ")]
+    assert commands == [
+        "  promptlayer-exec batch retry --failed --name night",
+        "  promptlayer-exec batch recheck --name night",
+        "  promptlayer-exec batch retry KEY --again --name night",
+    ]
+    assert "night: 2 items: 1 starts again, 1 is followed again. " in run("retry", "b", "a")[2]
 
 
 def test_an_item_without_a_run_cannot_be_given_up(sim: Simulator, run: Run, tmp_path: Path) -> None:
@@ -1038,7 +1054,7 @@ def test_a_key_may_begin_with_a_hyphen(run: Run, tmp_path: Path) -> None:
     suggested = shlex.split(err.splitlines()[-1])[2:]
     assert suggested == ["retry", "--again", "--name", "night", "--", "-x"]
     suggested = shlex.split(run(*suggested)[2].splitlines()[-1])[2:]
-    assert "a worker will start 1 item again" in run(*suggested)[2]
+    assert "1 item starts again" in run(*suggested)[2]
 
 
 @pytest.mark.parametrize("fault", [Fault.status(403), Fault.status(200, body=b'{"Answer": 1}')])
@@ -1178,7 +1194,7 @@ def test_a_second_run_is_paid_for_deliberately(sim: Simulator, run: Run, tmp_pat
     )
     assert run("retry", "--again", "--yes")[0] == 2
     assert len(sim.runs) == 1
-    assert "a worker will start 1 item again" in run("retry", "a", "--again", "--yes")[2]
+    assert "1 item starts again" in run("retry", "a", "--again", "--yes")[2]
     assert run(*command)[0] == 0
     assert len(sim.runs) == 2
     assert [line["succeeded"] for line in results(tmp_path / "out.jsonl")] == [True, True]
