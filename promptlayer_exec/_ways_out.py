@@ -142,6 +142,12 @@ def out_of_items(state: str, flags: str) -> list[WayOut]:
     ]
 
 
+def out_of_mistaken_run(flags: str) -> WayOut:
+    """Return what to do next about an item that has adopted the run of another one."""
+    what = "if the other item has adopted it by mistake, pay for a run of that one with"
+    return WayOut(what, command_about("batch retry --again", flags, "KEY"))
+
+
 def out_of_key(
     state: str,
     key: str,

@@ -28,6 +28,7 @@ from promptlayer_exec._ways_out import (
     out_of_item,
     out_of_items,
     out_of_key,
+    out_of_mistaken_run,
     unknown_keys,
 )
 from promptlayer_exec.cli import app
@@ -131,6 +132,7 @@ _STATES = (*get_args(ItemState), "undecided")
         *(way for state in ("sending", "unknown") for way in out_of_key(state, "k")),
         *out_of_key("started", "k", execution_id=7, server="http://127.0.0.1:1"),
         WayOut("list them with", unknown_keys()),
+        out_of_mistaken_run(_BATCH),
     ],
     ids=lambda way: way.command,
 )

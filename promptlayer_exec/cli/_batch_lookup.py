@@ -143,14 +143,18 @@ async def working_flags(
     same_server: bool = False,
 ) -> str:
     """Return the flags that another command needs to find a batch and its server."""
+    flags = command_flags(name, database) + await server_flag(batch, base_url)
+    return flags + " --same-server" if same_server else flags
+
+
+async def server_flag(batch: Batch, base_url: str | None) -> str:
+    """Return the flag that another command needs to find the server of a batch."""
     server = base_url
     if server is None:
         server = (await batch.settings()).server
         if server == integration.base_url(Session()):
             server = None
-
-    flags = command_flags(name, database) + server_option(server)
-    return flags + " --same-server" if same_server else flags
+    return server_option(server)
 
 
 def status_line(name: str, status: BatchStatus) -> str:

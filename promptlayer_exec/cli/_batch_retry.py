@@ -10,7 +10,14 @@ import typer
 from promptlayer_exec import NotFound, RequestError, Unauthorized
 from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import printable
-from promptlayer_exec._ways_out import PROGRAM, command_about, out_of_item, out_of_items, way_state
+from promptlayer_exec._ways_out import (
+    PROGRAM,
+    command_about,
+    out_of_item,
+    out_of_items,
+    out_of_mistaken_run,
+    way_state,
+)
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _batch_options as options
 from promptlayer_exec.cli._exit import Misuse, Subject, command, hint, run_command, way_hints
@@ -168,15 +175,18 @@ async def adopt(
     """Follow the run that you found for an unknown item, and start none.
 
     Look for the run in PromptLayer: its metadata has promptlayer_exec.batch and
-    promptlayer_exec.key.
+    promptlayer_exec.key. PromptLayer's API has no metadata of a run, so this cannot check them.
     """
     chosen, batch = await lookup.chosen_batch(name, database, base_url, same_server=same_server)
+    flags = await lookup.working_flags(batch, chosen, database, base_url, same_server=same_server)
     kinds = await batch.kinds([key])
     if key not in kinds:
         raise Misuse(f"batch '{printable(chosen)}' has no item {quoted(key)}")
     if kinds[key] != "unknown":
         state = "has not finished" if kinds[key] is None else f"has {kinds[key]}"
-        raise Misuse(f"item {quoted(key)} {state}, and is not unknown")
+        problem = f"item {quoted(key)} {state}, and is not unknown"
+        reading_flags = lookup.command_flags(chosen, database)
+        raise await _with_ways(problem, batch, key, flags, reading_flags)
 
     async with open_session(base_url, _READ_WITHIN) as session:
         try:
@@ -189,14 +199,17 @@ async def adopt(
             err(f"cannot read execution {execution_id} yet: {explain(error)}")
     try:
         is_adopted = await batch.adopt(key, execution_id)
-    except ValueError as error:
-        raise Misuse(printable(str(error))) from error
+    except ValueError as error:  # another item has this run
+        ways = way_hints([*out_of_item("unknown", key, flags), out_of_mistaken_run(flags)])
+        raise Misuse(printable(str(error)), hint="\n".join(ways)) from error
     if not is_adopted:
         raise await _not_adopted(batch, key)
 
-    flags = await lookup.working_flags(batch, chosen, database, base_url, same_server=same_server)
     text = f"batch {printable(chosen)}: a worker will follow execution {execution_id} for item"
     err(lookup.work_hint(f"{text} {quoted(key)}", flags))
+    watch = command_about("watch", await lookup.server_flag(batch, base_url), str(execution_id))
+    check = "nothing has checked that this is the run of that item: look at its metadata in"
+    err(hint(f"{check} PromptLayer, or at its nodes with:", watch))
 
 
 async def _not_adopted(batch: Batch, key: str) -> Misuse:

@@ -1125,11 +1125,47 @@ def test_a_run_that_somebody_found_is_adopted(sim: Simulator, run: Run, tmp_path
             f"batch night: a worker will follow execution {found} for item 'a'. Repeat its"
             " `batch run`, or continue without a results file with:\n"
             "  promptlayer-exec batch work --name night\n"
+            "nothing has checked that this is the run of that item: look at its metadata in"
+            " PromptLayer, or at its nodes with:\n"
+            f"  promptlayer-exec watch {found}\n"
         ),
     )
     assert run("work")[0] == 0
-    assert run("adopt", "a", found) == (2, "", "item 'a' has succeeded, and is not unknown\n")
+    assert run("adopt", "a", found) == (
+        *(2, ""),
+        (
+            "item 'a' has succeeded, and is not unknown\n"
+            "print its request and its history with:\n"
+            "  promptlayer-exec batch show a --name night\n"
+            "pay for a second run with:\n"
+            "  promptlayer-exec batch retry a --again --name night\n"
+        ),
+    )
     assert len(sim.runs) == 1
+
+
+def test_a_run_that_another_item_has_adopted_has_a_way_out(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """The commands are those of the item that is still unknown, and of the other one."""
+    items = [{"key": key, "workflow": "echo", "inputs": {"n": 1}} for key in ("a", "b")]
+    sim.inject(on("POST", "/", Fault.disconnect()))
+    assert run("run", write(tmp_path / "night", *items))[0] == 1
+    sim.clear_faults()
+    found = sim.add_execution(Scenario([SimNode("Answer", 1, is_output_node=True)]))
+    assert run("adopt", "a", found)[0] == 0
+    assert run("adopt", "b", found) == (
+        *(2, ""),
+        (
+            f"execution {found} is the run of item 'a'\n"
+            "if you find its run, follow it with:\n"
+            "  promptlayer-exec batch adopt b ID --name night\n"
+            "else start it again, which you pay for, with:\n"
+            "  promptlayer-exec batch retry b --unknown --name night\n"
+            "if the other item has adopted it by mistake, pay for a run of that one with:\n"
+            "  promptlayer-exec batch retry KEY --again --name night\n"
+        ),
+    )
 
 
 def test_items_are_listed_with_the_command_that_leads_on(
