@@ -85,7 +85,7 @@ class Anonymizer:
 
     def _body(self, value: Any, path: str, status: int, *, is_bare: bool) -> Any:
         if path != "/workflow-version-execution-results" or status >= 300:
-            return self._documented(value, "")
+            return self._documented(value, "", depth=0 if isinstance(value, dict) else 1)
         if not is_bare:
             if _looks_like_nodes(value):
                 return self._node_map(value)

@@ -331,6 +331,7 @@ def test_no_text_of_a_user_stays_in_any_body(body: Any, path: str, flag: str, st
     [
         {"nodes": [{"name": "a", "message": "§"}]},
         {"workflow": {"error": "§", "detail": ["§"]}},
+        [{"message": "§"}],
         {"success": True, "output": {"message": "§", "status": "whispering"}},
         {"success": False, "detail": {"message": "§"}},
         {"a": {"status": "SUCCESS", "message": "§", "detail": "§"}},
