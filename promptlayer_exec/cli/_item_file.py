@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from promptlayer_exec import NotFound, RequestError, Session, StartRequest
+from promptlayer_exec import NotFound, RequestError, Session, StartRequest, Unauthorized
 from promptlayer_exec._advice import explain
 from promptlayer_exec._integration import MAX_ID, definition, is_from_gateway, printable
 from promptlayer_exec._ways_out import suggest
-from promptlayer_exec.cli._exit import Misuse
+from promptlayer_exec.cli._exit import THIS_SUBJECT, Misuse
 from promptlayer_exec.cli._options import near_workflow, needs
 from promptlayer_exec.cli._printing import err, quoted, shorten
 
@@ -114,6 +114,9 @@ class ItemFile:
         for (workflow, label, version), given in self._starts.items():
             try:
                 found = await definition(session, workflow, label=label, version=version)
+            except Unauthorized:
+                THIS_SUBJECT.get().note = "Nothing was added"
+                raise
             except RequestError as error:
                 if not isinstance(error, NotFound) or is_from_gateway(error):
                     err(f"could not check the inputs: {explain(error)}")

@@ -194,6 +194,8 @@ class BatchProgress:
         self._printed_at = time.monotonic()
         self._finished = 0
         self._finished_at = time.monotonic()
+        self._unknown = 0
+        self._is_losing = False  # the latest items became unknown, as while start requests fail
 
     @property
     def is_stalled(self) -> bool:
@@ -224,6 +226,8 @@ class BatchProgress:
         self._bar.update(self._bar.task_ids[0], total=status.total, completed=status.finished)
         if status.finished != self._finished:
             self._finished, self._finished_at = status.finished, time.monotonic()
+            self._is_losing = status.unknown > self._unknown
+            self._unknown = status.unknown
 
         parts = [f"{status.finished}/{status.total} done", f"{status.running} running"]
         if status.failed or status.unknown:
@@ -237,6 +241,8 @@ class BatchProgress:
         remaining = status.total - status.finished
         if idle >= _STALLED_AFTER:
             parts.append(f"none finished for {duration(idle)}")
+        elif self._is_losing and remaining:
+            pass  # a speed would promise that the others end soon
         elif speed and not remaining:
             parts.append(f"{speed:.1f}/s")
         elif speed and remaining / speed >= idle:  # else time has disproved it

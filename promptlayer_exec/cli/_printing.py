@@ -56,6 +56,10 @@ def running_time(times: NodeTimes, now: float) -> str:
     return duration(end - times.running)
 
 
+# The modules that log when an outage is over.
+_OUTAGES = ("retry", "_breaker")
+
+
 def prepare_streams() -> None:
     """Make the standard streams accept any text, escaping characters that an encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
@@ -138,7 +142,7 @@ class _Warnings(logging.Handler):
         self._write, self._of = write, of
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno < logging.WARNING and record.module != "retry":
+        if record.levelno < logging.WARNING and record.module not in _OUTAGES:
             return
         if not self._of or record.module in self._of:
             self._write(printable(record.getMessage()))

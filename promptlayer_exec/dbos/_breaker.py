@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 
 import attrs
 
+from promptlayer_exec._integration import printable
+
 logger = logging.getLogger("promptlayer_exec")
 
 
@@ -86,6 +88,8 @@ class Breaker:
 
     def succeeded(self) -> None:
         """Record that the server responded as it should, whatever that means for the item."""
+        if self._pause:
+            logger.info("start requests work again")
         self._forget_failures()
         self._window = min(2 * self._window, CAUTION.largest_window)
         self._is_freed.set()
@@ -115,6 +119,10 @@ class Breaker:
             self._give_up(error)
             return
 
+        if not self._pause:
+            text = "start requests fail (%s): pausing, and trying a single one every %g to %g s"
+            pauses = (CAUTION.first_pause, CAUTION.longest_pause)
+            logger.warning(text, printable(str(error.args[0])), *pauses)
         self._pause = min(2 * self._pause or CAUTION.first_pause, CAUTION.longest_pause)
         self._paused_at = now
         self._paused_until = self._failing_until = now + min(self._pause, left)

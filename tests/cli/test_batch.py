@@ -22,11 +22,12 @@ from typing import Any
 import pytest
 
 import promptlayer_exec
-from promptlayer_exec import Session, StartRequest
+from promptlayer_exec import ServerError, Session, StartRequest
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import _batch_lookup as lookup
 from promptlayer_exec.cli import _live
 from promptlayer_exec.dbos import Batch, BatchStatus
+from promptlayer_exec.dbos._breaker import Breaker
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 pytestmark = pytest.mark.usefixtures("quick_batches")
@@ -577,6 +578,34 @@ def test_progress_has_the_rate_and_the_remaining_time(
     ]
 
 
+def test_progress_has_no_rate_while_start_requests_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line has the reason of the pause, and another one its end."""
+    now = 100.0
+    monkeypatch.setattr(_live.time, "monotonic", lambda: now)
+    progress = _live.BatchProgress()
+    breaker = Breaker(600.0, lambda _: None, lambda: now)
+    with progress.shown():
+        for seconds, done, unknown in ((0.0, 3, 0), (5.0, 43, 0), (10.0, 43, 4), (20.0, 83, 4)):
+            now = 100.0 + seconds
+            for _ in range(unknown if seconds < 20.0 else 0):
+                error = ServerError("the server returned 503", status=503, server_message="")
+                breaker.failed(error, since=now)
+            if seconds == 20.0:
+                breaker.succeeded()
+            progress.show(BatchStatus(97 - done, 7, done, 0, unknown, 104 + unknown))
+    assert capsys.readouterr().err.splitlines() == [
+        (
+            "start requests fail (the server returned 503): pausing, and trying a single one every"
+            " 0.1 to 30 s"
+        ),
+        "47/108 done, 7 running, 4 unknown",
+        "start requests work again",
+        "87/108 done, 7 running, 4 unknown, 4.0/s, 5.2 s left",
+    ]
+
+
 def test_progress_without_a_finished_item_has_no_rate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -869,6 +898,17 @@ def test_a_terminal_gets_a_bar(terminal: Callable[..., Any], tmp_path: Path) -> 
     code, text = terminal("batch", "run", file, "--workflow", "echo", "--out", "out").end()
     assert code == 1
     assert "9/9 done, 0 running, 1 failed" in text
+
+
+def test_nothing_is_added_if_the_key_is_refused(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """No item could start, so the file is read again once the key is right."""
+    file = write(tmp_path / "night", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    sim.inject(on("GET", "/workflows/echo", Fault.status(401)))
+    code, _, err = run("run", file)
+    assert code == 1
+    assert "the server returned 401" in err
+    assert err.endswith(". Nothing was added\n")
+    assert run("status")[1] == ""
 
 
 def test_only_the_items_with_these_keys_are_started_again(
