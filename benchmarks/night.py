@@ -105,7 +105,8 @@ class Night:
         (self.directory / "night.jsonl").write_text("\n".join(lines))
         tell(f"the evening: three machines begin with {ITEMS:,} items")
         evening = self.begin("run", RUN)
-        others = [self.begin(f"work{number}", "batch work --outage 300") for number in (1, 2)]
+        work = "batch work --name tonight --outage 300"
+        others = [self.begin(f"work{number}", work) for number in (1, 2)]
 
         self.wait_for(300)
         tell("one machine dies")

@@ -160,7 +160,7 @@ async def _work(
 
     Any number of processes can work on a batch at the same time, and on any number of machines
     if the database is PostgreSQL. If one dies, the others take over its items within 30 seconds.
-    If the batch does not exist yet, the command waits for it.
+    If the batch does not exist yet, the command waits for it, however long that takes.
     """
     chosen = await lookup.wait_for_batch(name, database)
 

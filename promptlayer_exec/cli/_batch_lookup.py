@@ -105,7 +105,7 @@ async def wait_for_batch(name: str | None, database: str | None) -> str:
             message = f"waiting for {wanted} in {shown_database(database)}"
             if found:
                 message += f" (it has {', '.join(map(printable, found))})"
-            err(message)
+            err(f"{message}. Ctrl-C stops")
         await asyncio.sleep(1.0)
     return choose(name, found)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from promptlayer_exec.cli._options import CONNECTION, STORAGE, seconds
+from promptlayer_exec.cli._printing import quoted
 
 _LIMITS = "Limits, for all workers together"
 
@@ -20,12 +21,27 @@ def name_option(default: str) -> Any:
     )
 
 
+def _parse_count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise typer.BadParameter(f"must be a whole number, got {quoted(text, 40)}")
+    if int(text) < 1:
+        raise typer.BadParameter("must be at least 1")
+    return int(text)
+
+
+def _parse_rate(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be a number, got {quoted(text, 40)}") from None
+
+
 OnlyBatch = Annotated[str | None, name_option("the only batch")]
 MaxInFlight = Annotated[
     int | None,
     typer.Option(
         metavar="NUMBER",
-        min=1,
+        parser=_parse_count,
         help="Maximum number of items in progress.",
         show_default="as stored, or 100",
         rich_help_panel=_LIMITS,
@@ -35,6 +51,7 @@ Rate = Annotated[
     float | None,
     typer.Option(
         metavar="PER_SECOND",
+        parser=_parse_rate,
         help="Maximum requests per second. One worker sends at most 100.",
         show_default="as stored, or 100",
         rich_help_panel=_LIMITS,
@@ -44,7 +61,7 @@ Attempts = Annotated[
     int | None,
     typer.Option(
         metavar="NUMBER",
-        min=1,
+        parser=_parse_count,
         help="Maximum number of runs for an item, each of them billed: another one starts when one"
         " finishes without an output.",
         show_default="as stored, or 1",
@@ -63,7 +80,7 @@ StopAfterFailures = Annotated[
     int | None,
     typer.Option(
         "--stop-after-failures",
-        min=1,
+        parser=_parse_count,
         metavar="N",
         help="Stop after N items in a row that did not succeed.",
         show_default="never",

@@ -366,6 +366,9 @@ def test_a_file_that_is_refused_leaves_the_results_alone(run: Run, tmp_path: Pat
             "needs three slashes, such as sqlite:///batches.sqlite, got sqlite://a/b",
         ),
         (("run", "long"), "item key must be 1 to 1000 bytes of text"),
+        (("run", "good", "--max-in-flight", "0"), "'--max-in-flight': must be at least 1"),
+        (("run", "good", "--attempts", "x"), "'--attempts': must be a whole number, got 'x'"),
+        (("run", "good", "--rate", "fast"), "'--rate': must be a number, got 'fast'"),
         (("run", "good", "--rate", "inf"), "rate must be a finite number greater than 0"),
         (("run", "good", "--rate", "0"), "rate must be a finite number greater than 0"),
         (("status", "--name", "none", "--db", "sqlite:///empty"), "there is no batch in sqlite"),
@@ -453,7 +456,7 @@ def test_work_without_a_name_takes_the_only_batch(
 def test_a_refused_key_is_exit_code_1(
     run: Run, tmp_path: Path, sim: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An unreachable server is 4, and the items wait for it. A missing key is 2."""
+    """No item is added. An unreachable server is 4, and the items wait. A missing key is 2."""
     (tmp_path / DATABASE).unlink()
     file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "")
@@ -462,8 +465,8 @@ def test_a_refused_key_is_exit_code_1(
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "wrong")
     code, _, err = run("run", file)
     assert code == 1
-    assert "Check PROMPTLAYER_API_KEY. No item is lost: run the same command again to" in err
-    assert err.endswith("see how far it is with:\n  promptlayer-exec batch status --name night\n")
+    assert err.endswith("Check PROMPTLAYER_API_KEY. Nothing was added\n")
+    assert run("status")[1] == ""
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     assert run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "0.01")[0] == 4
     assert run("run", file)[0] == 0
@@ -898,17 +901,6 @@ def test_a_terminal_gets_a_bar(terminal: Callable[..., Any], tmp_path: Path) -> 
     code, text = terminal("batch", "run", file, "--workflow", "echo", "--out", "out").end()
     assert code == 1
     assert "9/9 done, 0 running, 1 failed" in text
-
-
-def test_nothing_is_added_if_the_key_is_refused(sim: Simulator, run: Run, tmp_path: Path) -> None:
-    """No item could start, so the file is read again once the key is right."""
-    file = write(tmp_path / "night", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
-    sim.inject(on("GET", "/workflows/echo", Fault.status(401)))
-    code, _, err = run("run", file)
-    assert code == 1
-    assert "the server returned 401" in err
-    assert err.endswith(". Nothing was added\n")
-    assert run("status")[1] == ""
 
 
 def test_only_the_items_with_these_keys_are_started_again(
