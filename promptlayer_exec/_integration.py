@@ -135,6 +135,24 @@ __all__ = [
 ]
 
 
+# Seconds without a finished item after which a batch's speed and remaining time mean nothing.
+STALLED_AFTER = 60.0
+
+
+def time_left(remaining: int, speed: float | None, *, idle: float) -> float | None:
+    """Return the seconds until a batch is done, or None if nobody can tell.
+
+    Args:
+        remaining: the items that have not finished.
+        speed: how many finish in a second, or None if it is unknown.
+        idle: the seconds since the latest item finished.
+    """
+    if not speed or not remaining or idle >= STALLED_AFTER:
+        return None
+    left = remaining / speed
+    return left if left >= idle else None  # else time has disproved it
+
+
 def report_undelivered(execution: Execution) -> None:
     """Log the id of a started run whose caller is gone."""
     execution._report_undelivered()

@@ -18,7 +18,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from promptlayer_exec import Node, NodeStatus, Snapshot
-from promptlayer_exec._integration import duration, printable, status_entry
+from promptlayer_exec._integration import (
+    STALLED_AFTER,
+    duration,
+    printable,
+    status_entry,
+    time_left,
+)
 from promptlayer_exec.cli._printing import err, running_time, show_warnings
 from promptlayer_exec.cli._sentences import (
     MOST_SKIPPED,
@@ -168,10 +174,6 @@ def _result(snapshot: Snapshot) -> Text:
     return result
 
 
-# Seconds without a finished item after which a batch's speed and remaining time mean nothing.
-_STALLED_AFTER = 60.0
-
-
 class BatchProgress:
     """Shows the progress on standard error: a bar on a terminal, else a line every ten seconds.
 
@@ -200,7 +202,7 @@ class BatchProgress:
     @property
     def is_stalled(self) -> bool:
         """True if no item has finished for a minute."""
-        return time.monotonic() - self._finished_at >= _STALLED_AFTER
+        return time.monotonic() - self._finished_at >= STALLED_AFTER
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -239,14 +241,15 @@ class BatchProgress:
         idle = time.monotonic() - self._finished_at
         speed = self._bar.tasks[0].speed
         remaining = status.total - status.finished
-        if idle >= _STALLED_AFTER:
+        left = time_left(remaining, speed, idle=idle)
+        if idle >= STALLED_AFTER:
             parts.append(f"none finished for {duration(idle)}")
         elif self._is_losing and remaining:
             pass  # a speed would promise that the others end soon
         elif speed and not remaining:
             parts.append(f"{speed:.1f}/s")
-        elif speed and remaining / speed >= idle:  # else time has disproved it
-            parts += [f"{speed:.1f}/s", f"{duration(remaining / speed)} left"]
+        elif left is not None:
+            parts += [f"{speed:.1f}/s", f"{duration(left)} left"]
 
         self._show(", ".join(parts), status.finished, status.total)
 

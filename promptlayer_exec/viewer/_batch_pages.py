@@ -20,7 +20,7 @@ from promptlayer_exec import ConfigurationError, Session
 from promptlayer_exec._advice import explain, explain_stored
 from promptlayer_exec._causes import stored_cause
 from promptlayer_exec._database.location import database_url, shown_database_url
-from promptlayer_exec._integration import base_url
+from promptlayer_exec._integration import base_url, time_left
 from promptlayer_exec._ways_out import (
     batch_option,
     database_option,
@@ -63,7 +63,8 @@ def add_batch_routes(app: FastAPI, session: Session) -> None:
             {"state": state, "ways": [attrs.asdict(way) for way in out]}
             for state, out in ways.items()
         ]
-        view = await _read_summary(batch, name) | {"states": states} | items
+        summary = await _read_summary(batch, name)
+        view = summary | {"states": states, "left": _left(summary, items["rate"])} | items
         return JSONResponse(view | await _read_unknown_keys())
 
 
@@ -199,6 +200,14 @@ def _rate(finished: list[float]) -> float | None:
     if len(latest) < 2 or latest[-1] == latest[0]:
         return None
     return (len(latest) - 1) / (latest[-1] - latest[0])
+
+
+def _left(summary: dict[str, Any], rate: float | None) -> float | None:
+    """Return the seconds until a batch is done, or None if nobody can tell."""
+    if summary["latest"] is None:
+        return None
+    remaining = sum(summary["counts"][state] for state in _UNFINISHED)
+    return time_left(remaining, rate, idle=time.time() - summary["latest"])
 
 
 def _unfinished_view(item: BatchItem) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from promptlayer_exec import (
 from promptlayer_exec._causes import common_reason
 from promptlayer_exec._integration import error_text, indented, warn_of_run
 from promptlayer_exec.viewer._history import History
-from promptlayer_exec.viewer._problems import Problem, explain, explain_retry
+from promptlayer_exec.viewer._problems import Problem, explain, next_problem
 from promptlayer_exec.viewer._timeline import Observation, Timeline
 
 
@@ -124,8 +124,7 @@ class Board:
         """Record why the session retries polls. Pass this method to the session as an observer."""
         card = self.cards.get(event.execution_id or 0)
         if card is not None and isinstance(event, RequestRetried):
-            until = time.time() + event.delay
-            card.problem = Problem(*explain_retry(event.error), _since(card), until)
+            card.problem = next_problem(card.problem, event.error, delay=event.delay)
             self._notify()
 
     def follow(self, execution_id: int) -> None:
@@ -277,9 +276,8 @@ class Board:
                 async for snapshot in snapshots:
                     self._show(card, snapshot, observation)
         except Exception as error:  # noqa: BLE001 - shown on the page, else it would show as running
-            kind, text = explain(error)
-            card.problem, card.is_lost = Problem(kind, text, _since(card)), True
-            self._update(card, outcome="lost", problem=text)
+            card.problem, card.is_lost = next_problem(card.problem, error), True
+            self._update(card, outcome="lost", problem=card.problem.text)
             self._notify()
 
         finally:
@@ -340,11 +338,6 @@ class Board:
     def _notify(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
-
-
-def _since(card: Card) -> float:
-    """Return when the board first noticed the problem of an execution."""
-    return time.time() if card.problem is None else card.problem.since
 
 
 def _problem(card: Card) -> str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import time
+
 import attrs
 
 from promptlayer_exec import (
@@ -10,6 +13,7 @@ from promptlayer_exec import (
     InvalidResponse,
     NotFound,
     RateLimited,
+    RequestError,
     RequestTimeout,
     ServerError,
     Unauthorized,
@@ -25,6 +29,7 @@ class Problem:
     text: str  # a sentence
     since: float  # when it was noticed
     until: float | None = None  # when PromptLayer is asked again, if it will be
+    attempts: int = 1  # that failed in this way, one after the other
 
 
 # The page's word for each error, by which it groups them. Others are `other`.
@@ -45,9 +50,34 @@ def explain(error: Exception) -> tuple[str, str]:
     return _kind(error), explain_briefly(error)
 
 
-def explain_retry(error: Exception) -> tuple[str, str]:
-    """Return the same for an error that the session retries, so that there is nothing to do."""
-    return _kind(error), sentence(error)
+def next_problem(
+    previous: Problem | None, error: Exception, *, delay: float | None = None
+) -> Problem:
+    """Return the problem of an execution after another attempt has failed.
+
+    If the attempt failed in another way than those before, as with a refused key during an outage,
+    the problem begins now, and its attempts count from 1.
+
+    Args:
+        previous: the problem until now, or None if the latest response was good.
+        error: why the attempt failed.
+        delay: the seconds until the session tries again, so that there is nothing to do, or None if
+            it does not.
+    """
+    now = time.time()
+    kind = _kind(error)
+    since, attempts = now, getattr(error, "attempts", 1)
+    if previous is not None:
+        is_same = kind == previous.kind
+        since = previous.since if is_same else now
+        attempts = previous.attempts + 1 if is_same else 1
+
+    if isinstance(error, RequestError):
+        error = copy.copy(error)  # other observers have it, too
+        error.attempts = attempts
+    if delay is None:
+        return Problem(kind, explain_briefly(error), since, None, attempts)
+    return Problem(kind, sentence(error), since, now + delay, attempts)
 
 
 def _kind(error: Exception) -> str:

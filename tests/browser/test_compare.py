@@ -84,7 +84,7 @@ async def test_differences_are_marked(sim: Simulator, viewer: Any, ui: Any, page
     await expect(page.locator(".pair.inputs .tag")).to_have_text("differ")
     await expect(page.locator(".pair.inputs .diff.changed mark").first).to_have_text("otters")
     assert await page.locator("img").count() == 0
-    assert re.search(r"open=&open=essay&open=same&equal=1&durations=1$", page.url)
+    assert re.search(r"open=&open=essay&open=review&open=same&equal=1&durations=1$", page.url)
     await page.reload()
     await expect(changed).to_have_text(["otters", HOSTILE])
     await expect(pair(page, "same")).to_be_visible()

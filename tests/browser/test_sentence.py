@@ -328,7 +328,7 @@ async def test_a_batch_says_why_items_failed_and_what_is_next(ui: Any, page: Pag
         for number in range(11)
     ]
     groups = [{"text": f"grade: {LIMIT}", "count": 11}, {"text": "connection lost", "count": 1}]
-    more = {"items": items, "groups": groups, "matching": 30, "rate": 0.5}
+    more = {"items": items, "groups": groups, "matching": 30, "rate": 0.5, "left": None}
     retry = "promptlayer-exec batch retry --failed --name night"
     ways = [{"what": "start failed items again, which you pay for, with", "command": retry}]
     more["states"] = [{"state": "failed", "ways": ways}]

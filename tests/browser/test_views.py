@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import Page, Route, expect
 
 from promptlayer_exec import Session, StartRequest, StartUnknown
 from promptlayer_exec.dbos import Batch
@@ -105,7 +105,7 @@ def _order(inputs: dict[str, Any]) -> Scenario:
 
 async def _make_batch(sim: Simulator) -> Batch:
     """Return a batch with an item that is unknown, one that failed and one that succeeded."""
-    sim.add_workflow("order", _order)
+    sim.add_workflow("order", _order, definition=_order({"n": 1}))
     make = partial(Session, sim.api_key, base_url=sim.base_url, push=False)
     batch = Batch(NIGHT, session=make, max_in_flight=1)
     await batch.add([StartRequest("order", {"n": n}, key=f"order {n}") for n in (1, 2, 3)])
@@ -190,6 +190,22 @@ async def test_batches_say_what_is_wrong_and_what_goes_on(
     await expect(page.locator(".item")).to_have_count(1)
 
 
+@pytest.mark.usefixtures("batches")
+async def test_a_refused_key_is_mended_before_a_batch_goes_on(
+    sim: Simulator, ui: Any, page: Page
+) -> None:
+    """The page tries the key if nobody works on a batch, and then says so above the command."""
+    sim.add_workflow("order", _order)
+    make = partial(Session, sim.api_key, base_url=sim.base_url, push=False)
+    await Batch(NIGHT, session=make).add([StartRequest("order", {"n": 1}, key="one")])
+    sim.inject(Fault.status(401, times=None))
+    later = "(() => { const now = Date.now; Date.now = () => now() + 60_000; })()"
+    await page.evaluate(later)  # its worker would have started by then
+    await ui.open(f"#/batches/{quote(NIGHT)}")
+    await expect(page.locator("#outage")).to_contain_text("401 Unauthorized")
+    await expect(page.locator(".next .mend")).to_contain_text("first mend the key")
+
+
 @pytest.mark.parametrize("width", [1280, 360])
 async def test_an_item_leads_to_everything_that_is_known(
     sim: Simulator, ui: Any, page: Page, width: int, batches: str
@@ -215,8 +231,17 @@ async def test_an_item_leads_to_everything_that_is_known(
     await expect(page.locator(".item-error a")).to_have_count(0)  # the API is no page
     await page.go_back()
 
+    # The board has its run already, and learns its workflow after the page asked for the graph.
+    async def tell_late(route: Route) -> None:
+        await expect(ui.part("graph-note")).to_contain_text("does not report which workflow")
+        await route.continue_()
+
+    ui.viewer.board.follow(failed.execution_id)
+    await page.route("**/api/item/run", tell_late)
     await page.locator("#item .facts").get_by_role("link").click()
     await expect(ui.part("title")).to_have_text("order")
+    await expect(ui.drawn("a")).to_have_attribute("data-status", "FAILED")
+    await expect(ui.part("workflow-form")).to_be_hidden()
     await expect(ui.part("crumb")).to_have_text(f"Execution {failed.execution_id}")
     await expect(ui.part("facts")).to_contain_text("Duration")
     await expect(ui.part("facts")).not_to_contain_text("not known")

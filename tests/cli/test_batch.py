@@ -631,7 +631,7 @@ def test_an_item_that_takes_long_is_named_with_the_command_that_ends_it(
     sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, when no item has finished for a while."""
-    monkeypatch.setattr(_live, "_STALLED_AFTER", 0.0)
+    monkeypatch.setattr(_live, "STALLED_AFTER", 0.0)
     file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "held", "inputs": {}})
     code, _, err = run("run", file, "--give-up-after", "0.8s")
     assert code == 1

@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 import pytest
 
 from promptlayer_exec import Session, StartRequest, StartUnknown
+from promptlayer_exec._integration import time_left
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.starts import SQLStartStore
@@ -131,6 +132,17 @@ async def test_no_database_is_made(
     monkeypatch.setenv("PROMPTLAYER_EXEC_DB", "nonsense")
     status, answer = await viewer.send("GET", "batches")
     assert (status, "sqlite:///" in answer["message"]) == (503, True)
+
+
+@pytest.mark.parametrize(
+    ("speed", "idle", "left"),
+    [(2.0, 1.0, 5.0), (2.0, 40.0, None), (0.01, 40.0, 1000.0), (0.01, 60.0, None), (None, 1, None)],
+)
+def test_the_time_left_is_disproved_by_time(
+    speed: float | None, idle: float, left: float | None
+) -> None:
+    """It is unknown after a longer rest, or a minute, without a finished item."""
+    assert time_left(10, speed, idle=idle) == left
 
 
 @pytest.mark.usefixtures("_database")

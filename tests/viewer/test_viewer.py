@@ -396,6 +396,26 @@ async def test_a_poll_that_is_tried_again_says_why(
             pass
 
 
+async def test_another_kind_of_problem_is_a_new_one(sim: Simulator, viewer: Any, held: int) -> None:
+    """A key that is refused in an outage is refused since then, after one attempt."""
+    viewer.board.follow(held)
+    events = viewer.events()
+    await until(events, "execution", state="running")
+    sim.inject(Fault.status(503, times=3))
+    sim.inject(Fault.status(401))
+    shown = []
+    async with asyncio.timeout(20):
+        while not shown or shown[-1]["kind"] != "refused":
+            problem = (await until(events, "execution"))["problem"]
+            shown += [] if problem is None else [problem]
+    outage = [problem for problem in shown if problem["kind"] == "failing"]
+    assert len({problem["since"] for problem in outage}) == 1
+    assert shown[-1]["since"] > outage[-1]["since"]
+    assert "401 Unauthorized." in shown[-1]["text"]
+    assert outage[-1]["attempts"] == 3
+    assert "503 Service Unavailable (3 attempts)." in outage[-1]["text"]
+
+
 async def test_an_error_of_any_kind_ends_a_watch_visibly(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:

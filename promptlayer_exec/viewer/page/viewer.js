@@ -4,8 +4,9 @@
 import * as api from "./library/api.js";
 import { notifyOfEnd, showIcon } from "./parts/alerts.js";
 import { boardView } from "./views/board.js";
-import { announce, byId, find, findAll, notify, show, write } from "./library/dom.js";
+import { announce, byId, find, findAll, hideTold, notify, show, write } from "./library/dom.js";
 import { listenToKeys } from "./parts/keys.js";
+import { checkKey } from "./library/key.js";
 import { changePlace, returnTo } from "./library/places.js";
 import { board, connection, connectionChanged, groupOf, Run, runOf, runs, serverProblem, STATES } from "./library/model.js";
 import { route } from "./library/router.js";
@@ -163,7 +164,7 @@ const on = {
       runs.clear();
       board.refusal = null;
     }
-    if (known.length === 0) checkKey();
+    if (known.length === 0) checkKeyOnce();
     for (const { id } of missing) runs.delete(id);
     const ordered = known.map((id) => [id, runs.get(id) ?? new Run(id)]);
     runs.clear();
@@ -195,7 +196,10 @@ const on = {
     view?.onExecution?.(run, before);
     showTitle();
     const isNew = ["waiting", "running"].includes(before.state) && before.total > 0;
-    if (run.isEnded && before.state !== data.state) usualMayChange(run);
+    if (run.isEnded && before.state !== data.state) {
+      usualMayChange(run);
+      if (data.workflow !== null) hideTold(data.workflow);
+    }
     if (run.isEnded && isNew) {
       announce(`${run.name}, execution ${run.id}: ${STATES[data.state][0]}.`);
       notifyOfEnd(run);
@@ -204,12 +208,10 @@ const on = {
 };
 
 // Without an execution, nothing would show that PromptLayer refuses the key. So it is tried, once.
-async function checkKey() {
-  const { instance } = board;
-  if (checked === instance) return;
-  checked = instance;
-  const { kind, reason } = await api.get("api/key").catch(() => ({ kind: null, reason: null }));
-  if (kind === "refused") board.refusal = { kind, text: reason, since: Date.now() / 1000, until: null };
+function checkKeyOnce() {
+  if (checked === board.instance) return;
+  checked = board.instance;
+  checkKey();
 }
 
 // A refused key may work again, for example if somebody has corrected its rights. Then the banner
@@ -292,6 +294,7 @@ function closeMenus(isMeant) {
   for (const menu of findAll(".menu[open]")) if (isMeant(menu)) menu.open = false;
 }
 addEventListener("click", ({ target }) => closeMenus((menu) => !menu.contains(target)));
+addEventListener("click", () => hideTold());
 addEventListener("keydown", ({ key }) => {
   if (key !== "Escape" || find("dialog[open]") !== null) return;
   const focused = find(".menu[open]:focus-within > summary");

@@ -12,7 +12,7 @@ const { fold } = await page("library/fold.js");
 const { layOut } = await page("library/layout.js");
 const { ago, duration, tickLabel, ticks } = await page("library/times.js");
 const { sentenceOf, textOf } = await page("library/sentence.js");
-const { causesOf, differenceText, hitBy, shareText, shortInputs, summaryText } = await page("library/causes.js");
+const { causesOf, countInputs, differenceText, hitBy, shareText, shortInputs, summaryText } = await page("library/causes.js");
 const { criticalPath } = await page("library/critical.js");
 const { comparisonOf } = await page("library/router.js");
 
@@ -308,14 +308,24 @@ test("inputs and differences are short", () => {
 
 test("the summary of an incident has what a colleague needs elsewhere", () => {
   const runs = [{ began: 9000, inputs: { plan: "free", id: "7" } }, { began: 8000, inputs: { plan: "free", id: "8" } }, { began: 1, inputs: {} }];
-  const page = { workflow: "offers", failed_node: "choose", cause: "no seats", count: 2, total: 2, first: 8000, latest: 9000, execution_ids: ["12", "11"], runs };
+  const page = { workflow: "offers", failed_node: "choose", cause: "no seats", count: 2, total: 2, first: 8000, latest: 9000, earlier: [1], execution_ids: ["12", "11"], problem: "choose: no seats for 7", runs };
   const text = summaryText(page, { execution_id: "9", ended: 7000 }, "Differs from the last success in load: seats 0 ← 12", "http://x/#/cause");
   const words = [
     "offers fails in choose: no seats. From 1970-01-01 02:13 UTC to 1970-01-01 02:30 UTC, all 2 runs failed for this reason.",
+    "It also happened once before on 1970-01-01 00:00 UTC, which was another incident.",
     "The last success was execution 9 at 1970-01-01 01:56 UTC. Hits id: 7, 8. All have plan: free.",
-    "Differs from the last success in load: seats 0 ← 12. Failed executions: 12, 11. http://x/#/cause",
+    "Differs from the last success in load: seats 0 ← 12. The whole error of execution 12: no seats for 7.",
+    "Failed executions: 12, 11. http://x/#/cause",
   ];
   assert.equal(text, words.join(" "));
+  const later = summaryText(page, { execution_id: "13", ended: 9500 }, "", "http://127.0.0.1:8787/#/cause");
+  assert.match(later, /A later run succeeded: execution 13 at .* http:\/\/127.0.0.1:8787\/#\/cause \(on the machine of the viewer only\)$/);
+});
+
+test("different inputs are counted if they are known as a whole", () => {
+  assert.equal(countInputs([{ plan: "free" }, { plan: "free" }, { plan: "pro" }]), 2);
+  assert.equal(countInputs([{ plan: "free" }, null]), null);
+  assert.equal(countInputs([{ text: "a long text…" }, { text: "a long text…" }]), null);
 });
 
 test("of two executions, the success is on the left, or else the older one", () => {

@@ -1,10 +1,12 @@
 // @ts-check
 // Which runs failed for one cause, and whom that hits.
 
-import { ago, counted, universal } from "./times.js";
+import { ago, clock, counted, universal } from "./times.js";
 
 const FEW = 3; // inputs, and values of each, to name
 const MANY = 10; // executions to name in a summary
+const MOST = 20; // values of each input in a summary
+const WHOLE = 12; // inputs, of which the viewer sends no more
 const LONG = 40; // characters of an input on a line
 
 // A cause is a workflow, the node that failed, and the reason without what differs from run to run.
@@ -40,8 +42,8 @@ export function shortInputs(inputs) {
 }
 
 // Whom a cause hits: the inputs in which its runs differ, and those that all of them share.
-// `all` has the inputs of each run, or null.
-export function hitBy(all) {
+// `all` has the inputs of each run, or null, and `few` is how many values of each to name.
+export function hitBy(all, few = FEW) {
   const known = all.filter((inputs) => inputs !== null);
   const names = [...new Set(known.flatMap((inputs) => Object.keys(inputs)))];
   const values = (name) => [...new Set(known.filter((one) => name in one).map((one) => one[name]))];
@@ -51,8 +53,8 @@ export function hitBy(all) {
 
   const hit = differing.map((name) => {
     const distinct = values(name);
-    const rest = distinct.length - FEW;
-    return `${name}: ${distinct.slice(0, FEW).map(inList).join(", ")}${rest > 0 ? ` and ${rest} more` : ""}`;
+    const rest = distinct.length - few;
+    return `${name}: ${distinct.slice(0, few).map(inList).join(", ")}${rest > 0 ? ` and ${rest} more` : ""}`;
   });
   const words = hit.length > 0 ? [stopped(`Hits ${hit.join("; ")}`)] : [];
   if (shared.length > 0) {
@@ -60,6 +62,13 @@ export function hitBy(all) {
     words.push(stopped(`All have ${every.join(", ")}`));
   }
   return words.join(" ");
+}
+
+// How many different inputs these are, or null if some are not known as a whole.
+export function countInputs(all) {
+  const isWhole = (inputs) =>
+    inputs !== null && Object.keys(inputs).length < WHOLE && !Object.values(inputs).some((value) => value.endsWith("…"));
+  return all.every(isWhole) ? new Set(all.map((inputs) => JSON.stringify(inputs))).size : null;
 }
 
 // What failed runs share, and the last success does not: "version 2 ← 1; load customer: seats 0 ← 12".
@@ -76,19 +85,31 @@ export function shareText({ count, total }) {
   return `${count === 1 && total === 1 ? "the only run" : runs} failed for this reason`;
 }
 
+// "It also happened once before on Nov 29, which was another incident." `write` writes a moment.
+export function earlierText(earlier, write = clock) {
+  if (earlier.length === 0) return "";
+  const often = earlier.length === 1 ? "once before" : `${earlier.length} times before, last`;
+  return `It also happened ${often} on ${write(earlier[0])}, which was another incident.`;
+}
+
+const isLocal = (address) => ["127.0.0.1", "localhost", "[::1]"].includes(new URL(address).hostname);
+
 // A paragraph for a colleague, who may read it elsewhere and later. `success` is the last one, if known.
 export function summaryText(page, success, difference, address) {
-  const { workflow, failed_node: node, cause, first, latest, execution_ids: ids, runs } = page;
+  const { workflow, failed_node: node, cause, first, latest, earlier, execution_ids: ids, problem, runs } = page;
+  const reason = node === "" ? problem : problem.replace(`${node}: `, ""); // with what differs from run to run
   const where = node === "" ? "" : ` in ${node}`;
   const rest = ids.length - MANY;
   const words = [
     stopped(`${workflow} fails${where}: ${cause}`),
     `From ${universal(first)} to ${universal(latest)}, ${shareText(page)}.`,
-    success === undefined ? "" : `The last success was execution ${success.execution_id} at ${universal(success.ended)}.`,
-    hitBy(runs.filter((run) => run.began >= first).map((run) => run.inputs)),
+    earlierText(earlier, universal),
+    success === undefined ? "" : `${successWords(success, latest)} execution ${success.execution_id} at ${universal(success.ended)}.`,
+    hitBy(runs.filter((run) => run.began >= first).map((run) => run.inputs), MOST),
     difference === "" ? "" : stopped(difference),
+    reason === cause ? "" : stopped(`The whole error of execution ${ids[0]}: ${reason}`),
     `Failed executions: ${ids.slice(0, MANY).join(", ")}${rest > 0 ? ` and ${rest} more` : ""}.`,
-    address,
+    isLocal(address) ? `${address} (on the machine of the viewer only)` : address,
   ];
   return words.filter((text) => text !== "").join(" ");
 }
@@ -99,3 +120,5 @@ export function successText(success, latest) {
   const words = success.ended > latest ? "A later run succeeded" : "The last success was";
   return `${words} ${ago(success.ended)}.`;
 }
+
+const successWords = (success, latest) => (success.ended > latest ? "A later run succeeded:" : "The last success was");

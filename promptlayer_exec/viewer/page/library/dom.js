@@ -77,8 +77,28 @@ export function announce(text) {
 }
 
 export function notify(text) {
-  byId("notice").hidden = false;
+  showNotice(text, true);
+}
+
+// What is no problem. It goes with the next click, or once a run of that workflow finishes.
+export function tell(text, workflow) {
+  showNotice(text, false);
+  byId("notice").dataset.workflow = workflow;
+}
+
+function showNotice(text, isProblem) {
+  const notice = byId("notice");
+  notice.hidden = false;
+  notice.classList.toggle("problem", isProblem);
+  delete notice.dataset.workflow;
   byId("notice-text").textContent = text;
+}
+
+// Hides what `tell` has shown, about one workflow or about any.
+export function hideTold(workflow = null) {
+  const notice = byId("notice");
+  const about = notice.dataset.workflow;
+  if (about !== undefined && (workflow === null || about === workflow)) notice.hidden = true;
 }
 
 export function oneLine(text) {
@@ -114,14 +134,36 @@ export function copyWith(button, result, text, shown) {
   });
 }
 
-// Asks in a dialog, and returns "yes", "other", or "" if the user cancelled it.
-export function confirmIn({ title, text, yes, other = null, details = null }) {
+const DOUBLE = 500; // milliseconds between the clicks of a double click
+const NEAR = 8; // pixels between them
+
+// Drops the second click of a double click in a dialog, lest it falls on what was beneath the dialog.
+function dropSecondClick(first) {
+  if (first.detail === 0) return; // by the keyboard
+  const dialog = first.currentTarget;
+  const drop = (event) => {
+    const distance = Math.hypot(event.clientX - first.clientX, event.clientY - first.clientY);
+    if (distance > NEAR || dialog.contains(event.target)) return;
+    event.preventDefault();
+    event.stopPropagation();
+  };
+  for (const kind of ["mousedown", "click"]) {
+    addEventListener(kind, drop, true);
+    setTimeout(() => removeEventListener(kind, drop, true), DOUBLE);
+  }
+}
+
+// Asks in a dialog, and returns "yes", "other", or "" if the user cancelled it. A `problem` stands
+// above the buttons.
+export function confirmIn({ title, text, yes, other = null, details = null, problem = null }) {
   const dialog = byId("confirm");
+  dialog.onclick = dropSecondClick;
   write(byId("confirm-title"), title);
   write(byId("confirm-text"), text);
   write(byId("confirm-yes"), yes);
   show(byId("confirm-other"), other);
   show(byId("confirm-details"), details);
+  show(byId("confirm-problem"), problem);
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {

@@ -233,7 +233,9 @@ function findServerProblem() {
     if (run.data.state === "lost" && problem.kind !== "refused") continue;
     problems.push(problem);
   }
-  const [first] = problems.sort((one, other) => one.since - other.since);
+  // Only a person can mend a key. All else passes by itself.
+  const isRefused = ({ kind }) => Number(kind === "refused");
+  const [first] = problems.sort((one, other) => isRefused(other) - isRefused(one) || one.since - other.since);
   if (first === undefined) return null;
   const attempts = problems.map(({ until }) => until).filter((until) => until > Date.now() / 1000);
   return { ...first, until: attempts.length === 0 ? null : Math.min(...attempts) };

@@ -2,12 +2,19 @@
 // Running again, which costs again: behind a question.
 
 import { call, get, getInputs } from "../library/api.js";
-import { announce, byId, confirmIn, notify } from "../library/dom.js";
+import { announce, byId, confirmIn, notify, tell } from "../library/dom.js";
+import { serverProblem } from "../library/model.js";
 import { addressOf, go } from "../library/router.js";
 import { counted } from "../library/times.js";
 
 const COST = "It costs what a run of this workflow costs, and you cannot cancel it.";
 const LOST = "The run may have started: look in PromptLayer before you start it again.";
+
+// Why a start may fail now, or null.
+function troubleNow() {
+  const problem = serverProblem();
+  return problem === null ? null : `${problem.words}: ${problem.text} A start may fail now.`;
+}
 
 export async function startRun(content) {
   const response = await call("POST", "api/runs", content, LOST);
@@ -34,6 +41,7 @@ export async function runAgain(run) {
     details: inputs,
     yes: "Start a new run",
     other: "Edit the inputs first",
+    problem: troubleNow(),
   });
   if (answer === "other") return go(form);
   if (answer !== "yes") return;
@@ -91,7 +99,7 @@ export async function runAllAgain(workflow, ids) {
   const { runs } = plan;
   const rest = leftOut(plan, ids.length);
   if (runs.length === 0) {
-    notify(`There is nothing to run again. ${rest}`);
+    tell(`There is nothing to run again. ${rest}`, workflow);
     return false;
   }
   const count = counted(runs.length, "new run");
@@ -100,6 +108,7 @@ export async function runAllAgain(workflow, ids) {
     text: `This starts ${count} with the same inputs, ${versionsOf(runs)}. You pay for each, and cannot cancel them. ${rest}`,
     details: runs.map(({ inputs }) => inputs).join("\n"),
     yes: `Start ${count}`,
+    problem: troubleNow(),
   });
   if (answer !== "yes") return false;
 
@@ -110,7 +119,8 @@ export async function runAllAgain(workflow, ids) {
       await startRun({ ...run, version });
       started += 1;
     } catch (error) {
-      notify(`${started} of ${count} started, and the page starts no more. ${error.isUnknown ? "Another one may have started. " : ""}${error.message}`);
+      const maybe = error.isUnknown ? `${started === 0 ? "One" : "Another one"} may have started. ` : "";
+      notify(`${started} of ${count} started, and the page starts no more. ${maybe}${error.message}`);
       return started > 0;
     }
   }
@@ -119,15 +129,17 @@ export async function runAllAgain(workflow, ids) {
 }
 
 // Why fewer runs start than failed.
-function leftOut({ equal, since, without_inputs: unknown }, all) {
-  const again = Object.values(since).reduce((sum, number) => sum + number, 0);
+function leftOut({ equal, since, without_inputs: unreadable }, all) {
+  const { unknown = 0, ...known } = since;
+  const again = Object.values(known).reduce((sum, number) => sum + number, 0);
   const reasons = [];
   if (again > 0) {
-    const states = Object.entries(since).map(([state, number]) => `${number} ${SINCE[state]}`);
+    const states = Object.entries(known).map(([state, number]) => `${number} ${SINCE[state]}`);
     reasons.push(`${again} ran again since (${states.join(", ")})`);
   }
+  if (unknown > 0) reasons.push(`${unknown} may have run again`);
   if (equal > 0) reasons.push(`${equal} had the same inputs as another`);
-  if (unknown > 0) reasons.push(`${unknown} whose inputs are not known here`);
+  if (unreadable > 0) reasons.push(`${unreadable} whose inputs are not known here`);
   return reasons.length === 0 ? "" : `Left out of the ${all} that failed: ${reasons.join("; ")}.`;
 }
 
@@ -137,7 +149,6 @@ const SINCE = {
   running: "running",
   succeeded: "succeeded",
   lost: "no longer followed",
-  unknown: "may have started",
 };
 
 // "with version 2", "2 with version 2 and 1 with the latest version".
@@ -155,5 +166,5 @@ function versionOf({ version, label }) {
 
 export function confirmStart(workflow, details) {
   const text = `This starts a new run with these inputs. ${COST}`;
-  return confirmIn({ title: `Run ${workflow} again?`, text, details, yes: "Start a new run" });
+  return confirmIn({ title: `Run ${workflow} again?`, text, details, yes: "Start a new run", problem: troubleNow() });
 }

@@ -1,7 +1,7 @@
 // @ts-check
 // The line of a cause: several runs that failed for one reason. It unfolds into their lines.
 
-import { differenceText, hitBy, shareText, successText } from "../library/causes.js";
+import { countInputs, differenceText, hitBy, shareText, successText } from "../library/causes.js";
 import { get } from "../library/api.js";
 import { clone, part, show, write, writeTime } from "../library/dom.js";
 import { board } from "../library/model.js";
@@ -40,7 +40,10 @@ export class Incident {
     this.runs = runs;
     const { root } = this;
     const count = counted(runs.length, "run");
-    write(part(root, "state"), `${runs.length} failed`);
+    const inputs = countInputs(runs.map((run) => run.data.inputs));
+    const distinct = inputs === null || inputs === runs.length ? "" : `, ${counted(inputs, "input")}`;
+    write(part(root, "state"), `${runs.length} failed${distinct}`);
+    part(root, "state").title = distinct === "" ? "" : "Some runs have the same inputs";
     part(root, "fold").setAttribute("aria-expanded", String(isOpen));
     part(root, "fold").setAttribute("aria-label", `The ${count} of ${this.workflow} that failed for this reason`);
     write(part(root, "hits"), hitBy(runs.map((run) => run.data.inputs)));

@@ -17,6 +17,7 @@ export class GraphPanel {
     this.definition = null;
     this.state = "none"; // none, loading, loaded
     this.after = 0; // when to try again, after a failure
+    this.asked = null; // the workflow as it was known when the page asked
     this.graph = new Graph(part(root, "graph"), onSelect, () => this.showFold());
     part(root, "zoom-in").addEventListener("click", () => this.graph.zoom(1.25));
     part(root, "zoom-out").addEventListener("click", () => this.graph.zoom(0.8));
@@ -30,20 +31,27 @@ export class GraphPanel {
     part(root, "accept").addEventListener("click", () => this.accept());
   }
 
-  // Loads the definition, once there are nodes to draw in it.
+  // Loads the definition, once there are nodes to draw in it, and again once the workflow is known.
   async load(run) {
+    const isNewlyKnown = this.asked === null && run.data.workflow !== null;
+    if (this.state === "loaded" && this.definition === null && isNewlyKnown) {
+      this.state = "none";
+      this.after = 0;
+    }
     if (this.state !== "none" || run.nodes.size === 0 || performance.now() < this.after) return;
     this.state = "loading";
     this.run = run;
+    this.asked = run.data.workflow;
     this.say("Loading the definition of its workflow …");
     try {
       this.take(await get(`api/executions/${this.id}/graph`));
     } catch (error) {
       this.say(`There is no graph: ${error.message}`);
     }
-    const isMissing = this.definition === null && run.data.workflow !== null;
+    const isMissing = this.definition === null && this.asked !== null;
     this.state = isMissing ? "none" : "loaded";
     this.after = performance.now() + AGAIN;
+    if (this.asked === null) this.load(this.run); // it may be known by now
   }
 
   take({ definition, reason }) {

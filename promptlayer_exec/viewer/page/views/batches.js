@@ -3,7 +3,8 @@
 
 import { get } from "../library/api.js";
 import { byId, find, findAll, iconOf, make, show, timeOf, write } from "../library/dom.js";
-import { STATES, STATES_OF_ITEMS } from "../library/model.js";
+import { checkKey } from "../library/key.js";
+import { serverProblem, STATES, STATES_OF_ITEMS } from "../library/model.js";
 import { commandOf } from "../parts/command.js";
 import { writePieces } from "../parts/progress.js";
 import { addressOf, addressOfRun, replace } from "../library/router.js";
@@ -24,6 +25,7 @@ let shown = ""; // what is on the page, as JSON, to leave it alone if nothing is
 let filters = { kind: "", reason: "", text: "" };
 let count = PAGE; // items on the page
 let typing = 0;
+let isKeyTried = false; // a refused key may be why nobody works on the batch
 
 export const batchesView = {
   element: byId("view-batches"),
@@ -36,6 +38,7 @@ export const batchesView = {
     byId("batch-form").hidden = true;
     count = PAGE;
     shown = "";
+    isKeyTried = false;
     write(byId("batches-title"), name === null ? "Batches" : `Batch ${name}`);
     byId("batches-crumb").hidden = name === null;
     for (const id of ["batches", "batch-items"]) byId(id).replaceChildren();
@@ -71,8 +74,12 @@ async function load() {
   }
   if (asked !== name || query !== queryOf(asked)) return; // somebody has chosen something else
   show(byId("batches-problem"), found.problem ?? null);
+  if (asked !== null && isIdle(found) && !isKeyTried) {
+    isKeyTried = true;
+    checkKey().then(load);
+  }
   const minute = Math.floor(Date.now() / 60_000); // "3 minutes ago"
-  const text = `${minute} ${JSON.stringify(found)}`;
+  const text = `${minute} ${isKeyRefused()} ${JSON.stringify(found)}`;
   if (text === shown) return;
   shown = text;
 
@@ -141,6 +148,7 @@ function headOf(batch, isLink) {
   );
 }
 
+const isKeyRefused = () => serverProblem()?.kind === "refused";
 const openOf = ({ counts }) => counts.waiting + counts.sending + counts.following;
 const totalOf = ({ counts }) => Object.values(counts).reduce((sum, count) => sum + count, 0);
 const isOpen = (batch) => openOf(batch) > 0;
@@ -181,12 +189,12 @@ const PARTLY = "Not every item is shown: promptlayer-exec batch export writes th
 
 // The rate, the time left and the latest item, while there is something to do.
 function paceOf(batch) {
-  const { workers, latest, rate } = batch;
+  const { workers, latest, rate, left } = batch;
   const open = openOf(batch);
   if (latest === null) return [];
   const words = ["The latest item finished ", timeOf(latest), "."];
-  if (open > 0 && workers > 0 && rate !== null) {
-    words.push(` ${(60 * rate).toFixed(1)} items a minute: about ${duration(open / rate, true)} left.`);
+  if (open > 0 && workers > 0 && left !== null) {
+    words.push(` ${(60 * rate).toFixed(1)} items a minute: about ${duration(left, true)} left.`);
   }
   return [make("p", { class: "muted pace" }, ...words)];
 }
@@ -206,7 +214,9 @@ function nextOf(batch, isUnfolded) {
   const summary = make("summary", { "data-focus": "commands" }, first === undefined ? "Commands for each state" : "Other commands");
   const groups = batch.states.map(({ state }) => groupOf(batch, state, others.filter((way) => way.state === state)));
   const more = make("details", { open: isUnfolded }, summary, ...groups.flat());
-  const head = first === undefined ? [] : [make("h3", {}, "What next"), ...groupOf(batch, first.state, [first])];
+  const key = "PromptLayer refuses the key of this viewer. If the batch uses the same one, first mend the key.";
+  const mend = isIdle(batch) && isKeyRefused() ? [make("p", { class: "mend" }, key)] : [];
+  const head = first === undefined ? [] : [make("h3", {}, "What next"), ...mend, ...groupOf(batch, first.state, [first])];
   return [make("section", { class: "next" }, ...head, ...(others.length > 0 ? [more] : []))];
 }
 

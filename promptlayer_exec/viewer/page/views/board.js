@@ -21,6 +21,7 @@ const open = new Set(); // ids of lines that show their nodes, also while a view
 const incidents = new Map(); // by the key of a cause
 const unfolded = new Set(); // keys of causes that show their lines
 const groups = findAll(".group");
+const shownIn = new Map(); // by the group: its runs that match the filter
 let isShown = false;
 let frame = 0;
 let usedAt = -Infinity; // when somebody last used a line
@@ -177,11 +178,9 @@ function showWhen(time, moment) {
   else writeTime(time, moment, ago(moment));
 }
 
-// When the latest run of a group finished.
+// When the latest run that a group shows finished.
 function showLatest(group) {
-  const moments = listed()
-    .filter((run) => groupNow(run) === group.dataset.group)
-    .map((run) => run.endedAt() ?? 0);
+  const moments = (shownIn.get(group) ?? []).map((run) => run.endedAt() ?? 0);
   const latest = Math.max(0, ...moments);
   write(part(group, "latest"), latest === 0 ? "" : `latest ${ago(latest)}`);
 }
@@ -285,6 +284,7 @@ function placeGroup(group, found, state) {
     line.root.hidden = !isShownHere || (isMember && !unfolded.has(key));
   }
   group.hidden = shown.size === 0;
+  shownIn.set(group, [...shown].map((line) => line.run));
   showLatest(group);
   if (name !== "succeeded") return;
   const rest = isUnfolded ? shown.size - FEW : shown.size - few;

@@ -2,7 +2,7 @@
 // The page of a cause: when it began, how often it happens, and the runs that it hit:
 // `#/cause?workflow=offers&failed_node=choose&cause=…`.
 
-import { differenceText, hitBy, shareText, shortInputs, successText, summaryText } from "../library/causes.js";
+import { differenceText, earlierText, hitBy, shareText, shortInputs, successText, summaryText } from "../library/causes.js";
 import { get } from "../library/api.js";
 import { byId, copyWith, findAll, make, makeSvg, show, timeOf, write } from "../library/dom.js";
 import { runs as live, STATES } from "../library/model.js";
@@ -90,11 +90,7 @@ const present = () => page.runs.filter((run) => run.began >= page.first);
 function factsOf({ count, total, first, latest, earlier }) {
   if (count === 0) return "The history has no such run any more.";
   const since = `Since ${clock(first)} (${ago(first)}), ${shareText({ count, total })}, last at ${clock(latest)}.`;
-  const words = [since, successText(success, latest)];
-  if (earlier.length > 0) {
-    const often = earlier.length === 1 ? "once before" : `${earlier.length} times before, last`;
-    words.push(`It also happened ${often} on ${clock(earlier[0])}, which was another incident.`);
-  }
+  const words = [since, successText(success, latest), earlierText(earlier)];
   return words.filter((text) => text !== "").join(" ");
 }
 
@@ -129,13 +125,13 @@ function plotOf(hours) {
   for (let hour = from; hour <= last; hour += HOUR) all.push([hour, counts.get(hour) ?? 0]);
   const most = Math.max(1, ...all.map(([, count]) => count));
   const width = all.length * BAR;
-  const text = `At most ${counted(most, "run")} an hour since ${clock(from)}`;
+  const text = `At most ${counted(most, "failure")} an hour since ${clock(from)}`;
   const size = { viewBox: `0 0 ${width} ${HEIGHT + AXIS}`, width, height: HEIGHT + AXIS };
   const svg = makeSvg("svg", { ...size, role: "img", "aria-label": text });
   all.forEach(([hour, count], index) => {
     const height = count === 0 ? 1 : Math.max(3, (count / most) * HEIGHT);
     const shape = { x: index * BAR, y: HEIGHT - height, width: BAR - 2, height };
-    svg.append(makeSvg("rect", shape, makeSvg("title", {}, `${clock(hour)}: ${counted(count, "run")}`)));
+    svg.append(makeSvg("rect", shape, makeSvg("title", {}, `${clock(hour)}: ${counted(count, "failure")}`)));
     // A label at the edge would be cut off.
     const isLabelled = new Date(1000 * hour).getHours() % EVERY === 0 && index >= 2 && index < all.length - 1;
     if (isLabelled) svg.append(makeSvg("text", { x: (index + 0.5) * BAR, y: HEIGHT + AXIS - 4 }, hourOf(hour)));

@@ -96,10 +96,12 @@ function render(left, right) {
   const differing = rows.filter((row) => row.marks.length > 0);
   const equal = rows.filter((row) => row.marks.length === 0);
   // A failed node is where a difference became visible. It began where a value differs.
-  const first = differing.find(hasOtherValue) ?? differing.find(({ marks }) => marks.includes("error"));
+  const first = differing.find(hasOtherValue);
+  const failed = differing.find(({ marks }) => marks.includes("error"));
+  const telling = [first, failed].filter((row) => row !== undefined);
   if (!isOpenedOnce && hasOtherInputs) opened.add(INPUTS);
-  if (!isOpenedOnce && first !== undefined) opened.add(first.name);
-  isOpenedOnce ||= hasOtherInputs || first !== undefined;
+  if (!isOpenedOnce) telling.forEach(({ name }) => opened.add(name));
+  isOpenedOnce ||= hasOtherInputs || telling.length > 0;
   const list = make("ol", { class: "nodes", "aria-label": "Nodes of both executions" });
   list.append(...differing.map((row) => rowOf(row, left, right)));
   if (equal.length > 0) list.append(foldOfEqual(equal, left, right));

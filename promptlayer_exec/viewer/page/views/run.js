@@ -24,7 +24,10 @@ const MARKS = {
   lost: UNKNOWN.mark,
 };
 
-const BRIEF = 100; // characters of a reason in the headline: the detail of the node has all of it
+const BRIEF = 100; // least characters of a reason in the headline: the detail of the node has all of it
+const CHARACTER = 10; // pixels
+// A wide window has room for more of the reason.
+const briefNow = () => Math.max(BRIEF, Math.floor(innerWidth / CHARACTER));
 
 let page = null; // of the current execution
 
@@ -257,7 +260,7 @@ class RunPage {
     root.classList.toggle("timeless", run.isEnded && !isTimed);
     const problem = showTime(root, run);
     show(part(root, "problem"), run.data.state === "lost" ? null : problem);
-    showSentence(root, run, BRIEF, false);
+    showSentence(root, run, briefNow(), false);
     const { duration: usual } = usualOf(run);
     write(part(root, "usual"), usual === null ? "" : `usually ${duration(usual)}`);
     this.rows.tick(this.run.now());
