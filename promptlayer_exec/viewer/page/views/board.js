@@ -178,9 +178,11 @@ function showWhen(time, moment) {
   else writeTime(time, moment, ago(moment));
 }
 
-// When the latest run that a group shows finished.
+// When the latest run of a group that it shows finished. One that waits to move is another group's.
 function showLatest(group) {
-  const moments = (shownIn.get(group) ?? []).map((run) => run.endedAt() ?? 0);
+  const moments = (shownIn.get(group) ?? [])
+    .filter((run) => groupNow(run) === group.dataset.group)
+    .map((run) => run.endedAt() ?? 0);
   const latest = Math.max(0, ...moments);
   write(part(group, "latest"), latest === 0 ? "" : `latest ${ago(latest)}`);
 }
