@@ -154,12 +154,12 @@ async def main(seconds: float, minutes: float) -> None:
         share = await measurement.share(seconds)
         print(f"the same, with a change each second: {100 * share:.1f} % of a core")
         if minutes > 0:
-            before = await heap(page)
-            await asyncio.sleep(60 * minutes)
-            after = await heap(page)
-            print(
-                f"memory of the board after {minutes:g} minutes: {before:.1f} MB → {after:.1f} MB"
-            )
+            sizes = [await heap(page)]
+            for _ in range(5):
+                await asyncio.sleep(12 * minutes)
+                sizes.append(await heap(page))
+            shown = " → ".join(f"{size:.2f}" for size in sizes)
+            print(f"memory of the board during {minutes:g} minutes: {shown} MB")
         changing.cancel()
 
         await browser.close()
