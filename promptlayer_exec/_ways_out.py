@@ -99,16 +99,12 @@ def is_undecided(kind: str, data: Mapping[str, Any]) -> bool:
     return data.get("execution_id") is not None and kind != "ExecutionFailed"
 
 
-def way_state(state: str, error: Any) -> str:
-    """Return the state of an item whose ways out apply.
-
-    Args:
-        state: its state, as in `BatchItem`.
-        error: its `StoredError`, or None if it has none.
-    """
-    if state == "failed" and error is not None and is_undecided(error.type, error.data):
+def way_state(item: Any) -> str:
+    """Return the state of a `StoredItem` whose ways out apply."""
+    error = None if item.outcome is None else item.outcome.error
+    if item.state == "failed" and error is not None and is_undecided(error.type, error.data):
         return "undecided"
-    return state
+    return str(item.state)
 
 
 def out_of_item(

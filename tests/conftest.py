@@ -40,7 +40,7 @@ if find_spec("sqlalchemy") is not None:  # some nox sessions do without it
     class SQLite(SQLiteDialect_pysqlite):
         """SQLite as it is, but all engines of this process share the statements they compiled.
 
-        A test has a database of its own, and so its own engines. Without this, each would compile
+        Each test has its own database, and so its own engines. Without this, each would compile
         anew what DBOS and this package execute, which took a third of the time of such tests.
         SQLAlchemy looks up a statement by the dialect, so all of these are equal.
         """

@@ -77,7 +77,7 @@ def unexpected_argument(function: str, unknown: Iterable[str]) -> TypeError:
     known = [f"{name}=: {_OTHER_NAMES[name]}" for name in unknown if name in _OTHER_NAMES]
     if known:
         return TypeError(f"unexpected argument {'; '.join(known)}")
-    return TypeError(f"{function}() got an unexpected keyword argument {next(iter(unknown))!r}")
+    return TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
 
 
 def hiding_unknown(function: F) -> F:

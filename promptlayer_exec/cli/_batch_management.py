@@ -177,8 +177,7 @@ async def show(
         flags = await lookup.working_flags(batch, chosen, database)
         if item.state == "unknown":
             err(f"to find its run, search PromptLayer for {KEY_METADATA} = {printable(key)}")
-        error = None if item.outcome is None else item.outcome.error
-        for line in way_hints(out_of_item(way_state(item.state, error), key, flags)):
+        for line in way_hints(out_of_item(way_state(item), key, flags)):
             err(line)
 
 

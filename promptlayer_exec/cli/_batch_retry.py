@@ -280,9 +280,7 @@ class _Choice:
         if not self.keys:
             return lookup.undecided_count(await batch.failures())
         items = [await batch.item(key) for key in dict.fromkeys(self.keys)]
-        outcomes = [item.outcome for item in items if item is not None]
-        errors = [outcome.error for outcome in outcomes if outcome is not None]
-        return sum(way_state("failed", error) == "undecided" for error in errors)
+        return sum(item is not None and way_state(item) == "undecided" for item in items)
 
     async def retry(self, batch: Batch) -> int:
         if self.again:
@@ -332,8 +330,7 @@ async def _with_ways(
     item = await batch.item(key)
     if item is None:
         return Misuse(problem)
-    state = way_state(item.state, None if item.outcome is None else item.outcome.error)
-    ways = out_of_item(state, key, flags, reading_flags)
+    ways = out_of_item(way_state(item), key, flags, reading_flags)
     return Misuse(problem, hint="\n".join(way_hints(ways)))
 
 

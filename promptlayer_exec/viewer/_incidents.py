@@ -75,10 +75,12 @@ def _add_cause_routes(app: FastAPI, board: Board, history: History) -> None:
         runs = [run for run in await history.failures(workflow) if cause_of(run) == wanted]
         incident = find_incidents(await history.finished(workflow)).get(wanted)
         present = [run for run in runs if incident is not None and run["began"] >= incident.first]
-        hours = Counter(int(run["began"] // _HOUR) * _HOUR for run in runs)
+
         shown = runs[:_LINES]
-        ids = [run["execution_id"] for run in shown]
-        later = latest_reruns(shown, await find_alike(board, ids))
+        alike = await find_alike(board, [run["execution_id"] for run in shown])
+        later = latest_reruns(shown, alike)
+        hours = Counter(int(run["began"] // _HOUR) * _HOUR for run in runs)
+
         view = {
             **_named(wanted),
             "count": len(present),

@@ -104,10 +104,9 @@ async def _item_view(batch: Batch, name: str, item: StoredItem) -> dict[str, Any
         problem = explain_to_person(error)
 
     flags = await working_flags(batch, name)
-    outcome = item.outcome
-    state = way_state(item.state, None if outcome is None else outcome.error)
-    ways = out_of_item(state, item.key, flags, reading_flags(name))
+    ways = out_of_item(way_state(item), item.key, flags, reading_flags(name))
     runs = [attempt for attempt in item.attempts if attempt.execution_id is not None]
+    outcome = item.outcome
     return {
         "key": item.key,
         "state": item.state,

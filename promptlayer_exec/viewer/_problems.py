@@ -66,14 +66,15 @@ def next_problem(
     """
     now = time.time()
     kind = _kind(error)
-    since, attempts = now, getattr(error, "attempts", 1)
-    if previous is not None:
-        is_same = kind == previous.kind
-        since = previous.since if is_same else now
-        attempts = previous.attempts + 1 if is_same else 1
+    if previous is None:
+        since, attempts = now, getattr(error, "attempts", 1)
+    elif previous.kind == kind:
+        since, attempts = previous.since, previous.attempts + 1
+    else:
+        since, attempts = now, 1
 
     if isinstance(error, RequestError):
-        error = copy.copy(error)  # other observers have it, too
+        error = copy.copy(error)  # other observers also have it
         error.attempts = attempts
     if delay is None:
         return Problem(kind, explain_briefly(error), since, None, attempts)

@@ -54,19 +54,16 @@ def plan_reruns(execution_ids: Collection[int], alike: Iterable[_Run]) -> dict[s
         the later run, and those `without_inputs`.
     """
     ordered = [*alike]
-    unfailed = dict[Any, _Run]()
-    for run in ordered:
-        if run["outcome"] != "failed":
-            unfailed.setdefault(_settings(run), run)
+    failed = [run for run in ordered if run["execution_id"] in execution_ids]
+    unfailed = _latest(run for run in ordered if run["outcome"] != "failed")
 
     chosen = dict[Any, _Run]()
     equal, since = 0, Counter[str]()
-    failed = [run for run in ordered if run["execution_id"] in execution_ids]
     for run in failed:
-        later = unfailed.get(_settings(run))
+        later = _later(run, unfailed)
         if _settings(run) in chosen:
             equal += 1
-        elif later is not None and later["began"] > run["began"]:
+        elif later is not None:
             since[later["outcome"]] += 1
         else:
             chosen[_settings(run)] = run
@@ -81,16 +78,22 @@ def plan_reruns(execution_ids: Collection[int], alike: Iterable[_Run]) -> dict[s
 
 def latest_reruns(failed: Iterable[_Run], alike: Iterable[_Run]) -> dict[int, _Run | None]:
     """Return the latest run with the same settings after each run, or None if there is none."""
-    latest = dict[Any, _Run]()
-    for run in alike:
-        latest.setdefault(_settings(run), run)
+    latest = _latest(alike)
+    return {run["execution_id"]: _later(run, latest) for run in failed}
 
-    found = dict[int, _Run | None]()
-    for run in failed:
-        later = latest.get(_settings(run))
-        is_later = later is not None and later["began"] > run["began"]
-        found[run["execution_id"]] = later if is_later else None
-    return found
+
+def _latest(newest_first: Iterable[_Run]) -> dict[Any, _Run]:
+    """Return the latest run with each setting."""
+    latest = dict[Any, _Run]()
+    for run in newest_first:
+        latest.setdefault(_settings(run), run)
+    return latest
+
+
+def _later(run: _Run, latest: Mapping[Any, _Run]) -> _Run | None:
+    """Return the latest run with the same settings, if it began after this one."""
+    found = latest.get(_settings(run))
+    return found if found is not None and found["began"] > run["began"] else None
 
 
 def _what(run: _Run) -> tuple[Any, ...]:

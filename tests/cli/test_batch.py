@@ -562,16 +562,28 @@ def test_without_the_extra_the_error_says_what_to_install(
     assert install_hint("cli", "dbos") in err
 
 
+class Clock:
+    """A clock that stands still until it is set."""
+
+    now = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Return the clock of the progress."""
+    clock = Clock()
+    monkeypatch.setattr(_live.time, "monotonic", lambda: clock.now)
+    return clock
+
+
 def test_progress_has_the_rate_and_the_remaining_time(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without a terminal it is a line every ten seconds, also if nothing changes."""
-    now = 100.0
-    monkeypatch.setattr(_live.time, "monotonic", lambda: now)
     progress = _live.BatchProgress()
     with progress.shown():
         for seconds, done in ((0.0, 3), (5.0, 50), (10.0, 103), (19.0, 103), (19.7, 103)):
-            now = 100.0 + seconds
+            clock.now = seconds
             progress.show(BatchStatus(393 - done, 7, done - 3, 2, 1, 400))
         logging.getLogger("promptlayer_exec").warning("problem")
     assert capsys.readouterr().err.splitlines() == [
@@ -582,19 +594,17 @@ def test_progress_has_the_rate_and_the_remaining_time(
 
 
 def test_progress_has_no_rate_while_start_requests_fail(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line has the reason of the pause, and another one its end."""
-    now = 100.0
-    monkeypatch.setattr(_live.time, "monotonic", lambda: now)
     progress = _live.BatchProgress()
-    breaker = Breaker(600.0, lambda _: None, lambda: now)
+    breaker = Breaker(600.0, lambda _: None, lambda: clock.now)
     with progress.shown():
         for seconds, done, unknown in ((0.0, 3, 0), (5.0, 43, 0), (10.0, 43, 4), (20.0, 83, 4)):
-            now = 100.0 + seconds
+            clock.now = seconds
             for _ in range(unknown if seconds < 20.0 else 0):
                 error = ServerError("the server returned 503", status=503, server_message="")
-                breaker.failed(error, since=now)
+                breaker.failed(error, since=clock.now)
             if seconds == 20.0:
                 breaker.succeeded()
             progress.show(BatchStatus(97 - done, 7, done, 0, unknown, 104 + unknown))
@@ -610,15 +620,13 @@ def test_progress_has_no_rate_while_start_requests_fail(
 
 
 def test_progress_without_a_finished_item_has_no_rate(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It would be that of the items that finished long ago."""
-    now = 100.0
-    monkeypatch.setattr(_live.time, "monotonic", lambda: now)
     progress = _live.BatchProgress()
     with progress.shown():
         for seconds, done in ((0.0, 3), (10.0, 103), (20.0, 103), (80.0, 103)):
-            now = 100.0 + seconds
+            clock.now = seconds
             progress.show(BatchStatus(103 - done, 1, done, 0, 0, 104))
     assert capsys.readouterr().err.splitlines() == [
         "103/104 done, 1 running, 10.0/s, 0.1 s left",

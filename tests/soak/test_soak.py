@@ -294,7 +294,7 @@ async def test_each_key_leads_to_one_run_with_its_own_output(
 
 
 def session_of(soak_server: Server, **settings: Any) -> Session:
-    """Return a session that polls and retries at once."""
+    """Return a session that polls and retries without long pauses."""
     return Session(
         soak_server.key,
         base_url=soak_server.base_url,

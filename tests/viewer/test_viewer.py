@@ -391,7 +391,7 @@ async def test_a_poll_that_is_tried_again_says_why(
         while (shown := (await until(events, "execution"))["problem"]) is None:
             pass
         assert (shown["kind"], shown["text"][: len(text)]) == (kind, text)
-        assert shown["since"] <= shown["until"] + 0.1  # each time is read from a clock of its own
+        assert shown["since"] <= shown["until"] + 0.1  # the clock is read for each
         while (await until(events, "execution"))["problem"] is not None:
             pass
 

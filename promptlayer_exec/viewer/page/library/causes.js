@@ -30,7 +30,7 @@ export function causesOf(runs) {
 const cut = (text) => (text.length > LONG ? `${text.slice(0, LONG)}…` : text);
 
 const stopped = (text) => (/[.!?…]$/.test(text) ? text : `${text}.`);
-// A value in a sentence, without a full stop of its own.
+// A value in a sentence, without its own full stop.
 const inList = (text) => cut(text).replace(/\.$/, "");
 
 // The inputs of a run on one line, or "" if they are not known.

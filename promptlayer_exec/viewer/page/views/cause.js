@@ -6,7 +6,7 @@ import { differenceText, earlierText, hitBy, shareText, shortInputs, successText
 import { get } from "../library/api.js";
 import { byId, copyWith, findAll, make, makeSvg, show, timeOf, write } from "../library/dom.js";
 import { runs as live, STATES } from "../library/model.js";
-import { addressOf } from "../library/router.js";
+import { addressOf, comparisonWith } from "../library/router.js";
 import { ago, clock, counted, hourOf } from "../library/times.js";
 import { runAllAgain } from "../parts/again.js";
 import { differencesOf } from "../parts/incident.js";
@@ -75,7 +75,10 @@ function render() {
   byId("cause-run-all").hidden = !runs.some((run) => run.has_inputs);
   byId("cause-copy").hidden = page.count === 0;
   byId("cause-compare").hidden = success === undefined || runs.length === 0;
-  if (!byId("cause-compare").hidden) byId("cause-compare").href = addressOf(["compare", success.execution_id, runs[0].execution_id]);
+  if (!byId("cause-compare").hidden) {
+    const newest = { id: runs[0].execution_id, data: { state: "failed" } };
+    byId("cause-compare").href = comparisonWith(success.execution_id, newest);
+  }
 
   const focused = document.activeElement?.getAttribute("href");
   byId("cause-runs").replaceChildren(...runs.map(rowOf));
