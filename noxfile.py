@@ -101,6 +101,8 @@ def tests(session: nox.Session) -> None:
     # Eight on two cores, too: many tests wait for other processes. Some take long, and whoever gets
     # several of those gives others away.
     pytest = ("pytest", "-n", "8", "--dist=worksteal", *session.posargs)
+    # pip compiled nothing, and each of the eight would compile what it imports.
+    session.run("python", "-m", "pytest", "--collect-only", "-q", silent=True, env=environment)
     is_newest = PYTHONS is None or session.python == PYTHONS[-1]
     recording = ("coverage", "run", "-m") if is_newest else ("python", "-m")
     session.run(*recording, *pytest, env=environment)
