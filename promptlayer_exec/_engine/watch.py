@@ -155,13 +155,13 @@ class Watch:
                 timer.cancel()
 
     def _no_failures(self) -> RetryState:
-        notify = partial(self._notify, ended=False)
-        return RetryState(self._retry, self._retry.watch_outage, notify, self._last_deadline)
+        outage = self._retry.watch_outage
+        return RetryState(self._retry, outage, self._notify, self._last_deadline)
 
     def _last_deadline(self) -> float:
         return max((waiter.deadline.at for waiter in self._waiters), default=math.inf)
 
-    def _notify(self, *, ended: bool) -> None:
+    def _notify(self, *, ended: bool = False) -> None:
         for waiter in self._waiters:
             if waiter.wake is not None and (ended or waiter.streams):
                 waiter.wake()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Iterable
 from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from types import EllipsisType
@@ -206,9 +206,9 @@ class FanOut(Generic[ItemT]):
             )
             return await self._output_of(call.execution, deadline)
 
-    async def _output_of(self, execution: Execution, deadline: Deadline) -> Any:
+    def _output_of(self, execution: Execution, deadline: Deadline) -> Awaitable[Any]:
         into = self._into if execution._into is Any else execution._into
-        return await execution._output(deadline, into)
+        return execution._output(deadline, into)
 
     def _taken(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():
