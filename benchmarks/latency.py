@@ -6,8 +6,8 @@ Usage: python benchmarks/latency.py [--only TABLE] [--rounds N] [--vendor PYTHON
 It needs two cores and Linux's `taskset`; `--chart` needs matplotlib, too. It fails if a target is
 missed. The targets that compare with the vendor's SDK need `--vendor`, a Python that has it.
 
-All tables take ten minutes. `--only warm --rounds 1` takes one, and `--only single` two and a half,
-because its longest run takes a minute.
+All tables take eleven minutes. `--only warm --rounds 1` takes one, and `--only single` two and a
+half, because its longest run takes a minute.
 """
 
 from __future__ import annotations
