@@ -30,6 +30,7 @@ PARTS = re.compile(
     re.DOTALL,
 )
 DIRECTIVE = re.compile(r"^\.\. (\w+):: (\S+)\n((?:   :.*\n)*)", re.MULTILINE)
+RENEW = "the reference is old: run python tests/test_reference.py, and commit what it changes"
 PAGES = [page for page in sorted(REFERENCE.glob("*.md")) if PARTS.search(page.read_text("utf-8"))]
 
 
@@ -202,14 +203,14 @@ def test_the_reference_has_the_help_of_each_command() -> None:
     """`python tests/test_reference.py` renews it."""
     text = COMMANDS.read_text(encoding="utf-8")
     # Older versions of typer do not mark an argument that may come several times.
-    assert with_help(text).replace("...", "") == text.replace("...", "")
+    assert with_help(text).replace("...", "") == text.replace("...", ""), RENEW
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_reference_has_the_signatures_and_docstrings_of_the_code(page: Path) -> None:
     """`python tests/test_reference.py` renews it."""
     text = page.read_text(encoding="utf-8")
-    assert renewed(text) == text
+    assert renewed(text) == text, RENEW
 
 
 if __name__ == "__main__":

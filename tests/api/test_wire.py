@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 import attrs
 import pytest
@@ -421,6 +422,17 @@ def retry_after(value, **others):
 def test_retry_after(value, expected):
     """Seconds, fractions and HTTP dates are read; a date in the past means 0."""
     assert retry_after(value) == expected
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="Windows has no tzset")
+def test_a_retry_after_date_without_a_zone_is_utc(monkeypatch):
+    """The zone of the machine does not matter."""
+    with monkeypatch.context() as context:
+        context.setenv("TZ", "EST5")
+        time.tzset()
+        seconds = retry_after("Wed Oct 21 07:28:30 2015")
+    time.tzset()
+    assert seconds == 30.0
 
 
 NO_NUMBERS = "-1 +1 -0 nan inf Infinity 1e3 0x10 1_000 1,5 soon . \u0661\u0662 \uff11 \u00b2"
