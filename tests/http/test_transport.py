@@ -478,9 +478,9 @@ async def test_retry_after_is_a_minimum_for_the_delay(
     sim: Simulator, open_session: Callable[..., Session], held: int, recorder: Any
 ) -> None:
     """Every form of the header counts, up to the policy's ceiling."""
-    in_two_seconds = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 1000))
+    in_a_while = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 1000))
     session = open_session(retry=RetryPolicy(base=0.001, retry_after_ceiling=0.03))
-    for retry_after in (0.02, "0.02", in_two_seconds):
+    for retry_after in (0.02, "0.02", in_a_while):
         sim.inject(Fault.status(503, retry_after=retry_after))
     sim.inject(Fault.status(503, headers={"retry-after-ms": "20"}))
     sim.inject(Fault.status(503, retry_after="soon"))
