@@ -9,7 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # A module that only an extra of this package installs, or another package for a benchmark.
-MODULES = {"cli": "typer", "dbos": "dbos", "redis": "redis", "starts": "psycopg"}
+MODULES = {
+    "cli": "typer",
+    "dbos": "dbos",
+    "redis": "redis",
+    "starts": "psycopg",
+    "viewer": "uvicorn",
+}
 # The programs of Debian's packages, one of which is enough.
 PROGRAMS = {
     "postgresql": ("initdb",),

@@ -292,6 +292,25 @@ async def test_on_a_narrow_screen_layers_are_below_each_other(
     assert await page.evaluate("document.activeElement.dataset.node") == "accept"
 
 
+async def test_a_status_beside_a_long_name_is_one_line(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """On a phone, the name of a node that the selected one depends on leaves room for it."""
+    long = "extract customer records stage 1 shard 9"
+    await page.set_viewport_size({"width": 390, "height": 844})
+    held = await start(
+        sim, viewer, ui, Scenario([SimNode(long, 1), SimNode("last", 1, after=[long])])
+    )
+    await page.evaluate(f"location.hash = '#/executions/{held}?node=last'")
+    source = page.get_by_role("region", name="What it depends on").get_by_role("listitem")
+    status = source.get_by_text("Success", exact=True)
+    await expect(status).to_be_visible()
+    box = await status.bounding_box()
+    assert box is not None
+    assert box["height"] < 30
+    assert box["x"] + box["width"] <= 390
+
+
 def shards(stages: int, count: int) -> Scenario:
     """Return stages of shards, each after its shard of the stage before; one shard failed."""
     nodes = []
