@@ -67,6 +67,21 @@ def add_batch_routes(app: FastAPI, session: Session) -> None:
         view = summary | {"states": states, "left": _left(summary, items["rate"])} | items
         return JSONResponse(view | await _read_unknown_keys())
 
+    @app.get("/api/batches/failures")
+    async def get_failures(failed_node: str, cause: str) -> Response:
+        """Return the batches of which items failed for this cause, and how many did."""
+        dbos = await import_batches()
+        wanted = f"{failed_node}: {cause}" if failed_node else cause
+        hit = Counter[str]()
+        for name in await dbos.batch_names():
+            for failure in await dbos.Batch(name, session=session).failures():
+                error = failure.error
+                if stored_cause(error.type, error.message, error.data) == wanted:
+                    hit[name] += failure.count
+        return JSONResponse(
+            [{"name": name, "count": count, "reason": wanted} for name, count in hit.most_common()]
+        )
+
 
 async def import_batches() -> Any:
     return await asyncio.to_thread(importlib.import_module, "promptlayer_exec.dbos")

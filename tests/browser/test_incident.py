@@ -291,6 +291,10 @@ async def test_a_cause_has_a_page(offers: Offers, ui: Any, page: Page, width: in
     """It has when it began, whom it hit and its runs. Back returns to its line."""
     await page.set_viewport_size({"width": width, "height": 844})
     ids = await fail_together(offers, 2)
+    again = page.locator(".incident").get_by_role("button", name="Run all again")
+    size = await again.bounding_box()
+    assert size is not None
+    assert size["height"] >= 24  # a finger's
     title = page.locator(".incident").get_by_role("link", name="churn-offer", exact=True)
     await title.click()
     await expect(page.locator("#cause-reason")).to_have_text("no seats for …")

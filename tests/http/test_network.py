@@ -33,7 +33,7 @@ from promptlayer_exec import (
 )
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
-SHORT = 0.15  # a request timeout that should expire
+SHORT = 0.25  # a request timeout that should expire
 LONG = 10.0  # a request timeout that should not expire
 # Sleeps that end in the next step of the loop, so that steps can be counted.
 AT_ONCE = RetryPolicy(base=0.0)

@@ -80,7 +80,7 @@ async def test_what_did_not_succeed_comes_first(
 async def test_items_that_fail_for_one_cause_are_one_group(
     sim: Simulator, viewer: Any, open_session: Callable[..., Session]
 ) -> None:
-    """What differs between them does not count, neither on the page nor for the batch itself."""
+    """What differs between them does not count, also not for the page of the cause."""
 
     def fail(inputs: Any) -> Scenario:
         reason = f"no text for customer {inputs['n']}" if inputs["n"] < 3 else "no price"
@@ -100,6 +100,12 @@ async def test_items_that_fail_for_one_cause_are_one_group(
     _, some = await viewer.send("GET", f"batch?{urlencode({'name': 'night', 'reason': cause})}")
     assert sorted(item["key"] for item in some["items"]) == ["item 1", "item 2"]
     assert [failure.count for failure in await batch.failures()] == [2, 1]
+
+    named = {"failed_node": "answer", "cause": "no text for customer …"}
+    _, hit = await viewer.send("GET", f"batches/failures?{urlencode(named)}")
+    assert hit == [{"name": "night", "count": 2, "reason": cause}]
+    _, hit = await viewer.send("GET", f"batches/failures?{urlencode(named | {'cause': 'other'})}")
+    assert hit == []
 
 
 @pytest.mark.usefixtures("_database")

@@ -33,10 +33,13 @@ export const causeView = {
     write(byId("cause-title"), `${params.get("workflow") ?? ""}: why runs failed`);
     write(byId("cause-reason"), params.get("cause") ?? "");
     for (const id of ["cause-copied", "cause-facts", "cause-hits", "cause-difference"]) write(byId(id), "");
+    byId("cause-batches").hidden = true;
     byId("cause-plot").replaceChildren();
     byId("cause-runs").replaceChildren();
     return load();
   },
+
+  onBoard: () => page && showBatches(asked), // it knows whether there are batches
 
   onExecution(run, before) {
     if (run.data.state !== before.state) setTimeout(load, 500); // once it is recorded
@@ -64,6 +67,26 @@ async function load() {
   show(byId("cause-problem"), null);
   success = usual.successes[0];
   render();
+  await showBatches(number);
+}
+
+// The batches of which items failed for the same reason. Their runs are in no history.
+async function showBatches(number) {
+  if (byId("to-batches").hidden) return;
+  const { failed_node, cause } = page;
+  let hit;
+  try {
+    hit = await get(`api/batches/failures?${new URLSearchParams({ failed_node, cause })}`);
+  } catch {
+    return; // the page of batches says why
+  }
+  if (number !== asked) return;
+  const links = hit.flatMap(({ name, count, reason }, index) => [
+    index === 0 ? "" : ", ",
+    make("a", { href: addressOf(["batches", name], { reason }) }, `${counted(count, "item")} of batch ${name}`),
+  ]);
+  byId("cause-batches").replaceChildren("Failed for the same reason: ", ...links);
+  byId("cause-batches").hidden = hit.length === 0;
 }
 
 function render() {
