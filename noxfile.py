@@ -320,7 +320,7 @@ def browser(session: nox.Session) -> None:
     # The suite's own conftest.py needs packages that are not installed here.
     own_fixtures = "--confcutdir=tests/browser"
     environment = {"PYTHONSAFEPATH": "1"}
-    pytest = ("pytest", "-n", "2", "--dist=worksteal", own_fixtures, "tests/browser")
+    pytest = ("pytest", "-n", "3", "--dist=worksteal", own_fixtures, "tests/browser")
     session.run(*pytest, *session.posargs, env=environment)
 
 

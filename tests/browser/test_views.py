@@ -191,22 +191,19 @@ async def test_batches_say_what_is_wrong_and_what_goes_on(
 
 
 @pytest.mark.usefixtures("batches")
-@pytest.mark.parametrize("is_loaded", [False, True])
 async def test_a_cause_leads_to_the_items_of_batches(
-    sim: Simulator, viewer: Any, ui: Any, page: Page, *, is_loaded: bool
+    sim: Simulator, viewer: Any, ui: Any, page: Page
 ) -> None:
     """Those that failed for the same reason, also if the page of the cause is loaded first."""
     await _make_batch(sim)
     for _ in range(2):
         await viewer.board.start("order", {"n": 2})
     await page.locator(".incident").get_by_role("link", name="order", exact=True).click()
-    if is_loaded:
-        await page.reload()
-    await expect(page.locator("#cause-batches")).to_have_text(
-        f"Failed for the same reason: 1 item of batch {NIGHT}"
-    )
+    hit = page.locator("#cause-batches")
+    await expect(hit).to_have_text(f"Failed for the same reason: 1 item of batch {NIGHT}")
     await ui.check("cause")
-    await page.locator("#cause-batches").get_by_role("link").click()
+    await page.reload()
+    await hit.get_by_role("link").click()
     await expect(page.locator(".item .name")).to_have_text(["order 2"])
 
 
