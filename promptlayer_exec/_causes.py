@@ -11,6 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+# Stands in for a reason, of single runs and of items alike, because it is part of the cause.
+NO_REASON = "the server gave no reason"
+
 _GONE = "…"  # stands for what was taken out
 _LONGEST = 300
 
@@ -65,7 +68,7 @@ def stored_cause(kind: str, problem: str, data: Mapping[str, Any]) -> str:
         data: its attributes.
     """
     for node in data.get("failed", ())[:1]:
-        return f"{node['name']}: {common_reason(node['reason'] or 'no reason given')}"
+        return f"{node['name']}: {common_reason(node['reason'] or NO_REASON)}"
     return common_reason(data.get("reason") or problem or kind)
 
 

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from promptlayer_exec import ConfigurationError, Session
 from promptlayer_exec._advice import explain, explain_stored
-from promptlayer_exec._causes import stored_cause
+from promptlayer_exec._causes import NO_REASON, stored_cause
 from promptlayer_exec._database.location import database_url, shown_database_url
 from promptlayer_exec._integration import base_url, time_left
 from promptlayer_exec._ways_out import (
@@ -68,7 +68,7 @@ def add_batch_routes(app: FastAPI, session: Session) -> None:
         return JSONResponse(view | await _read_unknown_keys())
 
     @app.get("/api/batches/failures")
-    async def get_failures(failed_node: str, cause: str) -> Response:
+    async def get_failures(cause: str, failed_node: str = "") -> Response:
         """Return the batches of which items failed for this cause, and how many did."""
         dbos = await import_batches()
         wanted = f"{failed_node}: {cause}" if failed_node else cause
@@ -256,5 +256,5 @@ def _item_view(outcome: StoredOutcome) -> dict[str, Any]:
         view["cause"] = stored_cause(error.type, error.message, error.data)
         view["reason"] = (error.data.get("reason") or error.message or error.type)[:300]
         for node in error.data.get("failed", ())[:1]:
-            view["node"], view["reason"] = node["name"], node["reason"] or "no reason given"
+            view["node"], view["reason"] = node["name"], node["reason"] or NO_REASON
     return view

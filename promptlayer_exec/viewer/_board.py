@@ -21,7 +21,7 @@ from promptlayer_exec import (
     Snapshot,
     StartUnknown,
 )
-from promptlayer_exec._causes import common_reason
+from promptlayer_exec._causes import NO_REASON, common_reason
 from promptlayer_exec._integration import error_text, indented, warn_of_run
 from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._problems import Problem, explain, next_problem
@@ -350,4 +350,4 @@ def _problem(card: Card) -> str | None:
 def _reason(failed: Node | None) -> str:
     if failed is None:
         return "No output node succeeded."
-    return error_text(failed) or "the server gave no reason"
+    return error_text(failed) or NO_REASON

@@ -80,7 +80,7 @@ async def test_what_did_not_succeed_comes_first(
 async def test_items_that_fail_for_one_cause_are_one_group(
     sim: Simulator, viewer: Any, open_session: Callable[..., Session]
 ) -> None:
-    """What differs between them does not count, also not for the page of the cause."""
+    """What differs between them counts neither on the pages nor for the batch itself."""
 
     def fail(inputs: Any) -> Scenario:
         reason = f"no text for customer {inputs['n']}" if inputs["n"] < 3 else "no price"
@@ -106,6 +106,25 @@ async def test_items_that_fail_for_one_cause_are_one_group(
     assert hit == [{"name": "night", "count": 2, "reason": cause}]
     _, hit = await viewer.send("GET", f"batches/failures?{urlencode(named | {'cause': 'other'})}")
     assert hit == []
+
+
+@pytest.mark.usefixtures("_database")
+async def test_a_failure_without_a_reason_is_one_cause_for_runs_and_items(
+    sim: Simulator, viewer: Any, open_session: Callable[..., Session]
+) -> None:
+    """So the page of the cause leads from the run to the item."""
+    sim.add_workflow("echo", lambda _: Scenario([SimNode("answer", status="FAILED")]))
+    batch = Batch("night", session=lambda: open_session(push=False))
+    await batch.add([StartRequest("echo", {}, key="item")])
+    async with asyncio.timeout(30):
+        await batch.work()
+        execution = await viewer.board.start("echo", {})
+        card = viewer.board.cards[execution.id]
+        while card.state != "failed":
+            await viewer.board.changed.wait()
+    named = {"failed_node": "answer", "cause": card.cause}
+    _, (hit,) = await viewer.send("GET", f"batches/failures?{urlencode(named)}")
+    assert (hit["name"], hit["count"]) == ("night", 1)
 
 
 @pytest.mark.usefixtures("_database")

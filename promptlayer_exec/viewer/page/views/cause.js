@@ -36,10 +36,11 @@ export const causeView = {
     byId("cause-batches").hidden = true;
     byId("cause-plot").replaceChildren();
     byId("cause-runs").replaceChildren();
+    showBatches();
     return load();
   },
 
-  onBoard: () => page && showBatches(asked), // it knows whether there are batches
+  onBoard: showBatches, // it knows whether there are batches
 
   onExecution(run, before) {
     if (run.data.state !== before.state) setTimeout(load, 500); // once it is recorded
@@ -67,20 +68,19 @@ async function load() {
   show(byId("cause-problem"), null);
   success = usual.successes[0];
   render();
-  await showBatches(number);
 }
 
 // The batches of which items failed for the same reason. Their runs are in no history.
-async function showBatches(number) {
+async function showBatches() {
   if (byId("to-batches").hidden) return;
-  const { failed_node, cause } = page;
+  const params = shown;
   let hit;
   try {
-    hit = await get(`api/batches/failures?${new URLSearchParams({ failed_node, cause })}`);
+    hit = await get(`api/batches/failures?${params}`);
   } catch {
-    return; // the page of batches says why
+    return; // the page of batches shows why
   }
-  if (number !== asked) return;
+  if (params !== shown) return;
   const links = hit.flatMap(({ name, count, reason }, index) => [
     index === 0 ? "" : ", ",
     make("a", { href: addressOf(["batches", name], { reason }) }, `${counted(count, "item")} of batch ${name}`),
