@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/page_cost.py [--seconds N] [--minutes N]
 
-It needs the extra `viewer`, playwright and Chromium, and takes about 14 minutes, ten of them for
-the memory. `--seconds 10 --minutes 0` takes less than one, and leaves out the memory.
+It needs the extra `viewer`, playwright and Chromium. It measures each page for a minute, and the
+memory for ten. `--seconds 10 --minutes 0` takes less than a minute, and leaves out the memory.
 """
 
 from __future__ import annotations

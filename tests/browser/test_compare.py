@@ -39,7 +39,7 @@ def pair(page: Page, name: str) -> Locator:
 
 
 async def finish_slow_node(sim: Simulator, board: Any, execution_id: int, least: float) -> float:
-    """Finish the node when polls saw it run for this time, and return how long it ran in all."""
+    """Finish the node once polls have seen it run for `least` seconds, and return for how long."""
     card = board.cards[execution_id]
 
     def running() -> float | None:
