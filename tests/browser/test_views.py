@@ -71,7 +71,9 @@ async def test_every_view_fits_and_axe_finds_nothing(
     await page.get_by_role("button", name="Start", exact=True).click()
     await expect(page.locator("#field-0-error")).not_to_be_empty()
     await ui.check("start")
-    await ui.open(f"#/start?workflow={WORD}")
+    async with page.expect_response("**/api/definition?*"):
+        await ui.open(f"#/start?workflow={WORD}")
+    await expect(page.locator("#definition")).to_be_empty()  # its fields replace those above
     await page.get_by_label("topic").fill("x")
     await page.get_by_label(f"{WORD} (number)").fill("1")
     sim.inject(Fault.disconnect(), path="/run")

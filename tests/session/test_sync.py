@@ -25,6 +25,7 @@ from promptlayer_exec import (
     ConfigurationError,
     Event,
     ExecutionFailed,
+    ExecutionStarted,
     NotFound,
     SessionClosed,
     StartRequest,
@@ -398,10 +399,17 @@ def test_leaving_a_fan_out_early_logs_the_ids_of_its_runs(
     sim: Simulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As in asyncio."""
-    with Session(sim.api_key, base_url=sim.base_url) as session:
+    started = threading.Semaphore(0)
+
+    def observe(event: Event) -> None:
+        if isinstance(event, ExecutionStarted):
+            started.release()
+
+    with Session(sim.api_key, base_url=sim.base_url, observers=[observe]) as session:
         requests = [StartRequest("echo"), StartRequest("held"), StartRequest("held")]
         for outcome in session.as_completed(requests):
             assert outcome.ok
+            assert all(started.acquire(timeout=10) for _ in requests)
             break
     held = [run.execution_id for run in sim.runs if run.execution_id != outcome.execution.id]  # type: ignore[union-attr]
     logged = " ".join(caplog.messages)
